@@ -1,0 +1,36 @@
+"""LoRA-the-Explorer: pre-training with many LoRA heads in parallel (Huh et al., 2024, arXiv:2402.16828)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import LTEConfig as LTEConfig
+    from .injection import inject as inject
+    from .injection import merged_state_dict as merged_state_dict
+    from .layer import LTELinear as LTELinear
+    from .merging import Merger as Merger
+    from .merging import merge as merge
+    from .parameters import clip_grad_norm_per_head as clip_grad_norm_per_head
+    from .parameters import param_groups as param_groups
+
+_HOMES = {
+    "LTEConfig": "config",
+    "LTELinear": "layer",
+    "Merger": "merging",
+    "clip_grad_norm_per_head": "parameters",
+    "inject": "injection",
+    "merge": "merging",
+    "merged_state_dict": "injection",
+    "param_groups": "parameters",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``lte-train --help`` must not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lte' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"lte.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,140 @@
+"""Commands from frozen dataclasses: flags by tyro, presets by name, and errors as one sentence.
+
+A field's docstring is its flag's help. Nothing here imports torch: ``--help`` must stay fast.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from .errors import Stopped, UserError
+
+Config = TypeVar("Config")
+
+
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Config] | None = None,
+    default: Config | None = None,
+) -> Config:
+    """Turn ``[PRESET] --flag value …`` into a ``config_type``.
+
+    Args:
+        config_type: a dataclass; ``n_layer: int = 4`` becomes ``--n-layer``.
+        argv: the words after the program's name. A first word without a dash names a preset.
+        prog: the program's name, for messages.
+        description: the first lines of ``--help``.
+        presets: configurations by name; flags override their values.
+        default: what flags override when no preset is named; the dataclass's own defaults if None.
+
+    Raises:
+        UserError: on an unknown flag or preset (with the nearest name), or a value of the wrong type.
+        SystemExit: with code 0, after printing the help.
+    """
+    presets = presets or {}
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in presets:
+            raise UserError(f"unknown preset {name!r}{_nearest(name, presets)}: the presets are {_list(presets)}")
+        default = presets[name]
+    if presets:
+        description += f"\n\nPresets, by name as the first word: {_list(presets)}."
+    known = [f.name.replace("_", "-") for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            config, unknown = tyro.cli(
+                config_type,
+                prog=prog,
+                description=description,
+                args=words,
+                default=config_type() if default is None else default,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_sentence(complaints.getvalue())) from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if flag.startswith("-"):
+            near = _nearest(flag.lstrip("-").replace("_", "-"), known, dashes="--")
+            raise UserError(f"unknown flag {flag}{near}; {prog} --help lists the flags")
+        raise UserError(f"unexpected word {flag!r}; flags begin with --, and a preset is the first word")
+    return config
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of one flag, before everything is parsed: ``--resume RUN`` decides the other flags' defaults."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :]
+    return None
+
+
+def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Sequence[str] | None = None) -> int:
+    """Run ``main(argv)`` and turn what the user can mend into one line on stderr and an exit code."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stop:
+        print(f"{prog}: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted before training began; there was nothing to save", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"{prog}: error: {full_disk_message(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def full_disk_message(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else " the run folder"
+    return f"could not write{where} ({error.strerror}): free some space, or choose another place with --out"
+
+
+def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations of one type that differ, by name: ``{name: (old, new)}``."""
+    names = [f.name for f in dataclasses.fields(old)]
+    return {n: (getattr(old, n), getattr(new, n)) for n in names if getattr(old, n) != getattr(new, n)}
+
+
+def _nearest(word: str, names: Mapping[str, Any] | Sequence[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph of tyro's boxed message, as one line."""
+    lines = []
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯─ \t")
+        if line.startswith("╭") or (text and not lines and not line.startswith("│")):
+            continue
+        if not text:
+            break
+        lines.append(text)
+    return " ".join(lines) or box.strip()

@@ -1,0 +1,128 @@
+"""Several processes under torchrun: which one this is, and wrapping a model for DDP or FSDP2.
+
+Without torchrun everything here is the single process: rank 0 of 1.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launch(device: str = "auto") -> tuple[World, torch.device]:
+    """Read torchrun's environment, join the process group, and choose this process's device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: if CUDA is asked for and there is none.
+    """
+    world = World(*(int(os.environ.get(n, d)) for n, d in _ENVIRONMENT))
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if wanted.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device} needs a CUDA GPU and this machine has none: use --device cpu")
+        chosen = torch.device("cuda", world.local_rank) if wanted == "cuda" else torch.device(wanted)
+        torch.cuda.set_device(chosen)
+    elif wanted == "cpu":
+        chosen = torch.device("cpu")
+    else:
+        raise UserError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    return world, chosen
+
+
+_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+def world() -> World:
+    """The world of a running process group; a single process where there is none."""
+    if not dist.is_initialized():
+        return World()
+    local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), *local)
+
+
+def parallelize(model: nn.Module, mode: str, device: torch.device, *, blocks: Iterable[nn.Module] = ()) -> nn.Module:
+    """Wrap a model for training on several processes; call it before building the optimizer.
+
+    Args:
+        mode: "ddp" replicates the model and averages gradients; "fsdp" shards parameters, gradients and optimizer
+            state (FSDP2's ``fully_shard``).
+        blocks: with "fsdp", the modules that are gathered one at a time (a transformer's layers).
+
+    Returns:
+        the model itself in a single process and with "fsdp", else its DDP wrapper.
+    """
+    if mode not in ("ddp", "fsdp"):
+        raise UserError(f"unknown parallel mode {mode!r}: choose ddp or fsdp")
+    if world().size == 1:
+        return model
+    if mode == "ddp":
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world().size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and ``torch.compile`` wrappers: the one whose names a checkpoint uses."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a scalar over all processes."""
+    if world().size > 1:
+        dist.all_reduce(value)
+        value = value / world().size
+    return value
+
+
+def any_rank(flag: int) -> int:
+    """The largest of an integer over all processes, agreed through CPU memory (no GPU waits for it)."""
+    if world().size == 1:
+        return flag
+    cell = torch.tensor(flag)
+    dist.all_reduce(cell, op=dist.ReduceOp.MAX)
+    return int(cell)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One value a process, in the order of ranks, on every process."""
+    if world().size == 1:
+        return [value]
+    values: list[Any] = [None] * world().size
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,503 @@
+"""The training loop: the only one in the repository.
+
+It knows a model, batches by number, a loss, an optimizer, a context under which the forward pass runs (``saving``:
+what is kept for the backward pass) and a call after each optimizer step (``after_step``: LTE merges there). What the
+methods are, it does not know.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoints
+from .console import Console, format_bytes, format_count
+from .distributed import any_rank, gather_objects, mean_over_ranks, unwrap, world
+from .energy import EnergyMeter
+from .errors import DivergedError, Stopped, UserError
+from .memory import Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from .rng import rng_state, set_rng_state
+from .run_folder import RunFolder
+from .state_tree import same_shapes, shard_like
+from .stop_signals import LeaveEvaluation, StopSignals
+from .trackers import Tracker, open_tracker
+
+Batch = Any
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint, besides the model and the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long to train and when to look; every interval is in optimizer steps."""
+
+    max_iters: int
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step: step s uses batches s·g … s·g + g − 1, and the mean of their losses."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast's dtype; float16 adds a gradient scaler."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    eval_interval: int = 100
+    log_interval: int = 10
+    checkpoint_interval: int = 0
+    """0: as often as evaluation."""
+    best_metric: str = "loss"
+    """The evaluation's number that decides which checkpoint is the best and stays."""
+    higher_is_better: bool = False
+    workers: int = 0
+    """Processes that prepare batches ahead; 0 prepares them in the loop."""
+    units_per_step: int = 0
+    """Tokens or samples in an optimizer step over all processes, for the rate."""
+    unit: str = "samples"
+    tracker: str = "none"
+    """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
+
+
+@dataclass
+class FitResult:
+    """What a finished run has to tell."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Seconds of training, evaluation and saving left out; earlier parts of a resumed run included."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """The last evaluation."""
+    best: tuple[int, float] | None = None
+    """Step and value of the best evaluation."""
+    units_per_second: float = 0.0
+    """Mean over the steps of this process after the first (which measures memory, and compiles)."""
+    ledger: Ledger | None = None
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    """Of "training" and "evaluation", apart."""
+    joules: float | None = None
+    energy_source: str = "unavailable"
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Batch],
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    config: FitConfig,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    lr_factor: Callable[[int], float] | None = None,
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    after_step: Callable[[], Any] | None = None,
+    clip: Callable[[float], Tensor] | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
+    run: RunFolder | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    label: str = "",
+) -> FitResult:
+    """Train ``model`` for ``config.max_iters`` optimizer steps.
+
+    Args:
+        model: on its device already; wrapped by :func:`memtrain_common.distributed.parallelize` where wanted.
+        batches: ``batches(i)`` is micro-batch i, a pure function of i: this process's share of it, as tensors in
+            tuples, lists or dicts. Resuming asks for the i it stopped at, and needs nothing else.
+        loss_fn: (model, batch) -> the mean loss over the batch, a scalar.
+        optimizer: over the parameters of ``model``.
+        evaluate: model -> numbers by name, ``config.best_metric`` among them; called in eval mode without
+            gradients at step 0, every ``eval_interval`` steps and at the end, with the random generators put back
+            afterwards. On several processes every one calls it, and it must give the same numbers on all.
+        lr_factor: step -> factor on each group's own learning rate.
+        saving: makes the context of each forward pass.
+        after_step: called after each optimizer step.
+        clip: called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm.
+        stateful: further states to keep in checkpoints, by name.
+        run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
+        resume: go on from the newest valid checkpoint of ``run``, if it has one.
+        identity: what a checkpoint must agree in (the configuration); checked when resuming.
+        console: where lines and the progress bar go; None is silent.
+        label: the progress bar's name.
+
+    Raises:
+        Stopped: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
+        DivergedError: when the loss or a weight is no longer finite; such weights are never saved.
+        UserError: if a checkpoint does not fit the model, or cannot be written.
+    """
+    trainer = _Trainer(model, batches, loss_fn, optimizer, config, console or Console(quiet=True), run)
+    trainer.evaluate, trainer.lr_factor, trainer.saving = evaluate, lr_factor, saving
+    trainer.after_step, trainer.clip, trainer.stateful = after_step, clip, dict(stateful or {})
+    trainer.identity = dict(identity or {})
+    return trainer.train(resume, label)
+
+
+class _Trainer:
+    """The state of one call of :func:`fit`."""
+
+    evaluate: Callable[[nn.Module], dict[str, float]] | None
+    lr_factor: Callable[[int], float] | None
+    saving: Callable[[], AbstractContextManager[Any]]
+    after_step: Callable[[], Any] | None
+    clip: Callable[[float], Tensor] | None
+    stateful: dict[str, Stateful]
+    identity: dict[str, Any]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[int], Batch],
+        loss_fn: Callable[[nn.Module, Batch], Tensor],
+        optimizer: torch.optim.Optimizer,
+        config: FitConfig,
+        console: Console,
+        run: RunFolder | None,
+    ) -> None:
+        self.inner = unwrap(model)
+        self.model: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+        self.wrapper = model  # DDP's no_sync and FSDP's switch are on this one
+        replicated = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.evaluated_model = self.inner if replicated else self.model  # DDP would broadcast buffers at each forward
+        self.batches, self.loss_fn, self.optimizer = batches, loss_fn, optimizer
+        self.config, self.console, self.run = config, console, run
+        self.device = next(self.inner.parameters()).device
+        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
+        self.peaks = PeakMeter(self.device)
+        self.result = FitResult()
+        self.evaluated = False  # whether the evaluation due at the current step is done
+        self.saved_step = 0  # nothing is saved before the first step: there is nothing to lose
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.tracker: Tracker | None = None
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool, label: str) -> FitResult:
+        config, result = self.config, self.result
+        if resume:
+            self._restore()
+        gpus = range(world().local_size) if self.device.type == "cuda" else ()
+        meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
+        result.energy_source = meter.source
+        if self.run and self.run.writes:
+            self.tracker = open_tracker(
+                config.tracker, self.run.path, self.identity, resume_step=result.step if resume else None
+            )
+        bar = self.console.progress(config.max_iters, initial=result.step, label=label)
+        source = self._source(result.step)
+        first, timed_from = result.step, result.seconds
+        lapse = 0.0  # seconds of training since the last logged step
+        try:
+            with StopSignals() as stop, meter:
+                while True:
+                    self._look(stop)
+                    if result.step >= config.max_iters:
+                        break
+                    self.peaks.begin("training")
+                    began = time.perf_counter()
+                    loss, norm = self._step(source, measuring=result.step == first)
+                    result.step += 1
+                    self.evaluated = False
+                    logged = result.step % config.log_interval == 0 or result.step == config.max_iters
+                    if logged:
+                        value = float(mean_over_ranks(loss))  # waits for the device
+                    spent = time.perf_counter() - began
+                    lapse += spent
+                    result.seconds += spent
+                    if result.step == first + 1:
+                        timed_from = result.seconds
+                        self._save_ledger()
+                    bar.update()
+                    if logged:
+                        steps = result.step - max(first, (result.step - 1) // config.log_interval * config.log_interval)
+                        self._log(value, norm, steps * config.units_per_step / lapse, bar)
+                        lapse = 0.0
+                    if any_rank(stop.received):
+                        self._stop(any_rank(stop.received))
+                result.joules = meter.joules
+        finally:
+            bar.close()
+            self.peaks.end()
+            if self.tracker is not None:
+                self.tracker.close()
+        result.peak_bytes = {phase: self.peaks.peak(phase) for phase in ("training", "evaluation")}
+        timed = result.step - first - 1
+        if timed > 0:
+            result.units_per_second = timed * config.units_per_step / (result.seconds - timed_from)
+        self._save_ledger()
+        return result
+
+    def _step(self, source: "Iterator[Batch]", measuring: bool) -> tuple[Tensor, Tensor | None]:
+        """One optimizer step: -> mean loss over its micro-batches, norm of the gradient where it was clipped."""
+        config = self.config
+        if self.lr_factor is not None:
+            factor = self.lr_factor(self.result.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        total = torch.zeros((), device=self.device)
+        activations: dict[str, int] = {}
+        for micro in range(config.gradient_accumulation_steps):
+            batch = _to_device(next(source), self.device)
+            with self._synchronising(micro == config.gradient_accumulation_steps - 1):
+                if measuring and micro == 0:
+                    with SavedActivations(self.inner, by_layer=not config.compile) as saved:
+                        loss = self._forward(batch)
+                    activations = saved.by_layer()
+                else:
+                    loss = self._forward(batch)
+                self.scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            total += loss.detach()
+        total = total / config.gradient_accumulation_steps
+        norm = None
+        if config.grad_clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            clip = self.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
+            norm = clip(config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if measuring:
+            self.result.ledger = measure(self.inner, self.optimizer, activations)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.after_step is not None:
+            self.after_step()
+        self.finite &= total.isfinite()
+        return total, norm
+
+    def _forward(self, batch: Batch) -> Tensor:
+        dtype = DTYPES[self.config.dtype]
+        with self.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.loss_fn(self.model, batch)
+
+    def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
+        """Let processes exchange gradients at the last micro-batch of a step only."""
+        if hasattr(self.wrapper, "set_requires_gradient_sync"):  # FSDP2
+            self.wrapper.set_requires_gradient_sync(last)
+        elif not last and hasattr(self.wrapper, "no_sync"):  # DDP
+            return self.wrapper.no_sync()
+        return nullcontext()
+
+    def _source(self, step: int) -> "Iterator[Batch]":
+        """Micro-batches from the given optimizer step on, in order, for any number of workers."""
+        numbers = range(
+            step * self.config.gradient_accumulation_steps,
+            self.config.max_iters * self.config.gradient_accumulation_steps,
+        )
+        if not self.config.workers:
+            return map(self.batches, numbers)
+        data = _Numbered(self.batches, numbers)
+        return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=self.config.workers))
+
+    # -- looking: evaluation, checkpoints, metrics -----------------------------------------------------------------
+
+    def _look(self, stop: StopSignals) -> None:
+        """Evaluate and save if the current step asks for it."""
+        config, step = self.config, self.result.step
+        last = step >= config.max_iters
+        if self.evaluate is not None and not self.evaluated and (step % config.eval_interval == 0 or last):
+            self._check_finite()
+            try:
+                with stop.leaving_at_once() if world().size == 1 else nullcontext():
+                    row = self._evaluate()
+            except LeaveEvaluation:
+                self._stop(stop.received)
+            self.result.evaluation = row
+            value = row[config.best_metric]
+            best = self.result.best
+            if best is None or (value > best[1] if config.higher_is_better else value < best[1]):
+                self.result.best = (step, value)
+            self._write({"step": step, "split": "val", **row})
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
+            self.console.say(f"step {step}: validation {numbers}")
+            self.evaluated = True
+        every = config.checkpoint_interval or config.eval_interval
+        if self.run is not None and step != self.saved_step and (last or step % every == 0):
+            self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluate is not None
+        self.peaks.begin("evaluation")
+        before = rng_state()
+        modes = [(m, m.training) for m in self.inner.modules()]
+        self.inner.eval()
+        dtype = DTYPES[self.config.dtype]
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                return self.evaluate(self.evaluated_model)
+        finally:
+            for module, training in modes:  # a module that the caller put into eval mode stays there
+                module.training = training
+            set_rng_state(before)
+
+    def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
+        self._check_finite()
+        config, result = self.config, self.result
+        row: dict[str, Any] = {"step": result.step, "split": "train", "loss": loss}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        if norm is not None:
+            row["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        row[f"{config.unit}_per_second"] = round(rate, 1)
+        row["seconds"] = round(result.seconds, 3)
+        self._write(row)
+        shown = f"loss {loss:.4f}, {format_count(rate)} {config.unit}/s, {format_bytes(memory_in_use(self.device))}"
+        bar.set_postfix_str(shown, refresh=False)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.append_metrics([row])
+        if self.tracker is not None:
+            self.tracker.log(row)
+
+    def _check_finite(self) -> None:
+        if bool(self.finite):
+            return
+        kept = self.run.checkpoints.steps() if self.run is not None else []
+        where = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise DivergedError(
+            f"training diverged: the loss was no longer finite by step {self.result.step}; {where}; "
+            "try a lower learning rate"
+        )
+
+    def _save_ledger(self) -> None:
+        if self.run is not None and self.run.writes and self.result.ledger is not None:
+            self.result.ledger.save(self.run.path / "memory.json", peak_bytes=self.result.peak_bytes)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> Any:
+        assert self.run is not None
+        state = self.inner.state_dict()
+        for value in state.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                local = value.to_local() if hasattr(value, "to_local") else value
+                self.finite &= local.isfinite().all()
+        self._check_finite()
+        result = self.result
+        self.saved_step = result.step
+        return self.run.checkpoints.save(
+            result.step,
+            {
+                "model": dict(state),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "stateful": {name: s.state_dict() for name, s in self.stateful.items()},
+                "rng": gather_objects(rng_state()),
+                "identity": self.identity,
+                "progress": {
+                    "step": result.step,
+                    "evaluated": self.evaluated,
+                    "seconds": result.seconds,
+                    "evaluation": result.evaluation,
+                    "best": result.best,
+                    "metrics_bytes": self.run.metrics_bytes(),
+                },
+            },
+            best=result.best[0] if result.best else None,
+        )
+
+    def _stop(self, signum: int) -> None:
+        """Save and leave because of a signal."""
+        message = f"stopped by {Stopped(signum, '').name} at step {self.result.step}"
+        if self.run is None:
+            raise Stopped(signum, f"{message}; nothing was saved, since there is no run folder")
+        raise Stopped(signum, f"{message}; checkpoint {self._save()}; go on with --resume {self.run.path}")
+
+    def _restore(self) -> None:
+        """Take up the newest valid checkpoint; where there is none, begin the run anew."""
+        if self.run is None:
+            raise ValueError("resume=True needs a run folder: pass run=")
+        checkpoints: Checkpoints = dataclasses.replace(self.run.checkpoints)
+        found = checkpoints.load_newest(self.console.say)
+        if found is None:
+            if checkpoints.steps():
+                raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
+            self.console.say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
+            self.run.truncate_metrics(0)
+            return
+        step, state = found
+        where = checkpoints.path(step)
+        for name, value in self.identity.items():
+            if state["identity"].get(name, value) != value:
+                raise UserError(
+                    f"{where} was made with {name}={state['identity'][name]!r}, and this run has {name}={value!r}: "
+                    "give the value it was made with, or begin a new run"
+                )
+        now = self.inner.state_dict()
+        difference = same_shapes(state["model"], now)
+        if difference is not None:
+            raise UserError(f"{where} belongs to another model: {difference}")
+        self.inner.load_state_dict(shard_like(state["model"], now))
+        self.optimizer.load_state_dict(self._shard_optimizer(state["optimizer"]))
+        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state["stateful"][name])
+        if len(state["rng"]) == world().size:
+            set_rng_state(state["rng"][world().rank])
+        else:
+            self.console.say(
+                f"{where} was made by {len(state['rng'])} processes, not {world().size}: dropout masks will differ from "
+                "an uninterrupted run's; the data order does not"
+            )
+        progress, result = state["progress"], self.result
+        result.step, result.seconds, result.evaluation = step, progress["seconds"], progress["evaluation"]
+        result.best, self.evaluated, self.saved_step = progress["best"], progress["evaluated"], step
+        self.run.truncate_metrics(progress["metrics_bytes"])
+        self.console.say(f"resumed from {where}")
+
+    def _shard_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Give moments the sharding of their parameter (FSDP2); an optimizer state without shards stays as it is."""
+        by_index = dict(enumerate(self.trainable))
+        sharded = {
+            index: {
+                name: shard_like(value, by_index[index])
+                if isinstance(value, Tensor) and value.shape == by_index[index].shape
+                else value
+                for name, value in entries.items()
+            }
+            for index, entries in state["state"].items()
+        }
+        return {**state, "state": sharded}
+
+
+def mean_loss(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch]
+) -> dict[str, float]:
+    """An ``evaluate`` for :func:`fit`: {"loss": mean of the batches' losses}, batches of equal size."""
+    device = next(model.parameters()).device
+    losses = [float(loss_fn(model, _to_device(batch, device))) for batch in batches]
+    return {"loss": sum(losses) / len(losses)}
+
+
+class _Numbered(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Batches as a map-style data set, for DataLoader's workers."""
+
+    def __init__(self, batches: Callable[[int], Batch], numbers: range) -> None:
+        self._batches, self._numbers = batches, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self._batches(self._numbers[position])
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        if device.type == "cuda":
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: _to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_device(v, device) for v in batch)
+    return batch

@@ -1,0 +1,179 @@
+"""The folder of one run: what it was asked, what it measured, and how to go on with it.
+
+::
+
+    runs/NAME/
+      config.json      command, configuration, versions, git commit, device, data: everything to repeat the run
+      metrics.jsonl    one object a logged step
+      log.txt          the console
+      energy.csv       seconds, watts, joules so far (where there is a counter)
+      memory.json      the memory ledger
+      loss.png, memory.png
+      tensorboard/
+      checkpoints/     see memtrain_common.checkpoint
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoints
+from .errors import UserError
+
+VERSIONS_OF = ("torch", "numpy", "safetensors", "transformers", "peft", "torchao", "triton")
+
+
+class RunFolder:
+    """A run's files. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> None:
+        self.path, self.writes = path, writes
+        self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints, writes=writes)
+        self._metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+        """A new run's folder, which must be missing or empty.
+
+        Raises:
+            UserError: if there is something in it already, or it cannot be made.
+        """
+        if writes:
+            if (path / "config.json").exists():
+                raise UserError(f"{path} holds another run: choose a new --out, or go on with it by --resume {path}")
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a file: --out needs the name of a folder")
+            if path.is_dir() and any(path.iterdir()):
+                raise UserError(f"{path} is not empty: --out needs a new or empty folder")
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {path} ({error.strerror}): choose another --out") from None
+        return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
+
+    @classmethod
+    def open(cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+        """The folder of a run that was begun before.
+
+        Raises:
+            UserError: if it is not one.
+        """
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a run: --resume needs a folder with a config.json, as --out makes it")
+        return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
+
+    def write_config(self, config: Any, *, prog: str, argv: Sequence[str], **more: Any) -> None:
+        """Write ``config.json``. ``config`` is a dataclass; ``more`` is kept beside it (device, data)."""
+        if not self.writes:
+            return
+        content = {
+            "command": shlex.join([prog, *argv]),
+            "config": dataclasses.asdict(config),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            **more,
+        }
+        partial = self.path / "config.json.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, self.path / "config.json")
+
+    def read_config(self) -> dict[str, Any]:
+        """What :meth:`write_config` wrote.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        try:
+            content = json.loads((self.path / "config.json").read_text())
+            if isinstance(content["config"], dict):
+                return content
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.path / 'config.json'} is damaged: it must be the JSON object that the run wrote")
+
+    def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows to ``metrics.jsonl``."""
+        if self.writes:
+            with self._metrics.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last line that a kill cut short is left out."""
+        if not self._metrics.exists():
+            return []
+        text = self._metrics.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def metrics_bytes(self) -> int:
+        """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""
+        if not self.writes or not self._metrics.exists():
+            return 0
+        with self._metrics.open("r+b") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+    def truncate_metrics(self, n_bytes: int) -> None:
+        """Drop the rows that were written after a checkpoint: the resumed run writes them again."""
+        if self.writes and self._metrics.exists() and self._metrics.stat().st_size > n_bytes:
+            os.truncate(self._metrics, n_bytes)
+
+
+def default_run_path(prog: str, root: str = "runs") -> Path:
+    """``runs/PROG-DATE-TIME``, with a counter where that is taken."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(root) / f"{prog}-{stamp}"
+    n = 2
+    while path.exists():
+        path = Path(root) / f"{prog}-{stamp}-{n}"
+        n += 1
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, where installed."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, "+changes" added where it has some; None outside one."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def device_name(device: Any) -> str:
+    """The GPU's or processor's name, for results that others will compare with."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,243 @@
+"""The composition behind ``lte-train``: corpus, GPT, heads, optimizer, the shared loop, and the summary."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
+from memtrain_common.distributed import World, launch, parallelize, unwrap
+from memtrain_common.errors import UserError
+from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
+from memtrain_common.memory import CATEGORIES, Ledger
+from memtrain_common.plots import plot_loss, plot_memory
+from memtrain_common.rng import seed_all
+from memtrain_common.run_folder import RunFolder, default_run_path, device_name
+from memtrain_common.schedule import cosine_with_warmup
+from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
+from memtrain_common.tokenizers import default_prompt, printable
+
+from ..cli import MAY_CHANGE, PROG, TrainConfig, lte_config
+from ..injection import inject, merged_state_dict
+from ..merging import Merger
+from ..parameters import clip_grad_norm_per_head, param_groups
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained model with what there is to say of it."""
+
+    model: nn.Module
+    result: FitResult
+    trainable: int
+    """Trained numbers."""
+    total: int
+    """Numbers of the model as it is trained: weights, heads, no buffers."""
+
+
+def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
+    """Everything that ``lte-train`` does once its flags are checked."""
+    world, device = launch(config.device)
+    if config.batch_size % (config.lte_heads * world.size):
+        raise UserError(
+            f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads} times {world.size} "
+            "processes"
+        )
+    corpus = load_corpus(config.data_dir or None, config.tokenizer, config.tokenizer_dir or None)
+    crops = Crops(
+        corpus,
+        batch_size=config.batch_size,
+        block_size=config.block_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    run, config = _open_run(config, argv, corpus, device, world)
+    console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
+    console.say(f"{run.path}: {corpus.name}, {len(corpus.train):,} training tokens ({corpus.tokenizer.name})")
+
+    lte = _train(config, corpus, crops, run, console, device, world, full=False)
+    full = None
+    if config.compare_full:
+        folder = run.path / "full"
+        again = config.resume and (folder / "config.json").exists()
+        full_run = (RunFolder.open if again else RunFolder.create)(folder, writes=world.is_main)
+        full_run.write_config(config, prog=PROG, argv=argv)
+        full = _train(config, corpus, crops, full_run, console, device, world, full=True)
+    if world.is_main:
+        _report(config, corpus, run, console, lte, full)
+
+
+def _open_run(
+    config: TrainConfig, argv: Sequence[str], corpus: Corpus, device: torch.device, world: World
+) -> tuple[RunFolder, TrainConfig]:
+    """Make the run's folder, or open it, and write its config.json."""
+    if config.resume:
+        run = RunFolder.open(Path(config.resume), writes=world.is_main)
+        before = run.read_config()["data"]
+        if before["sha256"] != corpus.sha256:
+            raise UserError(
+                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the text found "
+                f"now has {corpus.sha256[:12]}…: give it the same --data-dir, or begin a new run"
+            )
+    else:
+        path = Path(config.out) if config.out else default_run_path(PROG)
+        run = RunFolder.create(path, writes=world.is_main)
+    config = dataclasses.replace(config, out=str(run.path))
+    run.write_config(
+        config, prog=PROG, argv=argv, data=corpus.describe(), device=device_name(device), processes=world.size
+    )
+    return run, config
+
+
+def _train(
+    config: TrainConfig,
+    corpus: Corpus,
+    crops: Crops,
+    run: RunFolder,
+    console: Console,
+    device: torch.device,
+    world: World,
+    *,
+    full: bool,
+) -> Trained:
+    """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule."""
+    seed_all(config.seed)
+    model: nn.Module = GPT(_gpt_config(config, corpus)).to(device)
+    if full:
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        clip, stateful = None, {}
+        after_step = None
+    else:
+        inject(model, lte_config(config))
+        groups = param_groups(
+            model, lr=config.learning_rate, rest_lr=config.rest_learning_rate, weight_decay=config.weight_decay
+        )
+        merger = Merger(model, config.lte_merge_steps)
+        clip, stateful = partial(clip_grad_norm_per_head, model), {"merger": merger}
+        after_step = merger.step
+    seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.full_learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    lr_factor = partial(
+        cosine_with_warmup,
+        warmup_iters=config.warmup_iters,
+        decay_iters=config.lr_decay_iters,
+        min_ratio=config.min_lr_ratio,
+    )
+    result = fit(
+        parallelize(model, "ddp", device),
+        crops,
+        next_token_loss,
+        optimizer,
+        FitConfig(
+            max_iters=config.max_iters,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            grad_clip=config.grad_clip,
+            dtype=config.dtype,
+            compile=config.compile,
+            eval_interval=config.eval_interval,
+            log_interval=config.log_interval,
+            units_per_step=config.gradient_accumulation_steps * config.batch_size * config.block_size,
+            unit="tokens",
+            tracker=config.tracker,
+        ),
+        evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(config.eval_iters)),
+        lr_factor=lr_factor if config.decay_lr else None,
+        after_step=after_step,
+        clip=clip,
+        stateful=stateful,
+        run=run,
+        resume=bool(config.resume),
+        identity=_identity(config, corpus),
+        console=console,
+        label="full" if full else "lte",
+    )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Trained(unwrap(model), result, trainable, sum(p.numel() for p in model.parameters()))
+
+
+def _gpt_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
+    vocab = corpus.tokenizer.vocab_size
+    return GPTConfig(
+        block_size=config.block_size,
+        vocab_size=vocab if vocab < 1000 else (vocab + 63) // 64 * 64,  # nanoGPT: a multiple of 64 multiplies faster
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        dropout=config.dropout,
+        bias=config.bias,
+    )
+
+
+def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint must agree in: all that the weights depend on."""
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE | {"data_dir", "tokenizer_dir"}}
+    return {**kept, "text_sha256": corpus.sha256}
+
+
+def _report(
+    config: TrainConfig, corpus: Corpus, run: RunFolder, console: Console, lte: Trained, full: Trained | None
+) -> None:
+    """Say what came out, and draw it."""
+    unigram, bigram = ngram_entropies(np.concatenate([corpus.train, corpus.val]))
+    unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[corpus.tokenizer.name]
+    ledger = lte.result.ledger or Ledger.read(run.path / "memory.json")  # none where nothing was left to train
+    loss = lte.result.evaluation["loss"]
+    console.say()
+    console.say(f"validation loss, nats per {unit}")
+    losses = [("LTE", f"{loss:.4f}"), ("unigram entropy", f"{unigram:.4f}"), ("bigram entropy", f"{bigram:.4f}")]
+    if full is not None:
+        other = full.result.evaluation["loss"]
+        losses.insert(1, ("full training, same batches", f"{other:.4f}", f"LTE {100 * (loss / other - 1):+.1f} %"))
+    if corpus.tokenizer.name != "bytes":
+        losses.append(("LTE, nats per byte", f"{loss / corpus.bytes_per_token:.4f}"))
+    console.say(format_table(losses))
+    console.say(f"memory of a training step ({format_bytes(sum(ledger.totals.values()))})")
+    columns = [ledger] + ([full.result.ledger] if full is not None and full.result.ledger is not None else [])
+    heading = [("", "LTE", "full")] if len(columns) == 2 else []
+    console.say(format_table(heading + [(c, *(format_bytes(x.total(c)) for x in columns)) for c in CATEGORIES]))
+    peaks = ", ".join(
+        f"{phase} {'unavailable' if n is None else format_bytes(n)}" for phase, n in lte.result.peak_bytes.items()
+    )
+    joules = "unavailable" if lte.result.joules is None else f"{lte.result.joules:.0f} J ({lte.result.energy_source})"
+    speed = f"{format_count(lte.result.units_per_second)} tokens/s, {format_seconds(lte.result.seconds)} of training"
+    console.say("run")
+    facts = [
+        ("trained", f"{lte.trainable:,} of {lte.total:,} parameters"),
+        ("peak memory", peaks),
+        ("speed", speed),
+        ("energy", joules),
+    ]
+    console.say("\n".join(f"  {name:12} {value}" for name, value in facts))
+    plot_memory(ledger, run.path / "memory.png")
+    curves = {"LTE": run.metrics()}
+    if full is not None:
+        curves["full"] = RunFolder.open(run.path / "full").metrics()
+    plot_loss(curves, run.path / "loss.png", ylabel=f"loss, nats per {unit}", levels={"bigram entropy": bigram})
+    if config.sample_tokens:
+        console.say(f"{config.sample_tokens} generated {unit}s")
+        console.say(_sample(config, corpus, lte.model))
+    console.say(f"run folder {run.path}")
+
+
+def _sample(config: TrainConfig, corpus: Corpus, model: nn.Module) -> str:
+    """Text from the merged model: a plain GPT with the weights that evaluation used."""
+    plain = GPT(_gpt_config(config, corpus))
+    plain.load_state_dict({name: value.cpu() for name, value in merged_state_dict(model).items()})
+    prompt = torch.from_numpy(default_prompt(corpus.tokenizer).astype(np.int64))[None]  # (1, 1)
+    tokens = plain.generate(prompt, config.sample_tokens, seed=config.seed)[0, prompt.shape[1] :]
+    inside = tokens.clamp(max=corpus.tokenizer.vocab_size - 1)  # the padding of the vocabulary means nothing
+    text = printable(corpus.tokenizer.decode(inside.numpy()))
+    return "\n".join("  | " + line for line in text.splitlines())
