@@ -138,4 +138,4 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy in nats per token; batch = inputs (B, T), targets (B, T)."""
     inputs, targets = batch
     logits = model(inputs)
-    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

@@ -474,7 +474,7 @@ def mean_loss(
 ) -> dict[str, float]:
     """An ``evaluate`` for :func:`fit`: {"loss": mean of the batches' losses}, batches of equal size."""
     device = next(model.parameters()).device
-    losses = [float(loss_fn(model, _to_device(batch, device))) for batch in batches]
+    losses = [loss_fn(model, _to_device(batch, device)).item() for batch in batches]
     return {"loss": sum(losses) / len(losses)}
 
 

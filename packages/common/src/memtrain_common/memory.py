@@ -169,7 +169,9 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages behind a tensor; a wrapper subclass (DTensor, a quantised tensor) has those of its parts."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor also names its device mesh
+                yield from _storages(part)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     else:  # sparse: its values and indices are ordinary tensors

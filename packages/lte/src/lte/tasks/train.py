@@ -18,6 +18,7 @@ from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
 from memtrain_common.memory import CATEGORIES, Ledger
 from memtrain_common.plots import plot_loss, plot_memory
+from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, default_run_path, device_name
 from memtrain_common.schedule import cosine_with_warmup
@@ -45,6 +46,8 @@ class Trained:
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``lte-train`` does once its flags are checked."""
     world, device = launch(config.device)
+    if device.type == "cpu" and config.dtype == "bfloat16":
+        avoid_broken_amx()
     if config.batch_size % (config.lte_heads * world.size):
         raise UserError(
             f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads} times {world.size} "
@@ -63,14 +66,14 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
     console.say(f"{run.path}: {corpus.name}, {len(corpus.train):,} training tokens ({corpus.tokenizer.name})")
 
-    lte = _train(config, corpus, crops, run, console, device, world, full=False)
+    lte = train_one(config, corpus, crops, run, console, device, world.rank, full=False)
     full = None
     if config.compare_full:
         folder = run.path / "full"
         again = config.resume and (folder / "config.json").exists()
         full_run = (RunFolder.open if again else RunFolder.create)(folder, writes=world.is_main)
         full_run.write_config(config, prog=PROG, argv=argv)
-        full = _train(config, corpus, crops, full_run, console, device, world, full=True)
+        full = train_one(config, corpus, crops, full_run, console, device, world.rank, full=True)
     if world.is_main:
         _report(config, corpus, run, console, lte, full)
 
@@ -97,18 +100,24 @@ def _open_run(
     return run, config
 
 
-def _train(
+def train_one(
     config: TrainConfig,
     corpus: Corpus,
     crops: Crops,
-    run: RunFolder,
+    run: RunFolder | None,
     console: Console,
     device: torch.device,
-    world: World,
+    rank: int = 0,
     *,
     full: bool,
 ) -> Trained:
-    """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule."""
+    """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule.
+
+    Args:
+        run: where it goes; None keeps no files.
+        rank: this process's, under torchrun.
+        full: train all parameters, without heads.
+    """
     seed_all(config.seed)
     model: nn.Module = GPT(_gpt_config(config, corpus)).to(device)
     if full:
@@ -126,7 +135,7 @@ def _train(
         merger = Merger(model, config.lte_merge_steps)
         clip, stateful = partial(clip_grad_norm_per_head, model), {"merger": merger}
         after_step = merger.step
-    seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
+    seed_all(config.seed + rank)  # dropout differs between processes; the weights above must not
     optimizer = torch.optim.AdamW(
         groups, lr=config.full_learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
     )

@@ -1,0 +1,389 @@
+"""The training loop: what it computes, what it writes, and that stopping and resuming leave no trace."""
+
+import json
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from memtrain_common.errors import DivergedError, Stopped, UserError
+from memtrain_common.loop import FitConfig, fit, mean_loss
+from memtrain_common.run_folder import RunFolder
+from memtrain_common.schedule import cosine_with_warmup
+from torch import nn
+
+
+def make(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+def batches(i, rows=6):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(rows, 4, generator=g), torch.randint(0, 3, (rows,), generator=g)
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def evaluate(model):
+    return mean_loss(model, loss_fn, [batches(10_000 + i) for i in range(3)])
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def lines(run):
+    return [json.loads(text) for text in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+CLOCKS = ("seconds", "samples_per_second")
+
+
+def without_clocks(run):
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in lines(run)]
+
+
+def test_it_is_the_plain_loop():
+    """Same weights, bit for bit, as forward, backward, clip, step written out."""
+    ours, theirs = make(), make()
+    fit(ours, batches, loss_fn, adam(ours), FitConfig(max_iters=7, grad_clip=0.3), lr_factor=lambda s: 1 / (s + 1))
+    optimizer = adam(theirs)
+    for i in range(7):
+        optimizer.param_groups[0]["lr"] = 0.02 / (i + 1)
+        loss_fn(theirs, batches(i)).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(flat(ours), flat(theirs))
+
+
+def test_accumulation_is_the_larger_batch():
+    ours, theirs = make().double(), make().double()
+
+    def double(i):
+        x, y = batches(i)
+        return x.double(), y
+
+    def joined(i):
+        parts = [double(3 * i + k) for k in range(3)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    fit(ours, double, loss_fn, adam(ours), FitConfig(max_iters=5, gradient_accumulation_steps=3))
+    fit(theirs, joined, loss_fn, adam(theirs), FitConfig(max_iters=5))
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_for_any_number_of_workers(workers):
+    seen = []
+
+    def remember(model, batch):
+        seen.append(batch[0][0, 0].item())
+        return loss_fn(model, batch)
+
+    model = make()
+    fit(model, batches, remember, adam(model), FitConfig(max_iters=4, gradient_accumulation_steps=2, workers=workers))
+    assert seen == [batches(i)[0][0, 0].item() for i in range(8)]
+
+
+def test_after_step_and_saving_are_called_where_they_should_be():
+    calls = []
+
+    class Saving:
+        def __enter__(self):
+            calls.append("enter")
+
+        def __exit__(self, *_):
+            calls.append("exit")
+
+    model = make()
+    config = FitConfig(max_iters=2, gradient_accumulation_steps=2)
+    fit(model, batches, loss_fn, adam(model), config, saving=Saving, after_step=lambda: calls.append("after"))
+    assert calls == ["enter", "exit", "enter", "exit", "after"] * 2
+
+
+def test_the_run_folder_holds_every_logged_row(tmp_path):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    config = FitConfig(max_iters=5, eval_interval=2, log_interval=2, units_per_step=6, grad_clip=1.0)
+    result = fit(model, batches, loss_fn, adam(model), config, evaluate=evaluate, run=run)
+    assert [(r["step"], r["split"]) for r in lines(run)] == [
+        (0, "val"), (2, "train"), (2, "val"), (4, "train"), (4, "val"), (5, "train"), (5, "val"),
+    ]  # fmt: skip
+    train = lines(run)[1]
+    assert set(train) == {"step", "split", "loss", "lr", "grad_norm", "samples_per_second", "seconds"}
+    assert train["lr"] == 0.02
+    assert result.evaluation["loss"] == lines(run)[-1]["loss"] == evaluate(model.eval())["loss"]
+    assert json.loads((run.path / "memory.json").read_text())["totals"]["weights"] == 4 * flat(model).numel()
+    assert run.checkpoints.steps() == [4, 5]
+
+
+def test_evaluation_changes_no_random_number_and_no_mode():
+    """With dropout, training is the same however often it is evaluated; frozen-in-eval modules stay so."""
+    results = []
+    for every in (1, 100):
+        model = make(dropout=0.5)
+        model[1].eval()
+
+        def drawing(m):
+            torch.rand(3), np.random.rand()
+            assert not any(x.training for x in m.modules())
+            return evaluate(m)
+
+        torch.manual_seed(5)
+        fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=6, eval_interval=every), evaluate=drawing)
+        assert model.training
+        assert not model[1].training
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def run_with_stops(tmp_path, stops, **changes):
+    """Train 12 steps; ``stops`` are numbers of calls of the loss after which the process "dies" and is started anew."""
+    config = FitConfig(max_iters=12, eval_interval=4, checkpoint_interval=3, log_interval=1, grad_clip=0.5, **changes)
+    folder = tmp_path / "-".join(map(str, ["run", *stops]))
+    pieces = [*stops, None]
+    for k, stop in enumerate(pieces):
+        model = make(dropout=0.3)
+        begun = k and any((folder / "checkpoints").glob("step-*"))
+        torch.manual_seed(177 if begun else 100)  # a resumed run's random state must come from the checkpoint
+        calls = 0
+
+        def counted(m, batch, stop=stop):
+            nonlocal calls
+            if m.training:
+                if calls == stop:
+                    raise Interrupt
+                calls += 1
+            return loss_fn(m, batch)
+
+        optimizer = adam(model)
+        run = RunFolder.open(folder) if k else RunFolder.create(folder)
+        if not k:
+            run.write_config(config, prog="test", argv=[])
+        clock = _Clock()
+        try:
+            fit(
+                model, batches, counted, optimizer, config, evaluate=evaluate, run=run, resume=k > 0,
+                after_step=clock.step, stateful={"clock": clock}, lr_factor=_factor,
+            )  # fmt: skip
+        except Interrupt:
+            continue
+    return model, optimizer, run, clock
+
+
+class _Clock:
+    n = 0
+
+    def step(self):
+        self.n += 1
+
+    def state_dict(self):
+        return {"n": self.n}
+
+    def load_state_dict(self, state):
+        self.n = state["n"]
+
+
+def _factor(step):
+    return cosine_with_warmup(step, warmup_iters=2, decay_iters=12, min_ratio=0.1)
+
+
+@pytest.mark.parametrize("stops", [[5], [3], [1], [7, 2, 1], [11]])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tmp_path, stops, dtype):
+    """Weights, optimizer, clock and metrics to the last bit, dropout and mid-interval stops included."""
+    whole = run_with_stops(tmp_path, [], dtype=dtype)
+    parts = run_with_stops(tmp_path, stops, dtype=dtype)
+    assert torch.equal(flat(whole[0]), flat(parts[0]))
+    for a, b in zip(whole[1].state.values(), parts[1].state.values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert whole[3].n == parts[3].n == 12
+    assert without_clocks(whole[2]) == without_clocks(parts[2])
+    newest = [r.checkpoints.path(12) / "model.safetensors" for r in (whole[2], parts[2])]
+    assert newest[0].read_bytes() == newest[1].read_bytes()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_signal_leaves_a_checkpoint_and_no_trace(tmp_path, signum, where):
+    def once(m, batch):
+        nonlocal countdown
+        if m.training == (where == "training"):
+            countdown -= 1
+            if countdown == 0:
+                os.kill(os.getpid(), signum)
+        return loss_fn(m, batch)
+
+    def evaluating(m):
+        return mean_loss(m, once, [batches(10_000 + i) for i in range(3)])
+
+    config = FitConfig(max_iters=9, eval_interval=3, log_interval=1)
+    whole, run = make(dropout=0.3), RunFolder.create(tmp_path / "whole")
+    torch.manual_seed(1)
+    fit(whole, batches, loss_fn, adam(whole), config, evaluate=evaluate, run=run)
+
+    countdown = 5
+    model, other = make(dropout=0.3), RunFolder.create(tmp_path / "other")
+    torch.manual_seed(1)
+    with pytest.raises(Stopped) as stopped:
+        fit(model, batches, once, adam(model), config, evaluate=evaluating, run=other)
+    assert stopped.value.exit_code == 128 + signum
+    at = 5 if where == "training" else 3
+    assert f"stopped by {signal.Signals(signum).name} at step {at}; checkpoint" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert other.checkpoints.steps()[-1] == at
+    countdown = -1
+    model = make(dropout=0.3)
+    fit(model, batches, once, adam(model), config, evaluate=evaluating, run=other, resume=True)
+    assert torch.equal(flat(whole), flat(model))
+    assert without_clocks(run) == without_clocks(other)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_interrupt_does_not_wait():
+    model = make()
+
+    def twice(m, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss_fn(m, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, batches, twice, adam(model), FitConfig(max_iters=3))
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    model, done = make(), []
+    thread = threading.Thread(target=lambda: done.append(fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2))))
+    thread.start()
+    thread.join()
+    assert done[0].step == 2
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_divergence_stops_the_run_and_saves_nothing_bad(tmp_path, poison):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    steps = 0
+
+    def going_wrong(m, batch):
+        nonlocal steps
+        steps += 1
+        loss = loss_fn(m, batch)
+        if steps == 5 and poison == "loss":
+            return loss * math.nan
+        if steps == 6 and poison == "gradient":  # the loss is finite, the weights after this step are not
+            model[0].weight.register_hook(lambda g: g * math.inf)
+        return loss
+
+    config = FitConfig(max_iters=20, eval_interval=2, log_interval=50)
+    with pytest.raises(DivergedError, match=r"diverged: .* last good checkpoint is that of step (4|6)"):
+        fit(model, batches, going_wrong, adam(model), config, run=run)
+    step, state = run.checkpoints.load_newest()
+    assert step == 4
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_checkpoints_of_something_else_are_refused(tmp_path):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    config = FitConfig(max_iters=2, eval_interval=2)
+    identity = {"width": 8}
+    fit(model, batches, loss_fn, adam(model), config, run=run, identity=identity)
+    with pytest.raises(UserError, match="was made with width=8, and this run has width=9"):
+        fit(make(), batches, loss_fn, adam(make()), config, run=run, resume=True, identity={"width": 9})
+    wider = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Dropout(0.0), nn.Linear(9, 3))
+    with pytest.raises(UserError, match=r"belongs to another model: its 0\.weight is \(8, 4\), not \(9, 4\)"):
+        fit(wider, batches, loss_fn, adam(wider), config, run=run, resume=True, identity=identity)
+    for step in run.checkpoints.steps():
+        (run.checkpoints.path(step) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+        fit(model, batches, loss_fn, adam(model), config, run=run, resume=True)
+
+
+def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
+    run = RunFolder.create(tmp_path / "r")
+    run.append_metrics([{"step": 1, "split": "train", "loss": 9.0}])
+    model = make()
+    fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2, log_interval=1), run=run, resume=True)
+    assert [r["step"] for r in lines(run)] == [1, 2]
+    assert lines(run)[0]["loss"] != 9.0
+
+
+def test_a_finished_run_resumes_to_its_end_and_can_be_prolonged(tmp_path):
+    longer = make()
+    fit(longer, batches, loss_fn, adam(longer), FitConfig(max_iters=6))
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=4), run=run, evaluate=evaluate)
+    again = make(seed=3)
+    result = fit(again, batches, loss_fn, adam(again), FitConfig(max_iters=4), run=run, resume=True, evaluate=evaluate)
+    assert torch.equal(flat(again), flat(model))
+    assert result.evaluation == {"loss": lines(run)[-1]["loss"]}
+    assert [r["step"] for r in lines(run) if r["split"] == "val"] == [0, 4]
+    more = make(seed=4)
+    fit(more, batches, loss_fn, adam(more), FitConfig(max_iters=6), run=run, resume=True, evaluate=evaluate)
+    assert torch.equal(flat(more), flat(longer))
+
+
+def test_no_steps_at_all(tmp_path):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    before = flat(model).clone()
+    result = fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=0), run=run, evaluate=evaluate)
+    assert torch.equal(flat(model), before)
+    assert result.step == 0
+    assert result.evaluation
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 2.0])
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    result = fit(
+        model, batches, loss_fn, adam(model), FitConfig(max_iters=5, eval_interval=1), run=run,
+        evaluate=lambda m: {"loss": next(losses)},
+    )  # fmt: skip
+    assert result.best == (2, 1.0)
+    assert run.checkpoints.steps() == [2, 4, 5]
+
+
+def test_the_schedule_is_nanogpts():
+    def nanogpt(it, lr=6e-4, warmup=10, decay=100, low=6e-5):
+        if it < warmup:
+            return lr * (it + 1) / (warmup + 1)
+        if it > decay:
+            return low
+        ratio = (it - warmup) / (decay - warmup)
+        return low + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (lr - low)
+
+    for step in range(120):
+        ours = 6e-4 * cosine_with_warmup(step, warmup_iters=10, decay_iters=100, min_ratio=0.1)
+        assert ours == pytest.approx(nanogpt(step), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_trains_with_float32_weights(dtype):
+    model = make()
+    seen = set()
+
+    def watching(m, batch):
+        out = m(batch[0])
+        seen.add(out.dtype)
+        return nn.functional.cross_entropy(out, batch[1])
+
+    before = evaluate(model)["loss"]
+    first = batches(0)
+    fit(model, lambda i: first, watching, adam(model), FitConfig(max_iters=60, dtype=dtype))
+    assert seen == {torch.bfloat16 if dtype == "bfloat16" else torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert loss_fn(model, first) < 0.5 * before

@@ -1,0 +1,179 @@
+"""The ledger against bytes counted by hand."""
+
+import pytest
+import torch
+from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from torch import nn
+
+FLOAT = 4
+
+
+def recorded(model, loss):
+    with SavedActivations(model) as saved:
+        value = loss()
+    return saved, value
+
+
+def test_a_two_layer_model_by_hand():
+    """Linear 3→5, ReLU, Linear 5→2 on 4 rows, mean squared error, AdamW: every byte of every category."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    model.register_buffer("mask", torch.zeros(7))
+    x, target = torch.randn(4, 3), torch.randn(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved, loss = recorded(model, lambda: nn.functional.mse_loss(model(x), target))
+    activations = saved.by_layer()
+    loss.backward()
+    optimizer.step()
+    ledger = measure(model, optimizer, activations)
+    parameters = {"0": 3 * 5 + 5, "2": 5 * 2 + 2}
+    assert ledger.bytes_by_layer["weights"] == {k: n * FLOAT for k, n in parameters.items()}
+    assert ledger.bytes_by_layer["gradients"] == {k: n * FLOAT for k, n in parameters.items()}
+    # two moments a parameter, and one float32 step counter a tensor (weight and bias)
+    assert ledger.bytes_by_layer["optimizer"] == {k: (2 * n + 2) * FLOAT for k, n in parameters.items()}
+    assert ledger.bytes_by_layer["buffers"] == {"(model)": 7 * FLOAT}
+    # Linear 0 saves x; ReLU saves its output, which is also Linear 2's input; the loss saves output and target
+    assert activations == {"0": 12 * FLOAT, "1": 20 * FLOAT, "(model)": (8 + 8) * FLOAT}
+    assert ledger.totals == {c: sum(ledger.bytes_by_layer[c].values()) for c in CATEGORIES}
+
+
+def test_a_dropout_mask_is_counted_once_at_its_size():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))
+    x = torch.randn(10, 6)
+    saved, loss = recorded(model, lambda: model(x).sum())
+    assert saved.by_layer() == {"0": 60 * FLOAT, "1": 60 * FLOAT}  # x, and the mask, which on the CPU is float32
+    loss.backward()
+
+
+def test_shared_storage_is_counted_once_and_a_view_with_its_whole_storage():
+    base = torch.randn(8, 5)
+    model = nn.Identity()
+    w = torch.randn(5, requires_grad=True)
+    saved, value = recorded(model, lambda: ((base[2:4] * w).sum() + (base * w).sum() + (base[0] * w).sum()))
+    assert sum(saved.by_layer().values()) == 8 * 5 * FLOAT + w.numel() * 0  # w is saved by nobody: base needs no gradient
+    value.backward()
+
+
+def test_tied_weights_count_once():
+    model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    ledger = measure(model, None, {})
+    assert ledger.total("weights") == FLOAT * sum(p.numel() for p in model.parameters())
+    assert "lm_head" not in ledger.bytes_by_layer["weights"]
+
+
+def test_what_is_freed_before_the_backward_pass_is_not_held():
+    model = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+
+    def forward():
+        model(torch.randn(1000, 4)).sum()  # its graph is dropped at once
+        return model(x).sum()
+
+    saved, value = recorded(model, forward)
+    assert saved.by_layer() == {"(model)": 12 * FLOAT}
+    value.backward()
+
+
+def test_a_packing_method_is_counted_by_what_it_packs():
+    class HalfSquare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.half())
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * ctx.saved_tensors[0].float() * g
+
+    model = nn.Linear(4, 6)
+    saved, value = recorded(model, lambda: HalfSquare.apply(model(torch.ones(5, 4))).sum())
+    assert sum(saved.by_layer().values()) == 5 * 4 * FLOAT + 5 * 6 * 2
+    value.backward()
+
+
+def test_nested_checkpointing_keeps_the_layer_stack_in_order():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x).relu() * 2
+
+    model = nn.Sequential(Twice(), Twice())
+    x = torch.randn(3, 4)
+    saved, value = recorded(model, lambda: model(x).sum())
+    assert saved.by_layer() == {"0.inner": 48, "0": 48, "1.inner": 48, "1": 48}
+    value.backward()
+
+
+@pytest.mark.parametrize("wrong_call", [True, False])
+def test_the_hooks_are_gone_afterwards_even_after_an_error(wrong_call):
+    model = nn.Linear(4, 4)
+    if wrong_call:
+        with pytest.raises(RuntimeError), SavedActivations(model):
+            model(torch.randn(3, 5))
+    else:
+        recorded(model, lambda: model(torch.randn(3, 4)))
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_recording_changes_no_gradient():
+    model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=2, n_head=1, n_embd=4))
+    batch = (torch.randint(0, 11, (2, 4)), torch.randint(0, 11, (2, 4)))
+    next_token_loss(model, batch).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    _, loss = recorded(model, lambda: next_token_loss(model, batch))
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+
+
+def test_wrapper_subclasses_count_their_parts():
+    class Two(torch.Tensor):
+        @staticmethod
+        def __new__(cls, a, b):
+            return torch.Tensor._make_wrapper_subclass(cls, a.shape, dtype=a.dtype)
+
+        def __init__(self, a, b):
+            self.a, self.b = a, b
+
+        def __tensor_flatten__(self):
+            return ["a", "b"], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner, meta, size, stride):
+            raise NotImplementedError
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1)
+    weight = optimizer.param_groups[0]["params"][0]
+    optimizer.state[weight]["moment"] = Two(torch.zeros(10, dtype=torch.uint8), torch.zeros(2))
+    model = nn.Module()
+    model.weight = weight
+    assert measure(model, optimizer, {}).bytes_by_layer["optimizer"] == {"(model)": 10 + 8}
+
+
+def test_the_file_holds_what_was_measured(tmp_path):
+    ledger = measure(nn.Linear(3, 2), None, {"(model)": 5})
+    ledger.save(tmp_path / "memory.json", peak_bytes={"training": 9})
+    assert Ledger.read(tmp_path / "memory.json") == ledger
+
+
+def test_phases_have_their_own_peaks():
+    device = torch.device("cpu")
+    meter = PeakMeter(device)
+    meter.begin("training")
+    block = torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB, written to
+    del block
+    meter.begin("evaluation")
+    meter.end()
+    if meter.peak("training") is None:
+        pytest.skip("this system does not let a process reset its resident peak")
+    assert meter.peak("training") > meter.peak("evaluation") + (48 << 20)
+    assert meter.peak("sleeping") is None
+    assert memory_in_use(device) > 10 << 20

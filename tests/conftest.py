@@ -1,0 +1,28 @@
+"""Fixtures for every package's tests."""
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start: tiny models run faster on one thread
+# Some virtual machines announce AMX and then do not run it: bfloat16 products would end the process. The processor
+# reads this at its first product, so it stands before torch is imported.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data files that MEMTRAIN_DATA names."""
+    folder = os.environ.get("MEMTRAIN_DATA")
+    if not folder:
+        pytest.skip("MEMTRAIN_DATA is not set: it names the folder with real data files")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
