@@ -8,8 +8,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start: tiny models
 # reads this at its first product, so it stands before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
+import matplotlib.figure  # noqa: F401  # loaded here once, for the commands that tests fork from this process
 import pytest
 import torch
+import torch._dynamo  # every optimizer loads it at its first use
 
 torch.set_num_threads(1)
 

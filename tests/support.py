@@ -3,11 +3,15 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +19,80 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent  # the environment's commands lie beside its python
 
 
+class Command:
+    """One of the project's commands, running in a process forked from this one.
+
+    Forked, because importing torch takes longer than what such a test does; :func:`run_installed` starts the
+    installed console script instead. The interface is that of ``subprocess.Popen``, as far as tests use it.
+    """
+
+    def __init__(self, words: Sequence[str], cwd: Path, before: Callable[[], None] | None = None) -> None:
+        (entry,) = metadata.entry_points(group="console_scripts", name=words[0])
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(entry, list(words), cwd, before)
+
+    def _child(self, entry: Any, words: list[str], cwd: Path, before: Callable[[], None] | None) -> None:
+        code = 99
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            for fd, file in enumerate(self._files, start=1):
+                os.dup2(file.fileno(), fd)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.argv = words
+            if before is not None:
+                before()
+            entry.load()()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def wait(self, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; kill it if it takes too long."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise AssertionError(f"the command did not end within {seconds} s")
+            time.sleep(0.005)
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read())
+        assert self.returncode is not None
+        return subprocess.CompletedProcess([], self.returncode, *texts)
+
+
 def run_command(words: Sequence[str], cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands to its end."""
-    return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+    return Command(words, cwd, **kwargs).wait()
 
 
-def start_command(words: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
-    """Start one of the project's commands, in a session of its own, so that signals reach it alone."""
-    return subprocess.Popen(
-        [BIN / words[0], *words[1:]],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def run_installed(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the console script that the environment installed: slow, and as a person does it."""
+    return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:

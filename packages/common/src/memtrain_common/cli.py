@@ -128,13 +128,15 @@ def _list(names: Mapping[str, Any]) -> str:
 
 
 def _sentence(box: str) -> str:
-    """The first paragraph of tyro's boxed message, as one line."""
-    lines = []
+    """tyro's message as one line: it stands between the first rule (a box's upper edge, or dashes) and the second."""
+    lines: list[str] = []
+    inside = False
     for line in box.splitlines():
-        text = line.strip("│╭╮╰╯─ \t")
-        if line.startswith("╭") or (text and not lines and not line.startswith("│")):
-            continue
-        if not text:
+        text = line.strip("│ ")
+        rule = line.startswith(("╭", "╰")) or (len(text) > 9 and set(text) <= set("─-"))
+        if rule and inside and lines:
             break
-        lines.append(text)
-    return " ".join(lines) or box.strip()
+        inside = inside or rule
+        if inside and not rule and text:
+            lines.append(text)
+    return " ".join(lines) or " ".join(box.split())

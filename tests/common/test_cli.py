@@ -1,0 +1,106 @@
+"""Flags from a dataclass: presets, nearest names, one sentence a mistake, and errors as exit codes."""
+
+import dataclasses
+import errno
+import os
+from typing import Literal
+
+import pytest
+from memtrain_common.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.errors import DivergedError, Stopped, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    n_layer: int = 4
+    """Layers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision."""
+    names: tuple[str, ...] = ("a", "b")
+    """Names."""
+    compile: bool = False
+    """Compile."""
+
+
+PRESETS = {"small": Config(n_layer=2), "large": Config(n_layer=24)}
+
+
+def call(*words, **kwargs):
+    return parse(Config, words, prog="prog", description="What it does.", presets=PRESETS, **kwargs)
+
+
+def test_flags_presets_and_both():
+    assert call() == Config()
+    assert call("--n-layer", "7", "--compile", "--names", "x") == Config(7, names=("x",), compile=True)
+    assert call("--n_layer=7").n_layer == 7  # nanoGPT's underscores are taken as well
+    assert call("large") == Config(n_layer=24)
+    assert call("large", "--n-layer", "3", "--dtype", "bfloat16") == Config(n_layer=3, dtype="bfloat16")
+    assert call(default=Config(n_layer=9)).n_layer == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n-layr", "3"], r"unknown flag --n-layr \(did you mean --n-layer\?\); prog --help lists the flags"),
+        (["--n_layr=3"], r"did you mean --n-layer\?"),
+        (["--zzz"], r"unknown flag --zzz; prog --help"),
+        (["smal"], r"unknown preset 'smal' \(did you mean small\?\): the presets are small, large"),
+        (["small", "large"], "unexpected word 'large'"),
+        (["--n-layer", "x"], "--n-layer: invalid literal for int"),
+        (["--n-layer"], r"[Mm]issing value for argument '--n-layer'"),
+        (["--dtype", "float8"], r"invalid choice 'float8' for argument '--dtype'. Expected one of \('float32', 'bfloat16'\)"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, capsys):
+    with pytest.raises(UserError, match=message) as error:
+        call(*words)
+    assert "\n" not in str(error.value)
+    assert not any(c in str(error.value) for c in "│╭─")
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_flags_and_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("What it does.", "--n-layer", "Precision.", "small, large"))
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("no such thing"), 2, "prog: error: no such thing"),
+        (DivergedError("loss is nan"), 1, "prog: error: loss is nan"),
+        (Stopped(15, "stopped at step 3"), 143, "prog: stopped at step 3"),
+        (KeyboardInterrupt(), 130, "prog: interrupted before training began; there was nothing to save"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl"), 2,
+         "prog: error: could not write /x/metrics.jsonl (No space left on device): free some space"),
+    ],
+)  # fmt: skip
+def test_ends_are_one_line_and_an_exit_code(error, code, said, capsys):
+    assert run_command(raising(error), prog="prog", argv=[]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()), prog="prog", argv=[])
+    with pytest.raises(FileNotFoundError):
+        run_command(raising(FileNotFoundError(errno.ENOENT, "no")), prog="prog", argv=[])
+
+
+def test_small_helpers():
+    assert flag_value(["a", "--resume", "x"], "--resume") == "x"
+    assert flag_value(["--resume=y"], "--resume") == "y"
+    assert flag_value(["--resume"], "--resume") is None
+    assert changed_fields(Config(), Config(n_layer=5)) == {"n_layer": (4, 5)}

@@ -1,0 +1,164 @@
+"""The run folder, the trackers beside it, the console's numbers, and the pictures."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from memtrain_common.bench import pairwise, ratio_of, write_results
+from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
+from memtrain_common.errors import UserError
+from memtrain_common.loop import FitConfig
+from memtrain_common.memory import Ledger
+from memtrain_common.plots import plot_loss, plot_memory
+from memtrain_common.processor import avoid_broken_amx
+from memtrain_common.run_folder import RunFolder, default_run_path, versions
+from memtrain_common.trackers import open_tracker
+
+
+def test_config_json_repeats_the_run(tmp_path):
+    run = RunFolder.create(tmp_path / "a" / "b")
+    run.write_config(FitConfig(max_iters=3), prog="prog", argv=["--name", "two words"], device="cpu")
+    content = json.loads((run.path / "config.json").read_text())
+    assert content["command"] == "prog --name 'two words'"
+    assert content["config"]["max_iters"] == 3
+    assert content["versions"]["torch"] == versions()["torch"] == torch.__version__.split("+")[0]
+    assert set(content) == {"command", "config", "date", "versions", "git_commit", "device"}
+    assert RunFolder.open(run.path).read_config() == content
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    run.write_config(FitConfig(max_iters=3), prog="prog", argv=[])
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds another run: choose a new --out, or go on with it by --resume"):
+        RunFolder.create(run.path)
+    assert (run.path / "config.json").read_bytes() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        RunFolder.create(tmp_path / "full")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder.create(tmp_path / "full" / "thesis.tex")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        RunFolder.create(tmp_path / "full" / "thesis.tex" / "run")
+    with pytest.raises(UserError, match=r"is not a run: --resume needs a folder with a config\.json"):
+        RunFolder.open(tmp_path / "full")
+    (run.path / "config.json").write_text('{"config": 3}')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        run.read_config()
+
+
+def test_metrics_truncate_to_a_checkpoint_and_a_torn_line_is_left_out(tmp_path):
+    run = RunFolder.create(tmp_path / "r")
+    run.append_metrics([{"step": 1}, {"step": 2}])
+    size = run.metrics_bytes()
+    run.append_metrics([{"step": 3}])
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [r["step"] for r in run.metrics()] == [1, 2, 3]
+    run.truncate_metrics(size)
+    run.append_metrics([{"step": 9}])
+    assert [r["step"] for r in run.metrics()] == [1, 2, 9]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    run = RunFolder.create(tmp_path / "r", writes=False)
+    run.append_metrics([{"step": 1}])
+    run.write_config(FitConfig(max_iters=3), prog="prog", argv=[])
+    assert not run.path.exists()
+
+
+def test_default_names_do_not_collide(tmp_path):
+    first = default_run_path("prog", str(tmp_path))
+    first.mkdir()
+    assert default_run_path("prog", str(tmp_path)) != first
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = open_tracker("tensorboard", tmp_path, {})
+    for step in (1, 2):
+        tracker.log({"step": step, "split": "train", "loss": 0.5 * step, "note": "text"})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_online_trackers_are_imported_only_when_named(tmp_path, monkeypatch, library):
+    calls = []
+    fake = types.SimpleNamespace(
+        init=lambda **k: calls.append(("init", k["name"])),
+        log=lambda row, step: calls.append((step, row)),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, library, fake)
+    tracker = open_tracker(library, tmp_path / "my-run", {"a": 1})
+    tracker.log({"step": 3, "split": "val", "loss": 1.0})
+    tracker.close()
+    assert calls == [("init", "my-run"), (3, {"val/loss": 1.0}), "finish"]
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"--tracker {library} needs the package {library}"):
+        open_tracker(library, tmp_path, {})
+
+
+def test_lines_go_to_the_terminal_and_the_log(tmp_path, capsys):
+    console = Console(tmp_path / "log.txt")
+    console.say("one")
+    console.say("two")
+    quiet = Console(quiet=True)
+    quiet.say("nothing")
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+    assert quiet.progress(3).disable
+
+
+def test_numbers_with_units():
+    assert [format_bytes(n) for n in (0, 1023, 1024, 1536, 5 << 30, 3 << 40)] == [
+        "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 GiB", "3.0 TiB",
+    ]  # fmt: skip
+    assert [format_count(n) for n in (7, 999, 1000, 813568, 2.5e9)] == ["7", "999", "1k", "814k", "2.5G"]
+    assert [format_seconds(n) for n in (0.25, 61, 7260)] == ["0.2 s", "1 min 1 s", "2 h 1 min"]
+    assert format_table([("a", "1"), ("bcd", "22", "x")]) == "  a     1\n  bcd  22  x"
+
+
+def test_pictures_are_drawn(tmp_path):
+    rows = [{"step": s, "split": split, "loss": 5.0 / (s + 1)} for s in range(20) for split in ("train", "val")]
+    plot_loss({"a": rows, "b": rows[:10]}, tmp_path / "loss.png", ylabel="loss", levels={"entropy": 2.0})
+    layers = {f"h.{i}": 1000 * i for i in range(20)}
+    plot_memory(Ledger({**Ledger().bytes_by_layer, "weights": layers}), tmp_path / "memory.png")
+    plot_memory(Ledger(), tmp_path / "empty.png")
+    for name in ("loss", "memory", "empty"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairwise_ratios_and_results_that_name_their_making(tmp_path):
+    import time
+
+    ratio = pairwise(lambda: time.sleep(0.006), lambda: time.sleep(0.002), pairs=8)
+    assert ratio.low <= ratio.median <= ratio.high
+    assert 1.5 < ratio.median < 4.5
+    assert str(ratio_of([1.0, 2.0, 3.0])) == "2.000 (quartiles 1.000 to 3.000, 3 pairs)"
+    path = tmp_path / "results" / "x.json"
+    write_results(path, argv=["python", "b.py"], device=torch.device("cpu"), seeds=[1], ratio=2.0)
+    content = json.loads(path.read_text())
+    assert set(content) == {"command", "date", "device", "versions", "git_commit", "seeds", "ratio"}
+
+
+@pytest.mark.parametrize(("flags", "dies", "expected"), [("avx2", True, False), ("amx_bf16", False, False), ("amx_bf16", True, True)])
+def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_path, flags, dies, expected):
+    from memtrain_common import processor
+
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(processor, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "_TRIAL", "import os; os.kill(os.getpid(), 4)" if dies else "pass")
+    said = []
+    assert avoid_broken_amx(said.append) is expected
+    assert bool(said) is expected
+    assert not avoid_broken_amx(said.append) if expected else True  # once is enough

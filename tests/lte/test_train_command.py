@@ -1,0 +1,260 @@
+"""lte-train as a person meets it: a short run, its folder and summary, kills and signals, and every kind of mistake."""
+
+import dataclasses
+import inspect
+import json
+import re
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from lte.cli import PRESETS, TrainConfig, check, configure, lte_config, train
+from memtrain_common.errors import UserError
+from safetensors.torch import load_file
+from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
+
+TINY = [
+    "lte-train", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4",
+    "--lte-heads", "2", "--lora-r", "4", "--lora-alpha", "8", "--lte-merge-steps", "3", "--warmup-iters", "2",
+    "--eval-interval", "20", "--eval-iters", "2", "--log-interval", "2", "--dropout", "0.1", "--tracker", "none",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that nothing disturbed, by the installed console script."""
+    cwd = tmp_path_factory.mktemp("whole")
+    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run", "--compare-full", "--tracker", "tensorboard"]
+    done = run_installed(words, cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run", done
+
+
+def test_the_folder_holds_everything(whole):
+    run, _ = whole
+    names = {p.name for p in run.iterdir()} - {"energy.csv"}
+    assert names == {
+        "config.json", "metrics.jsonl", "log.txt", "memory.json", "loss.png", "memory.png", "tensorboard",
+        "checkpoints", "full",
+    }  # fmt: skip
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["lora_r"] == 4
+    assert config["config"]["lr_decay_iters"] == 60
+    assert config["data"]["train_tokens"] + config["data"]["val_tokens"] == config["data"]["bytes"]
+    ledger = json.loads((run / "memory.json").read_text())
+    assert set(ledger["totals"]) == {"weights", "gradients", "optimizer", "activations", "buffers"}
+    assert all(ledger["totals"].values())
+
+
+def test_the_summary_says_what_was_asked(whole):
+    run, done = whole
+    log = (run / "log.txt").read_text()
+    assert done.stdout == log
+    last = rows(run)[-1]["loss"]
+    full = rows(run / "full")[-1]["loss"]
+    assert re.search(rf"LTE +{last:.4f}", log)
+    assert re.search(rf"full training, same batches +{full:.4f} +LTE {re.escape(format(100 * (last / full - 1), '+.1f'))} %", log)
+    for word in ("nats per byte", "unigram entropy", "bigram entropy", "weights", "activations", "tokens/s", "energy"):
+        assert word in log
+    sample = [line for line in log.splitlines() if line.startswith("  | ")]
+    assert sum(len(line) - 4 for line in sample) > 100
+    assert log.splitlines()[-1] == "run folder run"
+
+
+def test_trained_parameters_are_counted_right(whole):
+    run, _ = whole
+    weights = load_file(newest_checkpoint(run) / "model.safetensors")
+    heads = sum(t.numel() for n, t in weights.items() if "lora_" in n)
+    rest = sum(t.numel() for n, t in weights.items() if "wte" in n or "wpe" in n or ".ln_" in n)
+    assert f"{heads + rest:,} of " in (run / "log.txt").read_text()
+
+
+def test_it_learns_and_what_it_saved_is_what_it_evaluated(whole):
+    run, _ = whole
+    losses = [r["loss"] for r in rows(run) if r["split"] == "val"]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def same_run(a, b):
+    assert rows(a) == rows(b)
+    ours, theirs = newest_checkpoint(a), newest_checkpoint(b)
+    assert ours.name == theirs.name
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    one, other = (load_file(p / "training.safetensors") for p in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("moments", [(0.0, 0.5, 0.9), (0.3, 0.35), (0.02, 0.6, 0.65, 0.97)])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_path, moments):
+    """SIGKILL at several moments of training; --resume goes on each time; the bytes are those of the whole run."""
+    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
+    run = tmp_path / "run"
+    for moment in moments:
+        process = Command(words, tmp_path)
+        while process.poll() is None and last_step(run) < 60 * moment:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait().returncode in (-signal.SIGKILL, 0)
+        if not (run / "config.json").exists():  # killed before the run began
+            continue
+        words = ["lte-train", "--resume", "run"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_run(whole[0], run)
+
+
+def last_step(run):
+    """The newest logged step, while another process may be writing."""
+    if not (run / "metrics.jsonl").exists():
+        return -1
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum):
+    process = Command([*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"], tmp_path)
+    while last_step(tmp_path / "run") < 10:
+        assert process.poll() is None, process.wait()
+        time.sleep(0.001)
+    process.send_signal(signum)
+    done = process.wait()
+    assert done.returncode == 128 + signum
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(rf"lte-train: stopped by {signum.name} at step \d+; checkpoint run/.*; go on with --resume run", lines[0])
+    done = run_command(["lte-train", "--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_run(whole[0], tmp_path / "run")
+
+
+def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_path):
+    done = run_command([*TINY, "--data-dir", text, "--max-iters", "40", "--out", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    expected = rows(run)
+    weights = newest_checkpoint(run) / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-5] + bytes([before[-5] ^ 16]) + before[-4:])
+    done = run_command(["lte-train", "--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "passed over checkpoint run/checkpoints/step-00000040: model.safetensors does not have the SHA-256" in done.stdout
+    assert "resumed from run/checkpoints/step-00000020" in done.stdout
+    assert rows(run) == expected
+    assert weights.read_bytes() == before
+
+
+def test_two_processes_give_the_loss_curve_of_one(text, tmp_path):
+    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--dropout", "0.0", "--out"]
+    one = run_command([*words, str(tmp_path / "one")], tmp_path)
+    assert one.returncode == 0, one.stderr
+    run_ranks(2, train, [*words[1:], str(tmp_path / "two")])
+    a, b = ([r["loss"] for r in rows(tmp_path / name)] for name in ("one", "two"))
+    assert len(a) == len(b)
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+    assert (tmp_path / "two" / "log.txt").read_text().count("validation loss, nats per byte") == 1
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lte-head", "3"], ["unknown flag --lte-head", "did you mean --lte-heads?"]),
+        (["--batch-size", "10"], ["--batch-size 10 must be divisible by --lte-heads 4"]),
+        (["--lora-r", "0"], ["--lora-r must be at least 1, got 0"]),
+        (["--lte-heads", "0"], ["--lte-heads must be at least 1, got 0"]),
+        (["--max-iters", "-5"], ["--max-iters must be at least 0, got -5"]),
+        (["--learning-rate", "nan"], ["--learning-rate must be positive"]),
+        (["--n-embd", "30"], ["--n-embd 30 must be a multiple of --n-head 4"]),
+        (["--dropout", "1.0"], ["--dropout must be below 1"]),
+        (["--skip-attn", "--skip-mlp"], ["leave no layer for heads"]),
+        (["--lte-trainable", "norm"], ["--lte-trainable takes any of embeddings norms biases skipped, got norm"]),
+        (["--warmup-iters", "9", "--max-iters", "9"], ["--warmup-iters 9 must be below"]),
+        (["babygpt"], ["unknown preset 'babygpt'", "shakespeare-char"]),
+        (["--resume", "nowhere"], ["nowhere is not a run"]),
+    ],
+)
+def test_wrong_flags_are_one_sentence(words, expected):
+    with pytest.raises(UserError) as error:
+        configure(words)
+    for part in expected:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_flags_leave_nothing_behind(tmp_path):
+    assert_refused(run_command(["lte-train", "--batch-size", "10"], tmp_path), "lte-train: error:", "divisible")
+    assert_refused(run_command(["lte-train", "--data-dir", "nowhere"], tmp_path), "nowhere does not exist")
+    (tmp_path / "empty").mkdir()
+    assert_refused(run_command(["lte-train", "--data-dir", "empty"], tmp_path), "holds nothing")
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
+    run, _ = whole
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    cwd = run.parent
+    again = run_command([*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"], cwd)
+    assert_refused(again, "run holds another run", "--resume run")
+    other = run_command(["lte-train", "--resume", "run", "--n-layer", "2"], cwd)
+    assert_refused(other, "run was begun with --n-layer 1, not 2")
+    moved = run_command(["lte-train", "--resume", "run", "--out", "elsewhere"], cwd)
+    assert_refused(moved, "a resumed run stays in its folder")
+    (cwd / "other").mkdir(exist_ok=True)
+    (cwd / "other" / "b.txt").write_text("something else entirely " * 100)
+    data = json.loads((run / "config.json").read_text())
+    data["config"]["data_dir"] = str(cwd / "other")
+    (cwd / "copy").mkdir()
+    (cwd / "copy" / "config.json").write_text(json.dumps(data))
+    assert_refused(run_command(["lte-train", "--resume", "copy"], cwd), "was trained on", "and the text found now")
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(text, tmp_path):
+    """A limit on the size of files stands for the full disk; the checkpoint of step 20 does not fit."""
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    words = [*TINY, "--data-dir", text, "--max-iters", "40", "--out", "run", "--n-embd", "64", "--sample-tokens", "0"]
+    done = run_command(words, tmp_path, before=small_disk)
+    assert_refused(done, "could not save the checkpoint of step 20", "earlier checkpoints are intact")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert run_command(["lte-train", "--resume", "run"], tmp_path).returncode == 0
+
+
+# -- the pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_valid_and_say_what_nanogpt_says():
+    for preset in PRESETS.values():
+        check(preset)
+    char = configure(["shakespeare-char", "--lte-heads", "8"])
+    assert (char.n_layer, char.n_head, char.n_embd, char.block_size, char.batch_size) == (6, 6, 384, 256, 64)
+    assert (char.dropout, char.max_iters, char.lte_heads) == (0.2, 5000, 8)
+    cpu = configure(["shakespeare-char-cpu"])
+    assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.max_iters) == (4, 128, 64, 12, 2000)
+
+
+def test_skip_flags_choose_the_layers():
+    assert lte_config(TrainConfig(skip_attn=True)).targets == ("mlp.c_fc", "mlp.c_proj")
+    assert lte_config(TrainConfig(skip_mlp=True)).targets == ("attn.c_attn", "attn.c_proj")
+
+
+def test_every_flag_has_a_help_text():
+    source = inspect.getsource(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'    {field.name}: .*\n    """', source), field.name
