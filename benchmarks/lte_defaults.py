@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from lte.cli import configure
+from lte.tasks.train import train_one
 from memtrain_common.bench import write_results
 from memtrain_common.console import Console
 from memtrain_common.text import Crops, load_corpus
-
-from lte.cli import configure
-from lte.tasks.train import train_one
 
 RESULT = Path(__file__).parent / "results" / "lte_defaults.json"
 BASE = "--lte-heads 4 --lora-r 32 --lora-alpha 128 --lte-merge-steps 1 --learning-rate 1e-3 --rest-learning-rate 4e-3"
@@ -47,12 +46,21 @@ def main() -> None:
         known = any(r["group"] == group and r["flags"] == flags and r["steps"] == options.steps for r in rows)
         if known or options.only not in group:
             continue
-        words = [*BASE.split(), *flags.split(), "--max-iters", str(options.steps), "--eval-interval", str(options.steps)]
+        words = [
+            *BASE.split(),
+            *flags.split(),
+            "--max-iters",
+            str(options.steps),
+            "--eval-interval",
+            str(options.steps),
+        ]
         config = configure(words)
         crops = Crops(corpus, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)
         trained = train_one(config, corpus, crops, None, Console(), torch.device("cpu"), full=group == "full")
         loss = trained.result.evaluation["loss"]
-        rows.append({"group": group, "flags": flags, "steps": options.steps, "loss": loss, "trained": trained.trainable})
+        rows.append(
+            {"group": group, "flags": flags, "steps": options.steps, "loss": loss, "trained": trained.trainable}
+        )
         print(f"{group:6} {flags:45} {loss:.4f} nats/byte", flush=True)
         write_results(
             RESULT,

@@ -28,7 +28,7 @@ class Command:
 
     def __init__(self, words: Sequence[str], cwd: Path, before: Callable[[], None] | None = None) -> None:
         (entry,) = metadata.entry_points(group="console_scripts", name=words[0])
-        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # read when it has ended
         self.returncode: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()

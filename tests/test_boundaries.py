@@ -82,7 +82,9 @@ assert sorted(lte.__all__) == lte.__all__ and all(getattr(lte, n) for n in lte._
 def commands():
     found = []
     for member in sorted(ROOT.glob("*/*/pyproject.toml")) + sorted(ROOT.glob("apps/pyproject.toml")):
-        found += [(name, entry) for name, entry in tomllib.loads(member.read_text())["project"].get("scripts", {}).items()]
+        found += [
+            (name, entry) for name, entry in tomllib.loads(member.read_text())["project"].get("scripts", {}).items()
+        ]
     return found
 
 

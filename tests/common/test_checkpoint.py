@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ def state_of(step, seed=0):
     g = torch.Generator().manual_seed(seed + step)
     weight = torch.randn(6, 5, generator=g)
     return {
-        "model": {"w": weight, "tied": weight, "half": torch.randn(3, generator=g).bfloat16(), "empty": torch.zeros(0, 2)},
+        "model": {
+            "w": weight,
+            "tied": weight,
+            "half": torch.randn(3, generator=g).bfloat16(),
+            "empty": torch.zeros(0, 2),
+        },
         "optimizer": {
             "state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.randn(6, 5, generator=g).double()}},
             "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0], "name": None}],
@@ -117,7 +123,7 @@ def test_pickles_are_not_opened(tmp_path):
     payload = f"cposix\nsystem\n(S'touch {bomb}'\ntR.".encode()
     (checkpoints.path(1) / module.MODEL).write_bytes(payload)
     assert checkpoints.load_newest(lambda _: None) is None
-    source = open(module.__file__).read()
+    source = Path(module.__file__).read_text()
     assert not bomb.exists()
     assert "torch.load" not in source
     assert "import pickle" not in source
@@ -125,9 +131,6 @@ def test_pickles_are_not_opened(tmp_path):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
-
-
-CALLS = ("mkdir", "save_file", "write_text", "_fingerprint", "_fsync", "replace", "rmtree")
 
 
 def kill_at(monkeypatch, n):
@@ -238,6 +241,6 @@ def test_a_quantised_tensor_is_refused_in_words(tmp_path):
 
     with pytest.raises(TypeError, match="which is a Wrapped"):
         Checkpoints(tmp_path).save(1, {"model": {"w": Wrapped(torch.zeros(2))}})
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not save"):
-        (tmp_path / "file").write_text("")
         Checkpoints(tmp_path / "file" / "below").save(1, state_of(1))

@@ -48,7 +48,10 @@ def test_flags_presets_and_both():
         (["small", "large"], "unexpected word 'large'"),
         (["--n-layer", "x"], "--n-layer: invalid literal for int"),
         (["--n-layer"], r"[Mm]issing value for argument '--n-layer'"),
-        (["--dtype", "float8"], r"invalid choice 'float8' for argument '--dtype'. Expected one of \('float32', 'bfloat16'\)"),
+        (
+            ["--dtype", "float8"],
+            r"invalid choice 'float8' for argument '--dtype'. Expected one of \('float32', 'bfloat16'\)",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, capsys):

@@ -27,7 +27,7 @@ def train(out, mode, steps, *, resume=False, signal_at=None):
     crops = Crops(CORPUS, batch_size=8, block_size=16, seed=1, rank=world.rank, world_size=world.size)
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)).to(device)
-    model = parallelize(gpt, mode, device, blocks=list(gpt.transformer["h"]))
+    model = parallelize(gpt, mode, device, blocks=list(gpt.transformer.h))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run = (RunFolder.open if resume else RunFolder.create)(out, writes=world.is_main)
     if not resume:

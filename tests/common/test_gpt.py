@@ -65,7 +65,7 @@ def test_names_sizes_and_initialisation_are_nanogpts():
         gpt2 = GPT(GPTConfig(bias=True))
     assert sum(p.numel() for p in gpt2.parameters()) == 124_475_904  # 124.44 M and the vocabulary's padding
     model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=8, n_head=4, n_embd=128))
-    assert model.lm_head.weight is model.transformer["wte"].weight
+    assert model.lm_head.weight is model.transformer.wte.weight
     assert not any(n.endswith("bias") for n, _ in model.named_parameters())
     stds = {n: p.std().item() for n, p in model.named_parameters() if p.dim() == 2}
     for name, std in stds.items():

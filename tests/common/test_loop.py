@@ -135,7 +135,7 @@ def test_evaluation_changes_no_random_number_and_no_mode():
         model[1].eval()
 
         def drawing(m):
-            torch.rand(3), np.random.rand()
+            torch.rand(3), np.random.rand()  # noqa: NPY002
             assert not any(x.training for x in m.modules())
             return evaluate(m)
 
@@ -268,7 +268,9 @@ def test_a_second_interrupt_does_not_wait():
 
 def test_outside_the_main_thread_signals_are_left_alone():
     model, done = make(), []
-    thread = threading.Thread(target=lambda: done.append(fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2))))
+    thread = threading.Thread(
+        target=lambda: done.append(fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2)))
+    )
     thread.start()
     thread.join()
     assert done[0].step == 2
@@ -309,7 +311,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
         fit(wider, batches, loss_fn, adam(wider), config, run=run, resume=True, identity=identity)
     for step in run.checkpoints.steps():
         (run.checkpoints.path(step) / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
         fit(model, batches, loss_fn, adam(model), config, run=run, resume=True)
 
 

@@ -49,8 +49,10 @@ def test_shared_storage_is_counted_once_and_a_view_with_its_whole_storage():
     base = torch.randn(8, 5)
     model = nn.Identity()
     w = torch.randn(5, requires_grad=True)
-    saved, value = recorded(model, lambda: ((base[2:4] * w).sum() + (base * w).sum() + (base[0] * w).sum()))
-    assert sum(saved.by_layer().values()) == 8 * 5 * FLOAT + w.numel() * 0  # w is saved by nobody: base needs no gradient
+    saved, value = recorded(model, lambda: (base[2:4] * w).sum() + (base * w).sum() + (base[0] * w).sum())
+    assert (
+        sum(saved.by_layer().values()) == 8 * 5 * FLOAT + w.numel() * 0
+    )  # w is saved by nobody: base needs no gradient
     value.backward()
 
 

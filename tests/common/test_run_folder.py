@@ -150,7 +150,9 @@ def test_pairwise_ratios_and_results_that_name_their_making(tmp_path):
     assert set(content) == {"command", "date", "device", "versions", "git_commit", "seeds", "ratio"}
 
 
-@pytest.mark.parametrize(("flags", "dies", "expected"), [("avx2", True, False), ("amx_bf16", False, False), ("amx_bf16", True, True)])
+@pytest.mark.parametrize(
+    ("flags", "dies", "expected"), [("avx2", True, False), ("amx_bf16", False, False), ("amx_bf16", True, True)]
+)
 def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_path, flags, dies, expected):
     from memtrain_common import processor
 

@@ -71,7 +71,7 @@ def test_refusals(tmp_path):
         load_corpus(str(tmp_path))
     with pytest.raises(UserError, match=r"holds only picture\.bin"):
         load_corpus(write(tmp_path / "b", picture_bin=b"x"))
-    with pytest.raises(UserError, match="1 text files in .* are empty"):
+    with pytest.raises(UserError, match=r"1 text files in .* are empty"):
         load_corpus(write(tmp_path / "e", empty_txt="\n"))
     with pytest.raises(UserError, match="not UTF-8"):
         load_corpus(write(tmp_path / "u", latin_txt=b"caf\xe9 " * 9), "chars")
@@ -103,7 +103,9 @@ def test_targets_are_inputs_moved_by_one_and_stay_in_their_split():
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_batches_of_one(world):
     whole = Crops(corpus_of(50, 20), batch_size=8, block_size=3, seed=5)
-    shares = [Crops(corpus_of(50, 20), batch_size=8, block_size=3, seed=5, rank=r, world_size=world) for r in range(world)]
+    shares = [
+        Crops(corpus_of(50, 20), batch_size=8, block_size=3, seed=5, rank=r, world_size=world) for r in range(world)
+    ]
     for i in range(3):
         together = sorted(row for share in shares for row in share(i)[0].tolist())
         assert together == sorted(whole(i)[0].tolist())

@@ -146,7 +146,7 @@ def test_merged_state_dict_is_a_plain_model_with_the_evaluated_function():
     plain = small_gpt()
     plain.load_state_dict(merged_state_dict(model))  # strict: the names are those of the plain model
     torch.testing.assert_close(plain.eval()(x), model(x), **EXACT)
-    assert plain.lm_head.weight is plain.transformer["wte"].weight
+    assert plain.lm_head.weight is plain.transformer.wte.weight
 
 
 def test_full_rank_frozen_orthogonal_A_merged_every_step_is_sgd():
@@ -183,9 +183,7 @@ def test_heads_on_chunks_are_separate_loras():
         }
         single.load_state_dict(state)
         singles.append(single)
-    optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (model, *singles)
-    ]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (model, *singles)]
     for _ in range(5):
         x, y = batch(rows=2 * H)
         parts = [(x, y), *zip(x.chunk(H), y.chunk(H), strict=True)]

@@ -37,7 +37,10 @@ def test_targets_and_exclude_match_at_dots():
         (("embeddings",), {"wte", "wpe"}),
         (("biases",), {"c_attn", "c_proj", "c_fc"}),
         (("skipped",), {"wte"}),  # the head is the embedding's weight
-        (("embeddings", "norms", "biases", "skipped"), {"ln_1", "ln_2", "ln_f", "wte", "wpe", "c_attn", "c_proj", "c_fc"}),
+        (
+            ("embeddings", "norms", "biases", "skipped"),
+            {"ln_1", "ln_2", "ln_f", "wte", "wpe", "c_attn", "c_proj", "c_fc"},
+        ),
     ],
 )
 def test_only_what_is_listed_is_trained_besides_the_heads(trainable, expected):

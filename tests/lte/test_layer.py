@@ -64,9 +64,7 @@ def test_each_head_learns_from_its_own_mean_loss():
         A = layer.lora_A[h].detach().clone().requires_grad_()
         B = layer.lora_B[h].detach().clone().requires_grad_()
         weight = layer.weight + layer.scale * (B @ A - layer.merged_B[h] @ layer.merged_A[h])
-        own = nn.functional.mse_loss(
-            nn.functional.linear(x.chunk(H)[h], weight, layer.bias), target.chunk(H)[h]
-        )
+        own = nn.functional.mse_loss(nn.functional.linear(x.chunk(H)[h], weight, layer.bias), target.chunk(H)[h])
         own.backward()
         torch.testing.assert_close(layer.lora_A.grad[h], A.grad, rtol=0, atol=1e-12)
         torch.testing.assert_close(layer.lora_B.grad[h], B.grad, rtol=0, atol=1e-12)
@@ -84,9 +82,7 @@ def test_shared_parameters_learn_from_the_mean_over_the_batch():
 
 def test_evaluation_uses_the_mean_of_all_unmerged_deltas():
     layer = layer_of(3, 5, 4, 2).eval()
-    delta = sum(
-        layer.lora_B[h] @ layer.lora_A[h] - layer.merged_B[h] @ layer.merged_A[h] for h in range(3)
-    )
+    delta = sum(layer.lora_B[h] @ layer.lora_A[h] - layer.merged_B[h] @ layer.merged_A[h] for h in range(3))
     x = torch.randn(7, 5, dtype=torch.float64)  # 7 rows: evaluation cuts no chunks
     expected = nn.functional.linear(x, layer.weight + layer.scale * delta / 3, layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)

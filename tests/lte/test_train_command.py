@@ -33,7 +33,18 @@ def text(tmp_path_factory):
 def whole(text, tmp_path_factory):
     """A run that nothing disturbed, by the installed console script."""
     cwd = tmp_path_factory.mktemp("whole")
-    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run", "--compare-full", "--tracker", "tensorboard"]
+    words = [
+        *TINY,
+        "--data-dir",
+        text,
+        "--max-iters",
+        "60",
+        "--out",
+        "run",
+        "--compare-full",
+        "--tracker",
+        "tensorboard",
+    ]
     done = run_installed(words, cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "run", done
@@ -62,7 +73,9 @@ def test_the_summary_says_what_was_asked(whole):
     last = rows(run)[-1]["loss"]
     full = rows(run / "full")[-1]["loss"]
     assert re.search(rf"LTE +{last:.4f}", log)
-    assert re.search(rf"full training, same batches +{full:.4f} +LTE {re.escape(format(100 * (last / full - 1), '+.1f'))} %", log)
+    assert re.search(
+        rf"full training, same batches +{full:.4f} +LTE {re.escape(format(100 * (last / full - 1), '+.1f'))} %", log
+    )
     for word in ("nats per byte", "unigram entropy", "bigram entropy", "weights", "activations", "tokens/s", "energy"):
         assert word in log
     sample = [line for line in log.splitlines() if line.startswith("  | ")]
@@ -132,7 +145,9 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum
     assert done.returncode == 128 + signum
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
-    assert re.fullmatch(rf"lte-train: stopped by {signum.name} at step \d+; checkpoint run/.*; go on with --resume run", lines[0])
+    assert re.fullmatch(
+        rf"lte-train: stopped by {signum.name} at step \d+; checkpoint run/.*; go on with --resume run", lines[0]
+    )
     done = run_command(["lte-train", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     same_run(whole[0], tmp_path / "run")
@@ -148,7 +163,10 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_
     weights.write_bytes(before[:-5] + bytes([before[-5] ^ 16]) + before[-4:])
     done = run_command(["lte-train", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "passed over checkpoint run/checkpoints/step-00000040: model.safetensors does not have the SHA-256" in done.stdout
+    assert (
+        "passed over checkpoint run/checkpoints/step-00000040: model.safetensors does not have the SHA-256"
+        in done.stdout
+    )
     assert "resumed from run/checkpoints/step-00000020" in done.stdout
     assert rows(run) == expected
     assert weights.read_bytes() == before
@@ -165,7 +183,7 @@ def test_two_processes_give_the_loss_curve_of_one(text, tmp_path):
     assert (tmp_path / "two" / "log.txt").read_text().count("validation loss, nats per byte") == 1
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- mistakes
 
 
 @pytest.mark.parametrize(
@@ -236,7 +254,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(text, tmp_path):
     assert run_command(["lte-train", "--resume", "run"], tmp_path).returncode == 0
 
 
-# -- the pieces ---------------------------------------------------------------------------------------------------------
+# -- the pieces
 
 
 def test_presets_are_valid_and_say_what_nanogpt_says():

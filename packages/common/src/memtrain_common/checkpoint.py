@@ -94,8 +94,8 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"could not save the checkpoint of step {step} in {self.folder} ({_reason(error)}): earlier checkpoints "
-                "are intact; free some space and resume"
+                f"could not save the checkpoint of step {step} in {self.folder} ({_reason(error)}): earlier "
+                "checkpoints are intact; free some space and resume"
             ) from error
         self.clean()
         kept = set(self.steps()[-self.keep :]) | {best}

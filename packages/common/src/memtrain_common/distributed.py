@@ -88,7 +88,8 @@ def parallelize(model: nn.Module, mode: str, device: torch.device, *, blocks: It
     mesh = init_device_mesh(device.type, (world().size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,38 +5,28 @@ what is kept for the backward pass) and a call after each optimizer step (``afte
 methods are, it does not know.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoints
+from .batches import Batch, numbered, to_device
 from .console import Console, format_bytes, format_count
-from .distributed import any_rank, gather_objects, mean_over_ranks, unwrap, world
+from .distributed import any_rank, mean_over_ranks, unwrap, world
 from .energy import EnergyMeter
 from .errors import DivergedError, Stopped, UserError
 from .memory import Ledger, PeakMeter, SavedActivations, measure, memory_in_use
 from .rng import rng_state, set_rng_state
 from .run_folder import RunFolder
-from .state_tree import same_shapes, shard_like
 from .stop_signals import LeaveEvaluation, StopSignals
 from .trackers import Tracker, open_tracker
+from .training_state import Stateful, all_finite, capture, check_identity, put_back
 
-Batch = Any
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Stateful(Protocol):
-    """Something whose state belongs into a checkpoint, besides the model and the optimizer."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -195,7 +185,8 @@ class _Trainer:
                 config.tracker, self.run.path, self.identity, resume_step=result.step if resume else None
             )
         bar = self.console.progress(config.max_iters, initial=result.step, label=label)
-        source = self._source(result.step)
+        micro = config.gradient_accumulation_steps
+        source = numbered(self.batches, range(result.step * micro, config.max_iters * micro), config.workers)
         first, timed_from = result.step, result.seconds
         lapse = 0.0  # seconds of training since the last logged step
         try:
@@ -238,7 +229,7 @@ class _Trainer:
         self._save_ledger()
         return result
 
-    def _step(self, source: "Iterator[Batch]", measuring: bool) -> tuple[Tensor, Tensor | None]:
+    def _step(self, source: Iterator[Batch], measuring: bool) -> tuple[Tensor, Tensor | None]:
         """One optimizer step: -> mean loss over its micro-batches, norm of the gradient where it was clipped."""
         config = self.config
         if self.lr_factor is not None:
@@ -248,7 +239,7 @@ class _Trainer:
         total = torch.zeros((), device=self.device)
         activations: dict[str, int] = {}
         for micro in range(config.gradient_accumulation_steps):
-            batch = _to_device(next(source), self.device)
+            batch = to_device(next(source), self.device)
             with self._synchronising(micro == config.gradient_accumulation_steps - 1):
                 if measuring and micro == 0:
                     with SavedActivations(self.inner, by_layer=not config.compile) as saved:
@@ -281,22 +272,12 @@ class _Trainer:
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
         """Let processes exchange gradients at the last micro-batch of a step only."""
-        if hasattr(self.wrapper, "set_requires_gradient_sync"):  # FSDP2
-            self.wrapper.set_requires_gradient_sync(last)
-        elif not last and hasattr(self.wrapper, "no_sync"):  # DDP
-            return self.wrapper.no_sync()
+        wrapper: Any = self.wrapper
+        if hasattr(wrapper, "set_requires_gradient_sync"):  # FSDP2
+            wrapper.set_requires_gradient_sync(last)
+        elif not last and hasattr(wrapper, "no_sync"):  # DDP
+            return wrapper.no_sync()
         return nullcontext()
-
-    def _source(self, step: int) -> "Iterator[Batch]":
-        """Micro-batches from the given optimizer step on, in order, for any number of workers."""
-        numbers = range(
-            step * self.config.gradient_accumulation_steps,
-            self.config.max_iters * self.config.gradient_accumulation_steps,
-        )
-        if not self.config.workers:
-            return map(self.batches, numbers)
-        data = _Numbered(self.batches, numbers)
-        return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=self.config.workers))
 
     # -- looking: evaluation, checkpoints, metrics -----------------------------------------------------------------
 
@@ -376,34 +357,23 @@ class _Trainer:
 
     def _save(self) -> Any:
         assert self.run is not None
-        state = self.inner.state_dict()
-        for value in state.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                local = value.to_local() if hasattr(value, "to_local") else value
-                self.finite &= local.isfinite().all()
+        self.finite &= all_finite(self.inner)
         self._check_finite()
         result = self.result
         self.saved_step = result.step
-        return self.run.checkpoints.save(
-            result.step,
-            {
-                "model": dict(state),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "stateful": {name: s.state_dict() for name, s in self.stateful.items()},
-                "rng": gather_objects(rng_state()),
-                "identity": self.identity,
-                "progress": {
-                    "step": result.step,
-                    "evaluated": self.evaluated,
-                    "seconds": result.seconds,
-                    "evaluation": result.evaluation,
-                    "best": result.best,
-                    "metrics_bytes": self.run.metrics_bytes(),
-                },
-            },
-            best=result.best[0] if result.best else None,
-        )
+        progress = {
+            "step": result.step,
+            "evaluated": self.evaluated,
+            "seconds": result.seconds,
+            "evaluation": result.evaluation,
+            "best": result.best,
+            "metrics_bytes": self.run.metrics_bytes(),
+        }
+        state = capture(self.inner, self.optimizer, self._others(), progress=progress, identity=self.identity)
+        return self.run.checkpoints.save(result.step, state, best=result.best[0] if result.best else None)
+
+    def _others(self) -> dict[str, Stateful]:
+        return {**self.stateful, "scaler": self.scaler}
 
     def _stop(self, signum: int) -> None:
         """Save and leave because of a signal."""
@@ -416,57 +386,23 @@ class _Trainer:
         """Take up the newest valid checkpoint; where there is none, begin the run anew."""
         if self.run is None:
             raise ValueError("resume=True needs a run folder: pass run=")
-        checkpoints: Checkpoints = dataclasses.replace(self.run.checkpoints)
-        found = checkpoints.load_newest(self.console.say)
+        checkpoints, say = self.run.checkpoints, self.console.say
+        found = checkpoints.load_newest(say)
         if found is None:
             if checkpoints.steps():
                 raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
-            self.console.say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
+            say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
             self.run.truncate_metrics(0)
             return
         step, state = found
         where = checkpoints.path(step)
-        for name, value in self.identity.items():
-            if state["identity"].get(name, value) != value:
-                raise UserError(
-                    f"{where} was made with {name}={state['identity'][name]!r}, and this run has {name}={value!r}: "
-                    "give the value it was made with, or begin a new run"
-                )
-        now = self.inner.state_dict()
-        difference = same_shapes(state["model"], now)
-        if difference is not None:
-            raise UserError(f"{where} belongs to another model: {difference}")
-        self.inner.load_state_dict(shard_like(state["model"], now))
-        self.optimizer.load_state_dict(self._shard_optimizer(state["optimizer"]))
-        self.scaler.load_state_dict(state["scaler"])
-        for name, part in self.stateful.items():
-            part.load_state_dict(state["stateful"][name])
-        if len(state["rng"]) == world().size:
-            set_rng_state(state["rng"][world().rank])
-        else:
-            self.console.say(
-                f"{where} was made by {len(state['rng'])} processes, not {world().size}: dropout masks will differ from "
-                "an uninterrupted run's; the data order does not"
-            )
+        check_identity(state["identity"], self.identity, where)
+        put_back(state, self.inner, self.optimizer, self._others(), where=where, say=say)
         progress, result = state["progress"], self.result
         result.step, result.seconds, result.evaluation = step, progress["seconds"], progress["evaluation"]
         result.best, self.evaluated, self.saved_step = progress["best"], progress["evaluated"], step
         self.run.truncate_metrics(progress["metrics_bytes"])
-        self.console.say(f"resumed from {where}")
-
-    def _shard_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Give moments the sharding of their parameter (FSDP2); an optimizer state without shards stays as it is."""
-        by_index = dict(enumerate(self.trainable))
-        sharded = {
-            index: {
-                name: shard_like(value, by_index[index])
-                if isinstance(value, Tensor) and value.shape == by_index[index].shape
-                else value
-                for name, value in entries.items()
-            }
-            for index, entries in state["state"].items()
-        }
-        return {**state, "state": sharded}
+        say(f"resumed from {where}")
 
 
 def mean_loss(
@@ -474,30 +410,5 @@ def mean_loss(
 ) -> dict[str, float]:
     """An ``evaluate`` for :func:`fit`: {"loss": mean of the batches' losses}, batches of equal size."""
     device = next(model.parameters()).device
-    losses = [loss_fn(model, _to_device(batch, device)).item() for batch in batches]
+    losses = [loss_fn(model, to_device(batch, device)).item() for batch in batches]
     return {"loss": sum(losses) / len(losses)}
-
-
-class _Numbered(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Batches as a map-style data set, for DataLoader's workers."""
-
-    def __init__(self, batches: Callable[[int], Batch], numbers: range) -> None:
-        self._batches, self._numbers = batches, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, position: int) -> Batch:
-        return self._batches(self._numbers[position])
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        if device.type == "cuda":
-            return batch.pin_memory().to(device, non_blocking=True)
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: _to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(v, device) for v in batch)
-    return batch

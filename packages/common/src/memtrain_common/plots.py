@@ -56,7 +56,9 @@ def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
                 axes.text(left + n / 2, row, text, ha="center", va="center", fontsize=7, clip_on=True)
             left += n
         axes.text(left + 0.01 * biggest, row, format_bytes(left), va="center", fontsize=9)
-    axes.set_yticks(range(len(CATEGORIES)), reversed([c if c != "activations" else "saved\nactivations" for c in CATEGORIES]))
+    axes.set_yticks(
+        range(len(CATEGORIES)), reversed([c if c != "activations" else "saved\nactivations" for c in CATEGORIES])
+    )
     axes.set_xlim(0, 1.15 * biggest)
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
     axes.set_xlabel(f"bytes in one training step; total {format_bytes(sum(ledger.totals.values()))}")

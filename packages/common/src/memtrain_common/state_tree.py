@@ -77,12 +77,11 @@ def _whole(value: Tensor) -> Tensor:
 
 def shard_like(value: Any, like: Any) -> Any:
     """Give the tensors of ``value`` the sharding of those at the same place in ``like`` (FSDP2's DTensors)."""
-    if isinstance(value, Tensor):
-        if isinstance(like, Tensor) and hasattr(like, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
+    if isinstance(value, Tensor) and hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-            return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-        return value
+        assert isinstance(like, DTensor)
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     if isinstance(value, dict) and isinstance(like, dict):
         return {k: shard_like(v, like.get(k)) for k, v in value.items()}
     return value

@@ -54,9 +54,7 @@ class Corpus:
         }
 
 
-def load_corpus(
-    data_dir: str | None = None, tokenizer: str = "bytes", tokenizer_dir: str | None = None
-) -> Corpus:
+def load_corpus(data_dir: str | None = None, tokenizer: str = "bytes", tokenizer_dir: str | None = None) -> Corpus:
     """Read a corpus and tokenize it.
 
     Args:
@@ -100,7 +98,8 @@ def load_corpus(
 def _standard_library() -> tuple[bytes, bytes]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    train, val = [], []
+    train: list[bytes] = []
+    val: list[bytes] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if skip.isdisjoint(name.parts):
@@ -117,8 +116,12 @@ def _read_folder(folder: Path) -> bytes:
     found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
     if not texts:
-        there = f"only {found[0].name}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else "nothing"
-        raise UserError(f"the data folder {folder} holds {there}: --data-dir needs text files ({', '.join(TEXT_SUFFIXES)})")
+        there = (
+            f"only {found[0].name}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else "nothing"
+        )
+        raise UserError(
+            f"the data folder {folder} holds {there}: --data-dir needs text files ({', '.join(TEXT_SUFFIXES)})"
+        )
     raw = b"\n".join(p.read_bytes() for p in texts)
     if not raw.strip():
         raise UserError(f"the {len(texts)} text files in {folder} are empty: --data-dir needs some text")

@@ -52,7 +52,7 @@ class CharTokenizer:
         wrong = (tokens == self.vocab_size) | (self._codes[np.minimum(tokens, self.vocab_size - 1)] != codes)
         if wrong.any():
             raise UserError(f"the character {chr(int(codes[wrong][0]))!r} is not in the vocabulary of this corpus")
-        return tokens.astype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        return tokens.astype(np.uint16) if self.vocab_size <= 2**16 else tokens.astype(np.uint32)
 
     def decode(self, tokens: Tokens) -> bytes:
         return "".join(self.characters[int(t)] for t in tokens).encode()

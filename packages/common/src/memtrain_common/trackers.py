@@ -64,7 +64,9 @@ class _Online:
         try:
             self._library = importlib.import_module(library)
         except ImportError:
-            raise UserError(f"--tracker {library} needs the package {library}: install it, or use tensorboard") from None
+            raise UserError(
+                f"--tracker {library} needs the package {library}: install it, or use tensorboard"
+            ) from None
         self._library.init(project="memtrain", name=name, config=config)
 
     def log(self, row: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
@@ -120,9 +120,17 @@ PRESETS = {
     "default": TrainConfig(),
     "shakespeare-char": CHAR,
     "shakespeare-char-cpu": replace(
-        CHAR, n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, max_iters=2000, eval_iters=20,
+        CHAR,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        batch_size=12,
+        dropout=0.0,
+        max_iters=2000,
+        eval_iters=20,
         lora_r=32,
-    ),  # fmt: skip
+    ),
 }
 DESCRIPTION = """Pre-train a GPT with many LoRA heads in parallel (LTE), and say what it cost.
 
@@ -141,7 +149,8 @@ def configure(argv: Sequence[str]) -> TrainConfig:
 
     saved = RunFolder.open(Path(resume)).read_config()["config"]
     try:
-        before = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        before = TrainConfig(**values)
     except TypeError as error:
         raise UserError(f"{resume} was not made by this version of {PROG}: {error}") from None
     config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, default=before)

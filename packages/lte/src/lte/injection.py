@@ -28,7 +28,7 @@ def inject(model: nn.Module, config: LTEConfig) -> nn.Module:
     if not chosen:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
         raise ValueError(f"no linear layer matches targets={config.targets}; the model's linear layers are: {there}")
-    owners: dict[nn.Parameter, list[str]] = {}
+    owners: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
     for name, linear in chosen.items():
@@ -70,9 +70,11 @@ def _freeze(model: nn.Module, config: LTEConfig) -> None:
         parameter.requires_grad_(False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LTELinear) and name in ("lora_A", "lora_B"):
-                parameter.requires_grad_(True)
-            elif not (isinstance(module, LTELinear) and name == "weight") and kind(module) in config.trainable:
+            if isinstance(module, LTELinear) and name != "bias":
+                train = name != "weight"  # lora_A and lora_B, never the master
+            else:
+                train = kind(module) in config.trainable
+            if train:
                 parameter.requires_grad_(True)
 
 

@@ -67,22 +67,22 @@ class LTELinear(nn.Linear):
         H = self.heads
         if x.shape[0] % H:
             raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {H} equal chunks, one a head")
-        factors = (self.lora_A, self.lora_B, self.merged_A, self.merged_B)
-        weight, bias = self.weight, self.bias
+        factors: list[Tensor] = [self.lora_A, self.lora_B, self.merged_A, self.merged_B]
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-            factors = tuple(f.to(dtype) for f in factors)  # type: ignore[assignment]
+            factors = [f.to(dtype) for f in factors]
         chunks = x.reshape(H, -1, x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         y = HeadedLinear.apply(chunks, weight, bias, *factors, self.scale, float(H))  # (H, t, m)
         return y.view(*x.shape[:-1], self.out_features)
 
     def mean_delta(self) -> Tensor:
         """s·mean_h(B_h A_h − B'_h A'_h), (m, n): what is not merged yet, in the master's precision."""
-        return (self.scale / self.heads) * (_sum_of_products(self.lora_B, self.lora_A) - _sum_of_products(
-            self.merged_B, self.merged_A
-        ))  # fmt: skip
+        now = _sum_of_products(self.lora_B, self.lora_A)
+        return (self.scale / self.heads) * (now - _sum_of_products(self.merged_B, self.merged_A))
 
     def effective_weight(self) -> Tensor:
         """The weight that evaluation uses, (m, n): W plus the mean of all unmerged deltas."""
@@ -91,7 +91,7 @@ class LTELinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once."""
-        self.weight += self.mean_delta()
+        self.weight.add_(self.mean_delta())
         self.merged_A.copy_(self.lora_A)
         self.merged_B.copy_(self.lora_B)
 

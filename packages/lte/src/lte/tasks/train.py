@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.distributed import World, launch, parallelize, unwrap
 from memtrain_common.errors import UserError
@@ -24,6 +22,7 @@ from memtrain_common.run_folder import RunFolder, default_run_path, device_name
 from memtrain_common.schedule import cosine_with_warmup
 from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
 from memtrain_common.tokenizers import default_prompt, printable
+from torch import nn
 
 from ..cli import MAY_CHANGE, PROG, TrainConfig, lte_config
 from ..injection import inject, merged_state_dict
@@ -87,8 +86,8 @@ def _open_run(
         before = run.read_config()["data"]
         if before["sha256"] != corpus.sha256:
             raise UserError(
-                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the text found "
-                f"now has {corpus.sha256[:12]}…: give it the same --data-dir, or begin a new run"
+                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the text "
+                f"found now has {corpus.sha256[:12]}…: give it the same --data-dir, or begin a new run"
             )
     else:
         path = Path(config.out) if config.out else default_run_path(PROG)
@@ -206,7 +205,11 @@ def _report(
     loss = lte.result.evaluation["loss"]
     console.say()
     console.say(f"validation loss, nats per {unit}")
-    losses = [("LTE", f"{loss:.4f}"), ("unigram entropy", f"{unigram:.4f}"), ("bigram entropy", f"{bigram:.4f}")]
+    losses: list[tuple[str, ...]] = [
+        ("LTE", f"{loss:.4f}"),
+        ("unigram entropy", f"{unigram:.4f}"),
+        ("bigram entropy", f"{bigram:.4f}"),
+    ]
     if full is not None:
         other = full.result.evaluation["loss"]
         losses.insert(1, ("full training, same batches", f"{other:.4f}", f"LTE {100 * (loss / other - 1):+.1f} %"))

@@ -1,0 +1,109 @@
+"""Everything that a resumed run needs, taken from the objects of a training and given back to them.
+
+The same state serves one process, DDP and FSDP2: sharded tensors are saved whole and sharded again when loaded.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import gather_objects, world
+from .errors import UserError
+from .rng import rng_state, set_rng_state
+from .state_tree import same_shapes, shard_like
+
+
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint, besides the model and the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+def capture(
+    model: nn.Module, optimizer: torch.optim.Optimizer, others: Mapping[str, Stateful], **plain: Any
+) -> dict[str, Any]:
+    """The state as nested dicts. A collective call: every process's random generators are in it.
+
+    Args:
+        others: further objects with a state, by name.
+        plain: values that need no object: the progress, the run's identity.
+    """
+    return {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "others": {name: other.state_dict() for name, other in others.items()},
+        "rng": gather_objects(rng_state()),
+        **plain,
+    }
+
+
+def put_back(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    others: Mapping[str, Stateful],
+    *,
+    where: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Load what :func:`capture` took.
+
+    Args:
+        where: the checkpoint, for messages.
+        say: told when the random generators cannot be restored (another number of processes).
+
+    Raises:
+        UserError: if the checkpoint is of another model.
+    """
+    now = model.state_dict()
+    difference = same_shapes(state["model"], now)
+    if difference is not None:
+        raise UserError(f"{where} belongs to another model: {difference}")
+    model.load_state_dict(shard_like(state["model"], now))
+    optimizer.load_state_dict(_shard_moments(state["optimizer"], optimizer))
+    for name, other in others.items():
+        other.load_state_dict(state["others"][name])
+    if len(state["rng"]) == world().size:
+        set_rng_state(state["rng"][world().rank])
+    else:
+        say(
+            f"{where} was made by {len(state['rng'])} processes, not {world().size}: dropout masks will differ from an "
+            "uninterrupted run's; the data order does not"
+        )
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuse a checkpoint that was made by another configuration, naming the first value that differs."""
+    for name, value in now.items():
+        if saved.get(name, value) != value:
+            raise UserError(
+                f"{where} was made with {name}={saved[name]!r}, and this run has {name}={value!r}: give the value it "
+                "was made with, or begin a new run"
+            )
+
+
+def all_finite(model: nn.Module) -> Tensor:
+    """Whether every number in the model's state is finite, as a boolean tensor; of this process's shards."""
+    flags = [
+        (value.to_local() if hasattr(value, "to_local") else value).isfinite().all()
+        for value in model.state_dict().values()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    return torch.stack(flags).all() if flags else torch.tensor(True)
+
+
+def _shard_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Give moments the sharding of their parameter (FSDP2); where nothing is sharded the state stays as it is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]  # in the order of the state's keys
+
+    def moment(value: Any, parameter: Tensor) -> Any:
+        same = isinstance(value, Tensor) and value.shape == parameter.shape
+        return shard_like(value, parameter) if same else value
+
+    sharded = {i: {k: moment(v, parameters[i]) for k, v in entries.items()} for i, entries in state["state"].items()}
+    return {**state, "state": sharded}
