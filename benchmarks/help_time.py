@@ -2,8 +2,8 @@
 
     uv run python benchmarks/help_time.py [--repeats 15] [--out FILE]
 
-The aim is under 0.5 s. Beside it stands ``python -c "import torch"``, which a command that loads torch would take longer
-than; each repeat times all of them in turn.
+The aim is under 0.5 s. Beside it stands ``python -c "import torch"``: what a command would take at least if it loaded
+torch. Each repeat times all of them in turn.
 """
 
 import argparse
