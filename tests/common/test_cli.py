@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import signal
 from typing import Literal
 
 import pytest
@@ -83,7 +84,8 @@ def raising(error):
         (UserError("no such thing"), 2, "prog: error: no such thing"),
         (DivergedError("loss is nan"), 1, "prog: error: loss is nan"),
         (Stopped(15, "stopped at step 3"), 143, "prog: stopped at step 3"),
-        (KeyboardInterrupt(), 130, "prog: interrupted before training began; there was nothing to save"),
+        (KeyboardInterrupt(), 130, "prog: stopped by SIGINT while nothing was being trained: nothing was lost"),
+        (KeyboardInterrupt(15), 143, "prog: stopped by SIGTERM while nothing was being trained: nothing was lost"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl"), 2,
          "prog: error: could not write /x/metrics.jsonl (No space left on device): free some space"),
     ],
@@ -93,6 +95,12 @@ def test_ends_are_one_line_and_an_exit_code(error, code, said, capsys):
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_sigterm_outside_training_is_one_line(capsys):
+    assert run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM), prog="prog", argv=[]) == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert capsys.readouterr().err == "prog: stopped by SIGTERM while nothing was being trained: nothing was lost\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback():

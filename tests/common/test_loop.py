@@ -1,5 +1,6 @@
 """The training loop: what it computes, what it writes, and that stopping and resuming leave no trace."""
 
+import functools
 import json
 import math
 import os
@@ -389,3 +390,18 @@ def test_low_precision_trains_with_float32_weights(dtype):
     assert seen == {torch.bfloat16 if dtype == "bfloat16" else torch.float16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert loss_fn(model, first) < 0.5 * before
+
+
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
+    """Traced by dynamo with the ledger's first step, evaluation and accumulation in between; eager kernels, for speed."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        model = make()
+        config = FitConfig(max_iters=4, compile=compiled, eval_interval=2, gradient_accumulation_steps=2)
+        run = RunFolder.create(tmp_path / str(compiled))
+        result = fit(model, batches, loss_fn, adam(model), config, evaluate=evaluate, run=run)
+        results.append(flat(model))
+        assert result.ledger.total("activations") > 0
+        assert list(run.checkpoints.load_newest()[1]["model"]) == list(make().state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)

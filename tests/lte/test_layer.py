@@ -185,3 +185,25 @@ def test_refuses_a_batch_that_cannot_be_cut():
 def test_refuses_a_wrong_configuration(wrong, words):
     with pytest.raises(ValueError, match=words):
         LTEConfig(**wrong)
+
+
+def test_compiles_whole_and_a_merge_needs_no_recompilation():
+    """One graph without breaks, the eager result, and the same graph after merges (eager kernels, for speed)."""
+    layers = nn.Sequential(*(layer_of(2, 6, 6, 3, dtype=torch.float32) for _ in range(2)))
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 5, 6)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        layers.zero_grad()
+        y = layers(x)
+        y.square().mean().backward()
+        expected = [layer.lora_A.grad.clone() for layer in layers]
+        layers.zero_grad()
+        torch.testing.assert_close(compiled(x), y, rtol=0, atol=1e-5)
+        compiled(x).square().mean().backward()
+        for layer, grad in zip(layers, expected, strict=True):
+            torch.testing.assert_close(layer.lora_A.grad, grad, rtol=0, atol=1e-5)
+            layer.merge()
+            with torch.no_grad():
+                layer.lora_B += 0.01
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

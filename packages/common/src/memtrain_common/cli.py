@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import errno
 import io
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -89,27 +90,39 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and turn what the user can mend into one line on stderr and an exit code."""
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with _sigterm_as_interrupt():
+            main(sys.argv[1:] if argv is None else argv)
+        return 0
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return error.exit_code
+        code, line = error.exit_code, f"error: {error}"
     except Stopped as stop:
-        print(f"{prog}: {stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted before training began; there was nothing to save", file=sys.stderr)
-        return 130
+        code, line = stop.exit_code, str(stop)
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+        name = signal.Signals(signum).name
+        code, line = 128 + signum, f"stopped by {name} while nothing was being trained: nothing was lost"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"{prog}: error: {full_disk_message(error)}", file=sys.stderr)
-        return 2
-    return 0
+        where = error.filename or "the run folder"
+        code = UserError.exit_code
+        line = f"error: could not write {where} ({error.strerror}): free some space, or choose another place with --out"
+    print(f"{prog}: {line}", file=sys.stderr)
+    return code
 
 
-def full_disk_message(error: OSError) -> str:
-    where = f" {error.filename}" if error.filename else " the run folder"
-    return f"could not write{where} ({error.strerror}): free some space, or choose another place with --out"
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; while training, the loop takes both over."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
