@@ -1,9 +1,10 @@
 """How were lte-train's defaults chosen? One change at a time from a base, judged by the validation loss.
 
-    uv run python benchmarks/lte_defaults.py [--steps 1500] [--only PATTERN]
+    uv run python benchmarks/lte_defaults.py [--only PATTERN] [--steps N]
 
-Every arm trains the default model on the same batches of the embedded corpus; "full" arms train all parameters.
-Arms that the result file holds already are not repeated.
+Every arm trains the default model on the same batches of the embedded corpus; "full" arms train all parameters. First
+come short runs of each change alone, then longer ones of what was best. Arms that the result file holds already are not
+repeated.
 """
 
 import argparse
@@ -20,30 +21,40 @@ from memtrain_common.text import Crops, load_corpus
 
 RESULT = Path(__file__).parent / "results" / "lte_defaults.json"
 BASE = "--lte-heads 4 --lora-r 32 --lora-alpha 128 --lte-merge-steps 1 --learning-rate 1e-3 --rest-learning-rate 4e-3"
-ARMS = {
-    "full": ["--full-learning-rate 2e-3", "--full-learning-rate 4e-3", "--full-learning-rate 8e-3"],
-    "base": [""],
-    "lr": ["--learning-rate 5e-4", "--learning-rate 2e-3", "--learning-rate 4e-3"],
-    "alpha": ["--lora-alpha 32", "--lora-alpha 512"],
-    "rank": ["--lora-r 16 --lora-alpha 64", "--lora-r 64 --lora-alpha 256", "--lora-r 128 --lora-alpha 512"],
-    "merge": ["--lte-merge-steps 10", "--lte-merge-steps 0"],
-    "init": ["--lte-init upstream"],
-    "rest": ["--rest-learning-rate 1e-3", "--lte-trainable norms biases skipped"],
-    "heads": ["--lte-heads 1", "--lte-heads 2", "--lte-heads 8"],
+SHORT, LONG = 500, 1000
+ARMS: dict[str, tuple[int, list[str]]] = {
+    "full": (SHORT, ["--full-learning-rate 2e-3", "--full-learning-rate 4e-3", "--full-learning-rate 8e-3"]),
+    "base": (SHORT, [""]),
+    "lr": (SHORT, ["--learning-rate 5e-4", "--learning-rate 2e-3", "--learning-rate 4e-3"]),
+    "alpha": (SHORT, ["--lora-alpha 32", "--lora-alpha 512"]),
+    "rank": (SHORT, ["--lora-r 16 --lora-alpha 64", "--lora-r 64 --lora-alpha 256", "--lora-r 128 --lora-alpha 512"]),
+    "merge": (SHORT, ["--lte-merge-steps 10", "--lte-merge-steps 0"]),
+    "init": (SHORT, ["--lte-init upstream"]),
+    "rest": (SHORT, ["--rest-learning-rate 1e-3", "--lte-trainable norms biases skipped"]),
+    "heads": (SHORT, ["--lte-heads 1", "--lte-heads 2", "--lte-heads 8"]),
+    "full-long": (LONG, ["--full-learning-rate 3e-3", "--full-learning-rate 4e-3", "--full-learning-rate 6e-3"]),
+    "rank-long": (
+        LONG,
+        [
+            "",
+            "--lora-r 64 --lora-alpha 256",
+            "--lora-r 64 --lora-alpha 256 --learning-rate 7e-4",
+            "--lora-r 64 --lora-alpha 256 --learning-rate 1.5e-3",
+        ],
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=0, help="instead of each arm's own number")
     parser.add_argument("--only", default="", help="only arms whose group has this in its name")
-    parser.add_argument("--extra", action="append", default=[], help="a further arm: flags in one word")
     options = parser.parse_args()
     rows = json.loads(RESULT.read_text())["arms"] if RESULT.exists() else []
     corpus = load_corpus()
-    arms = [(group, flags) for group, many in ARMS.items() for flags in many] + [("extra", e) for e in options.extra]
-    for group, flags in arms:
-        known = any(r["group"] == group and r["flags"] == flags and r["steps"] == options.steps for r in rows)
+    arms = [(group, options.steps or steps, flags) for group, (steps, many) in ARMS.items() for flags in many]
+    for group, steps, flags in arms:
+        known = any((r["group"], r["steps"], r["flags"]) == (group, steps, flags) for r in rows)
         if known or options.only not in group:
             continue
         words = [
@@ -56,12 +67,10 @@ def main() -> None:
         ]
         config = configure(words)
         crops = Crops(corpus, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)
-        trained = train_one(config, corpus, crops, None, Console(), torch.device("cpu"), full=group == "full")
+        trained = train_one(config, corpus, crops, None, Console(), torch.device("cpu"), full=group.startswith("full"))
         loss = trained.result.evaluation["loss"]
-        rows.append(
-            {"group": group, "flags": flags, "steps": options.steps, "loss": loss, "trained": trained.trainable}
-        )
-        print(f"{group:6} {flags:45} {loss:.4f} nats/byte", flush=True)
+        rows.append({"group": group, "flags": flags, "steps": steps, "loss": loss, "trained": trained.trainable})
+        print(f"{group:9} {steps:5} {flags:55} {loss:.4f} nats/byte", flush=True)
         write_results(
             RESULT,
             argv=["python", "benchmarks/lte_defaults.py", *sys.argv[1:]],

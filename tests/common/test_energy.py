@@ -3,46 +3,58 @@
 import time
 
 import pytest
+from memtrain_common import energy
 from memtrain_common.energy import EnergyMeter, nvml_counters, rapl_counters
 
 
 class Clock:
-    """A counter at a constant power."""
+    """Time that stands still until it is moved; everything that the meter reads hangs on it."""
 
-    def __init__(self, watts):
-        self.watts, self.began = watts, time.monotonic()
+    def __init__(self, monkeypatch):
+        self.now = 500.0
+        monkeypatch.setattr(energy.time, "monotonic", lambda: self.now)
 
-    def __call__(self):
-        return 1000 + self.watts * (time.monotonic() - self.began)
+    def counter(self, watts):
+        return lambda: 1000 + watts * (self.now - 500.0)
 
 
-def test_joules_are_watts_times_seconds_over_all_counters(tmp_path):
-    csv = tmp_path / "energy.csv"
-    with EnergyMeter(csv, counters={"a": Clock(30.0), "b": Clock(12.0)}, interval=0.02) as meter:
-        began = time.monotonic()
-        time.sleep(0.2)
-        spent = time.monotonic() - began
-        joules = meter.joules
-    assert meter.source == "a + b"
-    assert joules == pytest.approx(42.0 * spent, rel=0.05)
+NEVER = 1e6  # seconds between samples: the tests take them by hand
+
+
+def rows(csv):
     header, *lines = csv.read_text().splitlines()
     assert header == "seconds,watts,joules"
-    values = [tuple(map(float, line.split(","))) for line in lines]
-    assert len(values) >= 4
-    assert values == sorted(values, key=lambda v: v[0])
-    assert all(v[2] == pytest.approx(42 * v[0], rel=0.02, abs=0.02) for v in values)
+    return [tuple(map(float, line.split(","))) for line in lines]
 
 
-def test_a_resumed_run_goes_on_from_the_last_whole_row(tmp_path):
-    csv = tmp_path / "energy.csv"
+def test_joules_are_watts_times_seconds_over_all_counters(tmp_path, monkeypatch):
+    clock, csv = Clock(monkeypatch), tmp_path / "energy.csv"
+    counters = {"a": clock.counter(30.0), "b": clock.counter(12.0)}
+    with EnergyMeter(csv, counters=counters, interval=NEVER) as meter:
+        for moment in (1.5, 2.0):
+            clock.now = 500 + moment
+            meter.sample()
+        clock.now = 504
+        assert meter.joules == 42 * 4
+    assert meter.source == "a + b"
+    assert rows(csv) == [(1.5, 42.0, 63.0), (2.0, 42.0, 84.0), (4.0, 42.0, 168.0)]
+
+
+def test_a_resumed_run_goes_on_from_the_last_whole_row(tmp_path, monkeypatch):
+    clock, csv = Clock(monkeypatch), tmp_path / "energy.csv"
     csv.write_text("seconds,watts,joules\n1.0,40.0,40.0\n2.0,50.0,90.0\n3.0,6")
-    with EnergyMeter(csv, counters={"a": Clock(10.0)}) as meter:
-        time.sleep(0.05)
-    last = [float(v) for v in csv.read_text().splitlines()[-1].split(",")]
-    assert csv.read_text().count("\n") == 4  # the row that was cut short is gone
-    assert last[0] == pytest.approx(2.05, abs=0.04)
-    assert last[2] == pytest.approx(90.5, abs=0.4)
-    assert meter.joules > 90
+    with EnergyMeter(csv, counters={"a": clock.counter(10.0)}, interval=NEVER) as meter:
+        clock.now += 3
+    assert rows(csv) == [(1.0, 40.0, 40.0), (2.0, 50.0, 90.0), (5.0, 10.0, 120.0)]
+    assert meter.joules == 120
+
+
+def test_a_thread_samples_while_the_run_goes_on(tmp_path):
+    csv = tmp_path / "energy.csv"
+    with EnergyMeter(csv, counters={"a": lambda: 5.0}, interval=0.001):
+        while len(csv.read_text().splitlines()) < 4:  # ends when the thread has written three rows
+            time.sleep(0.001)
+    assert all(joules == 0 for _, _, joules in rows(csv))
 
 
 def test_no_counter_is_unavailable_and_not_zero(tmp_path):

@@ -393,7 +393,7 @@ def test_low_precision_trains_with_float32_weights(dtype):
 
 
 def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
-    """Traced by dynamo with the ledger's first step, evaluation and accumulation in between; eager kernels, for speed."""
+    """Traced with the ledger in its first step, evaluation and accumulation in between; eager kernels, for speed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     results = []
     for compiled in (False, True):
