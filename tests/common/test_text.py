@@ -20,6 +20,7 @@ def test_the_embedded_corpus_is_the_same_every_time():
     assert a.sha256 == b.sha256
     assert len(a.train) > 5_000_000
     assert 0.05 < len(a.val) / len(a.train) < 0.25
+    assert load_corpus(tokenizer="chars").tokenizer.vocab_size > 128  # all of it is text, not all ASCII
     assert b"def " in a.tokenizer.decode(a.val[:100_000])
 
 

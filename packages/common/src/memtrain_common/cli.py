@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,8 @@ def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Seque
     except UserError as error:
         code, line = error.exit_code, f"error: {error}"
     except Stopped as stop:
+        if os.environ.get("RANK", "0") != "0":  # every process stops; the first one says so
+            return stop.exit_code
         code, line = stop.exit_code, str(stop)
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT

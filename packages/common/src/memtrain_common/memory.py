@@ -202,7 +202,9 @@ class PeakMeter:
         self._phase: str | None = None
 
     def begin(self, phase: str) -> None:
-        """End the phase before, and begin ``phase``."""
+        """End the phase before, and begin ``phase``; nothing changes where it is going on already."""
+        if phase == self._phase:
+            return
         self.end()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

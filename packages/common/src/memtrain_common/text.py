@@ -103,11 +103,22 @@ def _standard_library() -> tuple[bytes, bytes]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if skip.isdisjoint(name.parts):
+            raw = path.read_bytes()
+            if not _is_utf8(raw):  # a tokenizer of characters must be able to read the whole corpus
+                continue
             held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 256 * VAL_FRACTION
-            (val if held_out else train).append(path.read_bytes())
+            (val if held_out else train).append(raw)
     if not train or not val:
         raise UserError(f"this Python has no standard-library source in {root}: name a folder with --data-dir")
     return b"\n".join(train), b"\n".join(val)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_folder(folder: Path) -> bytes:

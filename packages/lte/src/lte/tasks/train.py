@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import World, launch, parallelize, unwrap
+from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap
 from memtrain_common.errors import UserError
 from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
@@ -90,7 +90,7 @@ def _open_run(
                 f"found now has {corpus.sha256[:12]}…: give it the same --data-dir, or begin a new run"
             )
     else:
-        path = Path(config.out) if config.out else default_run_path(PROG)
+        path = gather_objects(Path(config.out) if config.out else default_run_path(PROG))[0]  # the first one's clock
         run = RunFolder.create(path, writes=world.is_main)
     config = dataclasses.replace(config, out=str(run.path))
     run.write_config(
