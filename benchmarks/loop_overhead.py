@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lte.cli import configure, lte_config
+from lte.cli import configure
 from lte.injection import inject
 from lte.merging import Merger
 from lte.parameters import clip_grad_norm_per_head, param_groups
+from lte.tasks.train_config import lte_config
 from memtrain_common.bench import ratio_of, write_results
 from memtrain_common.checkpoint import Checkpoints
 from memtrain_common.console import Console

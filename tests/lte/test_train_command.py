@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from lte.cli import PRESETS, TrainConfig, check, configure, lte_config, train
+from lte.cli import configure, train
+from lte.tasks.train_config import PRESETS, TrainConfig, check, lte_config
 from memtrain_common.errors import UserError
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks

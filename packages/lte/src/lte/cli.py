@@ -2,142 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
-from .config import REST, LTEConfig
+from .tasks.train_config import MAY_CHANGE, PRESETS, PROG, TrainConfig, check
 
-PROG = "lte-train"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every flag of lte-train; kept in the run folder's config.json."""
-
-    # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
-    data_dir: str = ""
-    """Folder of text files; empty takes the source of Python's standard library."""
-    tokenizer: Literal["bytes", "chars", "gpt2"] = "bytes"
-    """What a token is."""
-    tokenizer_dir: str = ""
-    """Folder with GPT-2's encoder.json and vocab.bpe; empty lets tiktoken download them."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
-    # -- model
-    n_layer: int = 4
-    """Transformer blocks."""
-    n_head: int = 4
-    """Attention heads a block (LTE's heads are --lte-heads)."""
-    n_embd: int = 128
-    """Width."""
-    block_size: int = 64
-    """Context length in tokens."""
-    dropout: float = 0.0
-    """Dropout probability."""
-    bias: bool = False
-    """Biases in linear layers and layer norms, as GPT-2 has them."""
-    # -- LTE
-    lte_heads: int = 4
-    """H: LoRA heads a layer, each trained on its own chunk of the batch."""
-    lora_r: int = 32
-    """r: rank of a head."""
-    lora_alpha: float = 128.0
-    """α: a head is scaled by α/r."""
-    lte_merge_steps: int = 1
-    """T: optimizer steps between merges; 0 never merges."""
-    lte_init: Literal["paper", "upstream"] = "paper"
-    """Scale of A's initial value: the paper's sqrt(m/n), or the published code's sqrt(n/r)."""
-    lte_trainable: tuple[str, ...] = REST
-    """What is trained besides the heads: any of embeddings norms biases skipped."""
-    skip_attn: bool = False
-    """No heads in attention."""
-    skip_mlp: bool = False
-    """No heads in the MLPs."""
-    # -- optimizer
-    learning_rate: float = 1e-3
-    """Peak learning rate of the heads."""
-    rest_learning_rate: float = 4e-3
-    """Peak learning rate of everything else that is trained."""
-    max_iters: int = 1500
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Sequences a micro-batch, over all processes; divisible by --lte-heads."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
-    weight_decay: float = 0.1
-    """AdamW's, for matrices other than the heads'."""
-    beta1: float = 0.9
-    """AdamW's β₁."""
-    beta2: float = 0.95
-    """AdamW's β₂."""
-    grad_clip: float = 1.0
-    """Largest gradient norm, of each head by itself and of the rest; 0 does not clip."""
-    decay_lr: bool = True
-    """Cosine decay with warm-up; else constant."""
-    warmup_iters: int = 50
-    """Steps of linear warm-up."""
-    lr_decay_iters: int = 0
-    """Steps until the lowest learning rate; 0 takes --max-iters."""
-    min_lr_ratio: float = 0.1
-    """Lowest learning rate over the peak."""
-    # -- evaluation and logging
-    eval_interval: int = 250
-    """Steps between evaluations; a checkpoint follows each."""
-    eval_iters: int = 40
-    """Batches an evaluation, spread evenly over the validation text."""
-    log_interval: int = 10
-    """Steps between logged rows."""
-    compare_full: bool = False
-    """Also train all parameters of the same model on the same batches, and put its loss beside."""
-    full_learning_rate: float = 4e-3
-    """Peak learning rate of --compare-full."""
-    sample_tokens: int = 200
-    """Tokens to generate at the end."""
-    # -- system
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
-    compile: bool = False
-    """Run the model through torch.compile."""
-    seed: int = 1337
-    """Seed of the initial weights, the data order and dropout."""
-
-
-CHAR = TrainConfig(
-    tokenizer="chars", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, max_iters=5000,
-    warmup_iters=100, eval_iters=200, lora_r=96, learning_rate=1e-3, rest_learning_rate=1e-3, full_learning_rate=1e-3,
-)  # fmt: skip
-PRESETS = {
-    "default": TrainConfig(),
-    "shakespeare-char": CHAR,
-    "shakespeare-char-cpu": replace(
-        CHAR,
-        n_layer=4,
-        n_head=4,
-        n_embd=128,
-        block_size=64,
-        batch_size=12,
-        dropout=0.0,
-        max_iters=2000,
-        eval_iters=20,
-        lora_r=32,
-    ),
-}
 DESCRIPTION = """Pre-train a GPT with many LoRA heads in parallel (LTE), and say what it cost.
 
 Without flags: a byte-level GPT on the source of Python's standard library, 4 heads, within 3 minutes on 2 cores."""
-
-# What a resumed run may do otherwise than it began: go on for longer, or add the comparison.
-MAY_CHANGE = {"out", "resume", "max_iters", "compare_full", "full_learning_rate", "tracker", "sample_tokens", "device"}
 
 
 def configure(argv: Sequence[str]) -> TrainConfig:
@@ -161,69 +37,6 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{resume} was begun with {flag} {old}, not {new}: leave the flag out, or begin a new run")
     return check(replace(config, out=resume))
-
-
-def check(config: TrainConfig) -> TrainConfig:
-    """The configuration itself, with 0 and empty defaults filled in.
-
-    Raises:
-        UserError: naming the flag and what would be right.
-    """
-    at_least = {
-        "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "lte_heads": 1, "lora_r": 1, "lte_merge_steps": 0,
-        "max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0, "grad_clip": 0,
-        "warmup_iters": 0, "lr_decay_iters": 0, "min_lr_ratio": 0, "eval_interval": 1, "eval_iters": 1,
-        "log_interval": 1, "sample_tokens": 0, "dropout": 0, "beta1": 0, "beta2": 0,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        if not getattr(config, name) >= least:
-            raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
-    for name in ("learning_rate", "rest_learning_rate", "full_learning_rate", "lora_alpha"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{_flag(name)} must be positive, got {getattr(config, name)}")
-    for name in ("dropout", "beta1", "beta2"):
-        if not getattr(config, name) < 1:
-            raise UserError(f"{_flag(name)} must be below 1, got {getattr(config, name)}")
-    if config.n_embd % config.n_head:
-        raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
-    if config.batch_size % config.lte_heads:
-        raise UserError(
-            f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads}: every head gets an "
-            "equal chunk of the batch"
-        )
-    if config.skip_attn and config.skip_mlp:
-        raise UserError("--skip-attn and --skip-mlp together leave no layer for heads: drop one of them")
-    if not set(config.lte_trainable) <= set(REST):
-        raise UserError(f"--lte-trainable takes any of {' '.join(REST)}, got {' '.join(config.lte_trainable)}")
-    decay = config.lr_decay_iters or config.max_iters
-    if config.decay_lr and 0 < decay <= config.warmup_iters:
-        raise UserError(f"--warmup-iters {config.warmup_iters} must be below the {decay} steps of the decay")
-    return replace(config, lr_decay_iters=decay)
-
-
-def lte_config(config: TrainConfig) -> LTEConfig:
-    """The part of the flags that is LTE's own."""
-    targets = tuple(
-        suffix
-        for skipped, suffixes in (
-            (config.skip_attn, ("attn.c_attn", "attn.c_proj")),
-            (config.skip_mlp, ("mlp.c_fc", "mlp.c_proj")),
-        )
-        if not skipped
-        for suffix in suffixes
-    )
-    return LTEConfig(
-        heads=config.lte_heads,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        init=config.lte_init,
-        targets=targets,
-        trainable=config.lte_trainable,
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def train(argv: Sequence[str]) -> None:

@@ -24,10 +24,10 @@ from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
 from memtrain_common.tokenizers import default_prompt, printable
 from torch import nn
 
-from ..cli import MAY_CHANGE, PROG, TrainConfig, lte_config
 from ..injection import inject, merged_state_dict
 from ..merging import Merger
 from ..parameters import clip_grad_norm_per_head, param_groups
+from .train_config import MAY_CHANGE, PROG, TrainConfig, lte_config
 
 
 @dataclass(frozen=True)
