@@ -3,9 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
+
+
+class Bar(tqdm):
+    """tqdm without its monitor thread, which would hold tqdm's lock in processes that are forked (data workers)."""
+
+    monitor_interval = 0
 
 
 class Console:
@@ -22,20 +27,21 @@ class Console:
     def say(self, text: str = "") -> None:
         if self._quiet:
             return
-        tqdm.write(text, file=sys.stdout)
+        Bar.write(text, file=sys.stdout)
         sys.stdout.flush()
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "", unit: str = "it") -> "tqdm[Any]":
+    def progress(self, total: int, *, initial: int = 0, label: str = "", unit: str = "it") -> Bar:
         """A progress bar on stderr; none where stderr is not a terminal."""
-        return tqdm(
+        return Bar(
             total=total,
             initial=initial,
             desc=label,
             unit=unit,
             dynamic_ncols=True,
+            miniters=1,
             mininterval=0.2,
             disable=True if self._quiet else None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
