@@ -12,8 +12,10 @@ import matplotlib.figure  # noqa: F401  # loaded here once, for the commands tha
 import pytest
 import torch
 import torch._dynamo  # every optimizer loads it at its first use
+import tqdm
 
 torch.set_num_threads(1)
+tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at the moment of a fork, which the child then waits for
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 import types
 
 import pytest
@@ -173,11 +172,3 @@ def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_pat
     assert avoid_broken_amx(said.append) is expected
     assert bool(said) is expected
     assert not avoid_broken_amx(said.append) if expected else True  # once is enough
-
-
-def test_no_thread_is_left_that_a_forked_process_could_wait_for():
-    before = threading.active_count()
-    Console().progress(3).close()
-    Console().say("")
-    assert threading.active_count() == before
-    assert not [t.name for t in threading.enumerate() if "tqdm" in t.name]

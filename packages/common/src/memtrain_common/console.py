@@ -3,14 +3,9 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-
-
-class Bar(tqdm):
-    """tqdm without its monitor thread, which would hold tqdm's lock in processes that are forked (data workers)."""
-
-    monitor_interval = 0
 
 
 class Console:
@@ -27,21 +22,20 @@ class Console:
     def say(self, text: str = "") -> None:
         if self._quiet:
             return
-        Bar.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "", unit: str = "it") -> Bar:
+    def progress(self, total: int, *, initial: int = 0, label: str = "", unit: str = "it") -> "tqdm[Any]":
         """A progress bar on stderr; none where stderr is not a terminal."""
-        return Bar(
+        return tqdm(
             total=total,
             initial=initial,
             desc=label,
             unit=unit,
             dynamic_ncols=True,
-            miniters=1,
             mininterval=0.2,
             disable=True if self._quiet else None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
