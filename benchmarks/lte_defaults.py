@@ -32,16 +32,8 @@ ARMS: dict[str, tuple[int, list[str]]] = {
     "init": (SHORT, ["--lte-init upstream"]),
     "rest": (SHORT, ["--rest-learning-rate 1e-3", "--lte-trainable norms biases skipped"]),
     "heads": (SHORT, ["--lte-heads 1", "--lte-heads 2", "--lte-heads 8"]),
-    "full-long": (LONG, ["--full-learning-rate 3e-3", "--full-learning-rate 4e-3", "--full-learning-rate 6e-3"]),
-    "rank-long": (
-        LONG,
-        [
-            "",
-            "--lora-r 64 --lora-alpha 256",
-            "--lora-r 64 --lora-alpha 256 --learning-rate 7e-4",
-            "--lora-r 64 --lora-alpha 256 --learning-rate 1.5e-3",
-        ],
-    ),
+    "full-long": (LONG, ["--full-learning-rate 3e-3", "--full-learning-rate 4e-3"]),
+    "rank-long": (LONG, ["", "--lora-r 64 --lora-alpha 256", "--lora-r 64 --lora-alpha 256 --learning-rate 1.5e-3"]),
 }
 
 
@@ -61,9 +53,9 @@ def main() -> None:
             *BASE.split(),
             *flags.split(),
             "--max-iters",
-            str(options.steps),
+            str(steps),
             "--eval-interval",
-            str(options.steps),
+            str(steps),
         ]
         config = configure(words)
         crops = Crops(corpus, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)

@@ -42,7 +42,7 @@ class Command:
             os.chdir(cwd)
             for fd, file in enumerate(self._files, start=1):
                 os.dup2(file.fileno(), fd)
-            sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = words
             if before is not None:

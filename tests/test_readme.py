@@ -1,5 +1,6 @@
 """What the READMEs say is so: commands exist, the tree is the tree, figures come from committed results."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lte.tasks.train_config import TrainConfig
 from support import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -14,7 +16,19 @@ READMES = sorted(p for p in ROOT.glob("**/README.md") if ".venv" not in p.parts 
 
 
 def code_blocks(text, language):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    """The fenced blocks of one language, in order; "" is a fence without a language."""
+    blocks, inside, name = [], None, ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            if inside is None:
+                inside, name = [], line[3:].strip()
+            else:
+                if name == language:
+                    blocks.append("\n".join(inside) + "\n")
+                inside = None
+        elif inside is not None:
+            inside.append(line)
+    return blocks
 
 
 def test_the_readme_gives_two_commands_and_ci_runs_the_second():
@@ -73,6 +87,18 @@ def test_the_lte_readme_has_the_figures_of_its_sweep():
     text = (ROOT / "packages" / "lte" / "README.md").read_text()
     for figure in figures_of_lte_defaults():
         assert figure in text, f"the README lacks {figure} of lte_defaults.json"
+
+
+def test_the_default_run_is_below_the_bigram_entropy_and_near_full_training():
+    """At most 8 % above tuned full training, within 3 minutes, and measured with the defaults as they are."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "lte_default_run.json").read_text())
+    assert all(run["lte"] < result["bigram_entropy"] for run in result["runs"])
+    assert result["mean_gap"] <= 0.08
+    assert result["seconds_without_flags"] < 180
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    for name, value in result["config"].items():
+        if name not in ("compare_full", "lr_decay_iters", "seed"):
+            assert value == defaults[name], f"{name} has changed: measure again"
 
 
 def test_links_between_readmes_and_packages():

@@ -113,5 +113,10 @@ def test_a_defect_of_ours_keeps_its_traceback():
 def test_small_helpers():
     assert flag_value(["a", "--resume", "x"], "--resume") == "x"
     assert flag_value(["--resume=y"], "--resume") == "y"
-    assert flag_value(["--resume"], "--resume") is None
+    assert flag_value(["--other"], "--resume") is None
+    for words in (["--resume"], ["--resume="], ["--resume", "--max-iters", "5"]):
+        with pytest.raises(UserError, match="--resume needs a value"):
+            flag_value(words, "--resume")
+    with pytest.raises(UserError, match="--resume was given 2 times"):
+        flag_value(["--resume", "a", "--resume=b"], "--resume")
     assert changed_fields(Config(), Config(n_layer=5)) == {"n_layer": (4, 5)}

@@ -37,6 +37,12 @@ def test_the_order_never_changes():
     assert epoch_order(1337, 0, 8).tolist() == [5, 7, 6, 0, 4, 3, 2, 1]
 
 
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**64 - 1, -1])
+def test_every_seed_is_taken_in_silence(seed, recwarn):
+    assert len(set(random_bits(seed, 5, size=9).tolist())) == 9
+    assert not recwarn.list
+
+
 def test_offsets_are_uniform_and_differ_between_steps_and_seeds():
     draws = np.concatenate([random_offsets(0, step, size=1000, high=10) for step in range(100)])
     counts = np.bincount(draws, minlength=10)

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ def lines(run):
     return [json.loads(text) for text in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
+NAN = math.nan
 CLOCKS = ("seconds", "samples_per_second")
 
 
@@ -203,16 +205,21 @@ def _factor(step):
     return cosine_with_warmup(step, warmup_iters=2, decay_iters=12, min_ratio=0.1)
 
 
+def skipped_steps(run):
+    """Steps that float16's scaler left out: their gradient was not finite, which metrics.jsonl has as null."""
+    return sum(r["split"] == "train" and r["grad_norm"] is None for r in lines(run))
+
+
 @pytest.mark.parametrize("stops", [[5], [3], [1], [7, 2, 1], [11]])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tmp_path, stops, dtype):
+@pytest.mark.parametrize(("dtype", "workers"), [("float32", 0), ("float16", 0), ("float32", 2)])
+def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tmp_path, stops, dtype, workers):
     """Weights, optimizer, clock and metrics to the last bit, dropout and mid-interval stops included."""
     whole = run_with_stops(tmp_path, [], dtype=dtype)
-    parts = run_with_stops(tmp_path, stops, dtype=dtype)
+    parts = run_with_stops(tmp_path, stops, dtype=dtype, workers=workers)
     assert torch.equal(flat(whole[0]), flat(parts[0]))
     for a, b in zip(whole[1].state.values(), parts[1].state.values(), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert whole[3].n == parts[3].n == 12
+    assert whole[3].n == parts[3].n == 12 - skipped_steps(whole[2])
     assert without_clocks(whole[2]) == without_clocks(parts[2])
     newest = [r.checkpoints.path(12) / "model.safetensors" for r in (whole[2], parts[2])]
     assert newest[0].read_bytes() == newest[1].read_bytes()
@@ -263,7 +270,7 @@ def test_a_second_interrupt_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
         return loss_fn(m, batch)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped at once by a second SIGINT in step 1; there is no checkpoint"):
         fit(model, batches, twice, adam(model), FitConfig(max_iters=3))
 
 
@@ -358,6 +365,102 @@ def test_the_best_checkpoint_stays(tmp_path):
     )  # fmt: skip
     assert result.best == (2, 1.0)
     assert run.checkpoints.steps() == [2, 4, 5]
+
+
+def test_the_best_checkpoint_stays_whatever_the_interval_of_saving(tmp_path):
+    losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 2.0, 2.0])
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    config = FitConfig(max_iters=12, eval_interval=2, checkpoint_interval=3)
+    fit(model, batches, loss_fn, adam(model), config, run=run, evaluate=lambda m: {"loss": next(losses)})
+    assert run.checkpoints.steps() == [4, 9, 12]
+
+
+def test_a_signal_while_saving_is_not_lost(tmp_path, monkeypatch):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    save = type(run.checkpoints).save
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(type(run.checkpoints), "save", interrupted)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM at step 4; checkpoint .*step-00000004"):
+        fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=4), run=run)
+
+
+def test_an_evaluation_left_by_a_signal_leaves_the_random_numbers_alone(tmp_path):
+    """Interrupted after drawing in the evaluation of step 3, and resumed: dropout goes on as if nothing had been."""
+    results = []
+    for interrupted in (False, True):
+        calls = 0
+
+        def drawing(m, interrupted=interrupted):
+            nonlocal calls
+            calls += 1
+            torch.rand(7)
+            if interrupted and calls == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"loss": 1.0}
+
+        model, run = make(dropout=0.4), RunFolder.create(tmp_path / str(interrupted))
+        torch.manual_seed(2)
+        config = FitConfig(max_iters=6, eval_interval=3)
+        if interrupted:
+            with pytest.raises(Stopped):
+                fit(model, batches, loss_fn, adam(model), config, evaluate=drawing, run=run)
+            torch.manual_seed(99)
+            model = make(dropout=0.4)
+        fit(model, batches, loss_fn, adam(model), config, evaluate=drawing, run=run, resume=True)
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_an_evaluation_that_is_not_finite_is_divergence_and_not_the_best(tmp_path):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    with pytest.raises(DivergedError):
+        fit(
+            model, batches, loss_fn, adam(model), FitConfig(max_iters=2), run=run, evaluate=lambda m: {"loss": math.nan}
+        )
+    assert not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_step_that_the_scaler_skipped_is_not_counted(tmp_path):
+    """float16: the first losses overflow; after_step and the ledger wait for a step that was taken."""
+    model, run, calls = make(), RunFolder.create(tmp_path / "r"), []
+
+    def huge(m, batch):
+        return loss_fn(m, batch) * 3e3
+
+    config = FitConfig(max_iters=12, dtype="float16", log_interval=1, grad_clip=1.0)
+    result = fit(model, batches, huge, adam(model), config, run=run, after_step=lambda: calls.append(1))
+    skipped = skipped_steps(run)
+    assert skipped > 0
+    assert len(calls) == 12 - skipped
+    assert result.ledger.total("optimizer") > 0
+
+
+def test_the_ledger_sees_what_saving_hooks_pack_and_leaves_them_at_work():
+    class Halved(torch.autograd.graph.saved_tensors_hooks):
+        packed = 0
+
+        def __init__(self):
+            super().__init__(self.pack, lambda t: t.float() if t.is_floating_point() else t)
+
+        def pack(self, tensor):
+            Halved.packed += 1
+            return tensor.half() if tensor.is_floating_point() else tensor
+
+    def activations(saving):
+        model = make()
+        one = FitConfig(max_iters=1)
+        return fit(model, batches, loss_fn, adam(model), one, saving=saving).ledger.total("activations")
+
+    plain, offloaded, halved = (activations(s) for s in (nullcontext, torch.autograd.graph.save_on_cpu, Halved))
+    assert Halved.packed > 0
+    assert offloaded == plain
+    # x, the hidden layer and the log-probabilities of 6 rows, their labels, and the loss's total weight
+    assert plain == 4 * 6 * (4 + 8 + 3) + 8 * 6 + 4
+    assert plain / 2 < halved < plain
 
 
 def test_the_schedule_is_nanogpts():

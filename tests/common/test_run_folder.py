@@ -1,6 +1,8 @@
 """The run folder, the trackers beside it, the console's numbers, and the pictures."""
 
+import importlib.util
 import json
+import subprocess
 import sys
 import types
 
@@ -15,7 +17,7 @@ from memtrain_common.memory import Ledger
 from memtrain_common.plots import plot_loss, plot_memory
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.run_folder import RunFolder, default_run_path, versions
-from memtrain_common.trackers import open_tracker
+from memtrain_common.trackers import check_tracker, open_tracker
 
 
 def test_config_json_repeats_the_run(tmp_path):
@@ -42,7 +44,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         RunFolder.create(tmp_path / "full")
     with pytest.raises(UserError, match="is a file"):
         RunFolder.create(tmp_path / "full" / "thesis.tex")
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write in the folder"):
         RunFolder.create(tmp_path / "full" / "thesis.tex" / "run")
     with pytest.raises(UserError, match=r"is not a run: --resume needs a folder with a config\.json"):
         RunFolder.open(tmp_path / "full")
@@ -62,6 +64,48 @@ def test_metrics_truncate_to_a_checkpoint_and_a_torn_line_is_left_out(tmp_path):
     run.truncate_metrics(size)
     run.append_metrics([{"step": 9}])
     assert [r["step"] for r in run.metrics()] == [1, 2, 9]
+
+
+def test_a_folder_in_use_is_refused_to_another_process(tmp_path):
+    run = RunFolder.create(tmp_path / "r")
+    run.write_config(FitConfig(max_iters=3), prog="prog", argv=[])
+    script = f"""
+import sys
+from pathlib import Path
+from memtrain_common.errors import UserError
+from memtrain_common.run_folder import RunFolder
+for take in (RunFolder.create, RunFolder.open):
+    try:
+        take(Path({str(run.path)!r}))
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.count("is in use by another process") == 2, done.stderr
+    RunFolder.open(run.path)  # this process may
+
+
+def test_what_a_kill_leaves_does_not_block_the_name(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json.partial").write_text("{")
+    RunFolder.create(tmp_path / "r")
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    run = RunFolder.create(tmp_path / "r")
+    run.append_metrics([{"step": 1, "loss": float("nan"), "grad_norm": float("inf")}])
+    assert run.metrics() == [{"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_resumes_are_added_to_the_config(tmp_path):
+    run = RunFolder.create(tmp_path / "r")
+    run.write_config(FitConfig(max_iters=3), prog="prog", argv=["first"], device="cpu")
+    run.add_resume(FitConfig(max_iters=4), prog="prog", argv=["--resume", "r"])
+    content = run.read_config()
+    assert content["command"] == "prog first"
+    assert content["device"] == "cpu"
+    assert content["config"]["max_iters"] == 4
+    assert [r["command"] for r in content["resumed"]] == ["prog --resume r"]
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -103,9 +147,13 @@ def test_online_trackers_are_imported_only_when_named(tmp_path, monkeypatch, lib
     tracker.log({"step": 3, "split": "val", "loss": 1.0})
     tracker.close()
     assert calls == [("init", "my-run"), (3, {"val/loss": 1.0}), "finish"]
-    monkeypatch.setitem(sys.modules, library, None)
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_before_a_run_is_made(monkeypatch, library):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"--tracker {library} needs the package {library}"):
-        open_tracker(library, tmp_path, {})
+        check_tracker(library)
 
 
 def test_lines_go_to_the_terminal_and_the_log(tmp_path, capsys):
@@ -171,4 +219,3 @@ def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_pat
     said = []
     assert avoid_broken_amx(said.append) is expected
     assert bool(said) is expected
-    assert not avoid_broken_amx(said.append) if expected else True  # once is enough

@@ -65,6 +65,13 @@ def test_gpt2_tokens_of_a_known_sentence(real_data):
     assert tokenizer.decode(np.array([50256])) == b"<|endoftext|>"
 
 
+def test_hidden_files_and_folders_are_not_data(tmp_path):
+    folder = write(tmp_path, a_txt="0123456789", **{".git__x_txt": "secret"})
+    (tmp_path / "loop").symlink_to(tmp_path)
+    corpus = load_corpus(folder)
+    assert bytes(corpus.train) + bytes(corpus.val) == b"0123456789"
+
+
 def test_refusals(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_corpus(str(tmp_path / "nowhere"))
@@ -122,6 +129,8 @@ def test_validation_is_spread_over_the_split_and_fixed():
     assert starts == sorted(set(starts))
     short = list(Crops(corpus_of(50, 26), batch_size=4, block_size=10, seed=0).validation(100))
     assert [len(x) for x, _ in short] == [2]  # 26 tokens hold two blocks with targets
+    middle = list(Crops(corpus_of(50, 66), batch_size=4, block_size=10, seed=0).validation(100))
+    assert [len(x) for x, _ in middle] == [4]  # six blocks: batches of equal size, or their mean would be no mean
 
 
 def test_a_corpus_shorter_than_a_block_is_refused():

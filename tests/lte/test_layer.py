@@ -154,6 +154,21 @@ def test_autocast_is_near_float32(dtype):
     assert (y.float() - exact).norm() / exact.norm() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_and_evaluating_under_autocast_keep_the_masters_precision(dtype):
+    """A small delta, the difference of two large products: in bfloat16 nothing of it would be left."""
+    layer = layer_of(2, 32, 24, 4, dtype=torch.float32)
+    with torch.no_grad():
+        layer.merged_A.copy_(layer.lora_A)
+        layer.merged_B.copy_(layer.lora_B + 1e-4 * torch.randn_like(layer.lora_B))
+    exact = layer.mean_delta()
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(layer.mean_delta(), exact)
+        before = layer.weight.clone()
+        layer.merge()
+    torch.testing.assert_close(layer.weight, before + exact, rtol=0, atol=0)
+
+
 def test_saves_the_input_and_rank_r_only():
     """Saved for the backward pass: x (shared with the caller), the factors, and u (H, t, r)."""
     from memtrain_common.memory import SavedActivations

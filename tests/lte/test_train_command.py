@@ -3,16 +3,21 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from lte.cli import configure, train
 from lte.tasks.train_config import PRESETS, TrainConfig, check, lte_config
 from memtrain_common.errors import UserError
+from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.loop import mean_loss
+from memtrain_common.text import Crops, load_corpus
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
 
@@ -53,7 +58,7 @@ def whole(text, tmp_path_factory):
 
 def test_the_folder_holds_everything(whole):
     run, _ = whole
-    names = {p.name for p in run.iterdir()} - {"energy.csv"}
+    names = {p.name for p in run.iterdir()} - {"energy.csv", ".lock"}
     assert names == {
         "config.json", "metrics.jsonl", "log.txt", "memory.json", "loss.png", "memory.png", "tensorboard",
         "checkpoints", "full",
@@ -92,10 +97,29 @@ def test_trained_parameters_are_counted_right(whole):
     assert f"{heads + rest:,} of " in (run / "log.txt").read_text()
 
 
-def test_it_learns_and_what_it_saved_is_what_it_evaluated(whole):
+def test_it_learns_and_what_it_saved_is_what_it_evaluated(whole, text):
+    """The last validation loss again, from the checkpoint's file alone and a plain GPT with merged weights."""
     run, _ = whole
     losses = [r["loss"] for r in rows(run) if r["split"] == "val"]
     assert losses[-1] < losses[0] - 1.0
+    config = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
+    weights = load_file(newest_checkpoint(run) / "model.safetensors")
+    merged = {n: t for n, t in weights.items() if "lora_" not in n and "merged_" not in n}
+    for name in [n.removesuffix(".lora_A") for n in weights if n.endswith(".lora_A")]:
+        A, B, A0, B0 = (weights[f"{name}.{part}"] for part in ("lora_A", "lora_B", "merged_A", "merged_B"))
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + 8 / 4 * (B @ A - B0 @ A0).mean(0)
+    plain = GPT(config)
+    plain.load_state_dict({**merged, "lm_head.weight": plain.lm_head.weight, **_tied(merged)})
+    crops = Crops(load_corpus(text), batch_size=4, block_size=16, seed=0)
+    with torch.no_grad():
+        again = mean_loss(plain.eval(), next_token_loss, crops.validation(2))["loss"]
+    assert again == pytest.approx(losses[-1], abs=1e-5)
+
+
+def _tied(weights):
+    """The embedding and the head are one tensor; the file has it under one of the two names."""
+    (shared,) = (weights[n] for n in ("transformer.wte.weight", "lm_head.weight") if n in weights)
+    return {"transformer.wte.weight": shared, "lm_head.weight": shared}
 
 
 def same_run(a, b):
@@ -113,15 +137,17 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_p
     """SIGKILL at several moments of training; --resume goes on each time; the bytes are those of the whole run."""
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
     run = tmp_path / "run"
+    killed = 0
     for moment in moments:
         process = Command(words, tmp_path)
         while process.poll() is None and last_step(run) < 60 * moment:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        assert process.wait().returncode in (-signal.SIGKILL, 0)
+        killed += process.wait().returncode == -signal.SIGKILL
         if not (run / "config.json").exists():  # killed before the run began
             continue
         words = ["lte-train", "--resume", "run"]
+    assert killed, "no process lived long enough to be killed"
     done = run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     same_run(whole[0], run)
@@ -184,6 +210,37 @@ def test_two_processes_give_the_loss_curve_of_one(text, tmp_path):
     assert (tmp_path / "two" / "log.txt").read_text().count("validation loss, nats per byte") == 1
 
 
+def test_no_steps_and_a_corpus_of_one_character(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.txt").write_text("a" * 2000)
+    words = [*TINY, "--data-dir", "x", "--tokenizer", "chars", "--compare-full", "--max-iters"]
+    for steps in ("0", "4"):
+        done = run_command([*words, steps, "--out", steps], tmp_path)
+        assert done.returncode == 0, done.stderr
+        again = run_command(["lte-train", "--resume", steps], tmp_path)
+        assert again.returncode == 0, again.stderr
+    assert "full" in done.stdout
+
+
+def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
+    """A resumed run finds the same text elsewhere; a pipe that closes (`| head`) does not end a training."""
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "b.txt").write_bytes(next(Path(text).iterdir()).read_bytes())
+
+    def closed_pipe():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+
+    done = run_command([*TINY, "--data-dir", text, "--max-iters", "10", "--out", "run"], tmp_path, before=closed_pipe)
+    assert done.returncode == 0, done.stderr
+    assert "run folder run" in (tmp_path / "run" / "log.txt").read_text()
+    done = run_command(["lte-train", "--resume", "run", "--data-dir", "moved", "--max-iters", "14"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "run")[-1]["step"] == 14
+
+
 # -- mistakes
 
 
@@ -203,6 +260,14 @@ def test_two_processes_give_the_loss_curve_of_one(text, tmp_path):
         (["--warmup-iters", "9", "--max-iters", "9"], ["--warmup-iters 9 must be below"]),
         (["babygpt"], ["unknown preset 'babygpt'", "shakespeare-char"]),
         (["--resume", "nowhere"], ["nowhere is not a run"]),
+        (["--resume"], ["--resume needs a value"]),
+        (["--resume", "a", "--resume", "b"], ["--resume was given 2 times"]),
+        (["shakespeare-char", "--resume", "a"], ["leave out the preset 'shakespeare-char'"]),
+        (["shakespeare-char"], ["the preset shakespeare-char needs --data-dir"]),
+        (["--lora-alpha", "inf"], ["--lora-alpha must be positive and finite"]),
+        (["--min-lr-ratio", "5"], ["--min-lr-ratio must be at most 1"]),
+        (["--seed", "99999999999999999999999"], ["--seed must be from 0"]),
+        (["--tokenizer-dir", "x"], ["--tokenizer-dir is for --tokenizer gpt2"]),
     ],
 )
 def test_wrong_flags_are_one_sentence(words, expected):
@@ -231,6 +296,12 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     assert_refused(other, "run was begun with --n-layer 1, not 2")
     moved = run_command(["lte-train", "--resume", "run", "--out", "elsewhere"], cwd)
     assert_refused(moved, "a resumed run stays in its folder")
+    shorter = run_command(["lte-train", "--resume", "run", "--max-iters", "10"], cwd)
+    assert_refused(shorter, "may only go on for longer")
+    inner = run_command(["lte-train", "--resume", "run/full"], cwd)
+    assert_refused(inner, "is the comparison within a run: --resume run")
+    faster = run_command(["lte-train", "--resume", "run", "--full-learning-rate", "1"], cwd)
+    assert_refused(faster, "was begun with --full-learning-rate 0.004, not 1.0")
     (cwd / "other").mkdir(exist_ok=True)
     (cwd / "other" / "b.txt").write_text("something else entirely " * 100)
     data = json.loads((run / "config.json").read_text())
@@ -261,10 +332,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(text, tmp_path):
 def test_presets_are_valid_and_say_what_nanogpt_says():
     for preset in PRESETS.values():
         check(preset)
-    char = configure(["shakespeare-char", "--lte-heads", "8"])
+    char = configure(["shakespeare-char", "--data-dir", "x", "--lte-heads", "8"])
     assert (char.n_layer, char.n_head, char.n_embd, char.block_size, char.batch_size) == (6, 6, 384, 256, 64)
     assert (char.dropout, char.max_iters, char.lte_heads) == (0.2, 5000, 8)
-    cpu = configure(["shakespeare-char-cpu"])
+    cpu = configure(["shakespeare-char-cpu", "--data-dir", "x"])
     assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.max_iters) == (4, 128, 64, 12, 2000)
 
 

@@ -14,7 +14,9 @@ def numbered(batches: Callable[[int], Batch], numbers: range, workers: int = 0) 
     """``batches(i)`` for each i in order; with workers, prepared ahead by that many processes, in the same order."""
     if not workers:
         return map(batches, numbers)
-    return iter(DataLoader(_Numbered(batches, numbers), batch_size=None, num_workers=workers))
+    # A generator of its own: the loader would draw its workers' seed from the global one, and training would notice.
+    generator = torch.Generator()
+    return iter(DataLoader(_Numbered(batches, numbers), batch_size=None, num_workers=workers, generator=generator))
 
 
 class _Numbered(Dataset[Batch]):
@@ -38,6 +40,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
+        return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(v, device) for v in batch)
     return batch

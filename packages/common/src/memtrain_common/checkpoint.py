@@ -98,7 +98,8 @@ class Checkpoints:
                 "checkpoints are intact; free some space and resume"
             ) from error
         self.clean()
-        kept = set(self.steps()[-self.keep :]) | {best}
+        until_now = [s for s in self.steps() if s <= step]  # later ones were damaged, and the run went back past them
+        kept = {*until_now[-self.keep :], best}
         for old in self.steps():
             if old not in kept:
                 shutil.rmtree(self.path(old))
@@ -144,6 +145,8 @@ def verify(path: Path) -> str | None:
                 return f"{name} does not have the SHA-256 that was recorded when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     return None

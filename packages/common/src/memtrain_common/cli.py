@@ -79,17 +79,25 @@ def parse(
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value of one flag, before everything is parsed: ``--resume RUN`` decides the other flags' defaults."""
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word[len(flag) + 1 :]
-    return None
+    """The value of one flag, before everything is parsed: ``--resume RUN`` decides the other flags' defaults.
+
+    Raises:
+        UserError: if it is given twice, or without a value.
+    """
+    values = [word[len(flag) + 1 :] for word in argv if word.startswith(flag + "=")]
+    values += [after for word, after in zip(argv, [*argv[1:], "--"], strict=False) if word == flag]
+    if len(values) > 1:
+        raise UserError(f"{flag} was given {len(values)} times: give it once")
+    if values and (not values[0] or values[0].startswith("--")):
+        raise UserError(f"{flag} needs a value")
+    return values[0] if values else None
 
 
 def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and turn what the user can mend into one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         with _sigterm_as_interrupt():
             main(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,6 @@
 """What a run says: lines to the terminal and to ``log.txt``, a progress bar, tables, numbers with units."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,19 +23,21 @@ class Console:
     def say(self, text: str = "") -> None:
         if self._quiet:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader (`| head`) is gone: training goes on, and the log is complete
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "", unit: str = "it") -> "tqdm[Any]":
+    def progress(self, total: int, *, initial: int = 0, label: str = "") -> "tqdm[Any]":
         """A progress bar on stderr; none where stderr is not a terminal."""
         return tqdm(
             total=total,
             initial=initial,
             desc=label,
-            unit=unit,
             dynamic_ncols=True,
             mininterval=0.2,
             disable=True if self._quiet else None,

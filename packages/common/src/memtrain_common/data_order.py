@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = 0x9E3779B97F4A7C15
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -24,8 +24,8 @@ def random_bits(seed: int, *counters: int, size: int) -> npt.NDArray[np.uint64]:
     """``size`` random 64-bit words, a pure function of the seed and the counters."""
     state = np.zeros(1, np.uint64)
     for word in (seed, *counters):
-        state = _mix(state ^ (np.uint64(word % 2**64) + _GAMMA))
-    return _mix(state + _GAMMA * np.arange(1, size + 1, dtype=np.uint64))
+        state = _mix(state ^ np.uint64((word + _GAMMA) % 2**64))
+    return _mix(state + np.uint64(_GAMMA) * np.arange(1, size + 1, dtype=np.uint64))
 
 
 def random_offsets(seed: int, step: int, *, size: int, high: int) -> npt.NDArray[np.int64]:

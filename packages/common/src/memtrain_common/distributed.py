@@ -43,8 +43,13 @@ def launch(device: str = "auto") -> tuple[World, torch.device]:
     if wanted.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {device} needs a CUDA GPU and this machine has none: use --device cpu")
-        chosen = torch.device("cuda", world.local_rank) if wanted == "cuda" else torch.device(wanted)
-        torch.cuda.set_device(chosen)
+        try:
+            chosen = torch.device("cuda", world.local_rank) if wanted == "cuda" else torch.device(wanted)
+            torch.cuda.set_device(chosen)
+        except (RuntimeError, AssertionError, ValueError):
+            raise UserError(
+                f"--device {device} is not one of the {torch.cuda.device_count()} CUDA GPUs here, cuda:0 and on"
+            ) from None
     elif wanted == "cpu":
         chosen = torch.device("cpu")
     else:
@@ -81,7 +86,9 @@ def parallelize(model: nn.Module, mode: str, device: torch.device, *, blocks: It
     if world().size == 1:
         return model
     if mode == "ddp":
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # Buffers are what each process computes from the same numbers (LTE's offsets): no need to send them around.
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

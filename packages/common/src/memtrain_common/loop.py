@@ -5,10 +5,13 @@ what is kept for the backward pass) and a call after each optimizer step (``afte
 methods are, it does not know.
 """
 
+import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -45,7 +48,7 @@ class FitConfig:
     eval_interval: int = 100
     log_interval: int = 10
     checkpoint_interval: int = 0
-    """0: as often as evaluation."""
+    """0: as often as evaluation. A new best evaluation is saved besides."""
     best_metric: str = "loss"
     """The evaluation's number that decides which checkpoint is the best and stays."""
     higher_is_better: bool = False
@@ -93,6 +96,7 @@ def fit(
     stateful: Mapping[str, Stateful] | None = None,
     run: RunFolder | None = None,
     resume: bool = False,
+    resume_path: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     console: Console | None = None,
     label: str = "",
@@ -110,11 +114,12 @@ def fit(
             afterwards. On several processes every one calls it, and it must give the same numbers on all.
         lr_factor: step -> factor on each group's own learning rate.
         saving: makes the context of each forward pass.
-        after_step: called after each optimizer step.
+        after_step: called after each optimizer step; not after one that float16's scaler skipped.
         clip: called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm.
         stateful: further states to keep in checkpoints, by name.
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
         resume: go on from the newest valid checkpoint of ``run``, if it has one.
+        resume_path: the folder that a stopped user is told to resume, if not the run's own.
         identity: what a checkpoint must agree in (the configuration); checked when resuming.
         console: where lines and the progress bar go; None is silent.
         label: the progress bar's name.
@@ -128,6 +133,7 @@ def fit(
     trainer.evaluate, trainer.lr_factor, trainer.saving = evaluate, lr_factor, saving
     trainer.after_step, trainer.clip, trainer.stateful = after_step, clip, dict(stateful or {})
     trainer.identity = dict(identity or {})
+    trainer.resume_path = resume_path or (run.path if run is not None else None)
     return trainer.train(resume, label)
 
 
@@ -141,6 +147,7 @@ class _Trainer:
     clip: Callable[[float], Tensor] | None
     stateful: dict[str, Stateful]
     identity: dict[str, Any]
+    resume_path: Path | None
 
     def __init__(
         self,
@@ -193,11 +200,13 @@ class _Trainer:
             with StopSignals() as stop, meter:
                 while True:
                     self._look(stop)
+                    if any_rank(stop.received):  # it came while something was saved
+                        self._stop(any_rank(stop.received))
                     if result.step >= config.max_iters:
                         break
                     self.peaks.begin("training")
                     began = time.perf_counter()
-                    loss, norm = self._step(source, measuring=result.step == first)
+                    loss, norm = self._step(source, measuring=result.ledger is None)
                     result.step += 1
                     self.evaluated = False
                     logged = result.step % config.log_interval == 0 or result.step == config.max_iters
@@ -217,6 +226,8 @@ class _Trainer:
                     if any_rank(stop.received):
                         self._stop(any_rank(stop.received))
                 result.joules = meter.joules
+        except KeyboardInterrupt:
+            self._stop_at_once()
         finally:
             bar.close()
             self.peaks.end()
@@ -226,6 +237,8 @@ class _Trainer:
         timed = result.step - first - 1
         if timed > 0:
             result.units_per_second = timed * config.units_per_step / (result.seconds - timed_from)
+        elif result.seconds > 0:  # nothing was timed in this process: what all of them took
+            result.units_per_second = result.step * config.units_per_step / result.seconds
         self._save_ledger()
         return result
 
@@ -242,11 +255,11 @@ class _Trainer:
             batch = to_device(next(source), self.device)
             with self._synchronising(micro == config.gradient_accumulation_steps - 1):
                 if measuring and micro == 0:
-                    with SavedActivations(self.inner, by_layer=not config.compile) as saved:
-                        loss = self._forward(batch)
+                    saved = SavedActivations(self.inner, by_layer=not config.compile)
+                    loss = self._forward(batch, saved)
                     activations = saved.by_layer()
                 else:
-                    loss = self._forward(batch)
+                    loss = self._forward(batch, nullcontext())
                 self.scaler.scale(loss / config.gradient_accumulation_steps).backward()
             total += loss.detach()
         total = total / config.gradient_accumulation_steps
@@ -255,19 +268,21 @@ class _Trainer:
             self.scaler.unscale_(self.optimizer)
             clip = self.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
             norm = clip(config.grad_clip)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if measuring:
+        stepped = self.scaler.get_scale() >= scale  # float16: the scaler lowers its scale where it skips the step
+        if measuring and stepped:
             self.result.ledger = measure(self.inner, self.optimizer, activations)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.after_step is not None:
+        if self.after_step is not None and stepped:
             self.after_step()
         self.finite &= total.isfinite()
         return total, norm
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, recording: AbstractContextManager[Any]) -> Tensor:
         dtype = DTYPES[self.config.dtype]
-        with self.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), recording:
             return self.loss_fn(self.model, batch)
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
@@ -285,40 +300,46 @@ class _Trainer:
         """Evaluate and save if the current step asks for it."""
         config, step = self.config, self.result.step
         last = step >= config.max_iters
+        new_best = False
         if self.evaluate is not None and not self.evaluated and (step % config.eval_interval == 0 or last):
             self._check_finite()
+            self.peaks.begin("evaluation")
+            before, modes = rng_state(), [(m, m.training) for m in self.inner.modules()]
             try:
                 with stop.leaving_at_once() if world().size == 1 else nullcontext():
                     row = self._evaluate()
             except LeaveEvaluation:
+                row = None
+            for module, training in modes:  # a module that the caller put into eval mode stays there
+                module.training = training
+            set_rng_state(before)
+            if row is None:
                 self._stop(stop.received)
-            self.result.evaluation = row
+                return
             value = row[config.best_metric]
+            if not math.isfinite(value):
+                self.finite.fill_(False)
+                self._check_finite()
+            self.result.evaluation = row
             best = self.result.best
             if best is None or (value > best[1] if config.higher_is_better else value < best[1]):
                 self.result.best = (step, value)
+                new_best = True
             self._write({"step": step, "split": "val", **row})
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
             self.console.say(f"step {step}: validation {numbers}")
             self.evaluated = True
         every = config.checkpoint_interval or config.eval_interval
-        if self.run is not None and step != self.saved_step and (last or step % every == 0):
+        due = last or step % every == 0 or (new_best and step > 0)
+        if self.run is not None and step != self.saved_step and due:
             self._save()
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None
-        self.peaks.begin("evaluation")
-        before = rng_state()
-        modes = [(m, m.training) for m in self.inner.modules()]
         self.inner.eval()
         dtype = DTYPES[self.config.dtype]
-        try:
-            with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                return self.evaluate(self.evaluated_model)
-        finally:
-            for module, training in modes:  # a module that the caller put into eval mode stays there
-                module.training = training
-            set_rng_state(before)
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.evaluate(self.evaluated_model)
 
     def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
         self._check_finite()
@@ -380,7 +401,16 @@ class _Trainer:
         message = f"stopped by {Stopped(signum, '').name} at step {self.result.step}"
         if self.run is None:
             raise Stopped(signum, f"{message}; nothing was saved, since there is no run folder")
-        raise Stopped(signum, f"{message}; checkpoint {self._save()}; go on with --resume {self.run.path}")
+        step = self.result.step
+        path = self.run.checkpoints.path(step) if self.saved_step == step else self._save()
+        raise Stopped(signum, f"{message}; checkpoint {path}; go on with --resume {self.resume_path}")
+
+    def _stop_at_once(self) -> None:
+        """Leave on a second Ctrl-C, without saving."""
+        steps = self.run.checkpoints.steps() if self.run is not None else []
+        kept = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint"
+        message = f"stopped at once by a second SIGINT in step {self.result.step + 1}; {kept}"
+        raise Stopped(signal.SIGINT, message) from None
 
     def _restore(self) -> None:
         """Take up the newest valid checkpoint; where there is none, begin the run anew."""

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .files import write_json
+
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -43,7 +45,7 @@ class Ledger:
     def save(self, path: Path, **more: Any) -> None:
         """Write ``memory.json``: totals, then every layer, in bytes."""
         content = {"unit": "bytes", "totals": self.totals, **more, "by_layer": self.bytes_by_layer}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
@@ -61,7 +63,8 @@ class SavedActivations:
         bytes_by_layer = saved.by_layer()  # before backward frees them
         loss.backward()
 
-    A batch that is itself saved (an embedding keeps its indices) counts; parameters and buffers do not.
+    A batch that is itself saved (an embedding keeps its indices) counts; parameters and buffers do not. Entered within
+    other saved-tensor hooks (``save_on_cpu``), it leaves them at work and counts what they pack.
 
     Args:
         model: whose modules are the layers.
@@ -74,7 +77,7 @@ class SavedActivations:
         self._stack = ["(model)"]
         self._seen: dict[int, tuple[StorageWeakRef, str]] = {}  # storage's address -> (reference, bytes, layer)
         self._handles: list[Any] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks: Any = None
 
     def __enter__(self) -> "SavedActivations":
         for name, module in self._model.named_modules() if self._hook_layers else ():
@@ -83,6 +86,9 @@ class SavedActivations:
             leave = lambda *_: self._stack.pop() and None  # noqa: E731
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # autograd itself applies the innermost only
+        pack, unpack = outer if outer is not None else (_same, _same)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._note(pack(tensor)), unpack)
         self._hooks.__enter__()
         return self
 
@@ -93,12 +99,13 @@ class SavedActivations:
         for handle in self._handles:
             handle.remove()
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        for storage in _storages(tensor):
-            known = self._seen.get(storage.data_ptr())
-            if known is None or known[0].expired():  # an expired one's address was given to another tensor
-                self._seen[storage.data_ptr()] = (StorageWeakRef(storage), self._stack[-1])
-        return tensor
+    def _note(self, packed: Any) -> Any:
+        for tensor in _tensors_in(packed):
+            for storage in _storages(tensor):
+                known = self._seen.get(storage.data_ptr())
+                if known is None or known[0].expired():  # an expired one's address was given to another tensor
+                    self._seen[storage.data_ptr()] = (StorageWeakRef(storage), self._stack[-1])
+        return packed
 
     def by_layer(self) -> dict[str, int]:
         """Bytes by layer of what is still held, without parameters and buffers; call it before ``backward``."""
@@ -110,6 +117,10 @@ class SavedActivations:
                 n_bytes = torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
                 layers[layer] = layers.get(layer, 0) + n_bytes
         return {layer: n_bytes for layer, n_bytes in layers.items() if n_bytes}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None, activations: dict[str, int]) -> Ledger:

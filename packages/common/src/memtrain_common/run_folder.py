@@ -11,12 +11,15 @@
       loss.png, memory.png
       tensorboard/
       checkpoints/     see memtrain_common.checkpoint
+      .lock            held while a process trains in the folder
 """
 
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -28,6 +31,7 @@ from typing import Any
 
 from .checkpoint import Checkpoints
 from .errors import UserError
+from .files import write_json
 
 VERSIONS_OF = ("torch", "numpy", "safetensors", "transformers", "peft", "torchao", "triton")
 
@@ -48,16 +52,19 @@ class RunFolder:
             UserError: if there is something in it already, or it cannot be made.
         """
         if writes:
-            if (path / "config.json").exists():
-                raise UserError(f"{path} holds another run: choose a new --out, or go on with it by --resume {path}")
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path} is a file: --out needs the name of a folder")
-            if path.is_dir() and any(path.iterdir()):
-                raise UserError(f"{path} is not empty: --out needs a new or empty folder")
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                _lock(path)
             except OSError as error:
-                raise UserError(f"cannot make the folder {path} ({error.strerror}): choose another --out") from None
+                raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
+            if (path / "config.json").exists():
+                raise UserError(f"{path} holds another run: choose a new --out, or go on with it by --resume {path}")
+            if any(
+                p.name != LOCK and p.suffix != ".partial" for p in path.iterdir()
+            ):  # a kill may leave a partial file
+                raise UserError(f"{path} is not empty: --out needs a new or empty folder")
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
 
     @classmethod
@@ -69,23 +76,22 @@ class RunFolder:
         """
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run: --resume needs a folder with a config.json, as --out makes it")
+        if writes:
+            _lock(path)
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
 
     def write_config(self, config: Any, *, prog: str, argv: Sequence[str], **more: Any) -> None:
         """Write ``config.json``. ``config`` is a dataclass; ``more`` is kept beside it (device, data)."""
-        if not self.writes:
-            return
-        content = {
-            "command": shlex.join([prog, *argv]),
-            "config": dataclasses.asdict(config),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "git_commit": git_commit(),
-            **more,
-        }
-        partial = self.path / "config.json.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, self.path / "config.json")
+        if self.writes:
+            content = {"config": dataclasses.asdict(config), **_making(prog, argv), **more}
+            write_json(self.path / "config.json", content)
+
+    def add_resume(self, config: Any, *, prog: str, argv: Sequence[str]) -> None:
+        """Note in ``config.json`` that the run was gone on with: the configuration now, and by which command."""
+        if self.writes:
+            content = {**self.read_config(), "config": dataclasses.asdict(config)}
+            content["resumed"] = [*content.get("resumed", []), _making(prog, argv)]
+            write_json(self.path / "config.json", content)
 
     def read_config(self) -> dict[str, Any]:
         """What :meth:`write_config` wrote.
@@ -105,7 +111,7 @@ class RunFolder:
         """Append rows to ``metrics.jsonl``."""
         if self.writes:
             with self._metrics.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows; a last line that a kill cut short is left out."""
@@ -126,6 +132,44 @@ class RunFolder:
         """Drop the rows that were written after a checkpoint: the resumed run writes them again."""
         if self.writes and self._metrics.exists() and self._metrics.stat().st_size > n_bytes:
             os.truncate(self._metrics, n_bytes)
+
+
+LOCK = ".lock"
+_held: dict[Path, Any] = {}  # locks live as long as the process
+
+
+def _lock(path: Path) -> None:
+    """Take the folder for this process, which may take it again.
+
+    Raises:
+        UserError: if another process has it. Where the file system knows no locks, nobody is refused.
+    """
+    if path.resolve() in _held:
+        return
+    file = (path / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path} is in use by another process: wait for it, or choose another folder") from None
+    except OSError:
+        pass
+    _held[path.resolve()] = file
+
+
+def _making(prog: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What a result's reader needs to make it again."""
+    return {
+        "command": shlex.join([prog, *argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def default_run_path(prog: str, root: str = "runs") -> Path:

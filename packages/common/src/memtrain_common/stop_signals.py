@@ -40,6 +40,7 @@ class StopSignals:
         signal.signal(signum, self._before[signum])
         self.received = signum
         if self._raise:
+            self._raise = False
             raise LeaveEvaluation
 
     @contextmanager

@@ -5,6 +5,7 @@ which every machine has.
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,19 +125,33 @@ def _is_utf8(raw: bytes) -> bool:
 def _read_folder(folder: Path) -> bytes:
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist: --data-dir needs a folder of text files")
-    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
-    if not texts:
-        there = (
-            f"only {found[0].name}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else "nothing"
-        )
+    try:
+        found = sorted(_visible_files(folder))
+        texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
+        raw = b"\n".join(p.read_bytes() for p in texts)
+    except OSError as error:
         raise UserError(
-            f"the data folder {folder} holds {there}: --data-dir needs text files ({', '.join(TEXT_SUFFIXES)})"
-        )
-    raw = b"\n".join(p.read_bytes() for p in texts)
+            f"cannot read {error.filename} ({error.strerror}): mend it, or take it out of --data-dir"
+        ) from None
+    if not texts:
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        there = f"only {found[0].name}{others}" if found else "nothing"
+        wanted = ", ".join(TEXT_SUFFIXES)
+        raise UserError(f"the data folder {folder} holds {there}: --data-dir needs text files ({wanted})")
     if not raw.strip():
         raise UserError(f"the {len(texts)} text files in {folder} are empty: --data-dir needs some text")
     return raw
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, without those that are hidden or in hidden folders (.git, .venv)."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        yield from (Path(place) / n for n in names if not n.startswith(".") and (Path(place) / n).is_file())
 
 
 def _split(raw: bytes, *, whole_characters: bool, where: str) -> tuple[bytes, bytes]:
@@ -185,6 +200,8 @@ class Crops:
         """
         last = len(self.corpus.val) - self.block_size - 1
         n_rows = max(1, min(n_batches * self.batch_size, last // self.block_size + 1))
+        if n_rows > self.batch_size:  # batches of equal size: the mean of their losses is the mean over all tokens
+            n_rows -= n_rows % self.batch_size
         rows = np.linspace(0, last, n_rows).astype(np.int64)
         for start in range(0, n_rows, self.batch_size):
             yield self._cut(self.corpus.val, rows[start : start + self.batch_size])

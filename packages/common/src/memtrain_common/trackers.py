@@ -1,5 +1,7 @@
 """Where metrics go besides ``metrics.jsonl``: TensorBoard by default, W&B or trackio by name. Imported when used."""
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +16,14 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_tracker(kind: str) -> None:
+    """Refuse a tracker whose library is not installed: before a run has made anything."""
+    if kind in ("wandb", "trackio") and importlib.util.find_spec(kind) is None:
+        raise UserError(f"--tracker {kind} needs the package {kind}: install it, or use tensorboard")
+
+
 def open_tracker(kind: str, folder: Path, config: dict[str, Any], *, resume_step: int | None = None) -> Tracker:
-    """A tracker by name.
+    """A tracker by name; :func:`check_tracker` it first.
 
     Args:
         kind: one of ``TRACKERS``.
@@ -24,7 +32,7 @@ def open_tracker(kind: str, folder: Path, config: dict[str, Any], *, resume_step
         resume_step: events after this step are dropped from TensorBoard: the resumed run writes them again.
 
     Raises:
-        UserError: if the tracker's library is not installed, or the name is unknown.
+        UserError: if the name is unknown.
     """
     if kind == "tensorboard":
         return _TensorBoard(folder / "tensorboard", resume_step)
@@ -59,14 +67,7 @@ class _Online:
     """W&B, and trackio, which has the same three functions."""
 
     def __init__(self, library: str, name: str, config: dict[str, Any]) -> None:
-        import importlib
-
-        try:
-            self._library = importlib.import_module(library)
-        except ImportError:
-            raise UserError(
-                f"--tracker {library} needs the package {library}: install it, or use tensorboard"
-            ) from None
+        self._library = importlib.import_module(library)
         self._library.init(project="memtrain", name=name, config=config)
 
     def log(self, row: dict[str, Any]) -> None:

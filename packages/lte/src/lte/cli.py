@@ -18,12 +18,20 @@ Without flags: a byte-level GPT on the source of Python's standard library, 4 he
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """Flags, presets and a resumed run's own configuration into a checked :class:`TrainConfig`."""
-    resume = flag_value(argv, "--resume")
+    asks_for_help = bool({"-h", "--help"} & set(argv))
+    resume = None if asks_for_help else flag_value(argv, "--resume")
     if resume is None:
+        if argv and argv[0].startswith("shakespeare") and flag_value(argv, "--data-dir") is None and not asks_for_help:
+            raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
         return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS))
     from memtrain_common.run_folder import RunFolder
 
-    saved = RunFolder.open(Path(resume)).read_config()["config"]
+    if not argv[0].startswith("-"):
+        raise UserError(f"--resume brings its own configuration: leave out the preset {argv[0]!r}")
+    folder = Path(resume)
+    if folder.name == "full" and (folder.parent / "config.json").exists():
+        raise UserError(f"{resume} is the comparison within a run: --resume {folder.parent}")
+    saved = RunFolder.open(folder).read_config()["config"]
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         before = TrainConfig(**values)
@@ -32,8 +40,13 @@ def configure(argv: Sequence[str]) -> TrainConfig:
     config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, default=before)
     if config.out not in (before.out, resume):
         raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")
+    if config.max_iters < before.max_iters:
+        raise UserError(
+            f"{resume} was begun with --max-iters {before.max_iters}: a resumed run may only go on for longer"
+        )
+    fixed = {"full_learning_rate"} if (folder / "full").exists() else set()
     for name, (old, new) in changed_fields(before, config).items():
-        if name not in MAY_CHANGE:
+        if name not in MAY_CHANGE - fixed:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{resume} was begun with {flag} {old}, not {new}: leave the flag out, or begin a new run")
     return check(replace(config, out=resume))

@@ -81,8 +81,9 @@ class LTELinear(nn.Linear):
 
     def mean_delta(self) -> Tensor:
         """s·mean_h(B_h A_h − B'_h A'_h), (m, n): what is not merged yet, in the master's precision."""
-        now = _sum_of_products(self.lora_B, self.lora_A)
-        return (self.scale / self.heads) * (now - _sum_of_products(self.merged_B, self.merged_A))
+        with torch.autocast(self.weight.device.type, enabled=False):  # the difference of two sums needs all digits
+            now = _sum_of_products(self.lora_B, self.lora_A)
+            return (self.scale / self.heads) * (now - _sum_of_products(self.merged_B, self.merged_A))
 
     def effective_weight(self) -> Tensor:
         """The weight that evaluation uses, (m, n): W plus the mean of all unmerged deltas."""

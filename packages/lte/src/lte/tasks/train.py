@@ -22,6 +22,7 @@ from memtrain_common.run_folder import RunFolder, default_run_path, device_name
 from memtrain_common.schedule import cosine_with_warmup
 from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
 from memtrain_common.tokenizers import default_prompt, printable
+from memtrain_common.trackers import check_tracker
 from torch import nn
 
 from ..injection import inject, merged_state_dict
@@ -52,6 +53,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
             f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads} times {world.size} "
             "processes"
         )
+    check_tracker(config.tracker)
     corpus = load_corpus(config.data_dir or None, config.tokenizer, config.tokenizer_dir or None)
     crops = Crops(
         corpus,
@@ -71,7 +73,9 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         folder = run.path / "full"
         again = config.resume and (folder / "config.json").exists()
         full_run = (RunFolder.open if again else RunFolder.create)(folder, writes=world.is_main)
-        full_run.write_config(config, prog=PROG, argv=argv)
+        if not again:
+            made = {"data": corpus.describe(), "device": device_name(device), "processes": world.size}
+            full_run.write_config(config, prog=PROG, argv=argv, **made)
         full = train_one(config, corpus, crops, full_run, console, device, world.rank, full=True)
     if world.is_main:
         _report(config, corpus, run, console, lte, full)
@@ -93,9 +97,11 @@ def _open_run(
         path = gather_objects(Path(config.out) if config.out else default_run_path(PROG))[0]  # the first one's clock
         run = RunFolder.create(path, writes=world.is_main)
     config = dataclasses.replace(config, out=str(run.path))
-    run.write_config(
-        config, prog=PROG, argv=argv, data=corpus.describe(), device=device_name(device), processes=world.size
-    )
+    if config.resume:
+        run.add_resume(config, prog=PROG, argv=argv)
+    else:
+        made = {"data": corpus.describe(), "device": device_name(device), "processes": world.size}
+        run.write_config(config, prog=PROG, argv=argv, **made)
     return run, config
 
 
@@ -168,6 +174,7 @@ def train_one(
         stateful=stateful,
         run=run,
         resume=bool(config.resume),
+        resume_path=Path(config.out) if run is not None else None,
         identity=_identity(config, corpus),
         console=console,
         label="full" if full else "lte",
@@ -191,7 +198,7 @@ def _gpt_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
 
 def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint must agree in: all that the weights depend on."""
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE | {"data_dir", "tokenizer_dir"}}
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     return {**kept, "text_sha256": corpus.sha256}
 
 
@@ -201,7 +208,10 @@ def _report(
     """Say what came out, and draw it."""
     unigram, bigram = ngram_entropies(np.concatenate([corpus.train, corpus.val]))
     unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[corpus.tokenizer.name]
-    ledger = lte.result.ledger or Ledger.read(run.path / "memory.json")  # none where nothing was left to train
+    ledgers = {"LTE": _ledger(lte, run.path)}
+    if full is not None:
+        ledgers["full"] = _ledger(full, run.path / "full")
+    measured = {name: ledger for name, ledger in ledgers.items() if ledger is not None}
     loss = lte.result.evaluation["loss"]
     console.say()
     console.say(f"validation loss, nats per {unit}")
@@ -212,14 +222,17 @@ def _report(
     ]
     if full is not None:
         other = full.result.evaluation["loss"]
-        losses.insert(1, ("full training, same batches", f"{other:.4f}", f"LTE {100 * (loss / other - 1):+.1f} %"))
+        beside = f"LTE {100 * (loss / other - 1):+.1f} %" if other > 0 else ""
+        losses.insert(1, ("full training, same batches", f"{other:.4f}", beside))
     if corpus.tokenizer.name != "bytes":
         losses.append(("LTE, nats per byte", f"{loss / corpus.bytes_per_token:.4f}"))
     console.say(format_table(losses))
-    console.say(f"memory of a training step ({format_bytes(sum(ledger.totals.values()))})")
-    columns = [ledger] + ([full.result.ledger] if full is not None and full.result.ledger is not None else [])
-    heading = [("", "LTE", "full")] if len(columns) == 2 else []
-    console.say(format_table(heading + [(c, *(format_bytes(x.total(c)) for x in columns)) for c in CATEGORIES]))
+    if measured:  # not where no step was taken
+        console.say("memory of a training step")
+        heading = [("", *measured)] if len(measured) > 1 else []
+        rows = [(c, *(format_bytes(x.total(c)) for x in measured.values())) for c in CATEGORIES]
+        total = ("total", *(format_bytes(sum(x.totals.values())) for x in measured.values()))
+        console.say(format_table([*heading, *rows, total]))
     peaks = ", ".join(
         f"{phase} {'unavailable' if n is None else format_bytes(n)}" for phase, n in lte.result.peak_bytes.items()
     )
@@ -233,7 +246,8 @@ def _report(
         ("energy", joules),
     ]
     console.say("\n".join(f"  {name:12} {value}" for name, value in facts))
-    plot_memory(ledger, run.path / "memory.png")
+    if "LTE" in measured:
+        plot_memory(measured["LTE"], run.path / "memory.png")
     curves = {"LTE": run.metrics()}
     if full is not None:
         curves["full"] = RunFolder.open(run.path / "full").metrics()
@@ -242,6 +256,14 @@ def _report(
         console.say(f"{config.sample_tokens} generated {unit}s")
         console.say(_sample(config, corpus, lte.model))
     console.say(f"run folder {run.path}")
+
+
+def _ledger(trained: Trained, folder: Path) -> Ledger | None:
+    """The ledger of this process, or of an earlier one that finished the run; None where no step was taken."""
+    if trained.result.ledger is not None:
+        return trained.result.ledger
+    path = folder / "memory.json"
+    return Ledger.read(path) if path.exists() else None
 
 
 def _sample(config: TrainConfig, corpus: Corpus, model: nn.Module) -> str:

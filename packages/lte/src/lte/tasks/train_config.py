@@ -1,5 +1,6 @@
 """The flags of ``lte-train``, its presets, and what their values must satisfy. No torch here: ``--help`` reads this."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,7 +64,7 @@ class TrainConfig:
     rest_learning_rate: float = 4e-3
     """Peak learning rate of everything else that is trained."""
     max_iters: int = 1500
-    """Optimizer steps."""
+    """Optimizer steps. A resumed run may go on for more; the decay then ends where it was to end before."""
     batch_size: int = 16
     """Sequences a micro-batch, over all processes; divisible by --lte-heads."""
     gradient_accumulation_steps: int = 1
@@ -128,8 +129,19 @@ PRESETS = {
         lora_r=32,
     ),
 }
-# What a resumed run may do otherwise than it began: go on for longer, or add the comparison.
-MAY_CHANGE = {"out", "resume", "max_iters", "compare_full", "full_learning_rate", "tracker", "sample_tokens", "device"}
+# What a resumed run may do otherwise than it began: go on for longer, add the comparison, find the same text elsewhere.
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "data_dir",
+    "tokenizer_dir",
+    "max_iters",
+    "compare_full",
+    "full_learning_rate",
+    "tracker",
+    "sample_tokens",
+    "device",
+}
 
 
 def check(config: TrainConfig) -> TrainConfig:
@@ -148,8 +160,17 @@ def check(config: TrainConfig) -> TrainConfig:
         if not getattr(config, name) >= least:
             raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
     for name in ("learning_rate", "rest_learning_rate", "full_learning_rate", "lora_alpha"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{_flag(name)} must be positive, got {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{_flag(name)} must be positive and finite, got {getattr(config, name)}")
+    for name in ("weight_decay", "grad_clip"):
+        if getattr(config, name) == math.inf:
+            raise UserError(f"{_flag(name)} must be finite, got inf")
+    if config.min_lr_ratio > 1:
+        raise UserError(f"--min-lr-ratio must be at most 1, got {config.min_lr_ratio}")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2^63 − 1, got {config.seed}")
+    if config.tokenizer_dir and config.tokenizer != "gpt2":
+        raise UserError("--tokenizer-dir is for --tokenizer gpt2: give both or neither")
     for name in ("dropout", "beta1", "beta2"):
         if not getattr(config, name) < 1:
             raise UserError(f"{_flag(name)} must be below 1, got {getattr(config, name)}")
