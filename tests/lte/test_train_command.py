@@ -301,7 +301,7 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     inner = run_command(["lte-train", "--resume", "run/full"], cwd)
     assert_refused(inner, "is the comparison within a run: --resume run")
     faster = run_command(["lte-train", "--resume", "run", "--full-learning-rate", "1"], cwd)
-    assert_refused(faster, "was begun with --full-learning-rate 0.004, not 1.0")
+    assert_refused(faster, "was begun with --full-learning-rate 0.003, not 1.0")
     (cwd / "other").mkdir(exist_ok=True)
     (cwd / "other" / "b.txt").write_text("something else entirely " * 100)
     data = json.loads((run / "config.json").read_text())

@@ -44,9 +44,9 @@ class TrainConfig:
     # -- LTE
     lte_heads: int = 4
     """H: LoRA heads a layer, each trained on its own chunk of the batch."""
-    lora_r: int = 32
+    lora_r: int = 64
     """r: rank of a head."""
-    lora_alpha: float = 128.0
+    lora_alpha: float = 256.0
     """α: a head is scaled by α/r."""
     lte_merge_steps: int = 1
     """T: optimizer steps between merges; 0 never merges."""
@@ -63,7 +63,7 @@ class TrainConfig:
     """Peak learning rate of the heads."""
     rest_learning_rate: float = 4e-3
     """Peak learning rate of everything else that is trained."""
-    max_iters: int = 1500
+    max_iters: int = 1000
     """Optimizer steps. A resumed run may go on for more; the decay then ends where it was to end before."""
     batch_size: int = 16
     """Sequences a micro-batch, over all processes; divisible by --lte-heads."""
@@ -86,7 +86,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     """Lowest learning rate over the peak."""
     # -- evaluation and logging
-    eval_interval: int = 250
+    eval_interval: int = 200
     """Steps between evaluations; a checkpoint follows each."""
     eval_iters: int = 40
     """Batches an evaluation, spread evenly over the validation text."""
@@ -94,7 +94,7 @@ class TrainConfig:
     """Steps between logged rows."""
     compare_full: bool = False
     """Also train all parameters of the same model on the same batches, and put its loss beside."""
-    full_learning_rate: float = 4e-3
+    full_learning_rate: float = 3e-3
     """Peak learning rate of --compare-full."""
     sample_tokens: int = 200
     """Tokens to generate at the end."""
