@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from galore_vit.data_parallel import projected_all_reduce as projected_all_reduce
     from galore_vit.galore import Refresh as Refresh
     from galore_vit.in_backward import InBackward as InBackward
-    from galore_vit.param_groups import param_groups as param_groups
+    from galore_vit.groups import param_groups as param_groups
     from galore_vit.state_size import state_bytes as state_bytes
 
 _HOME = {
@@ -19,7 +19,7 @@ _HOME = {
     "GaLoreAdamW8bit": "adamw8bit",
     "InBackward": "in_backward",
     "Refresh": "galore",
-    "param_groups": "param_groups",
+    "param_groups": "groups",
     "projected_all_reduce": "data_parallel",
     "state_bytes": "state_size",
 }

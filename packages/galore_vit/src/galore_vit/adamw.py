@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from galore_vit import sharding
 from galore_vit.galore import GaLore, Item, Refresh
@@ -53,7 +54,9 @@ class GaLoreAdamW(GaLore):
         residual: add Fira's scaled residual.
         paper: reproduce the arithmetic of the published code.
         maximize: ascend.
-        foreach: run the moments of a group as multi-tensor operations; None: on accelerators only.
+        foreach: run the moments of a group as multi-tensor operations, which costs the temporaries of
+            all at once; None: on accelerators, unless fused.
+        fused: run them as torch's fused Adam kernel; None: on the CPU, unless foreach.
     """
 
     def __init__(
@@ -69,13 +72,19 @@ class GaLoreAdamW(GaLore):
         paper: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
+        if foreach and fused:
+            raise ValueError("foreach and fused exclude each other: set one of them")
+        if paper and fused:
+            raise ValueError("the fused kernel has not the published arithmetic: leave out fused or paper")
         if paper and residual:
             raise ValueError("the residual is not part of the published GaLore: leave out residual or paper")
         if eps is None:
             eps = 1e-6 if paper else 1e-8
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": residual, "foreach": foreach,
+            "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
 
@@ -113,25 +122,28 @@ class GaLoreAdamW(GaLore):
         self._keep_moments(item.param, M, V)
 
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
-        for batch in self._batches(group, items):
+        for batch, fused in self._batches(group, items):
             moments = [self._moments(i.param) for i in batch]
+            R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
             steps = [int(self.state[i.param]["step"]) for i in batch]
-            N = _adam([i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments], steps, group)
+            N = (_fused_adam if fused else _adam)(R, M, V, steps, group)
             for item, n, (m, v), step in zip(batch, N, moments, steps, strict=True):
                 self._keep_moments(item.param, m, v)
                 self._move_as_published(item, n, step) if group["paper"] else self._move(item, n)
 
-    def _batches(self, group: dict[str, Any], items: list[Item]) -> list[list[Item]]:
-        """Items to be handled by one multi-tensor call: all of a device and dtype, or one at a time."""
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = all(i.param.device.type == "cuda" and not sharding.is_sharded(i.param) for i in items)
-        if not foreach:
-            return [[i] for i in items]
-        alike: dict[tuple[torch.device, torch.dtype], list[Item]] = {}
-        for i in items:
-            alike.setdefault((i.param.device, i.param.dtype), []).append(i)
-        return list(alike.values())
+    def _batches(self, group: dict[str, Any], items: list[Item]) -> list[tuple[list[Item], bool]]:
+        """(items for one multi-tensor call, whether by the fused kernel): all alike ones, or one at a time."""
+        foreach, fused = group["foreach"], group["fused"]
+        batches: dict[Any, tuple[list[Item], bool]] = {}
+        for i, item in enumerate(items):
+            p = item.param
+            sharded = sharding.is_sharded(p)
+            in_one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
+            together = foreach if foreach is not None else p.device.type == "cuda" and not in_one_kernel
+            # DTensors go one by one through plain operations, which reduce and redistribute where they must.
+            key = (p.device, p.dtype) if together and not sharded else i
+            batches.setdefault(key, ([], in_one_kernel and not sharded))[0].append(item)
+        return list(batches.values())
 
     def _move(self, item: Item, N: Tensor) -> None:
         """W ← (1 − ηλ)W − η·α·(P N Q + residual)."""
@@ -185,6 +197,20 @@ def check_adam(group: dict[str, Any]) -> None:
         raise ValueError(f"eps must be at least 0, not {group['eps']!r}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']!r}")
+
+
+def _fused_adam(
+    R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]
+) -> list[Tensor]:
+    """Moves M and V by R in place and returns N, by one kernel: a step of size −1 from zero."""
+    beta1, beta2 = group["betas"]
+    N = [torch.zeros_like(r) for r in R]
+    counts = torch.tensor([float(t - 1) for t in steps], device=R[0].device).unbind()  # the kernel adds one
+    adamw(
+        N, R, M, V, [], list(counts), foreach=False, fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=-1.0, weight_decay=0.0, eps=group["eps"],
+    )  # fmt: skip
+    return N
 
 
 def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]) -> list[Tensor]:

@@ -42,7 +42,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay,
-            refresh=refresh, residual=residual, maximize=maximize, foreach=False,
+            refresh=refresh, residual=residual, maximize=maximize, foreach=False, fused=False,
         )  # fmt: skip
 
     def _fresh_moments(

@@ -37,8 +37,8 @@ class Refresh:
 
     method: Literal["power", "svd"] = "power"
     """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper."""
-    iterations: int = 2
-    """Products with GᵀG per refresh by `power`."""
+    iterations: int = 1
+    """Products with GᵀG per refresh by `power`; one more for a weight's first basis, which starts at random."""
     oversample: int = 16
     """Random columns beside the rank's own, by `power`."""
     stagger: bool = True
@@ -135,13 +135,15 @@ class GaLore(Optimizer):
             self._too_small = []
 
     def _index(self) -> None:
-        """Which group a parameter is in, and its place among the projected ones."""
+        """Which group a parameter is in, how it is projected, and its place among the projected ones."""
         self._where: dict[Tensor, int] = {}
+        self._layouts: dict[Tensor, Layout | None] = {}
         self._order: dict[Tensor, int] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 self._where[p] = i
-                if layout_of(p.shape, group) is not None:
+                self._layouts[p] = layout_of(p.shape, group)
+                if self._layouts[p] is not None:
                     self._order[p] = len(self._order)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,7 +165,7 @@ class GaLore(Optimizer):
             saved = state_dict["state"].get(i)
             if saved is None:
                 continue
-            fresh = self._fresh_state(p, group, layout_of(p.shape, group), device=torch.device("meta"))
+            fresh = self._fresh_state(p, group, self._layouts[p], device=torch.device("meta"))
             if saved.keys() != fresh.keys() or any(saved[k].shape != fresh[k].shape for k in fresh):
                 raise ValueError(
                     f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved by "
@@ -208,7 +210,7 @@ class GaLore(Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            layout = layout_of(p.shape, group)
+            layout = self._layouts[p]
             if layout is not None and layout.k > 1:
                 sharding.refuse(p, "a split weight (fused qkv)", "shard q, k and v apart, or leave split out")
             state.update(self._fresh_state(p, group, layout, p.device))
@@ -223,7 +225,7 @@ class GaLore(Optimizer):
 
     def layout(self, p: Tensor) -> Layout | None:
         """How p is projected; None where it is not."""
-        return layout_of(p.shape, self.group_of(p))
+        return self._layouts[p]
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group that holds p."""
@@ -255,7 +257,7 @@ class GaLore(Optimizer):
             raise ValueError("GaLore takes dense gradients: build the embedding with sparse=False")
         group = self.group_of(p)
         state = self._state_of(p, group)
-        layout = layout_of(p.shape, group)
+        layout = self._layouts[p]
         sign = -1.0 if group["maximize"] else 1.0
         if layout is None:
             return Item(p, group, None, grad if sign > 0 else -grad)
@@ -284,7 +286,7 @@ class GaLore(Optimizer):
                 whole / largest,  # products with GᵀG must neither overflow nor vanish
                 layout,
                 old,
-                iterations=refresh["iterations"],
+                iterations=refresh["iterations"] + (old is None),
                 oversample=refresh["oversample"],
                 seed=step * 1_000_003 + self._order[p],
             )
@@ -341,11 +343,25 @@ COUNTERS = ("step", "refresh_at", "gap")
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no entry is NaN or Inf. Fake and meta tensors hold no numbers, and count as finite."""
+    """Whether no entry is NaN or Inf, nor so large that the squares' sum overflows fp32 and V with it.
+
+    Fake and meta tensors hold no numbers, and count as finite.
+    """
     if any(t.device.type == "meta" or sharding.is_fake(t) for t in tensors):
         return True
-    total = torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)
-    return bool(torch.isfinite(sharding.gathered(total)))
+    norms = [sharding.gathered(torch.linalg.vector_norm(t, dtype=_wide_dtype(t))) for t in tensors]
+    return all(bool(torch.stack(n).isfinite().all()) for n in _by_device(norms))
+
+
+def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        alike.setdefault((t.device, t.dtype), []).append(t)
+    return list(alike.values())
+
+
+def _wide_dtype(t: Tensor) -> torch.dtype:
+    return t.dtype if t.dtype == torch.float64 else torch.float32
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

@@ -55,7 +55,9 @@ def param_groups(
             chosen = conv and p.ndim >= 2
         else:
             chosen = p.ndim >= 2 and _is_linear(module) and re.search(r"(^|\.)\d+\.", name) is not None
-        split = chosen and split_qkv and p.shape[0] % 3 == 0 and FUSED_QKV.search(name) is not None
+        rows_are_outputs = isinstance(module, nn.Linear | nn.MultiheadAttention)
+        split = chosen and split_qkv and rows_are_outputs and FUSED_QKV.search(name) is not None
+        split = split and p.shape[0] % 3 == 0
         (fused if split else whole if chosen else plain).append(p)
     keys = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     groups = [
