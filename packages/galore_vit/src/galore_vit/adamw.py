@@ -38,6 +38,8 @@ from galore_vit.projection import (
 
 RESIDUAL_GROWTH = 1.01
 """Fira's norm-growth limit γ."""
+FUSED_AT_A_TIME = 8
+"""Projected weights handed to one call of the fused kernel."""
 
 
 class GaLoreAdamW(GaLore):
@@ -113,7 +115,8 @@ class GaLoreAdamW(GaLore):
         beta1, beta2 = item.group["betas"]
         step = int(self.state[item.param]["step"])
         c1, c2 = 1 - beta1**step, 1 - beta2**step
-        C = rotation(old, new)
+        left, right = rotation(old, new)
+        C = (None if left is None else left.to(M.dtype), None if right is None else right.to(M.dtype))
         m_hat, v_hat = M / c1, V / c2
         turned = apply_rotation(m_hat, C)
         variance = apply_rotation(v_hat - m_hat.square(), C, squared=True)
@@ -126,23 +129,35 @@ class GaLoreAdamW(GaLore):
             moments = [self._moments(i.param) for i in batch]
             R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
             steps = [int(self.state[i.param]["step"]) for i in batch]
-            N = (_fused_adam if fused else _adam)(R, M, V, steps, group)
+            if fused and batch[0].layout is None:
+                params = [i.param for i in batch]
+                _fused_adam(params, R, M, V, steps, group, group["lr"], group["weight_decay"])
+                continue
+            if fused:
+                N = [torch.zeros_like(r) for r in R]
+                _fused_adam(N, R, M, V, steps, group, -1.0, 0.0)  # a step of size −1 from zero
+            else:
+                N = _adam(R, M, V, steps, group)
             for item, n, (m, v), step in zip(batch, N, moments, steps, strict=True):
                 self._keep_moments(item.param, m, v)
                 self._move_as_published(item, n, step) if group["paper"] else self._move(item, n)
 
     def _batches(self, group: dict[str, Any], items: list[Item]) -> list[tuple[list[Item], bool]]:
-        """(items for one multi-tensor call, whether by the fused kernel): all alike ones, or one at a time."""
+        """(items for one multi-tensor call, whether by the fused kernel): alike ones, few at a time if projected."""
         foreach, fused = group["foreach"], group["fused"]
         batches: dict[Any, tuple[list[Item], bool]] = {}
         for i, item in enumerate(items):
-            p = item.param
+            p, plain = item.param, item.layout is None
             sharded = sharding.is_sharded(p)
-            in_one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
-            together = foreach if foreach is not None else p.device.type == "cuda" and not in_one_kernel
+            one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
+            one_kernel = one_kernel and not sharded
+            together = foreach if foreach is not None else p.device.type == "cuda"
             # DTensors go one by one through plain operations, which reduce and redistribute where they must.
-            key = (p.device, p.dtype) if together and not sharded else i
-            batches.setdefault(key, ([], in_one_kernel and not sharded))[0].append(item)
+            if sharded or not (one_kernel or together):
+                key: Any = i
+            else:  # the fused kernel's N lives beside the moments: a few weights bound its memory
+                key = (p.device, p.dtype, plain, None if plain or not one_kernel else i // FUSED_AT_A_TIME)
+            batches.setdefault(key, ([], one_kernel))[0].append(item)
         return list(batches.values())
 
     def _move(self, item: Item, N: Tensor) -> None:
@@ -200,17 +215,16 @@ def check_adam(group: dict[str, Any]) -> None:
 
 
 def _fused_adam(
-    R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]
-) -> list[Tensor]:
-    """Moves M and V by R in place and returns N, by one kernel: a step of size −1 from zero."""
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any],
+    lr: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """W ← (1 − lr·λ)W − lr·N, with M and V moved by R in place, by torch's kernel."""
     beta1, beta2 = group["betas"]
-    N = [torch.zeros_like(r) for r in R]
     counts = torch.tensor([float(t - 1) for t in steps], device=R[0].device).unbind()  # the kernel adds one
     adamw(
-        N, R, M, V, [], list(counts), foreach=False, fused=True, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, lr=-1.0, weight_decay=0.0, eps=group["eps"],
+        W, R, M, V, [], list(counts), foreach=False, fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=group["eps"],
     )  # fmt: skip
-    return N
 
 
 def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]) -> list[Tensor]:

@@ -158,6 +158,9 @@ class GaLore(Optimizer):
         torch's own rule casts everything to the parameter's dtype, which would spoil 8-bit codes and
         counters. Nothing is aliased: the tensors given stay the caller's.
         """
+        for saved_group in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - saved_group.keys()):
+                raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
         super().load_state_dict(state_dict)
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         own = [(p, g) for g in self.param_groups for p in g["params"]]
@@ -304,13 +307,14 @@ class GaLore(Optimizer):
         if not all_finite([i.grad for i in items]):
             warnings.warn("a gradient is NaN or Inf: the step was skipped", UserWarning, stacklevel=4)
             return
+        by_group: dict[int, list[Item]] = {}
         for item in items:
             if item.new_bases is not None:
                 self._put_bases(item, item.new_bases)
-            self.state[item.param]["step"] += 1
-        for group in self.param_groups:
-            if mine := [i for i in items if i.group is group]:
-                self._update(group, mine)
+            by_group.setdefault(self._where[item.param], []).append(item)
+        torch._foreach_add_([self.state[item.param]["step"] for item in items], 1.0)
+        for mine in by_group.values():
+            self._update(mine[0].group, mine)
 
     def _put_bases(self, item: Item, new: Bases) -> None:
         p, state, refresh = item.param, self.state[item.param], item.group["refresh"]
