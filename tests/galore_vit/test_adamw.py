@@ -160,7 +160,7 @@ def test_a_zero_first_gradient_fixes_no_basis():
 
 def test_bfloat16_weights_keep_bfloat16_states_and_learn(plain_bfloat16):
     params = problems.weights((24, 16), (16, 40), dtype=torch.bfloat16)
-    optimizer = GaLoreAdamW([{"params": params, **problems.KEYS}], lr=3e-2)
+    optimizer = GaLoreAdamW([{"params": params, **problems.KEYS}], lr=1e-1)
     distance = sum((p - 0.1).norm() for p in params)
     problems.train(optimizer, params, 0, 60)
     assert sum((p - 0.1).norm() for p in params) < 0.9 * distance

@@ -84,10 +84,13 @@ def test_lazy_gap_grows_while_the_subspace_stays_and_falls_back():
         W.grad = steady.clone()
         optimizer.step()
     assert due == [0, 4, 12, 28]  # gaps 4, 8, 16
-    for _ in range(30):
+    gaps = []
+    for _ in range(10):
         W.grad = decaying(24, 16, seed=9)
         optimizer.step()
-    assert int(optimizer.state[W]["gap"]) == 4
+        gaps.append(int(optimizer.state[W]["gap"]))
+    assert gaps[0] == 16
+    assert 4 in gaps
 
 
 def test_overlap_is_one_for_the_same_space_and_chance_for_another():

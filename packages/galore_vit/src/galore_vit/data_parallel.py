@@ -1,7 +1,5 @@
 """DistributedDataParallel that sends projected gradients: R (m×r) instead of G (m×n)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -31,6 +29,7 @@ def projected_all_reduce(
     assert group_in_use is not None
     optimizer.process_group = group_in_use
 
+    # DistributedDataParallel reads these annotations as types, so this file must not make strings of them.
     @torch.no_grad()
     def hook(_: object, bucket: dist.GradBucket) -> Future[Tensor]:
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))

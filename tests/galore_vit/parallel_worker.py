@@ -1,0 +1,124 @@
+"""What each of two processes does in test_parallel: `parallel_worker.py <mode> <rank> <meeting file> <result file>`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent))
+import problems
+
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, projected_all_reduce
+
+STEPS, HALF = 25, 8
+sent = 0
+
+
+def counted(all_reduce):  # type: ignore[no-untyped-def]
+    def call(tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
+        global sent
+        sent += tensor.numel()
+        return all_reduce(tensor, *args, **kwargs)
+
+    return call
+
+
+def mine(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = problems.mlp_batch(step, 2 * HALF)
+    return x[rank * HALF : (rank + 1) * HALF], y[rank * HALF : (rank + 1) * HALF]
+
+
+def loss_of(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
+    x, y = mine(step, rank)
+    return ((model(x) - y) ** 2).mean()
+
+
+def ddp(rank: int, proj_type: str) -> dict:
+    model = problems.mlp()
+    optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, projected_all_reduce(optimizer))
+    dist.all_reduce = counted(dist.all_reduce)
+    for step in range(STEPS):
+        loss_of(wrapped, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return result(model, optimizer)
+
+
+def in_backward(rank: int, proj_type: str) -> dict:
+    model = problems.mlp()
+    inner = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
+    optimizer = InBackward(inner, process_group=dist.group.WORLD)
+    dist.all_reduce = counted(dist.all_reduce)
+    norms = []
+    for step in range(STEPS):
+        loss_of(model, step, rank).backward()
+        optimizer.reduce()
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.parameters(), 1e9))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**result(model, inner), "norms": torch.stack(norms)}
+
+
+def fsdp(rank: int, proj_type: str) -> dict:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = problems.mlp()
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
+    for step in range(STEPS):
+        if step == 13:  # mid-gap: a fresh optimizer takes over
+            state = optimizer.state_dict()
+            optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
+            optimizer.load_state_dict(state)
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    local = sum(v.to_local().numel() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local"))
+    _, whole = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    return {
+        "weights": [p.full_tensor().detach() for p in model.parameters()],
+        "bases": [v.full_tensor() for s in optimizer.state.values() for k, v in s.items() if k in "PQ"],
+        "local_state": local,
+        "saved": sorted(whole["state"]["0.weight"]) if rank == 0 else [],
+        "refused": [refusal(o, model) for o in (GaLoreAdamW8bit, GaLoreAdafactor)],
+    }
+
+
+def refusal(optimizer: type, model: torch.nn.Module) -> str:
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    try:
+        optimizer(problems.mlp_groups(model)).step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def result(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    bases = [v for s in optimizer.state.values() for k, v in s.items() if k in "PQ"]
+    return {"weights": [p.detach() for p in model.parameters()], "bases": bases, "sent": sent}
+
+
+if __name__ == "__main__":
+    mode, rank, meeting, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    if mode == "all":
+        found = {
+            f"{f.__name__} {kind}": f(rank, kind) for f in (ddp, in_backward, fsdp) for kind in ("std", "reverse_std", "full")
+        }
+    torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
