@@ -1,4 +1,4 @@
-"""What each of two processes does in test_parallel: `parallel_worker.py <mode> <rank> <meeting file> <result file>`."""
+"""What each of two processes does in test_parallel: `parallel_worker.py <rank> <meeting file> <result file>`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import problems
-
 from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, projected_all_reduce
 
 STEPS, HALF = 25, 8
 sent = 0
 
 
-def counted(all_reduce):  # type: ignore[no-untyped-def]
-    def call(tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
+def counted(all_reduce):
+    """all_reduce that counts the numbers it sends."""
+
+    def call(tensor, *args, **kwargs):
         global sent
         sent += tensor.numel()
         return all_reduce(tensor, *args, **kwargs)
@@ -28,7 +29,7 @@ def counted(all_reduce):  # type: ignore[no-untyped-def]
 
 
 def mine(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = problems.mlp_batch(step, 2 * HALF)
+    x, y = (t.double() for t in problems.mlp_batch(step, 2 * HALF))
     return x[rank * HALF : (rank + 1) * HALF], y[rank * HALF : (rank + 1) * HALF]
 
 
@@ -38,11 +39,10 @@ def loss_of(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
 
 
 def ddp(rank: int, proj_type: str) -> dict:
-    model = problems.mlp()
+    model = problems.mlp().double()
     optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, projected_all_reduce(optimizer))
-    dist.all_reduce = counted(dist.all_reduce)
     for step in range(STEPS):
         loss_of(wrapped, step, rank).backward()
         optimizer.step()
@@ -51,10 +51,9 @@ def ddp(rank: int, proj_type: str) -> dict:
 
 
 def in_backward(rank: int, proj_type: str) -> dict:
-    model = problems.mlp()
+    model = problems.mlp().double()
     inner = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
     optimizer = InBackward(inner, process_group=dist.group.WORLD)
-    dist.all_reduce = counted(dist.all_reduce)
     norms = []
     for step in range(STEPS):
         loss_of(model, step, rank).backward()
@@ -71,7 +70,7 @@ def fsdp(rank: int, proj_type: str) -> dict:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    model = problems.mlp()
+    model = problems.mlp().double()
     for layer in model:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
@@ -85,7 +84,9 @@ def fsdp(rank: int, proj_type: str) -> dict:
         loss_of(model, step, rank).backward()
         optimizer.step()
         optimizer.zero_grad()
-    local = sum(v.to_local().numel() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local"))
+    local = sum(
+        v.to_local().numel() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local")
+    )
     _, whole = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     return {
         "weights": [p.full_tensor().detach() for p in model.parameters()],
@@ -112,13 +113,15 @@ def result(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 if __name__ == "__main__":
-    mode, rank, meeting, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, meeting, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    if mode == "all":
-        found = {
-            f"{f.__name__} {kind}": f(rank, kind) for f in (ddp, in_backward, fsdp) for kind in ("std", "reverse_std", "full")
-        }
+    dist.all_reduce = counted(dist.all_reduce)
+    found = {}
+    for mode in (ddp, in_backward, fsdp):
+        for kind in ("std", "reverse_std", "full"):
+            sent = 0
+            found[f"{mode.__name__} {kind}"] = mode(rank, kind)
     torch.save(found, out)
     dist.barrier()
     dist.destroy_process_group()

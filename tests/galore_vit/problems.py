@@ -10,7 +10,9 @@ from torch import Tensor, nn
 KEYS = {"rank": 5, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
 
 
-def weights(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def weights(
+    *shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for s in shapes]
 
@@ -52,7 +54,8 @@ def mlp_batch(step: int, size: int = 16) -> tuple[Tensor, Tensor]:
 
 def backward(model: nn.Module, step: int, size: int = 16) -> Tensor:
     x, y = mlp_batch(step, size)
-    loss = ((model(x) - y) ** 2).mean()
+    dtype = next(model.parameters()).dtype
+    loss = ((model(x.to(dtype)) - y.to(dtype)) ** 2).mean()
     loss.backward()
     return loss.detach()
 
@@ -75,7 +78,9 @@ class ReferenceGaLore:
     `sides` is one of 'left', 'right', 'full'. The moments are not rotated.
     """
 
-    def __init__(self, W: Tensor, rank: int, gap: int, scale: float, sides: str, lr: float, weight_decay: float = 0.0):
+    def __init__(
+        self, W: Tensor, rank: int, gap: int, scale: float, sides: str, lr: float, weight_decay: float = 0.0
+    ):
         self.W, self.r, self.gap, self.scale, self.sides = W.clone().double(), rank, gap, scale, sides
         self.lr, self.weight_decay, self.t = lr, weight_decay, 0
         self.b1, self.b2, self.eps = 0.9, 0.999, 1e-8

@@ -3,7 +3,6 @@
 import problems
 import pytest
 import torch
-
 from galore_vit import GaLoreAdafactor, Refresh
 
 
@@ -24,7 +23,9 @@ def test_learns(plain_bfloat16, dtype, proj_type, rotate):
     params = problems.weights((24, 16), (16, 40), (8, 2, 3, 3), (7,), dtype=dtype)
     options = {"lr": 1e-1, "relative_step": False, "scale_parameter": False}
     refresh = Refresh(rotate=rotate)
-    optimizer = GaLoreAdafactor([{"params": params, **problems.KEYS, "proj_type": proj_type}], **options, refresh=refresh)
+    optimizer = GaLoreAdafactor(
+        [{"params": params, **problems.KEYS, "proj_type": proj_type}], **options, refresh=refresh
+    )
     problems.set_grads(params, 0)
     size = sum(p.grad.norm() for p in params)
     problems.train(optimizer, params, 0, 120)

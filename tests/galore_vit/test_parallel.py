@@ -9,7 +9,6 @@ import parallel_worker
 import problems
 import pytest
 import torch
-
 from galore_vit import GaLoreAdamW, projected_all_reduce
 
 KINDS = ["std", "reverse_std", "full"]
@@ -23,7 +22,7 @@ def two(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), "all", str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")],
+            [sys.executable, str(worker), str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")],
             env=environment, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
@@ -37,7 +36,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module", params=KINDS)
 def alone(request):
     """The same training in one process on whole batches: (type, weights, gradient norms)."""
-    model = problems.mlp()
+    model = problems.mlp().double()
     optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=request.param), lr=1e-2)
     norms = []
     for step in range(parallel_worker.STEPS):
@@ -55,7 +54,7 @@ def test_two_processes_equal_one(two, alone, mode):
     assert problems.same(first["weights"], second["weights"])
     assert problems.same(first["bases"], second["bases"])
     # in_backward sends whole gradients for a basis, and finds it from the same mean
-    assert problems.same(first["weights"], weights, rtol=1e-4)
+    assert problems.same(first["weights"], weights, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "in_backward"])
@@ -66,10 +65,13 @@ def test_the_projected_gradient_is_what_is_reduced(two, mode):
     full = sum(p.numel() for p in matrices)
     compact = sum(5 * max(p.shape) for p in matrices)
     sketches = sum(16 * max(p.shape) for p in matrices) if mode == "in_backward" else 0
-    refreshed = full + sum(p.numel() for p in matrices)  # every basis twice in 25 steps, at 0 and once later
+    refreshed = (
+        3 * full
+    )  # in 25 steps with a gap of 20 a basis is found at the first, and at one or two later
     sent = two[0][f"{mode} std"]["sent"]
-    assert sent < parallel_worker.STEPS * (full + plain + sketches)
     assert sent <= parallel_worker.STEPS * (plain + compact + sketches) + refreshed
+    if mode == "ddp":
+        assert sent < 0.7 * parallel_worker.STEPS * (plain + full)
 
 
 def test_norm_over_processes(two, alone):
@@ -84,7 +86,9 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
     optimizer = GaLoreAdamW(problems.mlp_groups(model), lr=1e-2)
     problems.backward(model, 0)
     optimizer.step()
-    whole = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k not in ("step", "refresh_at"))
+    whole = sum(
+        v.numel() for s in optimizer.state.values() for k, v in s.items() if k not in ("step", "refresh_at")
+    )
     assert two[0]["fsdp std"]["local_state"] < 0.75 * whole
     assert two[0]["fsdp std"]["saved"] == ["Q", "exp_avg", "exp_avg_sq", "refresh_at", "step"]
 

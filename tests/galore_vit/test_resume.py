@@ -5,7 +5,6 @@ import io
 import problems
 import pytest
 import torch
-
 from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh
 
 SHAPES = [(24, 16), (16, 40), (96, 80), (7,)]

@@ -4,8 +4,6 @@ import warnings
 
 import problems
 import pytest
-import torch
-
 from galore_vit import GaLoreAdafactor, GaLoreAdamW
 
 SHAPES = [(24, 16), (16, 40), (20, 20), (7,)]

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from galore_vit.adamw import GaLoreAdamW as GaLoreAdamW
     from galore_vit.adamw8bit import GaLoreAdamW8bit as GaLoreAdamW8bit
     from galore_vit.data_parallel import projected_all_reduce as projected_all_reduce
-    from galore_vit.galore import Refresh as Refresh
-    from galore_vit.in_backward import InBackward as InBackward
     from galore_vit.groups import param_groups as param_groups
+    from galore_vit.in_backward import InBackward as InBackward
+    from galore_vit.settings import Refresh as Refresh
     from galore_vit.state_size import state_bytes as state_bytes
 
 _HOME = {
@@ -18,13 +18,13 @@ _HOME = {
     "GaLoreAdamW": "adamw",
     "GaLoreAdamW8bit": "adamw8bit",
     "InBackward": "in_backward",
-    "Refresh": "galore",
+    "Refresh": "settings",
     "param_groups": "groups",
     "projected_all_reduce": "data_parallel",
     "state_bytes": "state_size",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

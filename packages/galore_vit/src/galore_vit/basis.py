@@ -70,7 +70,10 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
 def overlap(old: Bases, new: Bases) -> Tensor:
     """‖Q_old Q_newᵀ‖²_F / r, the share of the old subspace that the new one keeps: 1 is all, r/n chance."""
     shares = []
-    for a, b in ((old[0], new[0]), (None if old[1] is None else old[1].mT, None if new[1] is None else new[1].mT)):
+    for a, b in (
+        (old[0], new[0]),
+        (None if old[1] is None else old[1].mT, None if new[1] is None else new[1].mT),
+    ):
         if a is not None and b is not None:  # (…, d, r) each
             shares.append(torch.matmul(a.mT, b).float().square().sum((-2, -1)).mean() / a.shape[-1])
     return torch.stack(shares).mean()

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,42 +24,9 @@ from torch.optim import Optimizer
 
 from galore_vit import sharding
 from galore_vit.basis import exact_bases, iterated_bases, overlap
-from galore_vit.projection import PROJ_TYPES, Bases, Layout, layout_of, project
-
-GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1}
-LAZY_LIMIT = 16
-"""A lazy gap never grows beyond this many times `update_proj_gap`."""
-
-
-@dataclass(frozen=True)
-class Refresh:
-    """How and when a basis is replaced."""
-
-    method: Literal["power", "svd"] = "power"
-    """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper."""
-    iterations: int = 1
-    """Products with GᵀG per refresh by `power`; one more for a weight's first basis, which starts at random."""
-    oversample: int = 16
-    """Random columns beside the rank's own, by `power`."""
-    stagger: bool = True
-    """Spread the refreshes of the layers over the gap, so that no step pays for all of them."""
-    rotate: bool = True
-    """Carry the moments into the new basis; otherwise they are kept as they are, as published."""
-    lazy: float | None = None
-    """Double a weight's gap (up to 16 times the first) while its new subspace keeps this share of the old
-    one, between 0 and 1; back to the first gap when it keeps less. None: the gap is fixed."""
-
-    def __post_init__(self) -> None:
-        if self.method not in ("power", "svd"):
-            raise ValueError(f"refresh method must be 'power' or 'svd', not {self.method!r}")
-        if self.iterations < 1 or self.oversample < 0:
-            raise ValueError("refresh needs iterations of at least 1 and an oversample of at least 0")
-        if self.lazy is not None and not 0.0 < self.lazy <= 1.0:
-            raise ValueError(f"refresh lazy must lie in (0, 1], not {self.lazy}")
-
-
-AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
-"""What `paper=True` uses."""
+from galore_vit.finite import all_finite
+from galore_vit.projection import Bases, Layout, layout_of, project
+from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group
 
 
 @dataclass
@@ -91,13 +58,17 @@ class GaLore(Optimizer):
         maximize: bool,
     ) -> None:
         if paper and refresh is not None:
-            raise ValueError("paper=True fixes how bases are refreshed: leave refresh out, or leave paper out")
+            raise ValueError(
+                "paper=True fixes how bases are refreshed: leave refresh out, or leave paper out"
+            )
         if refresh is None:
             refresh = AS_PUBLISHED if paper else Refresh()
         self._too_small: list[tuple[int, ...]] = []
         self.process_group: dist.ProcessGroup | None = None  # set where processes must share new bases
         # A plain dict, so that a saved state holds nothing but tensors, numbers and strings.
-        super().__init__(params, {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize})
+        super().__init__(
+            params, {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize}
+        )
         self._say_what_is_plain()
 
     # -- construction and loading -----------------------------------------------------------------------
@@ -109,7 +80,7 @@ class GaLore(Optimizer):
             group = {**GALORE_DEFAULTS, **group}
         elif stray := sorted(GALORE_DEFAULTS.keys() & group.keys()):
             raise ValueError(f"a parameter group has {', '.join(stray)} but no rank: add rank, or drop them")
-        _check_group(group)
+        check_group(group)
         super().add_param_group(group)
         group = self.param_groups[-1]
         self._check_hyperparameters(group)
@@ -160,7 +131,9 @@ class GaLore(Optimizer):
         """
         for saved_group in state_dict["param_groups"]:
             if missing := sorted(self.defaults.keys() - saved_group.keys()):
-                raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
+                raise ValueError(
+                    f"this state was saved by another optimizer: its groups have no {', '.join(missing)}"
+                )
         super().load_state_dict(state_dict)
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         own = [(p, g) for g in self.param_groups for p in g["params"]]
@@ -242,13 +215,15 @@ class GaLore(Optimizer):
     # -- the step ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.apply([self.item(p) for group in self.param_groups for p in group["params"] if p.grad is not None])
+        self.apply(
+            [self.item(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        )
         return loss
 
     @torch.no_grad()
@@ -284,7 +259,10 @@ class GaLore(Optimizer):
             old: Bases | None = None
             if step > 0 and int(state["refresh_at"]) > 0:
                 P, Q = self.bases(p)
-                old = (None if P is None else sharding.gathered(P), None if Q is None else sharding.gathered(Q))
+                old = (
+                    None if P is None else sharding.gathered(P),
+                    None if Q is None else sharding.gathered(Q),
+                )
             new = iterated_bases(
                 whole / largest,  # products with GᵀG must neither overflow nor vanish
                 layout,
@@ -327,7 +305,9 @@ class GaLore(Optimizer):
         if refresh["lazy"] is not None:
             if not first:
                 kept = float(sharding.gathered(overlap(old, new)))
-                gap = min(2 * int(state["gap"]), LAZY_LIMIT * base_gap) if kept >= refresh["lazy"] else base_gap
+                gap = (
+                    min(2 * int(state["gap"]), LAZY_LIMIT * base_gap) if kept >= refresh["lazy"] else base_gap
+                )
             state["gap"].fill_(gap)
         for key, value in zip("PQ", new, strict=True):
             if value is not None:
@@ -344,38 +324,3 @@ class GaLore(Optimizer):
 
 
 COUNTERS = ("step", "refresh_at", "gap")
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no entry is NaN or Inf, nor so large that the squares' sum overflows fp32 and V with it.
-
-    Fake and meta tensors hold no numbers, and count as finite.
-    """
-    if any(t.device.type == "meta" or sharding.is_fake(t) for t in tensors):
-        return True
-    norms = [sharding.gathered(torch.linalg.vector_norm(t, dtype=_wide_dtype(t))) for t in tensors]
-    return all(bool(torch.stack(n).isfinite().all()) for n in _by_device(norms))
-
-
-def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for t in tensors:
-        alike.setdefault((t.device, t.dtype), []).append(t)
-    return list(alike.values())
-
-
-def _wide_dtype(t: Tensor) -> torch.dtype:
-    return t.dtype if t.dtype == torch.float64 else torch.float32
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    if "rank" not in group:
-        return
-    for key, low in (("rank", 1), ("update_proj_gap", 1), ("split", 1)):
-        value = group[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{key} must be a whole number of at least {low}, not {value!r}")
-    if not (isinstance(group["scale"], int | float) and 0.0 < group["scale"] < math.inf):
-        raise ValueError(f"scale must be above 0 and finite, not {group['scale']!r}: at 0 no projected weight would move")
-    if group["proj_type"] not in PROJ_TYPES:
-        raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, not {group['proj_type']!r}")

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_vit.galore import GALORE_DEFAULTS
 from galore_vit.projection import layout_of
+from galore_vit.settings import GALORE_DEFAULTS
 
 FUSED_QKV = re.compile(r"(^|\.)(qkv|c_attn|in_proj|query_key_value|Wqkv)(_weight|\.weight)$")
 """Names of weights that hold q, k and v as three equal row blocks."""
@@ -60,7 +60,7 @@ def param_groups(
         split = split and p.shape[0] % 3 == 0
         (fused if split else whole if chosen else plain).append(p)
     keys = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": plain},
         {"params": whole, **keys},
         {"params": fused, **keys, "split": 3},

@@ -78,7 +78,9 @@ def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None
         _, m, n = shape
     else:
         if shape[0] % k:
-            raise ValueError(f"a weight of shape {tuple(shape)} has no {k} equal row blocks: split must divide {shape[0]}")
+            raise ValueError(
+                f"a weight of shape {tuple(shape)} has no {k} equal row blocks: split must divide {shape[0]}"
+            )
         m, n = shape[0] // k, math.prod(shape[1:])
     if r >= min(m, n):
         return None

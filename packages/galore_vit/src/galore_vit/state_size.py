@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from galore_vit.galore import COUNTERS, GALORE_DEFAULTS
+from galore_vit.galore import COUNTERS
 from galore_vit.projection import layout_of
+from galore_vit.settings import GALORE_DEFAULTS
 
 
 def state_bytes(optimizer: Optimizer) -> int:
