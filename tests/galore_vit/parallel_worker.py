@@ -1,4 +1,4 @@
-"""What each of two processes does in test_parallel: `parallel_worker.py <rank> <meeting file> <result file>`."""
+"""What each of two processes does: `parallel_worker.py <rank> <meeting file> <result file>`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_zero_stays_zero_and_nothing_else_becomes_zero():
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (9, 7), (24, 16), (400, 80)])
 def test_small_tensors_never_freeze(shape):
-    """The published 8-bit step leaves weights with a compact gradient below 4096 numbers exactly as they were."""
+    """The published 8-bit step leaves weights whose compact gradient is small exactly as they were."""
     W = torch.nn.Parameter(torch.zeros(shape))
     keys = {**problems.KEYS, "rank": 2} if len(shape) == 2 else {}
     optimizer = GaLoreAdamW8bit([{"params": [W], **keys}], lr=1e-2, weight_decay=0.0)

@@ -35,7 +35,7 @@ def test_learns(plain_bfloat16, dtype, proj_type, rotate):
 
 
 def test_rotation_keeps_the_energy_of_the_factors():
-    """Turned within one subspace, the column factor keeps its sum: the squared rotation is doubly stochastic."""
+    """The column factor keeps its sum within one subspace: a squared rotation is doubly stochastic."""
     [W] = problems.weights((24, 16))
     optimizer = GaLoreAdafactor([{"params": [W], **problems.KEYS}])
     problems.train(optimizer, [W], 0, 3)

@@ -75,7 +75,7 @@ def test_targets_by_name_and_frozen_weights():
 
 
 def test_a_rank_that_projects_nothing_is_refused():
-    with pytest.raises(ValueError, match="rank 512 is not below .* 16 at most"):
+    with pytest.raises(ValueError, match=r"rank 512 is not below .* 16 at most"):
         param_groups(Timmish(), 512)
     with pytest.raises(ValueError, match="no weight to project"):
         param_groups(nn.Sequential(nn.LayerNorm(4)), 2)

@@ -55,7 +55,7 @@ def test_accumulation_is_one_step_of_the_sum(proj_type):
             problems.backward(a, 0)
             bases = {p: plain.item(p).new_bases for p in a.parameters() if p.ndim == 2}
             plain.zero_grad()
-            plain._new_bases = lambda p, *_: bases[p]
+            plain._new_bases = lambda p, *_, found=bases: found[p]
         for part in range(4):
             problems.backward(a, 4 * step + part)
             problems.backward(b, 4 * step + part)

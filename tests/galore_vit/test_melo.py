@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def vit(labels=3, seed=0):
     torch.manual_seed(seed)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-        num_channels=1, num_labels=labels,
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+        patch_size=4,        num_channels=1, num_labels=labels,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config).eval()
 
@@ -60,7 +60,7 @@ def test_the_scale_is_a_float(images):
 
 @pytest.mark.parametrize("bad", [{"alpha": 0.0}, {"alpha": float("inf")}, {"rank": 0}, {"rank": 1.5}])
 def test_refused_settings(bad):
-    with pytest.raises(ValueError, match="alpha|rank"):
+    with pytest.raises(ValueError, match=r"alpha|rank"):
         MeLo(**bad)
 
 

@@ -3,8 +3,9 @@
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdamW, param_groups, state_bytes
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, param_groups, state_bytes
 from galore_vit.state_size import adamw_state_bytes_formula
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 VITS = {"Ti": (192, 3, 12), "S": (384, 6, 12), "B": (768, 12, 12), "L": (1024, 16, 24), "H": (1280, 16, 32)}
 
@@ -50,3 +51,20 @@ def test_the_formula_is_what_training_allocates():
         optimizer = GaLoreAdamW(groups)
         problems.train(optimizer, params, 0, 3)
         assert state_bytes(optimizer) == adamw_state_bytes_formula(groups)
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+def test_a_step_can_be_predicted_with_fake_tensors(kind):
+    """Memory is predicted by running a step on tensors that have shapes alone."""
+    with FakeTensorMode():
+        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+        optimizer = kind(param_groups(model, 8))
+        for _ in range(2):
+            model(torch.randn(4, 64)).sum().backward()
+            optimizer.step()
+        predicted = state_bytes(optimizer)
+    real = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+    optimizer = kind(param_groups(real, 8))
+    real(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    assert predicted == state_bytes(optimizer)

@@ -1,6 +1,7 @@
-"""GaLore with Adafactor as the inner optimizer (GaLore, Section 4.3; Shazeer and Stern, 2018, arXiv:1804.04235).
+"""GaLore with Adafactor as the inner optimizer (GaLore, Section 4.3; Shazeer and Stern, 2018).
 
-With R² = R∘R + ε₁ and β̂₂(t) = 1 − t^(decay_rate), Adafactor's Algorithm 4 runs on the compact gradient:
+With R² = R∘R + ε₁ and β̂₂(t) = 1 − t^(decay_rate), Algorithm 4 of Adafactor (arXiv:1804.04235) runs on the
+compact gradient:
 
     r ← β̂₂ r + (1−β̂₂) mean_cols R²,   c ← β̂₂ c + (1−β̂₂) mean_rows R²,   V̂ = r cᵀ / mean(r)
     U = R / √V̂,   U ← U / max(1, RMS(U)/d),   W ← (1 − ηλ)W − P (η·α·U) Q
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from galore_vit import sharding
+from galore_vit.counters import count
 from galore_vit.galore import GaLore, Item
 from galore_vit.projection import Bases, apply_rotation, project_back, rotation
 from galore_vit.settings import Refresh
@@ -92,7 +94,7 @@ class GaLoreAdafactor(GaLore):
         return {k: torch.zeros(s, dtype=torch.float32, device=device) for k, s in shapes.items()}
 
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
-        """Turns the factors by the squared rotation, each on its own side; their sum, the energy, stays near."""
+        """Turns the factors by the squared rotation, each on its own side; their sum stays near."""
         state = self.state[item.param]
         left, right = rotation(old, new)
         if left is not None:
@@ -111,7 +113,7 @@ class GaLoreAdafactor(GaLore):
         for item in items:
             p, state, R = item.param, self.state[item.param], item.grad.float()
             W = p.float()  # p itself where it is fp32
-            t = int(state["step"])
+            t = count(state["step"])
             lr = _rate(group, t, _rms(W))
             beta2 = 1.0 - math.pow(t, group["decay_rate"])
             U = _normalised(R, state, beta2, group["eps"][0])
@@ -130,7 +132,7 @@ class GaLoreAdafactor(GaLore):
 
 
 def _normalised(R: Tensor, state: dict[str, Tensor], beta2: float, eps: float) -> Tensor:
-    """U = R / √V̂ after moving the second moment by R² (factored from two dimensions on); R (…, a, b) or (a,)."""
+    """U = R / √V̂ after moving the second moment (factored from 2-D on) by R²; R (…, a, b) or (a,)."""
     squared = R.square() + eps
     if R.ndim < 2:
         return state["exp_avg_sq"].mul_(beta2).add_(squared, alpha=1.0 - beta2).rsqrt().mul_(R)

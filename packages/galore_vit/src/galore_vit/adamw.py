@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_vit import sharding
+from galore_vit.counters import count
 from galore_vit.galore import GaLore, Item
 from galore_vit.projection import (
     Bases,
@@ -86,8 +87,8 @@ class GaLoreAdamW(GaLore):
         if eps is None:
             eps = 1e-6 if paper else 1e-8
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": residual, "foreach": foreach,
-            "fused": fused,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": residual,
+            "foreach": foreach, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
 
@@ -115,7 +116,7 @@ class GaLoreAdamW(GaLore):
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
         M, V = self._moments(item.param)
         beta1, beta2 = item.group["betas"]
-        step = int(self.state[item.param]["step"])
+        step = count(self.state[item.param]["step"])
         c1, c2 = 1 - beta1**step, 1 - beta2**step
         left, right = rotation(old, new)
         C = (None if left is None else left.to(M.dtype), None if right is None else right.to(M.dtype))
@@ -130,7 +131,7 @@ class GaLoreAdamW(GaLore):
         for batch, fused in self._batches(group, items):
             moments = [self._moments(i.param) for i in batch]
             R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
-            steps = [int(self.state[i.param]["step"]) for i in batch]
+            steps = [count(self.state[i.param]["step"]) for i in batch]
             if fused and batch[0].layout is None:
                 params = [i.param for i in batch]
                 _fused_adam(params, R, M, V, steps, group, group["lr"], group["weight_decay"])
@@ -145,7 +146,7 @@ class GaLoreAdamW(GaLore):
                 self._move_as_published(item, n, step) if group["paper"] else self._move(item, n)
 
     def _batches(self, group: dict[str, Any], items: list[Item]) -> list[tuple[list[Item], bool]]:
-        """(items for one multi-tensor call, whether by the fused kernel): alike ones, few at a time if projected."""
+        """(items for one multi-tensor call, whether by the fused kernel): alike ones, few if projected."""
         foreach, fused = group["foreach"], group["fused"]
         batches: dict[Any, tuple[list[Item], bool]] = {}
         for i, item in enumerate(items):
@@ -178,7 +179,7 @@ class GaLoreAdamW(GaLore):
         add_projected_back(W, N, bases, beta=decay, alpha=alpha)
         if item.full is not None:
             W.add_(self._residual(item, item.full, N, layout, bases), alpha=alpha)
-        if W.data_ptr() != p.data_ptr():  # p is not contiguous, and W is a copy
+        if not p.is_contiguous():  # then W may be a copy
             p.copy_(W.view(p.shape))
 
     def _move_as_published(self, item: Item, N: Tensor, step: int) -> None:
@@ -219,8 +220,8 @@ def check_adam(group: dict[str, Any]) -> None:
 
 
 def _fused_adam(
-    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any],
-    lr: float, weight_decay: float,
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int],
+    group: dict[str, Any], lr: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """W ← (1 − lr·λ)W − lr·N, with M and V moved by R in place, by torch's kernel."""
     beta1, beta2 = group["betas"]

@@ -17,7 +17,7 @@ BLOCK = 256
 
 @cache
 def code_values(signed: bool) -> tuple[float, ...]:
-    """The 256 values, ascending, in [−1, 1] or [0, 1]: in the decade 10^(e−6), 2^e (signed) or 2^(e+1) of them."""
+    """The 256 values, ascending, in [−1, 1] or [0, 1]: 2^e (signed) or 2^(e+1) in the decade of 10^(e−6)."""
     values = [0.0, 1.0]
     for e in range(7):
         count = 2 ** (e if signed else e + 1)

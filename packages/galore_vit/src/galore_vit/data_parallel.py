@@ -24,9 +24,7 @@ def projected_all_reduce(
     """
     for group in optimizer.param_groups:
         if group.get("residual"):
-            raise ValueError(
-                "the residual is not reduced with projected gradients: set residual=False, or reduce them whole"
-            )
+            raise ValueError("the residual is not reduced with projected gradients: set residual=False")
     group_in_use = process_group or dist.group.WORLD
     assert group_in_use is not None
     optimizer.process_group = group_in_use

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from galore_vit import sharding
+from galore_vit.counters import has_no_numbers
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
@@ -13,7 +14,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
     Fake and meta tensors hold no numbers, and count as finite.
     """
-    if any(t.device.type == "meta" or sharding.is_fake(t) for t in tensors):
+    if any(has_no_numbers(t) for t in tensors):
         return True
     norms = [sharding.gathered(torch.linalg.vector_norm(t, dtype=_wide_dtype(t))) for t in tensors]
     return all(bool(torch.stack(n).isfinite().all()) for n in _by_device(norms))

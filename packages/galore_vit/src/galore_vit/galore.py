@@ -1,4 +1,4 @@
-"""What every GaLore optimizer shares: groups, bases, the order of a step. The update rules are in the subclasses.
+"""What every GaLore optimizer shares: groups, bases, the order of a step. Subclasses have the update rules.
 
 Paper: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection" (2024,
 arXiv:2403.03507), Algorithm 2. One step of a projected weight W (m×n):
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from galore_vit import sharding
 from galore_vit.basis import exact_bases, iterated_bases, overlap
+from galore_vit.counters import COUNTERS, count, has_no_numbers
 from galore_vit.finite import all_finite
 from galore_vit.projection import Bases, Layout, layout_of, project
 from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group
@@ -74,7 +75,7 @@ class GaLore(Optimizer):
     # -- construction and loading -----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; with `rank` in it, its matrices are projected (the other GaLore keys have defaults)."""
+        """Adds a group; with `rank` in it, its matrices are projected (its other keys have defaults)."""
         group = dict(param_group)
         if "rank" in group:
             group = {**GALORE_DEFAULTS, **group}
@@ -144,8 +145,8 @@ class GaLore(Optimizer):
             fresh = self._fresh_state(p, group, self._layouts[p], device=torch.device("meta"))
             if saved.keys() != fresh.keys() or any(saved[k].shape != fresh[k].shape for k in fresh):
                 raise ValueError(
-                    f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved by "
-                    "another optimizer or for another model"
+                    f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved "
+                    "by another optimizer or for another model"
                 )
             self.state[p] = {
                 k: v.to(device="cpu" if k in COUNTERS else p.device, dtype=fresh[k].dtype, copy=True)
@@ -210,7 +211,7 @@ class GaLore(Optimizer):
     def refresh_due(self, p: Tensor) -> bool:
         """Whether the next step will replace the basis of a projected weight."""
         state = self._state_of(p, self.group_of(p))
-        return int(state["step"]) >= int(state["refresh_at"])
+        return count(state["step"]) >= count(state["refresh_at"])
 
     # -- the step ---------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class GaLore(Optimizer):
 
     @torch.no_grad()
     def item(self, p: Tensor, grad: Tensor | None = None) -> Item:
-        """p's gradient (`.grad` unless given), projected where p is projected; changes no state but fresh zeros."""
+        """p's gradient (`.grad` unless given), projected where p is; changes no state but fresh zeros."""
         grad = p.grad if grad is None else grad
         assert grad is not None
         if grad.is_sparse:
@@ -248,16 +249,16 @@ class GaLore(Optimizer):
     def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout, G: Tensor) -> Bases | None:
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
         whole = sharding.gathered(G)
-        largest = float(whole.abs().max())
+        largest = 1.0 if has_no_numbers(whole) else float(whole.abs().max())
         if largest == 0.0 or not math.isfinite(largest):
             return None
         refresh, state = group["refresh"], self.state[p]
         if refresh["method"] == "svd":
             new = exact_bases(whole, layout)
         else:
-            step = int(state["step"])
+            step = count(state["step"])
             old: Bases | None = None
-            if step > 0 and int(state["refresh_at"]) > 0:
+            if step > 0 and count(state["refresh_at"]) > 0:
                 P, Q = self.bases(p)
                 old = (
                     None if P is None else sharding.gathered(P),
@@ -296,18 +297,17 @@ class GaLore(Optimizer):
 
     def _put_bases(self, item: Item, new: Bases) -> None:
         p, state, refresh = item.param, self.state[item.param], item.group["refresh"]
-        step, base_gap = int(state["step"]), item.group["update_proj_gap"]
-        first = int(state["refresh_at"]) == 0
+        step, base_gap = count(state["step"]), item.group["update_proj_gap"]
+        first = count(state["refresh_at"]) == 0
         old = self.bases(p)
         if refresh["rotate"] and not first:
             self._rotate_moments(item, old, new)
         gap = base_gap
         if refresh["lazy"] is not None:
             if not first:
-                kept = float(sharding.gathered(overlap(old, new)))
-                gap = (
-                    min(2 * int(state["gap"]), LAZY_LIMIT * base_gap) if kept >= refresh["lazy"] else base_gap
-                )
+                kept = 1.0 if has_no_numbers(state["gap"]) else float(sharding.gathered(overlap(old, new)))
+                if kept >= refresh["lazy"]:
+                    gap = min(2 * count(state["gap"]), LAZY_LIMIT * base_gap)
             state["gap"].fill_(gap)
         for key, value in zip("PQ", new, strict=True):
             if value is not None:
@@ -321,6 +321,3 @@ class GaLore(Optimizer):
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         """The inner optimizer's step on `items`, all of one group, whose step counts are already raised."""
         raise NotImplementedError
-
-
-COUNTERS = ("step", "refresh_at", "gap")

@@ -97,6 +97,6 @@ def _refuse_nothing(groups: list[dict[str, Any]]) -> None:
     if all(layout_of(p.shape, g) is None for p, g in weights):
         largest = max((min(p.shape[0] // g["split"], p[0].numel()) for p, g in weights))
         raise ValueError(
-            f"GaLore would project nothing: rank {weights[0][1]['rank']} is not below the smaller side of any "
-            f"targeted weight, {largest} at most; choose a rank below {largest}, or a plain optimizer"
+            f"GaLore would project nothing: rank {weights[0][1]['rank']} is not below the smaller side of "
+            f"any targeted weight, {largest} at most; choose a rank below {largest}, or a plain optimizer"
         )

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from galore_vit import sharding
+from galore_vit.counters import count
 from galore_vit.galore import GaLore, Item
 from galore_vit.projection import Bases, project
 
@@ -124,7 +125,7 @@ class InBackward:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Averages what is held over the processes; `step` does it unless it was called before, for clipping."""
+        """Averages what is held over the processes; `step` does it unless called before, for clipping."""
         self._check_passes()
         if self.process_group is None or self._reduced:
             return
@@ -195,7 +196,7 @@ class InBackward:
 
     def _random_map(self, p: Tensor, matrix: Tensor) -> Tensor:
         """Ω (n×s) of ±1/√s: ‖XΩ‖² is ‖X‖² on average. Fixed within a step, drawn anew for each."""
-        step = int(self.optimizer.state[p]["step"])
+        step = count(self.optimizer.state[p]["step"])
         draw = torch.Generator().manual_seed(step * 1_000_003 + self._index[p])
         signs = torch.randint(0, 2, (matrix.shape[-1], SKETCH), generator=draw, dtype=torch.int8)
         return (signs.to(matrix) * 2 - 1) / SKETCH**0.5
@@ -203,8 +204,8 @@ class InBackward:
     def _check_passes(self) -> None:
         if wrong := set(self._passes.values()) - {self.micro_batches}:
             raise RuntimeError(
-                f"{wrong.pop()} backward passes since the last zero_grad, and micro_batches is {self.micro_batches}: "
-                "run exactly that many, and zero_grad after each step"
+                f"{wrong.pop()} backward passes since the last zero_grad, and micro_batches is "
+                f"{self.micro_batches}: run exactly that many, and zero_grad after each step"
             )
 
 

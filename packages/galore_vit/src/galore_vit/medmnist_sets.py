@@ -1,4 +1,4 @@
-"""The twelve two-dimensional sets of MedMNIST (Yang et al., 2023, arXiv:2110.14795) as published, version 3."""
+"""The twelve two-dimensional sets of MedMNIST (Yang et al., 2023, arXiv:2110.14795), version 3."""
 
 from __future__ import annotations
 

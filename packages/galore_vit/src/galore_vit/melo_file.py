@@ -1,7 +1,7 @@
 """MeLo's own safetensors layout: `w_a_000`, `w_b_000`, … (query and value in turn) and `fc_{in}in_{out}out`.
 
-Beside the published keys a file holds the head's bias (`…_bias`), which the published code loses, and metadata
-(rank, alpha, blocks). A published reader finds its keys and overlooks the rest.
+Beside the published keys a file holds the head's bias (`…_bias`), which the published code loses, and
+metadata (rank, alpha, blocks). A published reader finds its keys and overlooks the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
 def read_melo(
     model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None
 ) -> Any:
-    """Adds the adapter and head of a file to a ViT (or, as a further task, to one that has some); returns the model.
+    """Adds a file's adapter and head to a ViT (as a further task where it has some); returns the model.
 
     `alpha` must be given for a file of the published code, which does not hold it, and only then; such a file
     holds no head bias either, and the bias is then zero, with a warning.

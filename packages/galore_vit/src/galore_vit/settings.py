@@ -21,8 +21,8 @@ class Refresh:
     method: Literal["power", "svd"] = "power"
     """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper."""
     iterations: int = 1
-    """Products with GᵀG per refresh by `power`; one more for a weight's first basis, which starts at random."""
-    oversample: int = 16
+    """Products with GᵀG per refresh by `power`; one more for the first, which starts at random."""
+    oversample: int = 8
     """Random columns beside the rank's own, by `power`."""
     stagger: bool = True
     """Spread the refreshes of the layers over the gap, so that no step pays for all of them."""

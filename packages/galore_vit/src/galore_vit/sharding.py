@@ -25,11 +25,6 @@ def is_sharded(x: Tensor) -> bool:
     return _dtensor(x) is not None
 
 
-def is_fake(x: Tensor) -> bool:
-    """Whether x is a FakeTensor, which has a shape and no numbers."""
-    return type(x).__name__ == "FakeTensor" or type(getattr(x, "data", x)).__name__ == "FakeTensor"
-
-
 def refuse(x: Tensor, what: str, instead: str) -> None:
     """Raises where x is a DTensor."""
     if is_sharded(x):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from galore_vit.galore import COUNTERS
+from galore_vit.counters import COUNTERS
 from galore_vit.projection import layout_of
 from galore_vit.settings import GALORE_DEFAULTS
 
@@ -27,7 +27,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def adamw_state_bytes_formula(groups: Iterable[dict[str, Any]]) -> int:
-    """Bytes of GaLoreAdamW's state for these parameter groups: 2mn a plain weight, mr + 2nr a projected one."""
+    """Bytes of GaLoreAdamW's state for these groups: 2mn a plain weight, mr + 2nr a projected one."""
     total = 0
     for group in groups:
         group = {**GALORE_DEFAULTS, **group}
