@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,15 +95,21 @@ def fsdp(rank: int, proj_type: str) -> dict:
         "bases": [v.full_tensor() for s in optimizer.state.values() for k, v in s.items() if k in "PQ"],
         "local_state": local,
         "saved": sorted(whole["state"]["0.weight"]) if rank == 0 else [],
-        "refused": [refusal(o, model) for o in (GaLoreAdamW8bit, GaLoreAdafactor)],
+        "refused": [
+            refusal(model, GaLoreAdamW8bit),
+            refusal(model, GaLoreAdafactor),
+            refusal(model, partial(GaLoreAdamW, residual=True)),
+            refusal(model, GaLoreAdamW, split=2),
+        ],
     }
 
 
-def refusal(optimizer: type, model: torch.nn.Module) -> str:
+def refusal(model: torch.nn.Module, optimizer: Callable[..., torch.optim.Optimizer], **keys: int) -> str:
+    """What the optimizer says to sharded weights."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     try:
-        optimizer(problems.mlp_groups(model)).step()
+        optimizer(problems.mlp_groups(model, rank=2, **keys)).step()
     except ValueError as error:
         return str(error)
     return ""
@@ -119,7 +127,7 @@ if __name__ == "__main__":
     dist.all_reduce = counted(dist.all_reduce)
     found = {}
     for mode in (ddp, in_backward, fsdp):
-        for kind in ("std", "reverse_std", "full"):
+        for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)
     torch.save(found, out)

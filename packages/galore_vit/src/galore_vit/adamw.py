@@ -103,6 +103,7 @@ class GaLoreAdamW(GaLore):
             for k in ("exp_avg", "exp_avg_sq")
         }
         if group["residual"]:
+            sharding.refuse(p, "a weight with the residual", "set residual=False")
             moments["residual_norm"] = torch.zeros((), dtype=torch.float32, device=device)
         return moments
 

@@ -213,6 +213,14 @@ class GaLore(Optimizer):
         state = self._state_of(p, self.group_of(p))
         return count(state["step"]) >= count(state["refresh_at"])
 
+    def due_bases(self, p: Tensor, G: Tensor) -> Bases | None:
+        """New bases of a projected weight, from its gradient G (…, m, n), where they are due; else None."""
+        if not self.refresh_due(p):
+            return None
+        layout = self._layouts[p]
+        assert layout is not None
+        return self._new_bases(p, self.group_of(p), layout, G)
+
     # -- the step ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -241,7 +249,7 @@ class GaLore(Optimizer):
         if layout is None:
             return Item(p, group, None, grad if sign > 0 else -grad)
         G = layout.matrices(grad)
-        new = self._new_bases(p, group, layout, G) if self.refresh_due(p) else None
+        new = self.due_bases(p, G)
         bases = (state.get("P"), state.get("Q")) if new is None else new
         R = sharding.reduced(project(G, bases))
         return Item(p, group, layout, R if sign > 0 else -R, new, G * sign if group.get("residual") else None)
@@ -273,10 +281,15 @@ class GaLore(Optimizer):
                 seed=step * 1_000_003 + self._order[p],
             )
         if self.process_group is not None:
-            for basis in new:  # two kinds of device may round one gradient's basis apart
-                if basis is not None:
-                    dist.broadcast(basis, group_src=0, group=self.process_group)
+            new = (self._first_ones(new[0]), self._first_ones(new[1]))
         return sharding.like(p, new[0], rows=True), sharding.like(p, new[1], rows=False)
+
+    def _first_ones(self, basis: Tensor | None) -> Tensor | None:
+        """The first process's basis: two kinds of device may round one gradient's basis apart."""
+        if basis is not None:
+            basis = basis.contiguous()
+            dist.broadcast(basis, group_src=0, group=self.process_group)
+        return basis
 
     @torch.no_grad()
     def apply(self, items: list[Item]) -> None:

@@ -167,18 +167,18 @@ class InBackward:
         G = p.grad
         assert G is not None
         p.grad = None
-        first = p not in self._passes
-        self._passes[p] = self._passes.get(p, 0) + 1
-        if first and self.process_group is not None and self.optimizer.refresh_due(p):
-            mean = G.clone()
-            dist.all_reduce(mean, group=self.process_group)
-            self._new_bases[p] = self.optimizer.item(p, mean / self.process_group.size()).new_bases
-        elif first:
-            self._new_bases[p] = self.optimizer.item(p, G).new_bases
-        bases = self._new_bases[p] or self.optimizer.bases(p)
         layout = self.optimizer.layout(p)
         assert layout is not None
         matrix = layout.matrices(G)
+        if p not in self._passes:
+            mean = matrix
+            if self.process_group is not None and self.optimizer.refresh_due(p):
+                mean = matrix.clone()
+                dist.all_reduce(mean, group=self.process_group)
+                mean /= self.process_group.size()
+            self._new_bases[p] = self.optimizer.due_bases(p, mean)
+        self._passes[p] = self._passes.get(p, 0) + 1
+        bases = self._new_bases[p] or self.optimizer.bases(p)
         R = project(matrix, bases)
         _add(self._compact[p], R)
         if not self._true_norm:
