@@ -4,10 +4,11 @@ Exact (GaLore, Equation 12): U S V = SVD(G), P = U[:, :r], Q = V[:r].
 
 Iterated: with A = G (or Gᵀ for a left basis) and X (n×(r+p)) the old basis beside p random columns,
 
-    X ← orth(Aᵀ A X)   (a few times),      Q = (X V_r)ᵀ,   V_r: leading eigenvectors of (A X)ᵀ (A X)
+    X T ← QR(Aᵀ A X)   (once, or a few times),      U S V = SVD(T),      Q = (X U[:, :r])ᵀ
 
-which is subspace iteration with a Rayleigh–Ritz step (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061,
-Algorithms 4.4 and 5.1). It costs a few products of the gradient with thin matrices and never a full SVD.
+which is subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061, Algorithm 4.4) cut to the
+leading left singular vectors of Aᵀ A X. It costs two products of the gradient with a thin matrix each time,
+and never a full SVD.
 """
 
 from __future__ import annotations
@@ -57,10 +58,8 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
     if start is not None:
         X = torch.cat([start.to(A.dtype), X / n**0.5], dim=-1)
     for _ in range(iterations):
-        X = torch.linalg.qr(A.mT @ (A @ X)).Q  # (…, n, width)
-    Y = A @ X  # (…, m, width)
-    _, V = torch.linalg.eigh(Y.mT @ Y)  # eigenvalues ascend
-    X = X @ V[..., -r:].flip(-1)
+        X, T = torch.linalg.qr(A.mT @ (A @ X))  # (…, n, width), (…, width, width)
+    X = X @ torch.linalg.svd(T).U[..., :r]
     if start is not None:
         # A singular vector's sign is arbitrary; the old one's keeps moments meaningful that are not rotated.
         X = X * torch.where((X * start.to(X.dtype)).sum(-2, keepdim=True) < 0, -1.0, 1.0)
