@@ -69,9 +69,7 @@ def seconds(f: Callable[[], Any]) -> float:
 
 def spread(ratios: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = (
-        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    )
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"median": round(middle, 3), "q1": round(low, 3), "q3": round(high, 3), "pairs": len(ratios)}
 
 
@@ -86,9 +84,7 @@ def refresh() -> dict[str, Any]:
         nn.functional.cross_entropy(model(x).logits, y).backward()
         optimizer.step()
         attention = {n: p.grad for n, p in model.named_parameters() if ".6." in n and p.grad is not None}
-        qkv = [
-            g for n, g in attention.items() if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-        ]
+        qkv = [g for n, g in attention.items() if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
         gradients.append(torch.cat(qkv).clone())
     layout = Layout(1, 2304, 768, RANK, left=False, right=True)
     G, before = gradients[2], exact_bases(gradients[0], layout)
@@ -232,9 +228,7 @@ def main(names: list[str]) -> None:
             "seed": SEED,
             "result": PARTS[name](),
         }  # fmt: skip
-        suffix = (
-            "" if torch.get_num_threads() == 1 or name == "state" else f"_{torch.get_num_threads()}threads"
-        )
+        suffix = "" if torch.get_num_threads() == 1 or name == "state" else f"_{torch.get_num_threads()}threads"
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"galore_{name}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["result"], indent=1))
@@ -243,9 +237,7 @@ def main(names: list[str]) -> None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -86,9 +86,7 @@ def fsdp(rank: int, proj_type: str) -> dict:
         loss_of(model, step, rank).backward()
         optimizer.step()
         optimizer.zero_grad()
-    local = sum(
-        v.to_local().numel() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local")
-    )
+    local = sum(v.to_local().numel() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local"))
     _, whole = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     return {
         "weights": [p.full_tensor().detach() for p in model.parameters()],

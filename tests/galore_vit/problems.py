@@ -10,9 +10,7 @@ from torch import Tensor, nn
 KEYS = {"rank": 5, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
 
 
-def weights(
-    *shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32
-) -> list[nn.Parameter]:
+def weights(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for s in shapes]
 
@@ -78,9 +76,7 @@ class ReferenceGaLore:
     `sides` is one of 'left', 'right', 'full'. The moments are not rotated.
     """
 
-    def __init__(
-        self, W: Tensor, rank: int, gap: int, scale: float, sides: str, lr: float, weight_decay: float = 0.0
-    ):
+    def __init__(self, W: Tensor, rank: int, gap: int, scale: float, sides: str, lr: float, weight_decay: float = 0.0):
         self.W, self.r, self.gap, self.scale, self.sides = W.clone().double(), rank, gap, scale, sides
         self.lr, self.weight_decay, self.t = lr, weight_decay, 0
         self.b1, self.b2, self.eps = 0.9, 0.999, 1e-8

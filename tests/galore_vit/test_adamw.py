@@ -214,9 +214,7 @@ def test_galore_keys_without_rank_are_refused():
         GaLoreAdamW([{"params": problems.weights((24, 16)), "scale": 0.25}])
 
 
-@pytest.mark.parametrize(
-    "bad", [{"method": "qr"}, {"iterations": 0}, {"lazy": 0.0}, {"lazy": 1.5}, {"oversample": -1}]
-)
+@pytest.mark.parametrize("bad", [{"method": "qr"}, {"iterations": 0}, {"lazy": 0.0}, {"lazy": 1.5}, {"oversample": -1}])
 def test_refused_refreshes(bad):
     with pytest.raises(ValueError, match="refresh"):
         Refresh(**bad)

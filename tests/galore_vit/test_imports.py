@@ -38,7 +38,5 @@ def test_optimizers_import_torch_and_nothing_else():
             modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
                 top = module.split(".")[0]
-                assert top in ("torch", "galore_vit") or top in sys.stdlib_module_names, (
-                    f"{name}.py imports {module}"
-                )
+                assert top in ("torch", "galore_vit") or top in sys.stdlib_module_names, f"{name}.py imports {module}"
                 assert top != "galore_vit" or module.split(".")[1] in TORCH_ONLY

@@ -60,9 +60,7 @@ def test_accumulation_is_one_step_of_the_sum(proj_type):
             problems.backward(a, 4 * step + part)
             problems.backward(b, 4 * step + part)
             if part < 3:
-                assert all(
-                    torch.equal(p, q) or step for p, q in zip(a.parameters(), b.parameters(), strict=True)
-                )
+                assert all(torch.equal(p, q) or step for p, q in zip(a.parameters(), b.parameters(), strict=True))
         plain.step()
         in_backward.step()
         plain.zero_grad()

@@ -43,9 +43,7 @@ def test_query_value_and_head_are_trained_and_nothing_else(images):
     assert {n.rsplit(".", 1)[-1] for n in moved if "lora_" not in n} == {"weight", "bias"}
     assert all("lora_" in n or "classifier" in n for n in moved)
     assert torch.equal(model(images).logits, vit()(images).logits)  # B is zero
-    assert all(
-        B.count_nonzero() == 0 and A.count_nonzero() == A.numel() for A, B in adapted(model, "default")
-    )
+    assert all(B.count_nonzero() == 0 and A.count_nonzero() == A.numel() for A, B in adapted(model, "default"))
 
 
 def test_the_scale_is_a_float(images):

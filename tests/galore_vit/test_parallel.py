@@ -65,9 +65,7 @@ def test_the_projected_gradient_is_what_is_reduced(two, mode):
     full = sum(p.numel() for p in matrices)
     compact = sum(5 * max(p.shape) for p in matrices)
     sketches = sum(16 * max(p.shape) for p in matrices) if mode == "in_backward" else 0
-    refreshed = (
-        3 * full
-    )  # in 25 steps with a gap of 20 a basis is found at the first, and at one or two later
+    refreshed = 3 * full  # in 25 steps with a gap of 20 a basis is found at the first, and at one or two later
     sent = two[0][f"{mode} std"]["sent"]
     assert sent <= parallel_worker.STEPS * (plain + compact + sketches) + refreshed
     if mode == "ddp":
@@ -86,9 +84,7 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
     optimizer = GaLoreAdamW(problems.mlp_groups(model), lr=1e-2)
     problems.backward(model, 0)
     optimizer.step()
-    whole = sum(
-        v.numel() for s in optimizer.state.values() for k, v in s.items() if k not in ("step", "refresh_at")
-    )
+    whole = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k not in ("step", "refresh_at"))
     assert two[0]["fsdp std"]["local_state"] < 0.75 * whole
     assert two[0]["fsdp std"]["saved"] == ["Q", "exp_avg", "exp_avg_sq", "refresh_at", "step"]
 

@@ -98,13 +98,9 @@ class GaLoreAdafactor(GaLore):
         state = self.state[item.param]
         left, right = rotation(old, new)
         if left is not None:
-            state["exp_avg_sq_row"].copy_(
-                (left.float().square() @ state["exp_avg_sq_row"].unsqueeze(-1)).squeeze(-1)
-            )
+            state["exp_avg_sq_row"].copy_((left.float().square() @ state["exp_avg_sq_row"].unsqueeze(-1)).squeeze(-1))
         if right is not None:
-            state["exp_avg_sq_col"].copy_(
-                (state["exp_avg_sq_col"].unsqueeze(-2) @ right.float().square()).squeeze(-2)
-            )
+            state["exp_avg_sq_col"].copy_((state["exp_avg_sq_col"].unsqueeze(-2) @ right.float().square()).squeeze(-2))
         if "exp_avg" in state:
             C = (None if left is None else left.float(), None if right is None else right.float())
             state["exp_avg"].copy_(apply_rotation(state["exp_avg"], C))

@@ -99,8 +99,7 @@ class GaLoreAdamW(GaLore):
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
     ) -> dict[str, Tensor]:
         moments = {
-            k: sharding.zeros(p, shape, rows=rows, dtype=p.dtype, device=device)
-            for k in ("exp_avg", "exp_avg_sq")
+            k: sharding.zeros(p, shape, rows=rows, dtype=p.dtype, device=device) for k in ("exp_avg", "exp_avg_sq")
         }
         if group["residual"]:
             sharding.refuse(p, "a weight with the residual", "set residual=False")
@@ -153,9 +152,7 @@ class GaLoreAdamW(GaLore):
         for i, item in enumerate(items):
             p, plain = item.param, item.layout is None
             sharded = sharding.is_sharded(p)
-            one_kernel = (
-                fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
-            )
+            one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
             one_kernel = one_kernel and not sharded
             together = foreach if foreach is not None else p.device.type == "cuda"
             # DTensors go one by one through plain operations, which reduce and redistribute where they must.
@@ -233,9 +230,7 @@ def _fused_adam(
     )  # fmt: skip
 
 
-def _adam(
-    R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]
-) -> list[Tensor]:
+def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]) -> list[Tensor]:
     """Moves M and V by R in place and returns N; with `paper`, N lacks its bias correction as published."""
     beta1, beta2 = group["betas"]
     if group["paper"]:

@@ -59,17 +59,13 @@ class GaLore(Optimizer):
         maximize: bool,
     ) -> None:
         if paper and refresh is not None:
-            raise ValueError(
-                "paper=True fixes how bases are refreshed: leave refresh out, or leave paper out"
-            )
+            raise ValueError("paper=True fixes how bases are refreshed: leave refresh out, or leave paper out")
         if refresh is None:
             refresh = AS_PUBLISHED if paper else Refresh()
         self._too_small: list[tuple[int, ...]] = []
         self.process_group: dist.ProcessGroup | None = None  # set where processes must share new bases
         # A plain dict, so that a saved state holds nothing but tensors, numbers and strings.
-        super().__init__(
-            params, {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize}
-        )
+        super().__init__(params, {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize})
         self._say_what_is_plain()
 
     # -- construction and loading -----------------------------------------------------------------------
@@ -132,9 +128,7 @@ class GaLore(Optimizer):
         """
         for saved_group in state_dict["param_groups"]:
             if missing := sorted(self.defaults.keys() - saved_group.keys()):
-                raise ValueError(
-                    f"this state was saved by another optimizer: its groups have no {', '.join(missing)}"
-                )
+                raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
         super().load_state_dict(state_dict)
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         own = [(p, g) for g in self.param_groups for p in g["params"]]
@@ -230,9 +224,7 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.apply(
-            [self.item(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        )
+        self.apply([self.item(p) for group in self.param_groups for p in group["params"] if p.grad is not None])
         return loss
 
     @torch.no_grad()

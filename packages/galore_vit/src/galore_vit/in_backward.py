@@ -75,9 +75,7 @@ class InBackward:
         self._hooks = []
         for group in optimizer.param_groups:
             if group.get("residual"):
-                raise ValueError(
-                    "the residual needs full gradients, which InBackward frees: set residual=False"
-                )
+                raise ValueError("the residual needs full gradients, which InBackward frees: set residual=False")
             for p in group["params"]:
                 sharding.refuse(p, "a weight inside the backward pass", "FSDP2 frees its gradients itself")
                 layout = optimizer.layout(p)

@@ -89,9 +89,7 @@ def check_labels(labels: np.ndarray, task: str, classes: int, what: str) -> NDAr
     columns = classes if multi_label else 1
     labels = labels.reshape(len(labels), -1)  # also labels saved as (N,)
     if labels.shape[1] != columns:
-        raise ValueError(
-            f"{what} have {labels.shape[1]} columns, and a {task} task of {classes} classes has {columns}"
-        )
+        raise ValueError(f"{what} have {labels.shape[1]} columns, and a {task} task of {classes} classes has {columns}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{what} are {labels.dtype}, and labels are whole numbers")
     highest = 1 if multi_label else classes - 1

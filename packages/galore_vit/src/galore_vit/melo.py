@@ -70,17 +70,13 @@ def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
         if found:
             return sorted(found, key=lambda item: (_block(item[0]), item[0].rsplit(".", 1)[-1] == names[1]))
-    raise ValueError(
-        "this model has no separate query and value projections: MeLo needs a ViT of transformers"
-    )
+    raise ValueError("this model has no separate query and value projections: MeLo needs a ViT of transformers")
 
 
 def adapted(model: Any, task: str) -> list[tuple[Tensor, Tensor]]:
     """(A, B) of a task's adapters in MeLo's order: block by block, query before value; A (r, d), B (d, r)."""
     layers: list[Any] = [m for _, m in projections(model)]
-    pairs = [
-        (m.lora_A[task].weight, m.lora_B[task].weight) for m in layers if task in getattr(m, "lora_A", {})
-    ]
+    pairs = [(m.lora_A[task].weight, m.lora_B[task].weight) for m in layers if task in getattr(m, "lora_A", {})]
     if not pairs:
         raise ValueError(f"the model has no adapter for task {task!r}")
     return pairs

@@ -40,9 +40,7 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
     )
 
 
-def read_melo(
-    model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None
-) -> Any:
+def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None) -> Any:
     """Adds a file's adapter and head to a ViT (as a further task where it has some); returns the model.
 
     `alpha` must be given for a file of the published code, which does not hold it, and only then; such a file
@@ -118,9 +116,7 @@ def _settings(
         saved = json.loads(metadata["melo"])
         return MeLo(rank, float(saved["alpha"]), tuple(saved["layers"]))
     if alpha is None:
-        raise ValueError(
-            f"{path} does not hold its alpha (the published code keeps it in the file name): give alpha"
-        )
+        raise ValueError(f"{path} does not hold its alpha (the published code keeps it in the file name): give alpha")
     blocks = {n for name, _ in projections(model) for n in name.split(".") if n.isdigit()}
     if len(pairs) != 2 * len(blocks):
         raise ValueError(

@@ -35,9 +35,7 @@ def calibration_error(labels: ArrayLike, scores: ArrayLike, task: str, bins: int
     """
     y, s = _checked(labels, scores, task)
     if s.min() < 0.0 or s.max() > 1.0:
-        raise ValueError(
-            "calibration needs probabilities, and a score lies outside 0..1: apply softmax or sigmoid"
-        )
+        raise ValueError("calibration needs probabilities, and a score lies outside 0..1: apply softmax or sigmoid")
     if task in ("binary-class", MULTI_LABEL):
         confidence, right = np.maximum(s, 1 - s), (s > 0.5) == y  # (N, labels)
     else:
@@ -59,9 +57,7 @@ def _binary_auc(y: NDArray, s: NDArray, column: int, task: str) -> float:
     positives = int(y.sum())
     negatives = len(y) - positives
     if positives == 0 or negatives == 0:
-        what = (
-            f"label {column}" if task == MULTI_LABEL else f"class {column if task != 'binary-class' else 1}"
-        )
+        what = f"label {column}" if task == MULTI_LABEL else f"class {column if task != 'binary-class' else 1}"
         only = "absent from" if positives == 0 else "the only one in"
         raise ValueError(f"AUC is undefined: {what} is {only} the {len(y)} samples; evaluate on more of them")
     _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
@@ -69,9 +65,7 @@ def _binary_auc(y: NDArray, s: NDArray, column: int, task: str) -> float:
     return float((ranks[y].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def _checked(
-    labels: ArrayLike, scores: ArrayLike, task: str
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _checked(labels: ArrayLike, scores: ArrayLike, task: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """(N, columns) truth and scores; one column for a binary task."""
     if task not in TASKS:
         raise ValueError(f"task must be one of {'; '.join(TASKS)}, not {task!r}")

@@ -31,9 +31,7 @@ def refuse(x: Tensor, what: str, instead: str) -> None:
         raise ValueError(f"{what} cannot be updated while sharded by FSDP2: {instead}")
 
 
-def zeros(
-    p: Tensor, shape: tuple[int, ...], *, rows: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def zeros(p: Tensor, shape: tuple[int, ...], *, rows: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of `shape`, sharded like p where they share its rows, whole on every process otherwise."""
     d = _dtensor(p)
     if d is None or device.type == "meta":
