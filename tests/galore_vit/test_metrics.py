@@ -2,27 +2,11 @@
 
 import numpy as np
 import pytest
-from galore_vit.medmnist_sets import SETS
 from galore_vit.metrics import accuracy, auc, calibration_error
+from image_files import random_file
+from memtrain_common.medmnist_sets import SETS
 
 FLAGS = ["breastmnist", "bloodmnist", "retinamnist", "chestmnist"]
-
-
-def random_file(folder, flag, n, seed=0):
-    """An npz of a set's form with n samples a split, every class present; returns the test labels."""
-    known, draw = SETS[flag], np.random.default_rng(seed)
-    arrays = {}
-    for split in ("train", "val", "test"):
-        if known.task.startswith("multi-label"):
-            labels = draw.integers(0, 2, (n, known.classes))
-            labels[:2] = [[0], [1]]
-        else:
-            labels = draw.permutation(np.arange(n) % known.classes)[:, None]
-        shape = (n, 28, 28) if known.channels == 1 else (n, 28, 28, 3)
-        arrays |= {f"{split}_images": draw.integers(0, 256, shape).astype(np.uint8)}
-        arrays |= {f"{split}_labels": labels.astype(np.uint8)}
-    np.savez(folder / f"{flag}.npz", **arrays)
-    return arrays["test_labels"]
 
 
 def random_scores(flag, n, columns, ties):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from galore_vit.medmnist_npz import check_labels, file_name, read_npz
-from galore_vit.medmnist_sets import SETS, SIZES
-from test_metrics import random_file
+from image_files import random_file
+from memtrain_common.errors import UserError
+from memtrain_common.medmnist import check_labels, file_name, read_npz
+from memtrain_common.medmnist_sets import SETS, SIZES
 
 
 def test_the_table_is_the_published_one():
@@ -43,7 +44,7 @@ def test_ones_own_file_of_the_same_form(tmp_path, flag):
 
 def test_a_wrong_md5_is_refused(tmp_path):
     random_file(tmp_path, "breastmnist", 20)
-    with pytest.raises(ValueError, match="published file has 750601b1f35ba3300ea97c75c52ff8f6"):
+    with pytest.raises(UserError, match="published file has 750601b1f35ba3300ea97c75c52ff8f6"):
         read_npz(tmp_path, "breastmnist")
 
 
@@ -67,19 +68,19 @@ def rewritten(folder, **changes):
 ])  # fmt: skip
 def test_damaged_contents_are_refused(tmp_path, changes, match):
     rewritten(tmp_path, **changes)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         read_npz(tmp_path, "breastmnist", verify=False)
 
 
 def test_other_refusals(tmp_path):
-    with pytest.raises(ValueError, match="no MedMNIST 2D set"):
+    with pytest.raises(UserError, match="no MedMNIST 2D set"):
         read_npz(tmp_path, "mnist")
-    with pytest.raises(ValueError, match="not 32"):
+    with pytest.raises(UserError, match="not 32"):
         read_npz(tmp_path, "breastmnist", 32)
-    with pytest.raises(FileNotFoundError, match=r"breastmnist_64\.npz"):
+    with pytest.raises(UserError, match=r"breastmnist_64\.npz"):
         read_npz(tmp_path, "breastmnist", 64)
     (tmp_path / file_name("breastmnist")).write_bytes(b"PK\x03\x04 broken")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         read_npz(tmp_path, "breastmnist", verify=False)
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.6"):
+    with pytest.raises(UserError, match=r"must lie in 0\.\.6"):
         check_labels(np.array([0, 7]), "multi-class", 7, "labels")

@@ -1,7 +1,5 @@
 """The twelve two-dimensional sets of MedMNIST (Yang et al., 2023, arXiv:2110.14795), version 3."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SIZES = (28, 64, 128, 224)
