@@ -104,7 +104,7 @@ def read_predictions(path: Path) -> Scores:
     return table[order, 1:]
 
 
-def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: Any) -> Score:
+def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: Any, *, pictures: bool = True) -> Score:
     """Predictions, confusion matrix, ROC curves and ``SPLIT.json`` in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     labels = images.splits[split].labels
@@ -113,8 +113,9 @@ def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: A
         old.unlink()  # of an earlier evaluation of the same run
     write_predictions(folder / official_file(images, split, found, run), scores)
     (folder / f"{split}.json").write_text(json.dumps({"split": split, "images": len(labels), **found.numbers}) + "\n")
-    plot_confusion(labels, scores, images, folder / f"confusion_{split}.png")
-    plot_roc(labels, scores, images, folder / f"roc_{split}.png")
+    if pictures:
+        plot_confusion(labels, scores, images, folder / f"confusion_{split}.png")
+        plot_roc(labels, scores, images, folder / f"roc_{split}.png")
     return found
 
 

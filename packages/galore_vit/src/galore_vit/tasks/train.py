@@ -175,7 +175,7 @@ def train_one(
     for split in ("val", "test"):
         scores = predict(best, images.splits[split], image_size(config, images), multi_label=images.multi_label)
         if run.writes:
-            found[split] = write_all(run.path, images, split, scores, trial.name)
+            found[split] = write_all(run.path, images, split, scores, trial.name, pictures=split == "test")
         else:
             found[split] = score(images.splits[split].labels, scores, images.task)
     if run.writes:
