@@ -1,7 +1,8 @@
-"""What each of two processes does: `parallel_worker.py <rank> <meeting file> <result file>`."""
+"""What each of two processes does."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -118,9 +119,10 @@ def result(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     return {"weights": [p.detach() for p in model.parameters()], "bases": bases, "sent": sent}
 
 
-if __name__ == "__main__":
-    rank, meeting, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    torch.set_num_threads(1)
+def both_modes_and_kinds(meeting: str, folder: str) -> None:
+    """One process's part of every case; its findings go to ``folder/RANK.pt``."""
+    global sent
+    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
     found = {}
@@ -128,6 +130,5 @@ if __name__ == "__main__":
         for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)
-    torch.save(found, out)
+    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()

@@ -1,15 +1,11 @@
 """Two gloo processes against one: DistributedDataParallel, InBackward with a process group, FSDP2."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import parallel_worker
 import problems
 import pytest
 import torch
 from galore_vit import GaLoreAdamW, projected_all_reduce
+from support import run_ranks
 
 KINDS = ["std", "full"]
 
@@ -18,18 +14,7 @@ KINDS = ["std", "full"]
 def two(tmp_path_factory):
     """What the two processes found, by mode and projection type: one start for all cases."""
     folder = tmp_path_factory.mktemp("two")
-    worker = Path(parallel_worker.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder / "meet"), str(folder / f"{rank}.pt")],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, parallel_worker.both_modes_and_kinds, str(folder / "meet"), str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
