@@ -1,0 +1,150 @@
+"""GaLore with Adafactor as the inner optimizer (GaLore, Section 4.3; Shazeer and Stern, 2018).
+
+With R² = R∘R + ε₁ and β̂₂(t) = 1 − t^(decay_rate), Algorithm 4 of Adafactor (arXiv:1804.04235) runs on the
+compact gradient:
+
+    r ← β̂₂ r + (1−β̂₂) mean_cols R²,   c ← β̂₂ c + (1−β̂₂) mean_rows R²,   V̂ = r cᵀ / mean(r)
+    U = R / √V̂,   U ← U / max(1, RMS(U)/d),   W ← (1 − ηλ)W − P (η·α·U) Q
+
+where η is the given rate, or by `relative_step` min(10⁻², 1/√t), times max(ε₂, RMS(W)) by `scale_parameter`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_vit import sharding
+from galore_vit.counters import count
+from galore_vit.galore import GaLore, Item
+from galore_vit.projection import Bases, apply_rotation, project_back, rotation
+from galore_vit.settings import Refresh
+
+
+class GaLoreAdafactor(GaLore):
+    """Adafactor whose factored second moment describes each weight's compact gradient.
+
+    Args:
+        params: as for GaLoreAdamW.
+        lr: learning rate η; None with `relative_step`.
+        eps: (ε₁, added to the squared gradient; ε₂, the least RMS that scales a step).
+        clip_threshold: d, the RMS above which an update is scaled down.
+        decay_rate: exponent of β̂₂.
+        beta1: decay of a first moment of the update; None keeps none.
+        weight_decay: λ, decoupled.
+        scale_parameter: scale η by the weight's RMS.
+        relative_step: take η from the step count.
+        warmup_init: with `relative_step`, begin at 10⁻⁶·t.
+        refresh, paper, maximize: as for GaLoreAdamW; the arithmetic of this rule is the published one
+            either way, and `paper` only fixes how bases are refreshed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        refresh: Refresh | None = None,
+        paper: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
+            "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
+            "warmup_init": warmup_init,
+        }  # fmt: skip
+        super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        lr, beta1 = group["lr"], group["beta1"]
+        if group["relative_step"] and lr is not None:
+            raise ValueError("relative_step sets the learning rate: leave lr out, or set relative_step=False")
+        if not group["relative_step"] and (lr is None or isinstance(lr, Tensor) or not lr >= 0.0):
+            raise ValueError(f"lr must be a number of at least 0 when relative_step is False, not {lr!r}")
+        if group["warmup_init"] and not group["relative_step"]:
+            raise ValueError("warmup_init needs relative_step=True")
+        if beta1 is not None and not 0.0 <= beta1 < 1.0:
+            raise ValueError(f"beta1 must lie in [0, 1) or be None, not {beta1!r}")
+        if not (group["clip_threshold"] > 0.0 and group["decay_rate"] < 0.0 and group["weight_decay"] >= 0.0):
+            raise ValueError("clip_threshold must be above 0, decay_rate below 0 and weight_decay at least 0")
+        if not (len(group["eps"]) == 2 and min(group["eps"]) >= 0.0):
+            raise ValueError(f"eps must be two numbers of at least 0, not {group['eps']!r}")
+
+    def _fresh_moments(
+        self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
+    ) -> dict[str, Tensor]:
+        sharding.refuse(p, "an Adafactor state", "use GaLoreAdamW")
+        shapes = {"exp_avg": shape} if group["beta1"] is not None else {}
+        if len(shape) >= 2:
+            shapes |= {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        else:
+            shapes["exp_avg_sq"] = shape
+        return {k: torch.zeros(s, dtype=torch.float32, device=device) for k, s in shapes.items()}
+
+    def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
+        """Turns the factors by the squared rotation, each on its own side; their sum stays near."""
+        state = self.state[item.param]
+        left, right = rotation(old, new)
+        if left is not None:
+            state["exp_avg_sq_row"].copy_((left.float().square() @ state["exp_avg_sq_row"].unsqueeze(-1)).squeeze(-1))
+        if right is not None:
+            state["exp_avg_sq_col"].copy_((state["exp_avg_sq_col"].unsqueeze(-2) @ right.float().square()).squeeze(-2))
+        if "exp_avg" in state:
+            C = (None if left is None else left.float(), None if right is None else right.float())
+            state["exp_avg"].copy_(apply_rotation(state["exp_avg"], C))
+
+    def _update(self, group: dict[str, Any], items: list[Item]) -> None:
+        for item in items:
+            p, state, R = item.param, self.state[item.param], item.grad.float()
+            W = p.float()  # p itself where it is fp32
+            t = count(state["step"])
+            lr = _rate(group, t, _rms(W))
+            beta2 = 1.0 - math.pow(t, group["decay_rate"])
+            U = _normalised(R, state, beta2, group["eps"][0])
+            U.div_((_rms(U) / group["clip_threshold"]).clamp_(min=1.0)).mul_(lr)
+            if group["beta1"] is not None:
+                U = state["exp_avg"].mul_(group["beta1"]).add_(U, alpha=1 - group["beta1"])
+            if item.layout is not None:
+                P, Q = self.bases(p)
+                bases = (None if P is None else P.float(), None if Q is None else Q.float())
+                U = (project_back(U, bases) * group["scale"]).reshape(p.shape)
+            if group["weight_decay"] != 0:
+                W.add_(W * (-group["weight_decay"] * lr))
+            W.add_(-U)
+            if W is not p:
+                p.copy_(W)
+
+
+def _normalised(R: Tensor, state: dict[str, Tensor], beta2: float, eps: float) -> Tensor:
+    """U = R / √V̂ after moving the second moment (factored from 2-D on) by R²; R (…, a, b) or (a,)."""
+    squared = R.square() + eps
+    if R.ndim < 2:
+        return state["exp_avg_sq"].mul_(beta2).add_(squared, alpha=1.0 - beta2).rsqrt().mul_(R)
+    row = state["exp_avg_sq_row"].mul_(beta2).add_(squared.mean(dim=-1), alpha=1.0 - beta2)  # (…, a)
+    col = state["exp_avg_sq_col"].mul_(beta2).add_(squared.mean(dim=-2), alpha=1.0 - beta2)  # (…, b)
+    over_row = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+    return torch.mul(over_row, col.unsqueeze(-2).rsqrt()).mul_(R)
+
+
+def _rate(group: dict[str, Any], t: int, rms: Tensor) -> Tensor | float:
+    """η of this step."""
+    lr = group["lr"]
+    if group["relative_step"]:
+        lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(t))
+    return lr * rms.clamp(min=group["eps"][1]) if group["scale_parameter"] else lr
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.norm(2) / x.numel() ** 0.5

@@ -1,0 +1,250 @@
+"""GaLore with Adam as the inner optimizer.
+
+    M ← β₁M + (1−β₁)R,   V ← β₂V + (1−β₂)R²,   N = M̂ / (√V̂ + ε)          (GaLore, Algorithm 2)
+    W ← (1 − ηλ)W − η·α·P N Q
+
+M̂ and V̂ are bias-corrected; λ is decoupled weight decay, of the whole weight and without α. The published
+code instead divides by √V + ε *before* the bias correction and decays after the update: `paper=True` does
+that, step for step.
+
+Rotation of the moments at a refresh (Robert et al., "LDAdam", 2024, arXiv:2410.16103): with C = Q_old Q_newᵀ,
+
+    M̂ ← M̂C,    V̂ ← |(V̂ − M̂²)(C∘C) + (M̂C)²|
+
+Residual (Chen et al., "Fira", 2024, arXiv:2410.01623): G − PRQ, which GaLore drops, is added with each row
+(or column) scaled by ‖N‖ / ‖R‖ there, and its norm may grow by 1 % a step at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from galore_vit import sharding
+from galore_vit.counters import count
+from galore_vit.galore import GaLore, Item
+from galore_vit.projection import (
+    Bases,
+    Layout,
+    add_projected_back,
+    apply_rotation,
+    project_back,
+    rotation,
+)
+from galore_vit.settings import Refresh
+
+RESIDUAL_GROWTH = 1.01
+"""Fira's norm-growth limit γ."""
+FUSED_AT_A_TIME = 8
+"""Projected weights handed to one call of the fused kernel."""
+
+
+class GaLoreAdamW(GaLore):
+    """AdamW whose moments live in each weight's gradient subspace.
+
+    Args:
+        params: parameters, or groups; a group with `rank` (and `update_proj_gap`, `scale`, `proj_type`,
+            `split`) is projected. `galore_vit.param_groups(model, rank)` makes them.
+        lr: learning rate η; projected weights move by η·scale.
+        betas: β₁ and β₂.
+        eps: ε; 1e-8, or the published code's 1e-6 with `paper=True`.
+        weight_decay: λ, decoupled.
+        refresh: how bases are replaced (`Refresh()` where None).
+        residual: add Fira's scaled residual.
+        paper: reproduce the arithmetic of the published code.
+        maximize: ascend.
+        foreach: run the moments of a group as multi-tensor operations, which costs the temporaries of
+            all at once; None: on accelerators, unless fused.
+        fused: run them as torch's fused Adam kernel; None: on the CPU, unless foreach.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        refresh: Refresh | None = None,
+        residual: bool = False,
+        paper: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        if foreach and fused:
+            raise ValueError("foreach and fused exclude each other: set one of them")
+        if paper and fused:
+            raise ValueError("the fused kernel has not the published arithmetic: leave out fused or paper")
+        if paper and residual:
+            raise ValueError("the residual is not part of the published GaLore: leave out residual or paper")
+        if eps is None:
+            eps = 1e-6 if paper else 1e-8
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": residual,
+            "foreach": foreach, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_adam(group)
+
+    def _fresh_moments(
+        self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
+    ) -> dict[str, Tensor]:
+        moments = {
+            k: sharding.zeros(p, shape, rows=rows, dtype=p.dtype, device=device) for k in ("exp_avg", "exp_avg_sq")
+        }
+        if group["residual"]:
+            sharding.refuse(p, "a weight with the residual", "set residual=False")
+            moments["residual_norm"] = torch.zeros((), dtype=torch.float32, device=device)
+        return moments
+
+    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, V), to be changed in place and then handed to `_keep_moments`."""
+        return self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+
+    def _keep_moments(self, p: Tensor, M: Tensor, V: Tensor) -> None:
+        """Writes M and V back; here they are the state itself."""
+
+    def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
+        M, V = self._moments(item.param)
+        beta1, beta2 = item.group["betas"]
+        step = count(self.state[item.param]["step"])
+        c1, c2 = 1 - beta1**step, 1 - beta2**step
+        left, right = rotation(old, new)
+        C = (None if left is None else left.to(M.dtype), None if right is None else right.to(M.dtype))
+        m_hat, v_hat = M / c1, V / c2
+        turned = apply_rotation(m_hat, C)
+        variance = apply_rotation(v_hat - m_hat.square(), C, squared=True)
+        M.copy_(turned * c1)
+        V.copy_((variance + turned.square()).abs_() * c2)
+        self._keep_moments(item.param, M, V)
+
+    def _update(self, group: dict[str, Any], items: list[Item]) -> None:
+        for batch, fused in self._batches(group, items):
+            moments = [self._moments(i.param) for i in batch]
+            R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
+            steps = [count(self.state[i.param]["step"]) for i in batch]
+            if fused and batch[0].layout is None:
+                params = [i.param for i in batch]
+                _fused_adam(params, R, M, V, steps, group, group["lr"], group["weight_decay"])
+                continue
+            if fused:
+                N = [torch.zeros_like(r) for r in R]
+                _fused_adam(N, R, M, V, steps, group, -1.0, 0.0)  # a step of size −1 from zero
+            else:
+                N = _adam(R, M, V, steps, group)
+            for item, n, (m, v), step in zip(batch, N, moments, steps, strict=True):
+                self._keep_moments(item.param, m, v)
+                self._move_as_published(item, n, step) if group["paper"] else self._move(item, n)
+
+    def _batches(self, group: dict[str, Any], items: list[Item]) -> list[tuple[list[Item], bool]]:
+        """(items for one multi-tensor call, whether by the fused kernel): alike ones, few if projected."""
+        foreach, fused = group["foreach"], group["fused"]
+        batches: dict[Any, tuple[list[Item], bool]] = {}
+        for i, item in enumerate(items):
+            p, plain = item.param, item.layout is None
+            sharded = sharding.is_sharded(p)
+            one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
+            one_kernel = one_kernel and not sharded
+            together = foreach if foreach is not None else p.device.type == "cuda"
+            # DTensors go one by one through plain operations, which reduce and redistribute where they must.
+            if sharded or not (one_kernel or together):
+                key: Any = i
+            else:  # the fused kernel's N lives beside the moments: a few weights bound its memory
+                key = (p.device, p.dtype, plain, None if plain or not one_kernel else i // FUSED_AT_A_TIME)
+            batches.setdefault(key, ([], one_kernel))[0].append(item)
+        return list(batches.values())
+
+    def _move(self, item: Item, N: Tensor) -> None:
+        """W ← (1 − ηλ)W − η·α·(P N Q + residual)."""
+        group, p, layout = item.group, item.param, item.layout
+        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        if layout is None:
+            if decay != 1:
+                p.mul_(decay)
+            p.add_(N, alpha=-lr)
+            return
+        bases, alpha = self.bases(p), -lr * group["scale"]
+        W = layout.matrices(p)
+        add_projected_back(W, N, bases, beta=decay, alpha=alpha)
+        if item.full is not None:
+            W.add_(self._residual(item, item.full, N, layout, bases), alpha=alpha)
+        if not p.is_contiguous():  # then W may be a copy
+            p.copy_(W.view(p.shape))
+
+    def _move_as_published(self, item: Item, N: Tensor, step: int) -> None:
+        """The published code's last lines: bias correction in the step size, decay after the update."""
+        group, p, layout = item.group, item.param, item.layout
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        if layout is not None:
+            N = (project_back(N, self.bases(p)) * group["scale"]).reshape(p.shape)
+        p.add_(N, alpha=-lr * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step))
+        if group["weight_decay"] > 0.0:
+            p.add_(p, alpha=-lr * group["weight_decay"])
+
+    def _residual(self, item: Item, G: Tensor, N: Tensor, layout: Layout, bases: Bases) -> Tensor:
+        """Fira's φ(G − PRQ), limited in growth; G (…, m, n)."""
+        dim: tuple[int, ...] = (-2, -1) if layout.left and layout.right else ((-2,) if layout.left else (-1,))
+        factor = torch.linalg.vector_norm(N, dim=dim, keepdim=True) / (
+            torch.linalg.vector_norm(item.grad, dim=dim, keepdim=True) + 1e-8
+        )
+        residual = (G - project_back(item.grad, bases)) * factor
+        last = self.state[item.param]["residual_norm"]
+        norm = sharding.gathered(torch.linalg.vector_norm(residual)).float()
+        limited = torch.where(last > 0, torch.minimum(norm, RESIDUAL_GROWTH * last), norm)
+        last.copy_(limited)
+        return residual * (limited / norm.clamp_min(1e-30)).to(residual.dtype)
+
+
+def check_adam(group: dict[str, Any]) -> None:
+    """Raises ValueError where Adam's numbers are outside their range."""
+    beta1, beta2 = group["betas"]
+    if isinstance(group["lr"], Tensor) or not group["lr"] >= 0.0:
+        raise ValueError(f"lr must be a number of at least 0, not {group['lr']!r}")
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"betas must lie in [0, 1), not {group['betas']!r}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"eps must be at least 0, not {group['eps']!r}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']!r}")
+
+
+def _fused_adam(
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int],
+    group: dict[str, Any], lr: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """W ← (1 − lr·λ)W − lr·N, with M and V moved by R in place, by torch's kernel."""
+    beta1, beta2 = group["betas"]
+    counts = torch.tensor([float(t - 1) for t in steps], device=R[0].device).unbind()  # the kernel adds one
+    adamw(
+        W, R, M, V, [], list(counts), foreach=False, fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=group["eps"],
+    )  # fmt: skip
+
+
+def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]) -> list[Tensor]:
+    """Moves M and V by R in place and returns N; with `paper`, N lacks its bias correction as published."""
+    beta1, beta2 = group["betas"]
+    if group["paper"]:
+        torch._foreach_mul_(M, beta1)
+        torch._foreach_add_(M, R, alpha=1.0 - beta1)
+    else:
+        torch._foreach_lerp_(M, R, 1 - beta1)
+    torch._foreach_mul_(V, beta2)
+    torch._foreach_addcmul_(V, R, R, value=1.0 - beta2)
+    denominator = torch._foreach_sqrt(V)
+    if not group["paper"]:
+        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in steps])
+    torch._foreach_add_(denominator, group["eps"])
+    N = torch._foreach_div(M, denominator)
+    if not group["paper"]:
+        torch._foreach_div_(N, [1 - beta1**t for t in steps])
+    return list(N)

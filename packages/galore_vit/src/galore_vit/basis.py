@@ -1,0 +1,89 @@
+"""The bases: the leading singular vectors of a gradient, exactly or by a warm-started randomised iteration.
+
+Exact (GaLore, Equation 12): U S V = SVD(G), P = U[:, :r], Q = V[:r].
+
+Iterated: with A = G (or Gᵀ for a left basis) and X (n×(r+p)) the old basis beside p random columns,
+
+    X T ← QR(Aᵀ A X)   (once, or a few times),      U S V = SVD(T),      Q = (X U[:, :r])ᵀ
+
+which is subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061, Algorithm 4.4) cut to the
+leading left singular vectors of Aᵀ A X. It costs two products of the gradient with a thin matrix each time,
+and never a full SVD.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from galore_vit.projection import Bases, Layout
+
+
+def exact_bases(G: Tensor, layout: Layout) -> Bases:
+    """Leading singular vectors of G (…, m, n) by a full SVD in at least fp32, in G's dtype."""
+    U, _, Vh = torch.linalg.svd(_wide(G), full_matrices=False)
+    r = layout.rank
+    P = U[..., :, :r].to(G.dtype) if layout.left else None
+    Q = Vh[..., :r, :].to(G.dtype) if layout.right else None
+    return P, Q
+
+
+def iterated_bases(
+    G: Tensor, layout: Layout, old: Bases | None, *, iterations: int, oversample: int, seed: int
+) -> Bases:
+    """Approximate leading singular vectors of G (…, m, n), started from `old` where there is one.
+
+    The random columns depend on `seed` alone: neither the global generator nor the rank of the process
+    enters, so that a resumed run and every process of a parallel one find the same basis.
+    """
+    wide = _wide(G)
+    P, Q = (None, None) if old is None else old
+    if layout.right:
+        X = _leading(wide, None if Q is None else Q.mT, layout.rank, iterations, oversample, seed)
+        right = X.mT.contiguous()  # (…, r, n)
+        left = torch.linalg.qr(wide @ X).Q if layout.left else None  # (…, m, r)
+    else:
+        right = None
+        left = _leading(wide.mT, P, layout.rank, iterations, oversample, seed)
+    return (None if left is None else left.to(G.dtype), None if right is None else right.to(G.dtype))
+
+
+def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversample: int, seed: int) -> Tensor:
+    """Orthonormal columns (…, n, r) spanning nearly the leading right singular space of A (…, m, n)."""
+    n = A.shape[-1]
+    width = min(r + oversample, *A.shape[-2:])
+    columns = width if start is None else width - r
+    draw = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, columns, generator=draw).to(A).expand(*A.shape[:-2], n, columns)
+    if start is not None:
+        X = torch.cat([start.to(A.dtype), X / n**0.5], dim=-1)
+    for _ in range(iterations):
+        X, T = torch.linalg.qr(A.mT @ (A @ X))  # (…, n, width), (…, width, width)
+    X = X @ torch.linalg.svd(T).U[..., :r]
+    if start is not None:
+        # A singular vector's sign is arbitrary; the old one's keeps moments meaningful that are not rotated.
+        X = X * torch.where((X * start.to(X.dtype)).sum(-2, keepdim=True) < 0, -1.0, 1.0)
+    return X
+
+
+def overlap(old: Bases, new: Bases) -> Tensor:
+    """‖Q_old Q_newᵀ‖²_F / r, the share of the old subspace that the new one keeps: 1 is all, r/n chance."""
+    shares = []
+    for a, b in (
+        (old[0], new[0]),
+        (None if old[1] is None else old[1].mT, None if new[1] is None else new[1].mT),
+    ):
+        if a is not None and b is not None:  # (…, d, r) each
+            shares.append(torch.matmul(a.mT, b).float().square().sum((-2, -1)).mean() / a.shape[-1])
+    return torch.stack(shares).mean()
+
+
+def captured_energy(G: Tensor, bases: Bases) -> Tensor:
+    """‖R‖²_F / ‖G‖²_F: the share of the gradient's energy inside the subspace; G (…, m, n)."""
+    from galore_vit.projection import project
+
+    return project(G, bases).square().sum() / G.square().sum()
+
+
+def _wide(G: Tensor) -> Tensor:
+    return G if G.dtype in (torch.float32, torch.float64) else G.float()

@@ -1,0 +1,102 @@
+"""Parameter groups for a model: which weights GaLore projects."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from galore_vit.projection import layout_of
+from galore_vit.settings import GALORE_DEFAULTS
+
+FUSED_QKV = re.compile(r"(^|\.)(qkv|c_attn|in_proj|query_key_value|Wqkv)(_weight|\.weight)$")
+"""Names of weights that hold q, k and v as three equal row blocks."""
+
+
+def param_groups(
+    model: nn.Module,
+    rank: int,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: str = "std",
+    *,
+    targets: str | None = None,
+    conv: bool = False,
+    split_qkv: bool = True,
+) -> list[dict[str, Any]]:
+    """Groups for a GaLore optimizer: plain parameters, projected ones, and fused qkv weights.
+
+    Projected are the trainable matrices of linear and attention modules inside numbered blocks
+    (`blocks.3.attn.proj.weight`), which leaves out the head, embeddings and everything one-dimensional.
+
+    Args:
+        model: its parameters that do not require a gradient are left out.
+        rank: r.
+        update_proj_gap: T, steps between two refreshes of a basis.
+        scale: α.
+        proj_type: `std`, `reverse_std`, `right`, `left` or `full`.
+        targets: regular expression searched in the parameter's name, instead of the numbered blocks.
+        conv: also project convolution weights, the patch embedding's among them, as out × (in · kernel).
+        split_qkv: project q, k and v of a fused weight apart.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    wanted = None if targets is None else re.compile(targets)
+    plain: list[Tensor] = []
+    whole: list[Tensor] = []
+    fused: list[Tensor] = []
+    for name, p, module in _owned(model):
+        if not p.requires_grad:
+            continue
+        if wanted is not None:
+            chosen = p.ndim >= 2 and wanted.search(name) is not None
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            chosen = conv and p.ndim >= 2
+        else:
+            chosen = p.ndim >= 2 and _is_linear(module) and re.search(r"(^|\.)\d+\.", name) is not None
+        rows_are_outputs = isinstance(module, nn.Linear | nn.MultiheadAttention)
+        split = chosen and split_qkv and rows_are_outputs and FUSED_QKV.search(name) is not None
+        split = split and p.shape[0] % 3 == 0
+        (fused if split else whole if chosen else plain).append(p)
+    keys = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
+    groups: list[dict[str, Any]] = [
+        {"params": plain},
+        {"params": whole, **keys},
+        {"params": fused, **keys, "split": 3},
+    ]
+    _refuse_nothing(groups[1:])
+    return [g for g in groups if g["params"]]
+
+
+def _owned(model: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
+    """(name, parameter, module that holds it), each parameter once."""
+    seen: set[Tensor] = set()
+    found = []
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p not in seen:
+                seen.add(p)
+                found.append((f"{prefix}.{name}" if prefix else name, p, module))
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed
+    return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
+
+
+def _refuse_nothing(groups: list[dict[str, Any]]) -> None:
+    """Raises where not one weight would be projected: GaLore would then be plain Adam under another name."""
+    weights = [(p, {**GALORE_DEFAULTS, **g}) for g in groups for p in g["params"]]
+    if not weights:
+        raise ValueError(
+            "GaLore finds no weight to project: no trainable matrix lies in a numbered block of this model; "
+            "name some by targets, or use a plain optimizer"
+        )
+    if all(layout_of(p.shape, g) is None for p, g in weights):
+        largest = max((min(p.shape[0] // g["split"], p[0].numel()) for p, g in weights))
+        raise ValueError(
+            f"GaLore would project nothing: rank {weights[0][1]['rank']} is not below the smaller side of "
+            f"any targeted weight, {largest} at most; choose a rank below {largest}, or a plain optimizer"
+        )

@@ -1,0 +1,221 @@
+"""Gradients projected during the backward pass, so that full ones never stand side by side.
+
+Each projected weight's gradient is reduced to R as soon as autograd has finished it, added to what earlier
+micro-batches left, and freed. Projection is linear, so the sum of the projected micro-batches is the
+projected sum. The weights move in `step()`, after the last micro-batch; until then nothing has changed, and
+clipping, loss scaling and learning-rate schedules work as with any optimizer.
+
+What stands for the gradients is a set of parameters whose `.grad` are the compact gradients: hand
+`in_backward.parameters()` to `clip_grad_norm_` and `in_backward` itself to `GradScaler`. Beside each R lies
+the part that projection dropped, as one number (its norm) or, over several micro-batches or processes, whose
+dropped parts add up unseen, as its image (m×s) under a fixed random map, which has the same norm on average.
+Thus the norm that `clip_grad_norm_` finds is that of the full gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from galore_vit import sharding
+from galore_vit.counters import count
+from galore_vit.galore import GaLore, Item
+from galore_vit.projection import Bases, project
+
+SKETCH = 16
+"""Columns of the random map."""
+
+
+class InBackward:
+    """Feeds an optimizer from inside the backward pass. Stands in for it in a training loop:
+
+        in_backward = InBackward(GaLoreAdamW(groups), micro_batches=4)
+        for part in parts: (loss(part) / 4).backward()
+        clip_grad_norm_(in_backward.parameters(), 1.0)
+        in_backward.step(); in_backward.zero_grad()
+
+    A due basis is found from the first micro-batch's gradient alone: the sum is not yet known then.
+    Schedulers and checkpoints belong to the optimizer, which keeps all of the state.
+
+    Args:
+        optimizer: a GaLore optimizer without residual (which needs the full gradient).
+        micro_batches: backward passes per step; more or fewer are refused at the step.
+        process_group: average gradients over these processes, compact ones where projected. The model
+            must then not be wrapped in DistributedDataParallel. `dist.group.WORLD` for all processes.
+        true_norm: keep the dropped part's norm for clipping; it costs a sketch (16 columns, a quarter
+            of a projection to rank 64) when micro_batches is above 1 or there is a process group.
+    """
+
+    def __init__(
+        self,
+        optimizer: GaLore,
+        micro_batches: int = 1,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        true_norm: bool = True,
+    ) -> None:
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches must be at least 1, not {micro_batches}")
+        self.optimizer = optimizer
+        self.micro_batches = micro_batches
+        self.process_group = process_group
+        optimizer.process_group = process_group
+        self._sketched = true_norm and (micro_batches > 1 or process_group is not None)
+        self._true_norm = true_norm
+        self._compact: dict[Tensor, nn.Parameter] = {}
+        self._dropped: dict[Tensor, nn.Parameter] = {}
+        self._index: dict[Tensor, int] = {}
+        self._new_bases: dict[Tensor, Bases | None] = {}
+        self._passes: dict[Tensor, int] = {}
+        self._reduced = False
+        self._hooks = []
+        for group in optimizer.param_groups:
+            if group.get("residual"):
+                raise ValueError("the residual needs full gradients, which InBackward frees: set residual=False")
+            for p in group["params"]:
+                sharding.refuse(p, "a weight inside the backward pass", "FSDP2 frees its gradients itself")
+                layout = optimizer.layout(p)
+                if layout is None or not p.requires_grad:
+                    continue
+                self._index[p] = len(self._index)
+                self._compact[p] = _stand_in(p, layout.compact_shape)
+                if true_norm:
+                    rows = layout.stacked(layout.n if layout.left else layout.m, SKETCH)
+                    self._dropped[p] = _stand_in(p, rows if self._sketched else ())
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._take))
+
+    def close(self) -> None:
+        """Removes the hooks: the optimizer can be used alone again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.optimizer.process_group = None
+
+    # -- what a training loop and GradScaler use -----------------------------------------------------------
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What has the gradients now: plain parameters, and the stand-ins of projected ones."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p in self._compact:
+                    yield self._compact[p]
+                    if p in self._dropped:
+                        yield self._dropped[p]
+                else:
+                    yield p
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group of `parameters()`; the learning rates are in the optimizer's own groups."""
+        return [{"params": list(self.parameters())}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients, compact ones included."""
+        self.optimizer.zero_grad(set_to_none)
+        for stand_in in (*self._compact.values(), *self._dropped.values()):
+            stand_in.grad = None
+        self._new_bases.clear()
+        self._passes.clear()
+        self._reduced = False
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Averages what is held over the processes; `step` does it unless called before, for clipping."""
+        self._check_passes()
+        if self.process_group is None or self._reduced:
+            return
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        for dtype in {g.dtype for g in grads}:
+            alike = [g for g in grads if g.dtype == dtype]
+            flat = torch.cat([g.reshape(-1) for g in alike])
+            dist.all_reduce(flat, group=self.process_group)
+            flat /= self.process_group.size()
+            for g, piece in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+                g.copy_(piece.view(g.shape))
+        self._reduced = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Moves the weights by what the micro-batches left."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.reduce()
+        items = []
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p not in self._compact:
+                    if p.grad is not None:
+                        items.append(self.optimizer.item(p))
+                elif (R := self._compact[p].grad) is not None:
+                    R = -R if group["maximize"] else R
+                    items.append(Item(p, group, self.optimizer.layout(p), R, self._new_bases.get(p)))
+        self.optimizer.apply(items)
+        return loss
+
+    # -- inside the backward pass ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
+        """Projects p's finished gradient into the stand-in and frees it."""
+        G = p.grad
+        assert G is not None
+        p.grad = None
+        layout = self.optimizer.layout(p)
+        assert layout is not None
+        matrix = layout.matrices(G)
+        if p not in self._passes:
+            mean = matrix
+            if self.process_group is not None and self.optimizer.refresh_due(p):
+                mean = matrix.clone()
+                dist.all_reduce(mean, group=self.process_group)
+                mean /= self.process_group.size()
+            self._new_bases[p] = self.optimizer.due_bases(p, mean)
+        self._passes[p] = self._passes.get(p, 0) + 1
+        bases = self._new_bases[p] or self.optimizer.bases(p)
+        R = project(matrix, bases)
+        _add(self._compact[p], R)
+        if not self._true_norm:
+            return
+        if not self._sketched:
+            dropped = matrix.float().square().sum() - R.float().square().sum()
+            _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
+            return
+        # (G − PRQ)Ω from the right, or its transpose from the left, without building the dropped part itself
+        if layout.left:
+            matrix, R, bases = matrix.mT, R.mT, _transposed(bases)
+        omega = self._random_map(p, matrix)  # (n, s)
+        inside = R if bases[0] is None else bases[0] @ R
+        _add(self._dropped[p], matrix @ omega - (inside @ (bases[1] @ omega) if bases[1] is not None else 0))
+
+    def _random_map(self, p: Tensor, matrix: Tensor) -> Tensor:
+        """Ω (n×s) of ±1/√s: ‖XΩ‖² is ‖X‖² on average. Fixed within a step, drawn anew for each."""
+        step = count(self.optimizer.state[p]["step"])
+        draw = torch.Generator().manual_seed(step * 1_000_003 + self._index[p])
+        signs = torch.randint(0, 2, (matrix.shape[-1], SKETCH), generator=draw, dtype=torch.int8)
+        return (signs.to(matrix) * 2 - 1) / SKETCH**0.5
+
+    def _check_passes(self) -> None:
+        if wrong := set(self._passes.values()) - {self.micro_batches}:
+            raise RuntimeError(
+                f"{wrong.pop()} backward passes since the last zero_grad, and micro_batches is "
+                f"{self.micro_batches}: run exactly that many, and zero_grad after each step"
+            )
+
+
+def _stand_in(p: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    """A parameter of p's dtype and device that takes a gradient of `shape` and has no storage of its own."""
+    return nn.Parameter(torch.zeros((), dtype=p.dtype, device=p.device).expand(shape))
+
+
+def _add(stand_in: nn.Parameter, grad: Tensor) -> None:
+    stand_in.grad = grad if stand_in.grad is None else stand_in.grad.add_(grad)
+
+
+def _transposed(bases: Bases) -> Bases:
+    P, Q = bases
+    return None if Q is None else Q.mT, None if P is None else P.mT

@@ -1,0 +1,112 @@
+"""MeLo: LoRA on the query and value projections of every block of a ViT, through PEFT.
+
+Zhu et al., "MeLo: Low-rank Adaptation is Better than Finetuning for Medical Image Diagnosis" (2023,
+arXiv:2311.08236): W_q x + (α/r) B_q A_q x, and likewise v; A by Kaiming's rule with a = √5, B zero, no bias,
+no dropout; the backbone is frozen, the head is trained whole.
+
+Deviations: the scale α/r is a float (the published code divides integers, so that α = 4, r = 8 multiplies
+the adapter by zero), and the head's bias is saved with its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+QUERY_VALUE = ("q_proj", "v_proj"), ("query", "value")
+"""What transformers calls the two projections: from version 5 on, and before."""
+HEAD = "classifier"
+
+
+@dataclass(frozen=True)
+class MeLo:
+    """The adapter's settings, MeLo's where not given."""
+
+    rank: int = 4
+    """r, at least 1."""
+    alpha: float = 4.0
+    """α; the adapter is multiplied by α / r, which must not be 0."""
+    layers: tuple[int, ...] | None = None
+    """Blocks that get an adapter; None: every one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha != 0.0):
+            raise ValueError(
+                f"alpha must be finite and not 0, not {self.alpha}: at scale 0 the adapter would never act"
+            )
+
+    @property
+    def scale(self) -> float:
+        """α / r."""
+        return self.alpha / self.rank
+
+
+def add_melo(model: nn.Module, config: MeLo, task: str = "default") -> Any:
+    """The ViT classifier of transformers inside a PeftModel whose adapter and head alone are trained.
+
+    Merge with PEFT's `merge_and_unload()`; further tasks with `add_task`, switched by `set_adapter(task)`.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, _lora_config(model, config), adapter_name=task)
+
+
+def add_task(model: Any, config: MeLo, task: str, classes: int) -> None:
+    """Adds an adapter and a fresh head of `classes` outputs for another task over the same backbone."""
+    model.add_adapter(task, _lora_config(model.get_base_model(), config))
+    heads = head_wrapper(model).modules_to_save
+    old = heads[task]
+    heads[task] = nn.Linear(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+
+
+def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the query and value projections, block by block, query first."""
+    for names in QUERY_VALUE:
+        found = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
+        if found:
+            return sorted(found, key=lambda item: (_block(item[0]), item[0].rsplit(".", 1)[-1] == names[1]))
+    raise ValueError("this model has no separate query and value projections: MeLo needs a ViT of transformers")
+
+
+def adapted(model: Any, task: str) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of a task's adapters in MeLo's order: block by block, query before value; A (r, d), B (d, r)."""
+    layers: list[Any] = [m for _, m in projections(model)]
+    pairs = [(m.lora_A[task].weight, m.lora_B[task].weight) for m in layers if task in getattr(m, "lora_A", {})]
+    if not pairs:
+        raise ValueError(f"the model has no adapter for task {task!r}")
+    return pairs
+
+
+def head_wrapper(model: Any) -> Any:
+    """PEFT's wrapper that holds every task's head."""
+    return getattr(model.get_base_model(), HEAD)
+
+
+def _block(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _lora_config(model: nn.Module, config: MeLo) -> Any:
+    from peft import LoraConfig
+
+    names = [name.removesuffix(".base_layer") for name, _ in projections(model)]
+    blocks = sorted({_block(name) for name in names})
+    wanted = blocks if config.layers is None else list(config.layers)
+    if missing := sorted(set(wanted) - set(blocks)):
+        raise ValueError(f"the model has blocks {blocks[0]}..{blocks[-1]}, and no block {missing[0]}")
+    if not wanted:
+        raise ValueError("layers is empty: name at least one block, or leave it out for all")
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
+        target_modules=[name for name in names if _block(name) in wanted],
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=True,  # A by Kaiming's rule with a = √5, B zero
+        modules_to_save=[HEAD],
+    )

@@ -1,0 +1,132 @@
+"""MeLo's own safetensors layout: `w_a_000`, `w_b_000`, … (query and value in turn) and `fc_{in}in_{out}out`.
+
+Beside the published keys a file holds the head's bias (`…_bias`), which the published code loses, and
+metadata (rank, alpha, blocks). A published reader finds its keys and overlooks the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galore_vit.melo import MeLo, adapted, add_melo, add_task, head_wrapper, projections
+
+HEAD_KEY = re.compile(r"fc_(\d+)in_(\d+)out$")
+
+
+def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
+    """Writes a task's adapter and whole head."""
+    from safetensors.torch import save_file
+
+    pairs, head = adapted(model, task), head_wrapper(model).modules_to_save[task]
+    config = model.peft_config[task]
+    blocks = sorted({int(n) for name in config.target_modules for n in name.split(".") if n.isdigit()})
+    key = f"fc_{head.in_features}in_{head.out_features}out"
+    tensors = {f"w_a_{i:03d}": A for i, (A, _) in enumerate(pairs)} | {
+        f"w_b_{i:03d}": B for i, (_, B) in enumerate(pairs)
+    }
+    tensors |= {key: head.weight, f"{key}_bias": head.bias}
+    settings = {"rank": config.r, "alpha": config.lora_alpha, "layers": blocks}
+    save_file(
+        {k: v.detach().contiguous().cpu() for k, v in tensors.items()},
+        str(path),
+        metadata={"melo": json.dumps(settings)},
+    )
+
+
+def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None) -> Any:
+    """Adds a file's adapter and head to a ViT (as a further task where it has some); returns the model.
+
+    `alpha` must be given for a file of the published code, which does not hold it, and only then; such a file
+    holds no head bias either, and the bias is then zero, with a warning.
+    """
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the handle is no dict
+    pairs = _pairs(tensors, path)
+    config = _settings(metadata, alpha, pairs, model, path)
+    keys = [k for k in tensors if HEAD_KEY.fullmatch(k)]
+    if len(keys) != 1:
+        raise ValueError(f"{path} holds {len(keys)} heads named fc_…in_…out, and a MeLo file holds one")
+    weight, bias = tensors[keys[0]], tensors.get(f"{keys[0]}_bias")
+    if not isinstance(model, PeftModel):
+        model = add_melo(model, config, task)
+        _fit_head(model, task, len(weight))
+    elif task in model.peft_config:
+        raise ValueError(f"the model has a task {task!r} already: give the file another name")
+    else:
+        add_task(model, config, task, len(weight))
+    if bias is None:
+        warnings.warn(
+            f"{path} holds no head bias (the published code saves none): it is zero now",
+            UserWarning,
+            stacklevel=2,
+        )
+        bias = torch.zeros(len(weight))
+    head = head_wrapper(model).modules_to_save[task]
+    targets = [t for pair in adapted(model, task) for t in pair]
+    sources = [t for pair in pairs for t in pair]
+    if len(targets) != len(sources):
+        raise ValueError(
+            f"{path} holds {len(pairs)} adapters, and the model has {len(targets) // 2} projections for them"
+        )
+    for target, source in zip([*targets, head.weight, head.bias], [*sources, weight, bias], strict=True):
+        if target.shape != source.shape:
+            raise ValueError(
+                f"{path} holds a tensor of {tuple(source.shape)} where the model has {tuple(target.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(source)
+    return model
+
+
+def _pairs(tensors: dict[str, Tensor], path: str | Path) -> list[tuple[Tensor, Tensor]]:
+    count = sum(key.startswith("w_a_") for key in tensors)
+    try:
+        pairs = [(tensors[f"w_a_{i:03d}"], tensors[f"w_b_{i:03d}"]) for i in range(count)]
+    except KeyError as error:
+        raise ValueError(
+            f"{path} has no tensor {error}: a MeLo file numbers w_a_ and w_b_ alike, without gaps"
+        ) from error
+    if not pairs:
+        raise ValueError(f"{path} is no MeLo file: it holds no w_a_000")
+    return pairs
+
+
+def _settings(
+    metadata: dict[str, str],
+    alpha: float | None,
+    pairs: list[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    path: str | Path,
+) -> MeLo:
+    rank = len(pairs[0][0])
+    if "melo" in metadata:
+        if alpha is not None:
+            raise ValueError(f"{path} holds its own alpha: leave alpha out")
+        saved = json.loads(metadata["melo"])
+        return MeLo(rank, float(saved["alpha"]), tuple(saved["layers"]))
+    if alpha is None:
+        raise ValueError(f"{path} does not hold its alpha (the published code keeps it in the file name): give alpha")
+    blocks = {n for name, _ in projections(model) for n in name.split(".") if n.isdigit()}
+    if len(pairs) != 2 * len(blocks):
+        raise ValueError(
+            f"{path} holds {len(pairs)} adapters, and the model's {len(blocks)} blocks need {2 * len(blocks)}"
+        )
+    return MeLo(rank, alpha)
+
+
+def _fit_head(model: Any, task: str, classes: int) -> None:
+    """Replaces the task's head where it has another number of outputs."""
+    heads = head_wrapper(model).modules_to_save
+    if heads[task].out_features != classes:
+        heads[task] = nn.Linear(heads[task].in_features, classes)

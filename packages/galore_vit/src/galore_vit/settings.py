@@ -1,0 +1,61 @@
+"""How a GaLore parameter group is set up, and how its bases are refreshed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from galore_vit.projection import PROJ_TYPES
+
+GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1}
+LAZY_LIMIT = 16
+"""A lazy gap never grows beyond this many times `update_proj_gap`."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How and when a basis is replaced."""
+
+    method: Literal["power", "svd"] = "power"
+    """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper."""
+    iterations: int = 1
+    """Products with GᵀG per refresh by `power`; one more for the first, which starts at random."""
+    oversample: int = 8
+    """Random columns beside the rank's own, by `power`."""
+    stagger: bool = True
+    """Spread the refreshes of the layers over the gap, so that no step pays for all of them."""
+    rotate: bool = True
+    """Carry the moments into the new basis; otherwise they are kept as they are, as published."""
+    lazy: float | None = None
+    """Double a weight's gap (up to 16 times the first) while its new subspace keeps this share of the old
+    one, between 0 and 1; back to the first gap when it keeps less. None: the gap is fixed."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("power", "svd"):
+            raise ValueError(f"refresh method must be 'power' or 'svd', not {self.method!r}")
+        if self.iterations < 1 or self.oversample < 0:
+            raise ValueError("refresh needs iterations of at least 1 and an oversample of at least 0")
+        if self.lazy is not None and not 0.0 < self.lazy <= 1.0:
+            raise ValueError(f"refresh lazy must lie in (0, 1], not {self.lazy}")
+
+
+AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
+"""What `paper=True` uses."""
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ValueError where a group's GaLore keys are outside their range."""
+    if "rank" not in group:
+        return
+    for key, low in (("rank", 1), ("update_proj_gap", 1), ("split", 1)):
+        value = group[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{key} must be a whole number of at least {low}, not {value!r}")
+    if not (isinstance(group["scale"], int | float) and 0.0 < group["scale"] < math.inf):
+        raise ValueError(
+            f"scale must be above 0 and finite, not {group['scale']!r}: at 0 no projected weight would move"
+        )
+    if group["proj_type"] not in PROJ_TYPES:
+        raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, not {group['proj_type']!r}")

@@ -1,0 +1,90 @@
+"""The model of a run: a ViT from random or pretrained weights, with the part that is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memtrain_common.errors import UserError
+from memtrain_common.images import ImageSet
+from memtrain_common.vit import build_vit, load_vit, patch_for
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..melo import HEAD, MeLo, add_melo
+
+
+def image_size(config: TrainConfig, images: ImageSet) -> int:
+    """Pixels of the model's input."""
+    return config.image_size or images.size
+
+
+def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]) -> nn.Module:
+    """The model with ``requires_grad`` set on what is trained; random numbers come from torch's generator."""
+    size = image_size(config, images)
+    classes = len(images.classes)
+    if config.weights:
+        model, head = load_vit(Path(config.weights), image_size=size, classes=classes)
+        say(f"weights from {config.weights}; the head is {'theirs' if head else 'new'}")
+    else:
+        patch = config.patch_size or patch_for(size)
+        model = build_vit(config.model, image_size=size, patch_size=patch, classes=classes, dropout=config.dropout)
+        if config.train != "full":
+            say(f"the backbone is random and stays so, since --train {config.train} has no --weights to adapt")
+    return select(model, config)
+
+
+def select(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Freeze what ``--train`` does not train; adapters come from PEFT."""
+    if config.train == "head":
+        model.requires_grad_(False)
+        getattr(model, HEAD).requires_grad_(True)
+    elif config.train == "melo":
+        return add_melo(model, MeLo(config.lora_rank, config.lora_alpha))
+    elif config.train == "lora":
+        return _add_lora(model, config)
+    return model
+
+
+def _add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != HEAD]
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
+        target_modules=names,
+        modules_to_save=[HEAD],
+    )
+    return get_peft_model(model, settings)
+
+
+def loss_of(multi_label: bool) -> Callable[[nn.Module, Any], Tensor]:
+    """The mean loss over a batch (pixels, labels): cross-entropy, or binary cross-entropy over every label."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        pixels, labels = batch  # (B, 3, S, S); (B,), or (B, labels)
+        logits = model(pixel_values=pixels).logits.float()  # (B, classes)
+        if multi_label:
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return nn.functional.cross_entropy(logits, labels)
+
+    return loss
+
+
+def check_classes(images: ImageSet) -> None:
+    """Refuse a split in which a class is absent: there the AUC is undefined, and nothing can be learnt of it.
+
+    Raises:
+        UserError: naming the class and the split.
+    """
+    for split, content in images.splits.items():
+        labels, n = content.labels, len(content.labels)
+        for c, name in enumerate(images.classes):
+            column = labels[:, c] if labels.ndim == 2 else labels == c
+            if not column.any() or column.all():
+                what = f"label {name}" if images.multi_label else f"class {name}"
+                how = "is absent from" if not column.any() else "is the only one in"
+                raise UserError(
+                    f"{what} of {images.name} {how} the {n} {split} images, where AUC is then undefined: give the "
+                    "split more images, or leave the class out everywhere"
+                )

@@ -1,0 +1,164 @@
+"""ViTs from every kind of file give the same answers as the model that the file was made of."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from memtrain_common.errors import UserError
+from memtrain_common.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """128 wide with heads of 64, as the published models have them."""
+    monkeypatch.setitem(SIZES, "tiny", (128, 2, 2))
+    torch.manual_seed(0)
+    vit = build_vit("tiny", image_size=8, patch_size=4, classes=5).eval()
+    with torch.no_grad():
+        for p in vit.parameters():
+            p.normal_(0, 0.2)
+    return vit
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, pixels):
+    with torch.no_grad():
+        return model.eval()(pixel_values=pixels).logits
+
+
+def google_file(path, model):
+    """The model's tensors as Google's JAX code saves them."""
+    state = {name: t.detach() for name, t in model.state_dict().items()}
+    arrays = {
+        "cls": state["vit.embeddings.cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["vit.embeddings.position_embeddings"],
+        "embedding/kernel": state["vit.embeddings.patch_embeddings.projection.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["vit.embeddings.patch_embeddings.projection.bias"],
+        "Transformer/encoder_norm/scale": state["vit.layernorm.weight"],
+        "Transformer/encoder_norm/bias": state["vit.layernorm.bias"],
+        "head/kernel": state["classifier.weight"].T,
+        "head/bias": state["classifier.bias"],
+    }
+    for i in range(2):
+        old, new = f"vit.layers.{i}", f"Transformer/encoderblock_{i}"
+        for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            place = f"{new}/MultiHeadDotProductAttention_1/{theirs}"
+            arrays[f"{place}/kernel"] = state[f"{old}.attention.{ours}.weight"].T.reshape(128, 2, 64)
+            arrays[f"{place}/bias"] = state[f"{old}.attention.{ours}.bias"].reshape(2, 64)
+        place = f"{new}/MultiHeadDotProductAttention_1/out"
+        arrays[f"{place}/kernel"] = state[f"{old}.attention.o_proj.weight"].T.reshape(2, 64, 128)
+        arrays[f"{place}/bias"] = state[f"{old}.attention.o_proj.bias"]
+        for j, name in ((0, "fc1"), (1, "fc2")):
+            arrays[f"{new}/MlpBlock_3/Dense_{j}/kernel"] = state[f"{old}.mlp.{name}.weight"].T
+            arrays[f"{new}/MlpBlock_3/Dense_{j}/bias"] = state[f"{old}.mlp.{name}.bias"]
+        for j, name in ((0, "layernorm_before"), (2, "layernorm_after")):
+            arrays[f"{new}/LayerNorm_{j}/scale"] = state[f"{old}.{name}.weight"]
+            arrays[f"{new}/LayerNorm_{j}/bias"] = state[f"{old}.{name}.bias"]
+    np.savez(path, **{name: t.numpy() for name, t in arrays.items()})
+    return path
+
+
+def timm_file(path, model):
+    """The model's tensors as timm's vision transformers name them."""
+    pairs = [("vit.embeddings.cls_token", "cls_token"), ("vit.embeddings.position_embeddings", "pos_embed"),
+             ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"), ("vit.layernorm.", "norm."),
+             ("classifier", "head"), ("vit.layers.", "blocks."), ("layernorm_before", "norm1"),
+             ("layernorm_after", "norm2"), ("attention.o_proj", "attn.proj")]  # fmt: skip
+    state, out = model.state_dict(), {}
+    for name, tensor in state.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{c}_proj")] for c in "qkv"])
+            name = name.replace("attention.q_proj", "attn.qkv")
+        for old, new in pairs:
+            name = name.replace(old, new)
+        out[name] = tensor.contiguous()
+    save_file(out, path)
+    return path
+
+
+def test_from_a_folder_of_transformers(tmp_path, model, pixels):
+    model.save_pretrained(tmp_path / "new")
+    found, kept = load_vit(tmp_path / "new", image_size=8, classes=5)
+    assert kept
+    assert torch.allclose(logits(found, pixels), logits(model, pixels), atol=1e-5)
+
+
+def test_from_a_folder_with_the_names_before_version_5(tmp_path, model, pixels):
+    olds = [("vit.layers.", "vit.encoder.layer."), (".q_proj.", ".attention.query."), (".k_proj.", ".attention.key."),
+            (".v_proj.", ".attention.value."), (".o_proj.", ".output.dense."), (".mlp.fc1.", ".intermediate.dense."),
+            (".mlp.fc2.", ".output.dense.")]  # fmt: skip
+    out = {}
+    for name, tensor in model.state_dict().items():
+        for new, old in olds:
+            name = name.replace(new, old)
+        out[name] = tensor.contiguous()
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in out
+    save_file(out, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_attention_heads": 2}))
+    found, _ = load_vit(tmp_path, image_size=8, classes=5)
+    assert torch.allclose(logits(found, pixels), logits(model, pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "name"), [(google_file, "ViT.npz"), (timm_file, "vit.safetensors")])
+def test_from_google_and_timm(tmp_path, model, pixels, make, name):
+    path = make(tmp_path / name, model)
+    found, kept = load_vit(path, image_size=8, classes=5)
+    assert kept
+    assert torch.allclose(logits(found, pixels), logits(model, pixels), atol=1e-4)
+    other, kept = load_vit(path, image_size=8, classes=3)  # a head of another size is made anew
+    assert not kept
+    assert logits(other, pixels).shape == (3, 3)
+    theirs = model.state_dict()
+    same = [n for n, t in other.state_dict().items() if "classifier" not in n and torch.equal(t, theirs[n])]
+    assert len(same) == len(theirs) - 2
+
+
+def test_positions_for_another_image_size(tmp_path, model):
+    path = google_file(tmp_path / "ViT.npz", model)
+    found, _ = load_vit(path, image_size=16, classes=5)
+    assert logits(found, torch.zeros(1, 3, 16, 16)).shape == (1, 5)
+    flat = torch.ones(1, 5, 3)
+    flat[:, 0] = 7  # the class token's stays
+    resized = resize_positions(flat, 4)
+    assert resized.shape == (1, 17, 3)
+    assert resized[0, 0].eq(7).all()
+    assert torch.allclose(resized[0, 1:], torch.ones(16, 3))
+
+
+def test_patches():
+    assert [patch_for(n) for n in (8, 28, 32, 64, 128, 224, 2)] == [2, 7, 8, 16, 16, 16, 1]
+    with pytest.raises(UserError, match="do not fill"):
+        build_vit("mini", image_size=28, patch_size=5, classes=2)
+
+
+def test_refused_files(tmp_path, model):
+    def load(path):
+        return load_vit(path, image_size=8, classes=5)
+
+    with pytest.raises(UserError, match="holds no ViT"):
+        load(tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load(tmp_path)
+    (tmp_path / "bad.npz").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match="damaged"):
+        load(tmp_path / "bad.npz")
+    (tmp_path / "bad.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="damaged"):
+        load(tmp_path / "bad.safetensors")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="not a ViT: it has no cls"):
+        load(tmp_path / "other.npz")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="'bert' model"):
+        load(tmp_path / "bert")
+    with pytest.raises(UserError, match="do not fill images of 9"):
+        load_vit(google_file(tmp_path / "ViT.npz", model), image_size=9, classes=5)

@@ -1,0 +1,25 @@
+"""Puts this folder's helper module within reach of its tests, which pytest imports by path."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def plain_bfloat16() -> Iterator[None]:
+    """Without oneDNN, whose bfloat16 products end the process on processors that announce AMX and lack it."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+@pytest.fixture(scope="session")
+def loaded() -> None:
+    """The slow libraries, loaded once here for the commands that tests fork from this process."""
+    import peft  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    from transformers import ViTConfig, ViTForImageClassification  # noqa: F401

@@ -1,0 +1,83 @@
+"""Which weights param_groups chooses, and when it refuses."""
+
+import pytest
+import torch
+from galore_vit import GaLoreAdamW, param_groups
+from torch import nn
+
+
+def names(model, group):
+    by_id = {id(p): n for n, p in model.named_parameters()}
+    return {by_id[id(p)] for p in group["params"]}
+
+
+def hf_vit():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.proj = nn.Linear(16, 16)
+
+
+class Timmish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.pos = nn.Parameter(torch.zeros(1, 5, 16))
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 10)
+
+
+def test_transformers_vit_blocks_are_projected_and_the_rest_is_plain():
+    model = hf_vit()
+    plain, projected = param_groups(model, 4, 50, 1.0, "full")
+    chosen = names(model, projected)
+    assert len(chosen) == 2 * 6
+    assert all(".0." in n or ".1." in n for n in chosen)
+    assert {"classifier.weight"} < names(model, plain)
+    assert names(model, plain) | chosen == {n for n, _ in model.named_parameters()}
+    assert [projected[k] for k in ("rank", "update_proj_gap", "scale", "proj_type")] == [4, 50, 1.0, "full"]
+
+
+def test_fused_qkv_is_split_and_convolutions_are_on_demand():
+    model = Timmish()
+    plain, whole, fused = param_groups(model, 4)
+    assert names(model, fused) == {"blocks.0.qkv.weight", "blocks.1.qkv.weight"}
+    assert fused["split"] == 3
+    assert names(model, whole) == {"blocks.0.proj.weight", "blocks.1.proj.weight"}
+    assert {"patch.weight", "pos", "head.weight"} < names(model, plain)
+    _, whole, _ = param_groups(model, 4, conv=True)
+    assert "patch.weight" in names(model, whole)
+    groups = param_groups(model, 4, split_qkv=False)
+    assert len(groups) == 2
+    GaLoreAdamW(param_groups(model, 4, conv=True))
+
+
+def test_targets_by_name_and_frozen_weights():
+    model = Timmish()
+    model.blocks[0].requires_grad_(False)
+    plain, projected = param_groups(model, 4, targets=r"proj|head\.weight")
+    assert names(model, projected) == {"blocks.1.proj.weight", "head.weight"}
+    assert not any("blocks.0" in n for n in names(model, plain))
+
+
+def test_a_rank_that_projects_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"rank 512 is not below .* 16 at most"):
+        param_groups(Timmish(), 512)
+    with pytest.raises(ValueError, match="no weight to project"):
+        param_groups(nn.Sequential(nn.LayerNorm(4)), 2)
+    with pytest.raises(ValueError, match="rank must be"):
+        param_groups(Timmish(), 0)

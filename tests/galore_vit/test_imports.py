@@ -1,0 +1,42 @@
+"""What importing the package must not load, and that the optimizers need torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import galore_vit
+
+SOURCE = Path(galore_vit.__file__).parent
+TORCH_ONLY = [
+    "adafactor", "adamw", "adamw8bit", "basis", "block8bit", "counters", "data_parallel", "finite", "galore",
+    "groups", "in_backward", "projection", "settings", "sharding", "state_size",
+]  # fmt: skip
+
+
+def test_import_is_light():
+    code = (
+        "import sys, galore_vit; assert 'torch' not in sys.modules; "
+        "galore_vit.GaLoreAdamW; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_export_is_there():
+    for name in galore_vit.__all__:
+        assert getattr(galore_vit, name).__name__ == name
+
+
+def test_optimizers_import_torch_and_nothing_else():
+    for name in TORCH_ONLY:
+        for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
+            modules = []
+            if isinstance(node, ast.ImportFrom) and node.module == "galore_vit":
+                modules = [f"galore_vit.{a.name}" for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                top = module.split(".")[0]
+                assert top in ("torch", "galore_vit") or top in sys.stdlib_module_names, f"{name}.py imports {module}"
+                assert top != "galore_vit" or module.split(".")[1] in TORCH_ONLY

@@ -1,0 +1,188 @@
+"""Projecting inside the backward pass: the same steps, with compact gradients only."""
+
+import problems
+import pytest
+import torch
+from galore_vit import GaLoreAdamW, InBackward, Refresh
+from torch.nn.utils import clip_grad_norm_
+
+EXACT = Refresh(method="svd", stagger=False, rotate=False)
+
+
+def pair(proj_type="std", **options):
+    """The same model and optimizer twice; the second inside the backward pass."""
+    a, b = problems.mlp(), problems.mlp()
+    plain = GaLoreAdamW(problems.mlp_groups(a, proj_type=proj_type), lr=1e-2, **options)
+    inner = GaLoreAdamW(problems.mlp_groups(b, proj_type=proj_type), lr=1e-2, **options)
+    return a, plain, b, inner
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_equals_the_ordinary_step(proj_type):
+    a, plain, b, inner = pair(proj_type)
+    in_backward = InBackward(inner)
+    for step in range(45):
+        problems.backward(a, step)
+        problems.backward(b, step)
+        plain.step()
+        in_backward.step()
+        plain.zero_grad()
+        in_backward.zero_grad()
+    assert problems.same(a, b, rtol=1e-5)
+    assert not problems.same(a, problems.mlp(), rtol=1e-2)
+
+
+def test_full_gradients_are_freed_during_the_backward_pass():
+    _, _, b, inner = pair()
+    InBackward(inner)
+    matrices = {p for p in b.parameters() if p.ndim == 2}
+    alive = []
+    for module in b:
+        module.register_full_backward_hook(lambda *_: alive.append(sum(p.grad is not None for p in matrices)))
+    problems.backward(b, 0)
+    assert len(alive) == len(b)
+    assert max(alive) <= 1
+    assert all(p.grad is None for p in matrices)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_accumulation_is_one_step_of_the_sum(proj_type):
+    """Four micro-batches equal one batch of the four, except that a due basis is the first one's."""
+    a, plain, b, inner = pair(proj_type, refresh=Refresh(method="svd", stagger=False))
+    in_backward = InBackward(inner, micro_batches=4)
+    for step in range(19):
+        if step == 0:  # both take their first basis from the same gradient
+            problems.backward(a, 0)
+            bases = {p: plain.item(p).new_bases for p in a.parameters() if p.ndim == 2}
+            plain.zero_grad()
+            plain._new_bases = lambda p, *_, found=bases: found[p]
+        for part in range(4):
+            problems.backward(a, 4 * step + part)
+            problems.backward(b, 4 * step + part)
+            if part < 3:
+                assert all(torch.equal(p, q) or step for p, q in zip(a.parameters(), b.parameters(), strict=True))
+        plain.step()
+        in_backward.step()
+        plain.zero_grad()
+        in_backward.zero_grad()
+    assert problems.same(a, b, rtol=1e-5)
+    assert {int(s["step"]) for s in inner.state.values()} == {19}
+
+
+def test_the_clipped_norm_is_the_full_gradients():
+    a, plain, b, inner = pair()
+    in_backward = InBackward(inner)
+    clipped = 0
+    for step in range(45):
+        problems.backward(a, step)
+        problems.backward(b, step)
+        norm = clip_grad_norm_(a.parameters(), 0.05)
+        found = clip_grad_norm_(in_backward.parameters(), 0.05)
+        assert found == pytest.approx(float(norm), rel=1e-3)
+        clipped += int(norm > 0.05)
+        plain.step()
+        in_backward.step()
+        plain.zero_grad()
+        in_backward.zero_grad()
+    assert clipped > 20
+    assert problems.same(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
+def test_over_micro_batches_the_norm_is_right_on_average(proj_type):
+    torch.manual_seed(0)
+    shapes = [(96, 64), (64, 96)] * 4
+    params = problems.weights(*shapes)
+    optimizer = GaLoreAdamW([{"params": params, **problems.KEYS, "proj_type": proj_type}], lr=0.0)
+    in_backward = InBackward(optimizer, micro_batches=3)
+    ratios, projected = [], []
+    for _ in range(12):
+        full = [torch.zeros(s) for s in shapes]
+        for _ in range(3):
+            parts = [torch.randn(s) for s in shapes]
+            for f, g in zip(full, parts, strict=True):
+                f += g
+            sum((p * g).sum() for p, g in zip(params, parts, strict=True)).backward()
+        true = torch.cat([f.flatten() for f in full]).norm()
+        compact = [in_backward._compact[p].grad.norm() for p in params]
+        ratios.append(float(clip_grad_norm_(in_backward.parameters(), 1e9) / true))
+        projected.append(float(torch.stack(compact).norm() / true))
+        in_backward.step()
+        in_backward.zero_grad()
+    assert sum(projected) / 12 < 0.7  # the part that is seen alone is far off
+    assert max(abs(r - 1) for r in ratios) < 0.05
+    assert abs(sum(ratios) / 12 - 1) < 0.01
+
+
+def test_a_scaler_scales_and_skips():
+    a, plain, b, inner = pair()
+    in_backward = InBackward(inner)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(25):
+        problems.backward(a, step)
+        clip_grad_norm_(a.parameters(), 0.05)
+        plain.step()
+        plain.zero_grad()
+        x, y = problems.mlp_batch(step)
+        scaler.scale(((b(x) - y) ** 2).mean()).backward()
+        scaler.unscale_(in_backward)
+        clip_grad_norm_(in_backward.parameters(), 0.05)
+        scaler.step(in_backward)
+        scaler.update()
+        in_backward.zero_grad()
+    assert problems.same(a, b, rtol=1e-4)
+    before = problems.copied(list(b.parameters()))
+    x, y = problems.mlp_batch(99)
+    scaler.scale(((b(x) - y * float("inf")) ** 2).mean()).backward()
+    scaler.step(in_backward)
+    scaler.update()
+    in_backward.zero_grad()
+    assert problems.same(before, list(b.parameters()))
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_a_schedule_moves_the_optimizers_rate():
+    a, plain, b, inner = pair()
+    in_backward = InBackward(inner)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 20) for o in (plain, inner)]
+    for step in range(20):
+        for model, stepper, schedule in ((a, plain, schedules[0]), (b, in_backward, schedules[1])):
+            problems.backward(model, step)
+            stepper.step()
+            stepper.zero_grad()
+            schedule.step()
+    assert inner.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+    assert problems.same(a, b, rtol=1e-5)
+
+
+def test_a_wrong_number_of_passes_is_refused():
+    _, _, b, inner = pair()
+    in_backward = InBackward(inner, micro_batches=2)
+    problems.backward(b, 0)
+    with pytest.raises(RuntimeError, match="1 backward passes"):
+        in_backward.step()
+
+
+def test_what_cannot_be_is_refused():
+    groups = problems.mlp_groups(problems.mlp())
+    with pytest.raises(ValueError, match="residual"):
+        InBackward(GaLoreAdamW(groups, residual=True))
+    with pytest.raises(ValueError, match="micro_batches"):
+        InBackward(GaLoreAdamW(problems.mlp_groups(problems.mlp())), micro_batches=0)
+
+
+def test_a_bad_gradient_changes_nothing_and_close_gives_the_optimizer_back():
+    _, _, b, inner = pair()
+    in_backward = InBackward(inner)
+    before = problems.copied(list(b.parameters()))
+    x, y = problems.mlp_batch(0)
+    ((b(x) - y * float("nan")) ** 2).mean().backward()
+    with pytest.warns(UserWarning, match="skipped"):
+        in_backward.step()
+    in_backward.zero_grad()
+    assert problems.same(before, list(b.parameters()))
+    assert all(int(s["step"]) == 0 for s in inner.state.values())
+    in_backward.close()
+    problems.backward(b, 0)
+    inner.step()
+    assert not problems.same(before, list(b.parameters()))

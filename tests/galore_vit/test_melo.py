@@ -1,0 +1,158 @@
+"""MeLo adapters: what is trained, the scale, the file, merging, several tasks."""
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="peft is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from galore_vit.melo import MeLo, adapted, add_melo, add_task, projections  # noqa: E402
+from galore_vit.melo_file import read_melo, write_melo  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def vit(labels=3, seed=0):
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+        patch_size=4,        num_channels=1, num_labels=labels,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def trained(config, labels=3):
+    """A model whose adapter and head moved away from their start."""
+    model = add_melo(vit(labels), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def test_query_value_and_head_are_trained_and_nothing_else(images):
+    model = add_melo(vit(), MeLo())
+    moved = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len([n for n in moved if "lora_" in n]) == 2 * 2 * 2
+    assert {n.rsplit(".", 1)[-1] for n in moved if "lora_" not in n} == {"weight", "bias"}
+    assert all("lora_" in n or "classifier" in n for n in moved)
+    assert torch.equal(model(images).logits, vit()(images).logits)  # B is zero
+    assert all(B.count_nonzero() == 0 and A.count_nonzero() == A.numel() for A, B in adapted(model, "default"))
+
+
+def test_the_scale_is_a_float(images):
+    """α = 4, r = 8: the published integer division gives 0, and one step would then move no adapter."""
+    assert MeLo(8, 4.0).scale == 0.5
+    model = add_melo(vit(), MeLo(8, 4.0))
+    model(images).logits.square().sum().backward()
+    assert all(B.grad.norm() > 0 for _, B in adapted(model, "default"))
+    [(_, query), *_] = projections(model)
+    assert query.scaling["default"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [{"alpha": 0.0}, {"alpha": float("inf")}, {"rank": 0}, {"rank": 1.5}])
+def test_refused_settings(bad):
+    with pytest.raises(ValueError, match=r"alpha|rank"):
+        MeLo(**bad)
+
+
+def test_refused_layers():
+    with pytest.raises(ValueError, match="no block 7"):
+        add_melo(vit(), MeLo(layers=(0, 7)))
+    with pytest.raises(ValueError, match="query and value"):
+        add_melo(torch.nn.Linear(3, 3), MeLo())
+
+
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_a_file_brings_back_adapter_and_whole_head(tmp_path, images, layers):
+    model = trained(MeLo(3, 5.0, layers))
+    path = tmp_path / "task.safetensors"
+    write_melo(model, path)
+    again = read_melo(vit(), path).eval()
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert not torch.equal(model(images).logits, vit()(images).logits)
+    keys = load_file(path)
+    count = 4 if layers is None else 2
+    assert set(keys) == {f"w_{x}_{i:03d}" for x in "ab" for i in range(count)} | {
+        "fc_16in_3out",
+        "fc_16in_3out_bias",
+    }
+    assert keys["w_a_000"].shape == (3, 16)
+    assert keys["w_b_000"].shape == (16, 3)
+
+
+def test_order_is_query_then_value_block_by_block(tmp_path):
+    model = trained(MeLo(2))
+    write_melo(model, tmp_path / "t.safetensors")
+    keys = load_file(tmp_path / "t.safetensors")
+    names = [n for n, m in projections(model)]
+    assert [n.split(".")[-1][0] for n in names] == ["q", "v", "q", "v"]
+    for i, (_, module) in enumerate(projections(model)):
+        assert torch.equal(keys[f"w_a_{i:03d}"], module.lora_A["default"].weight)
+
+
+def test_a_published_file_needs_alpha_and_says_that_the_bias_is_missing(tmp_path, images):
+    model = trained(MeLo(2, 6.0))
+    path = tmp_path / "t.safetensors"
+    write_melo(model, path)
+    published = {k: v for k, v in load_file(path).items() if not k.endswith("_bias")}
+    save_file(published, str(path))
+    with pytest.raises(ValueError, match="give alpha"):
+        read_melo(vit(), path)
+    with pytest.warns(UserWarning, match="no head bias"):
+        again = read_melo(vit(), path, alpha=6.0).eval()
+    bias = model.get_base_model().classifier.modules_to_save["default"].bias
+    assert torch.allclose(again(images).logits + bias, model(images).logits, atol=1e-6)
+
+
+def test_bad_files_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_file({"x": torch.zeros(2)}, str(path))
+    with pytest.raises(ValueError, match="no MeLo file"):
+        read_melo(vit(), path, alpha=1.0)
+    write_melo(trained(MeLo(2)), path)
+    with pytest.raises(ValueError, match="own alpha"):
+        read_melo(vit(), path, alpha=1.0)
+    gap = {k: v for k, v in load_file(path).items() if k != "w_b_002"}
+    save_file(gap, str(path))
+    with pytest.raises(ValueError, match="w_b_002"):
+        read_melo(vit(), path, alpha=1.0)
+
+
+def test_merging_changes_no_output(images):
+    model = trained(MeLo(2, 6.0))
+    before = model(images).logits
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(images).logits, before, atol=1e-6)
+    assert not any("lora" in n for n, _ in merged.named_parameters())
+
+
+def test_tasks_switch_over_one_backbone(tmp_path, images):
+    first, second = trained(MeLo(2)), trained(MeLo(4, 8.0), labels=5)
+    write_melo(first, tmp_path / "a.safetensors")
+    write_melo(second, tmp_path / "b.safetensors")
+    both = read_melo(vit(), tmp_path / "a.safetensors", "a")
+    both = read_melo(both, tmp_path / "b.safetensors", "b").eval()
+    for _ in range(2):
+        both.set_adapter("a")
+        assert torch.equal(both(images).logits, first(images).logits)
+        both.set_adapter("b")
+        assert torch.equal(both(images).logits, second(images).logits)
+    with pytest.raises(ValueError, match="already"):
+        read_melo(both, tmp_path / "a.safetensors", "a")
+
+
+def test_a_new_task_begins_untrained(images):
+    model = trained(MeLo(2))
+    add_task(model, MeLo(2), "next", classes=7)
+    model.set_adapter("next")
+    assert model(images).logits.shape == (4, 7)
+    assert all(B.count_nonzero() == 0 for _, B in adapted(model, "next"))
+    with pytest.raises(ValueError, match="no adapter for task 'other'"):
+        adapted(model, "other")
