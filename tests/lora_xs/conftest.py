@@ -2,8 +2,8 @@
 
 import os
 
-# Some virtual machines advertise AMX and then kill the process that uses it: bf16 products stay on AVX-512. Read by
-# oneDNN once, so it is set before torch is imported.
+# Some virtual machines advertise AMX and then kill the process that uses it: bf16 products stay on AVX-512.
+# Read by oneDNN once, so it is set before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest

@@ -29,10 +29,14 @@ def weight_digest(weight: Tensor) -> bytes:
                 sha.update(weight_digest(part))
         return sha.digest()
     data = weight.detach().cpu().contiguous()
-    if data.numel():
-        # hashlib reads the memory in place and releases the interpreter lock.
-        sha.update((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+    sha.update(memory_of(data))  # hashlib reads it in place and releases the interpreter lock
     return sha.digest()
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, without a copy and without numpy; valid while the tensor
+    lives."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
 
 
 def weight_digests(weights: Iterable[Tensor], *, reuse: bool = False) -> list[bytes]:

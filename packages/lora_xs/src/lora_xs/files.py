@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from .digest import weight_digest
+from .digest import memory_of, weight_digest
 from .errors import LoRAXSError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> None:
@@ -19,12 +31,35 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: 
     complete."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": kind, **header}
-    data = save(tensors, metadata={**header, "sha256": _checksum(tensors, header)})
+    write_safetensors(path, tensors, {**header, "sha256": _checksum(tensors, header)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file. The same tensors give the same bytes, which the safetensors package does
+    not promise (its metadata come in any order), and numpy is not needed."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # keeps every tensor aligned
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                file.write(memory_of(tensors[name]))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

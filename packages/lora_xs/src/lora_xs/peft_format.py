@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import files
 from .adapters import active, check_known, check_not_merged
 from .bases import Progress, Request, default_cache, make_bases
 from .config import LoRAXSConfig
@@ -113,7 +115,7 @@ def export_peft(
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    files.write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
     return folder
 
@@ -268,7 +270,12 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
                 f"{file} is no complete safetensors file ({error}); was it truncated?"
             ) from error
     elif (file := folder / "adapter_model.bin").exists():
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise LoRAXSError(
+                f"{file} cannot be read safely: it is damaged or holds more than tensors."
+            ) from error
     else:
         raise LoRAXSError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin.")
     parts: dict[str, dict[str, Tensor]] = {}
