@@ -35,7 +35,7 @@ def test_bases_are_those_of_lapack(shape, exact):
     torch.testing.assert_close(B.abs(), U[:, :rank].abs(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(A.abs(), (S[:rank, None] * Vh[:rank]).abs(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(B @ A, (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=1e-5, atol=1e-6)
-    assert torch.equal(A, B.t() @ W)
+    torch.testing.assert_close(A, B.t() @ W, rtol=1e-12, atol=1e-12)
     largest = B.gather(0, B.abs().argmax(0, keepdim=True))
     assert bool((largest > 0).all())
 

@@ -4,7 +4,7 @@ section 3).
 A holds the singular values: A = Bᵀ W exactly. The official code calls scikit-learn's TruncatedSVD on the
 CPU (21 products with W, on blocks of r + 10 columns). Here every power iterate is kept (randomised block
 Krylov iteration, Musco and Musco 2015), so that each product raises the degree of a Chebyshev polynomial
-instead of a monomial, and the blocks are only r/2 wide: 14 products with half the columns.
+instead of a monomial, and the blocks are only r/2 wide: 12 products with half the columns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-STEPS = 7
+STEPS = 6
 """Blocks of the Krylov space, r/2 columns (at least 8) each; 2·STEPS products with W in all."""
 
 METHOD_VERSION = 1
@@ -40,12 +40,13 @@ def svd_bases(W: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Ten
     with torch.no_grad(), _full_precision(W.device):
         # A Krylov space as large as the matrix would cost more than the whole decomposition.
         if exact or block * STEPS >= min(W.shape):
-            U = torch.linalg.svd(W, full_matrices=False).U[:, :rank]  # out×r
+            B = torch.linalg.svd(W, full_matrices=False).U[:, :rank]  # out×r
+            A = B.t() @ W
         else:
-            U = _krylov_left_vectors(W, rank, block)  # out×r
-        largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # 1×r
-        B = torch.where(largest < 0, -U, U).contiguous()
-        return B.t() @ W, B
+            A, B = _krylov_bases(W, rank, block)
+        largest = B.gather(0, B.abs().argmax(0, keepdim=True))  # 1×r
+        sign = torch.where(largest < 0, -1.0, 1.0).to(W.dtype)
+        return A * sign.t(), B * sign
 
 
 def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,8 @@ def generator(seed: int, *labels: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _krylov_left_vectors(W: Tensor, rank: int, block: int) -> Tensor:
-    """Leading left singular vectors of W (out×in), best first: (out×rank)."""
+def _krylov_bases(W: Tensor, rank: int, block: int) -> tuple[Tensor, Tensor]:
+    """A = Bᵀ W (r×in) and the leading left singular vectors B (out×r) of W (out×in), best first."""
     M = W if W.shape[0] <= W.shape[1] else W.t()  # s×l, s ≤ l: only the short side is kept orthogonal
     short, long = M.shape
     start = torch.randn(long, block, generator=generator(0, "krylov")).to(
@@ -81,14 +82,16 @@ def _krylov_left_vectors(W: Tensor, rank: int, block: int) -> Tensor:
         if step + 1 < STEPS:
             Y = M @ blocks[-1]
     Z = torch.cat(blocks, dim=1)  # l×k, k = STEPS·block
-    # Rayleigh-Ritz: M ≈ L Zᵀ, and with Z = Q T and T = U₁ S U₂ᵀ it is (L U₂) S (Q U₁)ᵀ. The triangle T
-    # gives singular values to rounding of σ₁; the Gram matrix ZᵀZ would give only their squares to rounding
-    # of σ₁².
     if M is W:
-        T = torch.linalg.qr(Z, mode="r").R  # k×k
-        return L @ torch.linalg.svd(T).Vh[:rank].t()
+        # Rayleigh-Ritz: LᵀW = Zᵀ is at hand, and the left singular vectors of Zᵀ are the eigenvectors of ZᵀZ. Squaring
+        # the singular values would cost half the digits, so the product is in float64.
+        ZZ = Z.double()
+        vectors = torch.linalg.eigh(ZZ.t() @ ZZ).eigenvectors.flip(1)[:, :rank].to(W)  # k×r, largest first
+        return vectors.t() @ Z.t(), L @ vectors
+    # W ≈ Z Lᵀ: the left singular vectors of Z = Q T, made orthonormal even where singular values vanish.
     Q, T = torch.linalg.qr(Z)
-    return Q @ torch.linalg.svd(T).U[:, :rank]
+    B = Q @ torch.linalg.svd(T).U[:, :rank]
+    return B.t() @ W, B
 
 
 def _orthonormal(Y: Tensor, basis: Tensor) -> Tensor:
