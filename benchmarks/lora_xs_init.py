@@ -2,10 +2,11 @@
 
     python -m benchmarks.lora_xs_init --out benchmarks/results/lora_xs_init.json
 
-1. A 4096×14336 weight at r = 64, float32: ours against scikit-learn's TruncatedSVD(n_iter=10, random_state=42), which
-   the official code calls. Pairs, one after the other in one process, in alternating order; the ratio is that of each
-   pair. Singular values 10·k^-½ with a gap after the 32nd and after the 64th, over Gaussian noise.
-2. RoBERTa-base's 48 weights at r = 16: first start, and start from the cache (the weights are hashed each time).
+1. A 4096×14336 weight at r = 64, float32: ours against scikit-learn's TruncatedSVD(n_iter=10,
+   random_state=42), which the official code calls. Pairs, one after the other in one process, in alternating
+   order; the ratio is that of each pair. Singular values 10·k^-½ with a gap after the 32nd and the 64th, over
+   Gaussian noise.
+2. RoBERTa-base's 48 weights at r = 16: first start, and start from the cache (weights are hashed each time).
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def starts(repeats: int, seed: int) -> dict[str, Any]:
     cold, warm = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            cold.append(timed(lambda: inject(model, config, cache=folder))[0])  # noqa: B023
+            cold.append(timed(lambda: inject(model, config, cache=folder))[0])
             remove(model)
             for p in model.parameters():
                 p.data = p.data.clone()  # elsewhere in memory: no digest from before is taken
-            warm.append(timed(lambda: inject(model, config, cache=folder))[0])  # noqa: B023
+            warm.append(timed(lambda: inject(model, config, cache=folder))[0])
             remove(model)
     return {
         "model": "RobertaForSequenceClassification, base shape, Gaussian weights",
@@ -124,7 +125,9 @@ def starts(repeats: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -136,7 +139,11 @@ def main() -> None:
         "command": "python -m benchmarks.lora_xs_init " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.processor() or platform.machine()} CPU, {args.threads} thread(s)",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "sklearn": sklearn.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sklearn": sklearn.__version__,
+        },
         "seed": args.seed,
         "decomposition": decompositions(args.pairs, 64, (4096, 14336), args.seed),
         "start": starts(args.pairs, args.seed),

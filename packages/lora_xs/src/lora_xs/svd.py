@@ -83,8 +83,8 @@ def _krylov_bases(W: Tensor, rank: int, block: int) -> tuple[Tensor, Tensor]:
             Y = M @ blocks[-1]
     Z = torch.cat(blocks, dim=1)  # l×k, k = STEPS·block
     if M is W:
-        # Rayleigh-Ritz: LᵀW = Zᵀ is at hand, and the left singular vectors of Zᵀ are the eigenvectors of ZᵀZ. Squaring
-        # the singular values would cost half the digits, so the product is in float64.
+        # Rayleigh-Ritz: LᵀW = Zᵀ is at hand, and the left singular vectors of Zᵀ are the eigenvectors of ZᵀZ.
+        # Squaring the singular values would cost half the digits, so the product is in float64.
         ZZ = Z.double()
         vectors = torch.linalg.eigh(ZZ.t() @ ZZ).eigenvectors.flip(1)[:, :rank].to(W)  # k×r, largest first
         return vectors.t() @ Z.t(), L @ vectors
