@@ -2,10 +2,10 @@
 
     python -m benchmarks.lora_xs_step --out benchmarks/results/lora_xs_step.json
 
-RoBERTa-base's shape with random weights, a classifier for a task head, AdamW, the paper's four modules in each
-layer. Both models live in one process and take steps in turn on the same batch, in alternating order; the ratio
-is that of each pair. Saved activations are the bytes of all storages that autograd keeps for one backward pass,
-parameters aside, each counted once.
+RoBERTa-base's shape with random weights, a classifier for a task head, AdamW, the paper's four modules a
+layer. Both models live in one process and take steps in turn on the same batch, in alternating order; the
+ratio is that of each pair. Saved activations are the bytes of all storages that autograd keeps for one
+backward pass, parameters aside, each counted once.
 """
 
 from __future__ import annotations

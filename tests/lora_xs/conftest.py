@@ -17,8 +17,13 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _one_thread_and_a_seed():
+    """Threads only wait for each other over matrices this small, and a process without any can be forked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
 
 
 class Conv1D(nn.Module):

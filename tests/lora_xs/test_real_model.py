@@ -1,6 +1,7 @@
 """A real pretrained language model of 1 MB: stories260K, read as a transformers Llama."""
 
 import copy
+import functools
 import itertools
 import os
 import struct
@@ -62,53 +63,60 @@ def stories():
     return model
 
 
-def text():
-    """Tiny Shakespeare in the model's own tokens: each byte is token byte + 3."""
-    raw = (Path(DATA) / "text/tinyshakespeare.txt").read_bytes()[:120_000]
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() + 3
-
-
 def loss(model, ids):
     with torch.no_grad():
         return float(model(ids, labels=ids).loss)
 
 
-def encode(sentence):
-    """llama2.c's tokenizer: merge the neighbours whose joint piece scores highest, until none is known."""
+@functools.cache
+def tokenizer():
+    """llama2.c's vocabulary: token and score of each piece."""
     raw = (Path(DATA) / "weights/stories260K/tok512.bin").read_bytes()
-    at, pieces, scores = 4, {}, {}
+    at, pieces = 4, {}
     for token in range(512):
         score, size = struct.unpack_from("fi", raw, at)
-        piece = raw[at + 8 : at + 8 + size]
+        pieces.setdefault(raw[at + 8 : at + 8 + size], (token, score))
         at += 8 + size
-        pieces.setdefault(piece, token)
-        scores[piece] = score
-    parts = [c.encode() for c in " " + sentence]
+    return pieces
+
+
+def encode(line):
+    """llama2.c's encoding: merge the neighbours whose joint piece scores highest, until none is known."""
+    pieces = tokenizer()
+    parts = [c.encode() for c in " " + line]
     while True:
-        pairs = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in pieces]
-        if not pairs:
-            return torch.tensor([[1, *(pieces[p] for p in parts)]])
-        i = -max(pairs)[1]
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        joint = [a + b for a, b in itertools.pairwise(parts)]
+        known = [(pieces[piece][1], -i) for i, piece in enumerate(joint) if piece in pieces]
+        if not known:
+            break
+        i = -max(known)[1]
+        parts[i : i + 2] = [joint[i]]
+    # A character without a piece is written as its bytes, whose tokens follow the three special ones.
+    return [1, *(t for p in parts for t in ([pieces[p][0]] if p in pieces else [byte + 3 for byte in p]))]
+
+
+def text():
+    """The beginning of Tiny Shakespeare in the model's own tokens."""
+    lines = (Path(DATA) / "text/tinyshakespeare.txt").read_text()[:60_000].splitlines()
+    return torch.tensor([token for line in lines if line for token in encode(line)])
 
 
 def test_the_weights_were_read_right(stories):
     """A story is far likelier than its words in another order; ln 512 = 6.2 would be chance."""
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    ids = encode(story)
-    assert loss(stories, ids) < 1.5
+    assert loss(stories, torch.tensor([encode(story)])) < 1.5
     words = story.split()
-    assert loss(stories, encode(" ".join(words[::-1]))) > 3
+    assert loss(stories, torch.tensor([encode(" ".join(words[::-1]))])) > 3
 
 
 def test_lora_xs_lowers_the_loss_and_reloads(stories, tmp_path):
     ids = text()
-    train, held_out = ids[:80_000].view(-1, 100), ids[100_000:112_000].view(-1, 100)
+    held_out = ids[-5_000:].view(-1, 100)
+    train = ids[: (len(ids) - 6_000) // 800 * 800].view(-1, 8, 100)
     model = inject(copy.deepcopy(stories), LoRAXSConfig(8, targets=CAUSAL_LM_TARGETS))
     before = loss(model, held_out)
     optimizer = torch.optim.AdamW(trained(model)["R"], lr=4e-3)
-    for step in range(25):
-        batch = train[step * 8 : step * 8 + 8]
+    for batch in train:
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()
         optimizer.step()
