@@ -228,7 +228,6 @@ def _project(f: _Factors, A: Tensor, B: Tensor, key: str, folder: Path) -> Tenso
         torch.cat([A, A_file]),
     )  # their product is the difference
     total, difference = _product_norm(B_file, A_file), _product_norm(left, right)
-    # bf16 bases are themselves rounded by 2⁻⁹.
     if difference > RESIDUAL * total:
         raise LoRAXSError(
             f"the update of {key} in {folder} lies outside the SVD bases of this model's weight "
