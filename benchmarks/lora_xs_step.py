@@ -109,9 +109,7 @@ def compare(rank: int, pairs: int, batch: int, length: int, seed: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--pairs", type=int, default=10)

@@ -44,9 +44,7 @@ def test_round_trip_is_exact(mixed, inputs, train_r, tmp_path, bases):
     assert info.trained == 3 * 9 + 4
     assert info.heads == ("classifier",)
     save_adapter(base, tmp_path / "again", bases=bases)
-    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (
-        tmp_path / "adapter.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (tmp_path / "adapter.safetensors").read_bytes()
 
 
 BUILD = """
@@ -80,9 +78,7 @@ def test_same_logits_in_a_new_process(train_r, tmp_path):
     want = model(torch.arange(400))
     # As many threads as here: the order of a sum depends on them.
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(tmp_path)], env=threads, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], env=threads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
 
@@ -102,9 +98,7 @@ def test_half_precision_bases(mixed, inputs, train_r, tmp_path, dtype):
 def test_altered_base_weights_are_refused_by_name(mixed, tmp_path, weight):
     base = copy.deepcopy(mixed)
     save_adapter(inject(mixed, LoRAXSConfig(2, targets=("up",))), tmp_path)
-    base.get_parameter(weight).data.view(-1)[3] += (
-        1e-6 + base.get_parameter(weight).data.view(-1)[3].abs() * 1e-6
-    )
+    base.get_parameter(weight).data.view(-1)[3] += 1e-6 + base.get_parameter(weight).data.view(-1)[3].abs() * 1e-6
     with pytest.raises(LoRAXSError, match=f"made for other base weights: {weight} differs"):
         load_adapter(base, tmp_path)
     assert not any("lora_xs" in n for n, _ in base.named_parameters())
@@ -134,13 +128,9 @@ def test_a_start_on_another_task(roberta, train_r, tmp_path):
 
 def test_an_adapter_for_another_model(roberta, llama, tmp_path):
     save_adapter(inject(roberta(), LoRAXSConfig(4, targets=ROBERTA_TARGETS)), tmp_path)
-    with pytest.raises(
-        LoRAXSError, match=r"another model: this one has no module roberta\.encoder\.layer\.0"
-    ):
+    with pytest.raises(LoRAXSError, match=r"another model: this one has no module roberta\.encoder\.layer\.0"):
         load_adapter(llama(), tmp_path)
-    with pytest.raises(
-        LoRAXSError, match=r"another model: .*query is a Linear of 64×64 here, but was .* 32×32"
-    ):
+    with pytest.raises(LoRAXSError, match=r"another model: .*query is a Linear of 64×64 here, but was .* 32×32"):
         load_adapter(roberta(hidden=64), tmp_path, head=False)
 
 
@@ -165,9 +155,7 @@ def test_a_second_adapter_beside_the_first(mixed, inputs, train_r, tmp_path):
     other = inject(copy.deepcopy(base), LoRAXSConfig(3, targets=("up",)))
     with pytest.raises(LoRAXSError, match="adapts other modules"):
         load_adapter(other, tmp_path / "one", name="one")
-    other = inject(
-        copy.deepcopy(base), LoRAXSConfig(3, targets=TARGETS, rank_pattern={"down": 2}, init="random")
-    )
+    other = inject(copy.deepcopy(base), LoRAXSConfig(3, targets=TARGETS, rank_pattern={"down": 2}, init="random"))
     with pytest.raises(LoRAXSError, match=r"not those that .* was trained on"):
         load_adapter(other, tmp_path / "one", name="one")
 

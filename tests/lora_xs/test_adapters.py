@@ -102,9 +102,7 @@ def test_switching_changes_r_alpha_head_and_what_trains(mixed, inputs, train_r):
         outputs[name] = model(*inputs)
         names = {n for n, p in model.named_parameters() if p.requires_grad}
         assert {n for n in names if ".R." in n} == {f"{t}.lora_xs.R.{name}" for t in TARGETS}
-        assert {id(p) for p in trained(model)["head"]} <= {
-            id(p) for p in model.parameters() if p.requires_grad
-        }
+        assert {id(p) for p in trained(model)["head"]} <= {id(p) for p in model.parameters() if p.requires_grad}
     assert not torch.equal(outputs["b"], outputs["c"])
     assert model.down.lora_xs.scale("c") == 3
     set_active(model, "default")

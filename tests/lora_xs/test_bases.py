@@ -158,8 +158,7 @@ def test_two_processes_share_the_work_and_the_bytes(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a["bases"], b["bases"], strict=True))
     for rank in range(2):
         assert (
-            "process 1 could not make its bases: LoRAXSError: 2 has weights"
-            in (tmp_path / f"{rank}.txt").read_text()
+            "process 1 could not make its bases: LoRAXSError: 2 has weights" in (tmp_path / f"{rank}.txt").read_text()
         )
     ga, gb = (torch.load(tmp_path / f"grad{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) and float(x.abs().max()) > 0 for x, y in zip(ga, gb, strict=True))
@@ -203,9 +202,7 @@ def test_quantised_bases(tmp_path, train_r, bits, dtype):
     inject(dequantised, CONFIG)
     for (_, a), (_, b) in zip(layers(dequantised), layers(model), strict=True):
         a.R["default"].data.copy_(b.R["default"])
-    torch.testing.assert_close(
-        dequantised(x), want, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-3
-    )
+    torch.testing.assert_close(dequantised(x), want, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-3)
 
     merge(model)
     assert type(model[0].weight) is nn.Parameter

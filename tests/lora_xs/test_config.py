@@ -43,9 +43,7 @@ def test_json_round_trip():
 
 
 def test_patterns_prefer_the_longest_suffix():
-    config = LoRAXSConfig(
-        8, 16, rank_pattern={"output.dense": 4, "attention.output.dense": 2}, alpha_pattern={"q": 3}
-    )
+    config = LoRAXSConfig(8, 16, rank_pattern={"output.dense": 4, "attention.output.dense": 2}, alpha_pattern={"q": 3})
     assert config.rank_of("l.0.attention.output.dense") == 2
     assert config.rank_of("l.0.output.dense") == 4
     assert config.rank_of("l.0.layoutput.dense") == 8  # a suffix begins at a dot
@@ -75,9 +73,7 @@ def test_transformers_conv1d_is_known():
     ids = torch.randint(0, 50, (2, 8))
     before = model(ids).logits
     inject(model, LoRAXSConfig(4, r_std=1.0))
-    assert adapted(model) == [
-        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    ]
+    assert adapted(model) == [f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     after = model(ids).logits
     assert not torch.equal(after, before)
 
@@ -88,9 +84,7 @@ def test_regular_expression_targets(llama):
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is(llama):
-    with pytest.raises(
-        LoRAXSError, match=r"'quary_proj' matches no module.*q_proj \(2\).*Did you mean"
-    ) as caught:
+    with pytest.raises(LoRAXSError, match=r"'quary_proj' matches no module.*q_proj \(2\).*Did you mean") as caught:
         inject(llama(), LoRAXSConfig(2, targets=("v_proj", "quary_proj")))
     assert "embed_tokens (1)" in str(caught.value)
     assert "norm" not in str(caught.value)
@@ -159,11 +153,7 @@ export_peft(model, sys.argv[1] + "/p")
 """
 
 
-@pytest.mark.parametrize(
-    "script", [RUN, ALONE], ids=["import is light", "runs with torch and safetensors alone"]
-)
+@pytest.mark.parametrize("script", [RUN, ALONE], ids=["import is light", "runs with torch and safetensors alone"])
 def test_in_a_fresh_process(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -87,9 +87,7 @@ def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[nn
             )
         layer = layer_of(module)
         if layer is not None and layer.rank != m.rank:
-            raise LoRAXSError(
-                f"{file} has rank {m.rank} at {m.name}, but the model's bases there have {layer.rank}."
-            )
+            raise LoRAXSError(f"{file} has rank {m.rank} at {m.name}, but the model's bases there have {layer.rank}.")
         found.append(module)
     return found
 
@@ -101,9 +99,7 @@ def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path) -> dict[st
     known = model.state_dict()
     for key, value in state.items():
         if key not in known:
-            raise LoRAXSError(
-                f"the task head in {folder} has {key}, which this model lacks; head=False leaves it out."
-            )
+            raise LoRAXSError(f"the task head in {folder} has {key}, which this model lacks; head=False leaves it out.")
         if known[key].shape != value.shape:
             raise LoRAXSError(
                 f"the task head in {folder} has {key} of shape {tuple(value.shape)}, this model has "

@@ -111,9 +111,7 @@ def _decompose(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     else:
         W = matrix_of(request.module)  # the only other copy of this one weight
         if not bool(torch.isfinite(W).all()):
-            raise LoRAXSError(
-                f"{request.name} has weights that are not finite; no bases can be made of them."
-            )
+            raise LoRAXSError(f"{request.name} has weights that are not finite; no bases can be made of them.")
         values = svd_bases(W, request.rank, exact=config.svd == "exact")
     A.copy_(values[0])
     B.copy_(values[1])
@@ -128,9 +126,7 @@ def _empty(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(weight.dtype, torch.float32) if config.train_bases else weight.dtype
     A = torch.empty(request.rank, width, dtype=dtype, device=weight.device)
     if isinstance(request.module, nn.Embedding):
-        A = torch.empty(
-            width, request.rank, dtype=dtype, device=weight.device
-        ).t()  # columns are what is looked up
+        A = torch.empty(width, request.rank, dtype=dtype, device=weight.device).t()  # columns are what is looked up
     return A, torch.empty(out, request.rank, dtype=dtype, device=weight.device)
 
 

@@ -79,9 +79,7 @@ class LoRAXSConfig:
             raise LoRAXSError(f"rank must be a whole number of at least 1, not {self.rank!r}.")
         for key, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise LoRAXSError(
-                    f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}."
-                )
+                raise LoRAXSError(f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}.")
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for what, alpha in alphas.items():
             # α = 0 would train nothing without a word.

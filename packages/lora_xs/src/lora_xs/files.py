@@ -38,9 +38,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """Write a safetensors file. The same tensors give the same bytes, which the safetensors package does
     not promise (its metadata come in any order), and numpy is not needed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # keeps every tensor aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
@@ -85,9 +83,7 @@ def _open(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], d
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != kind:
-                raise LoRAXSError(
-                    f"{path} is no {kind} file: its header gives the format {header.get('format')!r}."
-                )
+                raise LoRAXSError(f"{path} is no {kind} file: its header gives the format {header.get('format')!r}.")
             return {name: file.get_tensor(name) for name in file.keys()} if tensors else {}, header  # noqa: SIM118
     except FileNotFoundError as error:
         raise LoRAXSError(f"there is no file {path}.") from error

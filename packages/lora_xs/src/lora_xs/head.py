@@ -62,18 +62,14 @@ class XSHead(nn.Module):
             for _, parameter in self.parameters_of(module, key):
                 parameter.requires_grad_(key == name)
 
-    def hook(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> Tensor | None:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: the answer of the head that is asked for."""
         if self.rows is None:
             if self.active is None or self.active == self.first:
                 return None
             return self.copies[self.active](*args, **kwargs)
         if out.shape[0] != len(self.rows):
-            raise LoRAXSError(
-                f"{self.name} got {out.shape[0]} rows, but adapters were given for {len(self.rows)}."
-            )
+            raise LoRAXSError(f"{self.name} got {out.shape[0]} rows, but adapters were given for {len(self.rows)}.")
         answers = {None: out, self.first: out}
         for name in {row for row in self.rows if row is not None and row in self.copies}:
             answers[name] = self.copies[name](*args, **kwargs)

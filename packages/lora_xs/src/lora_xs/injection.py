@@ -105,9 +105,7 @@ def initial_r(layer: XSLayer, config: LoRAXSConfig) -> Tensor:
     """R ~ N(0, r_std²) (r×r), from a stream of the module's own."""
     if layer.A.is_meta:
         return torch.empty(layer.rank, layer.rank, device="meta")
-    return (
-        torch.randn(layer.rank, layer.rank, generator=generator(config.seed, "R", layer.name)) * config.r_std
-    )
+    return torch.randn(layer.rank, layer.rank, generator=generator(config.seed, "R", layer.name)) * config.r_std
 
 
 def check_name(name: str) -> None:
@@ -144,9 +142,7 @@ def find_targets(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]
         for target in wanted:
             rule: tuple[str, ...] | str = target if isinstance(config.targets, str) else (target,)
             if not any(matches_targets(name, rule) for name in candidates):
-                raise LoRAXSError(
-                    f"target {target!r} matches no module; {_what_there_is(candidates, target)}"
-                )
+                raise LoRAXSError(f"target {target!r} matches no module; {_what_there_is(candidates, target)}")
     for what, names in (
         ("exclude", config.exclude),
         ("rank_pattern", config.rank_pattern),
@@ -172,9 +168,7 @@ def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
     found = [n for n in named if (n in suffixes if config.head is None else n and matches(n, suffixes))]
     for suffix in config.head or ():
         if not any(matches(name, (suffix,)) for name in found):
-            raise LoRAXSError(
-                f"head names {suffix!r}, which matches no module; {_what_there_is(named, suffix)}"
-            )
+            raise LoRAXSError(f"head names {suffix!r}, which matches no module; {_what_there_is(named, suffix)}")
     outermost = [n for n in found if not any(n.startswith(other + ".") for other in found)]
     for name in outermost:
         if not any(True for _ in named[name].parameters()):

@@ -49,9 +49,7 @@ class XSLayer(nn.Module):
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
         self.merged: str | None = None
-        self.original: list[
-            nn.Parameter
-        ] = []  # the weight before merging; in a list, so that it is no parameter
+        self.original: list[nn.Parameter] = []  # the weight before merging; in a list, so that it is no parameter
 
     @property
     def rank(self) -> int:
@@ -78,9 +76,7 @@ class XSLayer(nn.Module):
         """α/r of adapter `name`."""
         return self.configs[name].scale_of(self.name)
 
-    def hook(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> Tensor | None:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: W x + b → W x + b + (α/r)·B R A x."""
         if self.merged is not None or (self.active is None and self.rows is None):
             return None  # the output stays as it is
@@ -112,9 +108,7 @@ class XSLayer(nn.Module):
         """(α/r)·R of the adapter of each row of the batch: (rows×r×r)."""
         assert self.rows is not None
         if z.shape[0] != len(self.rows):
-            raise LoRAXSError(
-                f"{self.name} got {z.shape[0]} rows, but adapters were given for {len(self.rows)} rows."
-            )
+            raise LoRAXSError(f"{self.name} got {z.shape[0]} rows, but adapters were given for {len(self.rows)} rows.")
         distinct = {name: self.scaled(name).to(z.dtype) for name in self.rows}
         return torch.stack([distinct[name] for name in self.rows])
 

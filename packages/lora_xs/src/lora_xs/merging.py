@@ -36,9 +36,7 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
         raise LoRAXSError("no adapter is active; say which one to merge.")
     check_known(model, name)
     pairs = layers(model)
-    shared = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )
+    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     # Two passes, so that a failure leaves the model whole and success never holds two copies of it.
     for module, layer in pairs:
         if not bool(torch.isfinite(_merged_weight(module, layer, name)).all()):

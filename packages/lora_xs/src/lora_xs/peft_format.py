@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -104,9 +104,7 @@ def export_peft(
         "target_modules": [layer.name for _, layer in pairs],
         "modules_to_save": [head.name for _, head in head_modules] or None,
         # PEFT reads the keys as regular expressions that end a module's name.
-        "rank_pattern": {
-            re.escape(layer.name): layer.rank for _, layer in pairs if layer.rank != config.rank
-        },
+        "rank_pattern": {re.escape(layer.name): layer.rank for _, layer in pairs if layer.rank != config.rank},
         "alpha_pattern": {
             re.escape(layer.name): config.alpha_of(layer.name)
             for _, layer in pairs
@@ -144,9 +142,7 @@ def import_peft(
     if bases not in ("svd", "file"):
         raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}.')
     if any(layer_of(module) is not None for module in model.modules()):
-        raise LoRAXSError(
-            "import_peft needs a plain base model; import there, save_adapter, and load_adapter here."
-        )
+        raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here.")
     folder = Path(path)
     settings = _read_settings(folder)
     factors, rest = _read_factors(folder)
@@ -179,9 +175,7 @@ def import_peft(
     state = model.state_dict()
     for key, value in rest.items():
         if key not in state or state[key].shape != value.shape:
-            raise LoRAXSError(
-                f"{folder} has {key} of shape {tuple(value.shape)}, which does not fit this model."
-            )
+            raise LoRAXSError(f"{folder} has {key} of shape {tuple(value.shape)}, which does not fit this model.")
     attach(
         model,
         config,
@@ -265,16 +259,12 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
         try:
             tensors = load_file(file)
         except SafetensorError as error:
-            raise LoRAXSError(
-                f"{file} is no complete safetensors file ({error}); was it truncated?"
-            ) from error
+            raise LoRAXSError(f"{file} is no complete safetensors file ({error}); was it truncated?") from error
     elif (file := folder / "adapter_model.bin").exists():
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise LoRAXSError(
-                f"{file} cannot be read safely: it is damaged or holds more than tensors."
-            ) from error
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise LoRAXSError(f"{file} cannot be read safely: it is damaged or holds more than tensors.") from error
     else:
         raise LoRAXSError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin.")
     parts: dict[str, dict[str, Tensor]] = {}
@@ -284,14 +274,10 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
             # An Embedding's factors are stored as they are, a Conv2d's with its kernel's dimensions.
             parts.setdefault(match["module"], {})[match["factor"] or "R"] = value.flatten(1)
         elif "lora_" in key:
-            raise LoRAXSError(
-                f"{file} has the entry {key}, which is neither lora_A, lora_B nor a latent mapping."
-            )
+            raise LoRAXSError(f"{file} has the entry {key}, which is neither lora_A, lora_B nor a latent mapping.")
         elif ".original_module." not in key:
             rest[
-                key.removeprefix(PREFIX)
-                .replace(".modules_to_save.default.", ".")
-                .replace(".modules_to_save.", ".")
+                key.removeprefix(PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
             ] = value
     factors = {}
     for module, part in parts.items():
@@ -316,17 +302,14 @@ def _config(
     ranks = {key: f.A.shape[0] for key, f in factors.items()}
     # rsLoRA scales by α/√r; as α/r that is an α of √r times as much.
     alphas = {
-        key: float(alpha_at(key)) * (math.sqrt(ranks[key]) if settings.get("use_rslora") else 1)
-        for key in factors
+        key: float(alpha_at(key)) * (math.sqrt(ranks[key]) if settings.get("use_rslora") else 1) for key in factors
     }
     alpha = next(iter(alphas.values()))
     saved = settings.get("modules_to_save") or []
     # PEFT adds the classifier of a sequence-classification model without naming it.
     head = tuple(n for n in named if n and any(key.startswith(n + ".") for key in rest) and n.count(".") == 0)
     if rest and not head:
-        raise LoRAXSError(
-            f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks."
-        )
+        raise LoRAXSError(f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks.")
     return LoRAXSConfig(
         rank=rank,
         alpha=alpha,

@@ -69,9 +69,7 @@ def _krylov_bases(W: Tensor, rank: int, block: int) -> tuple[Tensor, Tensor]:
     """A = Bᵀ W (r×in) and the leading left singular vectors B (out×r) of W (out×in), best first."""
     M = W if W.shape[0] <= W.shape[1] else W.t()  # s×l, s ≤ l: only the short side is kept orthogonal
     short, long = M.shape
-    start = torch.randn(long, block, generator=generator(0, "krylov")).to(
-        M
-    )  # drawn on the CPU: same everywhere
+    start = torch.randn(long, block, generator=generator(0, "krylov")).to(M)  # drawn on the CPU: same everywhere
     L = M.new_empty(short, 0)  # orthonormal basis of the Krylov space of M Mᵀ
     blocks = []  # of Z = MᵀL
     Y = M @ start
