@@ -1,0 +1,124 @@
+"""LoRA-XS on a real pretrained language model of 260K parameters: rank by rank, SVD bases against random ones.
+
+The model was trained on children's stories; it is adapted to Shakespeare, and the loss on held-out Shakespeare is what
+counts. Both kinds of bases get the same learning rates (RATES) to choose from. Needs MEMTRAIN_DATA.
+
+    MEMTRAIN_DATA=… uv run python benchmarks/lora_xs_stories.py
+"""
+
+import copy
+import os
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from lora_xs import CAUSAL_LM_TARGETS, LoRAXSConfig, inject, trained
+from lora_xs.tasks.schedules import schedule
+from memtrain_common.bench import write_results
+from memtrain_common.console import Console
+from memtrain_common.data_order import epoch_batch
+from memtrain_common.llama2c import Llama2cTokenizer, load_llama2c
+from memtrain_common.loop import FitConfig, fit
+from memtrain_common.rng import seed_all
+from torch import Tensor, nn
+
+Init = Literal["svd", "random"]
+RANKS = (4, 8, 16)
+RATES = (3e-2, 1e-1)
+ROW = 64  # tokens
+BATCH = 8
+OUT = Path(__file__).parent / "results" / "lora_xs_stories.json"
+
+
+def rows(data: Path, characters: int) -> Tensor:
+    """The beginning of Tiny Shakespeare in the model's own tokens (n×ROW)."""
+    tokenizer = Llama2cTokenizer(data / "weights/stories260K/tok512.bin")
+    lines = (data / "text/tinyshakespeare.txt").read_text()[:characters].splitlines()
+    tokens = torch.tensor([token for line in lines if line for token in tokenizer.encode(line)])
+    return tokens[: len(tokens) // ROW * ROW].view(-1, ROW)
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross entropy of each next token, in nats."""
+    return model(batch, labels=batch).loss
+
+
+def run(base: nn.Module, train: Tensor, val: Tensor, rank: int, init: Init, lr: float, seed: int, steps: int) -> float:
+    """Validation loss after training."""
+    seed_all(seed)
+    model = inject(copy.deepcopy(base), LoRAXSConfig(rank, targets=CAUSAL_LM_TARGETS, init=init, seed=seed))
+    optimizer = torch.optim.AdamW(trained(model)["R"], lr=lr, weight_decay=0.0)
+    result = fit(
+        model,
+        lambda i: train[torch.from_numpy(epoch_batch(seed, i, batch=BATCH, size=len(train)))],
+        loss_of,
+        optimizer,
+        FitConfig(steps, eval_interval=steps),
+        evaluate=partial(validation_loss, val=val),
+        lr_factor=schedule("cosine", steps // 20, steps),
+    )
+    return result.evaluation["loss"]
+
+
+def validation_loss(model: nn.Module, val: Tensor) -> dict[str, float]:
+    with torch.no_grad():
+        losses = [float(loss_of(model, part)) * len(part) for part in val.split(32)]
+    return {"loss": sum(losses) / len(val)}
+
+
+def main(steps: int = 30, seeds: int = 3, characters: int = 100_000, out: Path = OUT) -> None:
+    """
+    Args:
+        steps: optimizer steps of each run, of 8×64 tokens.
+        seeds: runs of each kind, with seeds 0, 1, …
+        characters: of the text; the last tenth is held out.
+        out: where the results go.
+    """
+    data = Path(os.environ["MEMTRAIN_DATA"])
+    torch.set_num_threads(1)
+    console = Console()
+    base = load_llama2c(data / "weights/stories260K/stories260K.bin")
+    tokens = rows(data, characters)
+    train, val = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
+    before = validation_loss(base, val)["loss"]
+    console.say(f"{len(train)} rows to train on, {len(val)} held out; before: {before:.4f}")
+    arms: list[dict[str, Any]] = []
+    for rank in RANKS:
+        for init in get_args(Init):
+            by_rate = {
+                lr: [run(base, train, val, rank, init, lr, seed, steps) for seed in range(seeds)] for lr in RATES
+            }
+            best = min(by_rate, key=lambda lr: statistics.mean(by_rate[lr]))
+            arm = {
+                "rank": rank,
+                "init": init,
+                "trained": rank * rank * 7 * base.config.num_hidden_layers,
+                "learning_rate": best,
+                "losses": by_rate[best],
+                "loss": statistics.mean(by_rate[best]),
+                "all_rates": {str(lr): losses for lr, losses in by_rate.items()},
+            }
+            arms.append(arm)
+            console.say(f"r = {rank}, {init}: {arm['loss']:.4f} at {best:g}, seeds {arm['losses']}")
+    write_results(
+        out,
+        argv=["python", "benchmarks/lora_xs_stories.py", *sys.argv[1:]],
+        device=torch.device("cpu"),
+        seeds=range(seeds),
+        model="stories260K (llama2.c)",
+        text="Tiny Shakespeare, its first characters in the model's tokens",
+        characters=characters,
+        steps=steps,
+        batch=[BATCH, ROW],
+        loss_before=before,
+        arms=arms,
+    )
+    console.say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

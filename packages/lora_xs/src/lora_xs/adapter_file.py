@@ -1,0 +1,200 @@
+"""The adapter file: R alone, and what is needed to refuse weights it was not made for.
+
+    adapter.safetensors    R        every R in one tensor: (modules×r×r), or flat where ranks differ
+                           probe    two numbers a module that betray other bases (float32)
+                           digests  two bytes of each base weight's SHA-256, to name the one that differs
+                           A.i, B.i with bases=True, for module i
+      header               the configuration, the modules (zlib, base64), the SHA-256 of all base weights
+      together
+    head.safetensors       the task head, if there is one
+
+At r = 4 a safetensors entry for each module would take more bytes than its numbers, hence one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import files
+from .adapter_checks import (
+    PROBE_TOLERANCE,
+    base_digests,
+    check_base_weights,
+    matching_heads,
+    matching_modules,
+    probe,
+)
+from .adapter_header import (
+    ADAPTER,
+    ADAPTER_FORMAT,
+    HEAD_FILE,
+    HEAD_FORMAT,
+    AdaptedModule,
+    AdapterInfo,
+    pack,
+    parse_header,
+)
+from .adapters import active, check_known, check_new, check_not_merged
+from .bases import Progress, Request, default_cache, make_bases
+from .errors import LoRAXSError
+from .head import ATTRIBUTE as HEAD
+from .head import heads
+from .injection import attach
+from .kinds import kind_of, matrix_shape
+from .layer import layer_of, layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    bases: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write adapter `name` (None: the active one) into the folder `path`; each file replaces an older one
+    whole.
+
+    Args:
+        bases: store A and B too. None stores them where they cannot be made again from the base weights:
+        trained,
+            imported, or of a quantised weight.
+        dtype: of R in the file; None keeps float32, and with it the same logits bit for bit.
+    """
+    check_not_merged(model, "save_adapter")
+    name = active(model) if name is None else name
+    if name is None:
+        raise LoRAXSError("no adapter is active; say which one to save.")
+    check_known(model, name)
+    pairs = layers(model)
+    lost = [layer.name for _, layer in pairs if not layer.regenerable]
+    if bases is False and lost:
+        raise LoRAXSError(f"the bases of {lost[0]} do not follow from the base weights; save with bases=True.")
+    config = pairs[0][1].configs[name]
+    modules = []
+    for module, layer in pairs:
+        kind = kind_of(module)
+        assert kind is not None
+        modules.append(AdaptedModule(layer.name, kind.name, *matrix_shape(module), layer.rank))
+    Rs = [layer.R[name].detach() for _, layer in pairs]
+    R = torch.stack(Rs) if len({r.shape for r in Rs}) == 1 else torch.cat([r.flatten() for r in Rs])
+    sha256, short = base_digests(model, reuse=True)
+    tensors = {
+        "R": R if dtype is None else R.to(dtype),
+        "probe": torch.stack([probe(layer.A.detach(), layer.B.detach()) for _, layer in pairs]),
+        "digests": short,
+    }
+    if bases or (bases is None and lost):
+        for i, (_, layer) in enumerate(pairs):
+            tensors[f"A.{i}"], tensors[f"B.{i}"] = layer.A, layer.B
+    head_modules = heads(model)
+    header = {
+        "config": config.to_json(),
+        "modules": pack([[m.name, m.kind, m.out, m.width, m.rank] for m in modules]),
+        "base_sha256": sha256,
+        "stored_bases": json.dumps("A.0" in tensors),
+        "heads": json.dumps([head.name for _, head in head_modules]),
+    }
+    folder = Path(path)
+    if head_modules:
+        state = {
+            f"{head.name}.{key}": value
+            for module, head in head_modules
+            for key, value in head.of(module, name).state_dict().items()
+            if not key.startswith(HEAD + ".")
+        }
+        files.write(folder / HEAD_FILE, state, {"base_sha256": sha256}, HEAD_FORMAT)
+    files.write(folder / ADAPTER, tensors, header, ADAPTER_FORMAT)
+    return folder
+
+
+def describe_adapter(path: str | Path) -> AdapterInfo:
+    """What is in the adapter folder `path`, from its header alone."""
+    file = Path(path) / ADAPTER
+    return parse_header(file, files.read_header(file, ADAPTER_FORMAT))
+
+
+def load_adapter(
+    model: Model,
+    path: str | Path,
+    *,
+    name: str = "default",
+    head: bool = True,
+    check_base: bool = True,
+    cache: str | Path | bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """Load the adapter in the folder `path` onto a plain base model, or beside the adapters that a model has.
+
+    On a plain model the adapter becomes the active one; on an adapted one call `set_active`. Nothing is
+    changed unless everything fits.
+
+    Args:
+        name: to give it here.
+        head: load the task head too; False leaves the model's own (for a start on another task).
+        check_base: refuse base weights that differ. False is allowed only where the file stores its bases:
+        an adapter
+            trained over 4-bit weights can then run over the 16-bit ones.
+        cache, progress: as for `inject`.
+    """
+    file = Path(path) / ADAPTER
+    tensors, header = files.read(file, ADAPTER_FORMAT)
+    info = parse_header(file, header)
+    if not check_base and not info.stored_bases:
+        raise LoRAXSError(f"{file} stores no bases, so its base weights must be checked: they are what it is made of.")
+    found = matching_modules(model, info, file)
+    head_state = matching_heads(model, info, Path(path)) if head and info.heads else {}
+    if check_base:
+        check_base_weights(model, info, tensors["digests"], file)
+    Rs = [r.view(m.rank, m.rank) for r, m in zip(_split(tensors["R"], info), info.modules, strict=True)]
+    on_plain = all(layer_of(module) is None for module in model.modules())
+    if on_plain:
+        requests = [Request(m.name, module, m.rank) for m, module in zip(info.modules, found, strict=True)]
+        if info.stored_bases:
+            pairs = [(tensors[f"A.{i}"], tensors[f"B.{i}"]) for i in range(len(found))]
+            devices = [module.get_parameter("weight").device for module in found]
+            pairs = [(A.to(device), B.to(device)) for (A, B), device in zip(pairs, devices, strict=True)]
+        else:
+            folder = default_cache() if cache is True else Path(cache) if cache else None
+            pairs = make_bases(requests, info.config, folder, progress)
+    else:
+        check_new(model, name)
+        check_not_merged(model, "load_adapter")
+        if info.config.train_bases:
+            raise LoRAXSError(f"{file} trained its own bases; it cannot share those of the model's other adapters.")
+        pairs = [(layer.A.detach(), layer.B.detach()) for _, layer in layers(model)]
+    for i, (A, B) in enumerate(pairs):
+        if not bool(((probe(A, B) - tensors["probe"][i]).abs() <= PROBE_TOLERANCE).all()):
+            raise LoRAXSError(
+                f"the bases of {info.modules[i].name} are not those that {file} was trained on; "
+                + ("load it onto a model without adapters." if not on_plain else "save it with bases=True instead.")
+            )
+    if on_plain:
+        bases = [(r.name, r.module, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
+        attach(model, info.config, name, bases, given=info.stored_bases)
+    for module, R in zip(found, Rs, strict=True):
+        layer = layer_of(module)
+        assert layer is not None
+        layer.add(name, info.config, R)
+        layer.activate(layer.active)
+    for module, heads_ in heads(model):
+        if not on_plain:
+            heads_.add(module, name)
+            heads_.activate(module, heads_.active)
+        wanted = {k: v for k, v in head_state.items() if k.startswith(heads_.name + ".")}
+        own = heads_.of(module, name).state_dict(keep_vars=True)
+        with torch.no_grad():
+            for key, value in wanted.items():
+                own[key.removeprefix(heads_.name + ".")].copy_(value)
+    return model
+
+
+def _split(R: Tensor, info: AdapterInfo) -> tuple[Tensor, ...]:
+    return R.flatten().split([m.rank**2 for m in info.modules])

@@ -1,0 +1,64 @@
+"""The header of an adapter file: what it says, and how it is packed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import LoRAXSConfig
+from .errors import LoRAXSError
+
+ADAPTER, ADAPTER_FORMAT = "adapter.safetensors", "lora-xs adapter 1"
+HEAD_FILE, HEAD_FORMAT = "head.safetensors", "lora-xs head 1"
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One module of an adapter file."""
+
+    name: str
+    kind: str
+    out: int
+    width: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What the header of an adapter file says."""
+
+    config: LoRAXSConfig
+    modules: tuple[AdaptedModule, ...]
+    base_sha256: str
+    stored_bases: bool
+    heads: tuple[str, ...]
+
+    @property
+    def trained(self) -> int:
+        """Entries of all R together."""
+        return sum(module.rank**2 for module in self.modules)
+
+
+def parse_header(file: Path, header: dict[str, str]) -> AdapterInfo:
+    try:
+        return AdapterInfo(
+            config=LoRAXSConfig.from_json(header["config"]),
+            modules=tuple(AdaptedModule(*m) for m in unpack(header["modules"])),
+            base_sha256=header["base_sha256"],
+            stored_bases=json.loads(header["stored_bases"]),
+            heads=tuple(json.loads(header["heads"])),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError, zlib.error) as error:
+        raise LoRAXSError(f"{file} has no complete LoRA-XS header ({error}).") from error
+
+
+def pack(value: Any) -> str:
+    return base64.b64encode(zlib.compress(json.dumps(value).encode(), 9)).decode()
+
+
+def unpack(text: str) -> Any:
+    return json.loads(zlib.decompress(base64.b64decode(text)))

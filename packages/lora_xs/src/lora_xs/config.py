@@ -1,0 +1,152 @@
+"""What to adapt and how: the configuration and its matching of module names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import LoRAXSError
+
+# The modules that the paper adapts, by model family.
+ROBERTA_TARGETS = ("query", "value", "attention.output.dense", "output.dense")
+CAUSAL_LM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Task heads that transformers creates for classification; trained where present unless `head` names others.
+USUAL_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class LoRAXSConfig:
+    """h = W x + (α/r)·B R A x, with A and B from the SVD of W; only R (r×r) is trained (arXiv 2405.17604)."""
+
+    rank: int
+    """r: rows and columns of R."""
+
+    alpha: float | None = None
+    """α: the update is scaled by α/r. None means α = r, a scale of 1 (the official choice for mathematics;
+    the official GLUE runs fix 16)."""
+
+    targets: tuple[str, ...] | str = "all-linear"
+    """Module names, matched by suffix at a dot ("query", "attention.output.dense"); or one regular expression
+    that the whole name must match; or "all-linear": every Linear and Conv1D except head and output
+    embedding."""
+
+    init: Literal["svd", "random"] = "svd"
+    """Bases from the SVD of each weight, or random ones (the paper's ablation)."""
+
+    svd: Literal["randomized", "exact"] = "randomized"
+    """Randomised block Krylov iteration, or LAPACK's full SVD."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for modules whose name ends in the key."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other α for modules whose name ends in the key."""
+
+    exclude: tuple[str, ...] = ()
+    """Names, matched by suffix, that stay frozen although a target matches them."""
+
+    head: tuple[str, ...] | None = None
+    """Task-head modules, matched by suffix, that are trained in full and saved beside the adapter. None means
+    `classifier` and `score` where the model has them; () means none."""
+
+    dropout: float = 0.0
+    """Probability of dropping an entry of A x. Applied at width r, so that the saved mask stays small."""
+
+    train_bases: bool = False
+    """Train A and B too. They are then saved with the adapter, and no second adapter can share them."""
+
+    r_std: float = 1e-5
+    """Standard deviation of R at the start."""
+
+    seed: int = 0
+    """Seed of R and, with init="random", of A and B. Each module draws from its own stream."""
+
+    def __post_init__(self) -> None:
+        # A lone string would be iterated letter by letter; lists come from JSON and from callers used to
+        # PEFT.
+        for name in ("exclude", "head", "targets"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "targets":
+                raise LoRAXSError(f"{name} must be a tuple of names, not the string {value!r}.")
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise LoRAXSError(f"rank must be a whole number of at least 1, not {self.rank!r}.")
+        for key, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise LoRAXSError(f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}.")
+        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        for what, alpha in alphas.items():
+            # α = 0 would train nothing without a word.
+            if alpha is not None and not alpha > 0:
+                raise LoRAXSError(f"{what} must be greater than 0, not {alpha!r}.")
+        if not self.targets:
+            raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear".')
+        if self.init not in ("svd", "random"):
+            raise LoRAXSError(f'init must be "svd" or "random", not {self.init!r}.')
+        if self.svd not in ("randomized", "exact"):
+            raise LoRAXSError(f'svd must be "randomized" or "exact", not {self.svd!r}.')
+        if not 0 <= self.dropout < 1:
+            raise LoRAXSError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+        if self.r_std < 0:
+            raise LoRAXSError(f"r_std must not be negative, but is {self.r_std!r}.")
+
+    def rank_of(self, name: str) -> int:
+        """r of the module called `name`."""
+        return _lookup(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """α of the module called `name`."""
+        alpha = _lookup(self.alpha_pattern, name, self.alpha)
+        return float(self.rank_of(name) if alpha is None else alpha)
+
+    def scale_of(self, name: str) -> float:
+        """α/r of the module called `name`."""
+        return self.alpha_of(name) / self.rank_of(name)
+
+    def bases_key(self) -> tuple[Any, ...]:
+        """What decides A and B: two adapters can share bases only if these agree."""
+        seed = self.seed if self.init == "random" else None
+        return (
+            self.init,
+            self.svd,
+            self.rank,
+            tuple(sorted(self.rank_pattern.items())),
+            seed,
+            self.train_bases,
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON with every field."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoRAXSConfig:
+        """The inverse of `to_json`; unknown or missing fields are refused."""
+        try:
+            return cls(**json.loads(text))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise LoRAXSError(f"this is not a LoRA-XS configuration: {error}.") from error
+
+
+def matches(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether `name` is one of `suffixes` or ends in "." and one of them."""
+    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def matches_targets(name: str, targets: tuple[str, ...] | str) -> bool:
+    """As `matches`; a string is a regular expression for the whole name."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return matches(name, targets)
+
+
+def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    # The longest key wins: "attention.output.dense" is more specific than "output.dense".
+    found = [key for key in pattern if matches(name, (key,))]
+    return pattern[max(found, key=len)] if found else default

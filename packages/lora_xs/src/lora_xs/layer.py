@@ -1,0 +1,178 @@
+"""The adapter of one module: bases A and B, and one R for each adapter.
+
+Attached to the module that it adapts, as its submodule `lora_xs` and as a forward hook. The module keeps
+its class, its weight, its name in the state dict and its own forward (quantised ones included); the hook
+adds the update:
+
+    h = W x + (α/r)·B R A x        (arXiv 2405.17604, equation 1)
+
+A and B are frozen, so the backward pass needs of this only z = A x, r numbers a row. LoRA trains A and must
+keep x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import LoRAXSConfig
+from .errors import LoRAXSError
+
+ATTRIBUTE = "lora_xs"
+
+
+class XSLayer(nn.Module):
+    """Bases and R of a Linear or Conv1D module; the other kinds override how A and B are applied."""
+
+    def __init__(self, name: str, A: Tensor, B: Tensor, config: LoRAXSConfig, *, regenerable: bool) -> None:
+        """
+        Args:
+            name: the adapted module's name in its model.
+            A: (r×in)
+            B: (out×r)
+            config: of the adapter that the bases were made for.
+            regenerable: whether A and B follow from W and the configuration alone, so that files may omit
+            them.
+        """
+        super().__init__()
+        self.name = name
+        self.bases_config = config
+        self.regenerable = regenerable and not config.train_bases
+        # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
+        self.A = nn.Parameter(A, requires_grad=config.train_bases)
+        self.B = nn.Parameter(B, requires_grad=config.train_bases)
+        self.R = nn.ParameterDict()  # adapter name → (r×r)
+        self.configs: dict[str, LoRAXSConfig] = {}
+        self.active: str | None = None
+        self.rows: tuple[str | None, ...] | None = None
+        self.merged: str | None = None
+        self.original: list[nn.Parameter] = []  # the weight before merging; in a list, so that it is no parameter
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def add(self, name: str, config: LoRAXSConfig, R: Tensor) -> None:
+        """Store R (r×r) as adapter `name`. In float32 at least: steps of 1e-4 vanish in bf16."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        self.R[name] = nn.Parameter(R.to(device=self.A.device, dtype=dtype), requires_grad=False)
+        self.configs[name] = config
+
+    def activate(self, name: str | None) -> None:
+        """Use adapter `name` (None: none), and train it alone."""
+        self.active = name
+        for key, R in self.R.items():
+            R.requires_grad_(key == name)
+
+    def delta(self, name: str) -> Tensor:
+        """(α/r)·B R A (out×in), multiplied in float32 at least."""
+        R = self.R[name].detach()
+        return (self.B.detach().to(R.dtype) @ (R * self.scale(name))) @ self.A.detach().to(R.dtype)
+
+    def scale(self, name: str) -> float:
+        """α/r of adapter `name`."""
+        return self.configs[name].scale_of(self.name)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        """The forward hook: W x + b → W x + b + (α/r)·B R A x."""
+        if self.merged is not None or (self.active is None and self.rows is None):
+            return None  # the output stays as it is
+        x = args[0] if args else next(iter(kwargs.values()))
+        z = self.project(module, x)
+        z = F.dropout(z, self.dropout, self.training)
+        if self.rows is None:
+            assert self.active is not None
+            u = self.mix(z, self.scaled(self.active).to(z.dtype))
+        else:
+            u = self.mix_rows(z, self.row_matrices(z))
+        return self.expand(out, u)
+
+    @property
+    def dropout(self) -> float:
+        """Of the adapters in use, which must agree on it while they are trained."""
+        used = {self.configs[name].dropout for name in self.rows or (self.active,) if name is not None}
+        if self.training and len(used) > 1:
+            raise LoRAXSError(f"the adapters of one batch have different dropouts: {sorted(used)}.")
+        return max(used, default=0.0)
+
+    def scaled(self, name: str | None) -> Tensor:
+        """(α/r)·R of an adapter; zeros for None."""
+        if name is None:
+            return torch.zeros(self.rank, self.rank, device=self.A.device)
+        return self.R[name] * self.scale(name)
+
+    def row_matrices(self, z: Tensor) -> Tensor:
+        """(α/r)·R of the adapter of each row of the batch: (rows×r×r)."""
+        assert self.rows is not None
+        if z.shape[0] != len(self.rows):
+            raise LoRAXSError(f"{self.name} got {z.shape[0]} rows, but adapters were given for {len(self.rows)} rows.")
+        distinct = {name: self.scaled(name).to(z.dtype) for name in self.rows}
+        return torch.stack([distinct[name] for name in self.rows])
+
+    def project(self, module: nn.Module, x: Tensor) -> Tensor:
+        """z = A x: (…×in) → (…×r)"""
+        return F.linear(x, self.A.to(x.dtype))
+
+    def mix(self, z: Tensor, R: Tensor) -> Tensor:
+        """u = R z: (…×r) → (…×r)"""
+        return F.linear(z, R)
+
+    def mix_rows(self, z: Tensor, R: Tensor) -> Tensor:
+        """u = R z with R (rows×r×r): (rows×…×r) → (rows×…×r)"""
+        return torch.bmm(z.reshape(z.shape[0], -1, self.rank), R.mT).reshape(z.shape)
+
+    def expand(self, out: Tensor, u: Tensor) -> Tensor:
+        """out + B u: (…×out), (…×r) → (…×out)"""
+        B = self.B.to(u.dtype)
+        if out.dtype != u.dtype:  # an Embedding under autocast: float32 out, bf16 u
+            return out + F.linear(u, B).to(out.dtype)
+        # One pass over `out` in the product itself, instead of a product, a scaling and a sum.
+        return torch.addmm(out.reshape(-1, out.shape[-1]), u.reshape(-1, self.rank), B.t()).view(out.shape)
+
+    def extra_repr(self) -> str:
+        return f"r={self.rank}, adapters={list(self.R)}, active={self.active!r}"
+
+
+class XSEmbedding(XSLayer):
+    """W (width×vocabulary) is the transposed weight, x a one-hot column: z = A x is a column of A."""
+
+    def project(self, module: nn.Module, x: Tensor) -> Tensor:
+        return F.embedding(x, self.A.t())
+
+
+class XSConv2d(XSLayer):
+    """W (out×in·kh·kw) is the flattened weight: A is a convolution to r channels, R and B are 1×1
+    convolutions."""
+
+    def project(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(N×in×H×W) → (N×r×H'×W'), with the module's stride, padding and dilation."""
+        assert isinstance(module, nn.Conv2d)
+        kernel = self.A.to(x.dtype).view(self.rank, *module.weight.shape[1:])
+        return module._conv_forward(x, kernel, None)
+
+    def mix(self, z: Tensor, R: Tensor) -> Tensor:
+        return F.conv2d(z, R[:, :, None, None])
+
+    def mix_rows(self, z: Tensor, R: Tensor) -> Tensor:
+        return torch.bmm(R, z.flatten(2)).view(z.shape)
+
+    def expand(self, out: Tensor, u: Tensor) -> Tensor:
+        return out + F.conv2d(u, self.B.to(u.dtype)[:, :, None, None]).to(out.dtype)
+
+
+def layer_of(module: nn.Module) -> XSLayer | None:
+    """The module's adapter, if it has one."""
+    layer = module._modules.get(ATTRIBUTE)
+    return layer if isinstance(layer, XSLayer) else None
+
+
+def layers(model: nn.Module) -> list[tuple[nn.Module, XSLayer]]:
+    """Every adapted module with its adapter, in the model's order."""
+    found = [(module, layer_of(module)) for module in model.modules()]
+    pairs = [(module, layer) for module, layer in found if layer is not None]
+    if not pairs:
+        raise LoRAXSError("the model has no LoRA-XS adapters; call inject or load_adapter first.")
+    return pairs

@@ -1,0 +1,79 @@
+"""The update written into the weights: W ← W + (α/r)·B R A, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import active, check_known, check_not_merged
+from .errors import LoRAXSError
+from .injection import remove
+from .kinds import dense, kind_of
+from .layer import XSLayer, layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
+    """Write an adapter into the weights, so that the model runs as fast as its base.
+
+    The sum is taken in float32 (float64 for float64 weights) and rounded once. A quantised weight becomes
+    an ordinary one. A weight that several modules share is left to the others: the adapted module gets its
+    own.
+
+    Args:
+        name: of the adapter; None is the active one.
+        keep: keep the old weights, so that `unmerge` can put them back; False removes the adapters instead.
+    """
+    check_not_merged(model, "merge")
+    name = active(model) if name is None else name
+    if name is None:
+        raise LoRAXSError("no adapter is active; say which one to merge.")
+    check_known(model, name)
+    pairs = layers(model)
+    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    # Two passes, so that a failure leaves the model whole and success never holds two copies of it.
+    for module, layer in pairs:
+        if not bool(torch.isfinite(_merged_weight(module, layer, name)).all()):
+            raise LoRAXSError(f"merging {name!r} into {layer.name} gives weights that are not finite.")
+    for module, layer in pairs:
+        parameter = nn.Parameter(_merged_weight(module, layer, name), requires_grad=False)
+        old = module.weight
+        assert isinstance(old, nn.Parameter)
+        if shared[id(old)] > 1:
+            warnings.warn(
+                f"{layer.name} shared its weight with another module and now has its own; "
+                "a configuration that ties them (tie_word_embeddings) must say so no longer.",
+                stacklevel=2,
+            )
+        if keep:
+            layer.original = [old]
+            layer.merged = name
+        module.weight = parameter
+    return model if keep else remove(model)
+
+
+def _merged_weight(module: nn.Module, layer: XSLayer, name: str) -> Tensor:
+    """W + (α/r)·B R A in the layout and type of the module's weight."""
+    kind, weight = kind_of(module), module.weight
+    assert kind is not None
+    assert isinstance(weight, Tensor)
+    W = kind.to_matrix(dense(weight))
+    total = W + layer.delta(name)
+    return kind.from_matrix(total, weight.shape).to(W.dtype).contiguous()
+
+
+def unmerge(model: Model) -> Model:
+    """Put the weights from before `merge` back: the same tensors, so the same bytes and the same ties."""
+    pairs = layers(model)
+    if all(layer.merged is None for _, layer in pairs):
+        raise LoRAXSError("no adapter is merged.")
+    for module, layer in pairs:
+        (module.weight,) = layer.original
+        layer.original, layer.merged = [], None
+    return model

@@ -1,0 +1,327 @@
+"""To and from PEFT's folders: plain LoRA, and the checkpoints that the official LoRA-XS code writes.
+
+B R A is a LoRA of rank r with lora_A = A and lora_B = B·R, so every tool that reads PEFT's LoRA runs it.
+The official code patches PEFT 0.10 and writes a third matrix for each module, `lora_latent_mapping`, which
+is R; PEFT itself drops it without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import files
+from .adapters import active, check_known, check_not_merged
+from .bases import Progress, Request, default_cache, make_bases
+from .config import LoRAXSConfig
+from .errors import LoRAXSError
+from .head import ATTRIBUTE as HEAD
+from .head import heads
+from .injection import attach
+from .kinds import CONV1D, CONV2D, EMBEDDING, kind_of, matrix_shape, refusal
+from .layer import layer_of, layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PREFIX = "base_model.model."
+
+RESIDUAL = 1e-3
+"""Relative part of an imported update outside the SVD bases that is refused."""
+
+_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+?)"
+    r"(?:\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?"
+    r"|[._](?:default_)?lora_latent_mapping\.weight)$"
+)
+
+
+@torch.no_grad()
+def export_peft(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write adapter `name` (None: the active one) as a LoRA for `PeftModel.from_pretrained`; the file has
+    LoRA's size.
+
+    Args:
+        base_model: name or folder of the base model, for tools that load it from the adapter's configuration.
+        dtype: of the file. B·R is multiplied in float32 and rounded once.
+    """
+    check_not_merged(model, "export_peft")
+    name = active(model) if name is None else name
+    if name is None:
+        raise LoRAXSError("no adapter is active; say which one to export.")
+    check_known(model, name)
+    tensors: dict[str, Tensor] = {}
+    pairs = layers(model)
+    for module, layer in pairs:
+        A, R = layer.A.detach().float(), layer.R[name].detach().float()
+        BR = layer.B.detach().float() @ R
+        prefix = f"{PREFIX}{layer.name}.lora_"
+        kind = kind_of(module)
+        if kind is EMBEDDING:
+            factors = {"embedding_A": A, "embedding_B": BR}
+        elif kind is CONV2D:
+            assert isinstance(module.weight, Tensor)
+            factors = {"A.weight": A.view(-1, *module.weight.shape[1:]), "B.weight": BR[:, :, None, None]}
+        else:
+            factors = {"A.weight": A, "B.weight": BR}
+        tensors |= {prefix + key: value.to("cpu", dtype).contiguous() for key, value in factors.items()}
+    head_modules = heads(model)
+    for module, head in head_modules:
+        for key, value in head.of(module, name).state_dict().items():
+            if not key.startswith(HEAD + "."):
+                tensors[f"{PREFIX}{head.name}.{key}"] = value.cpu().contiguous().clone()
+    config = pairs[0][1].configs[name]
+    plain = {layer.name for module, layer in pairs if kind_of(module) is not CONV1D}
+    written = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "task_type": None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha if config.alpha is not None else config.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": len(plain) == 0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "target_modules": [layer.name for _, layer in pairs],
+        "modules_to_save": [head.name for _, head in head_modules] or None,
+        # PEFT reads the keys as regular expressions that end a module's name.
+        "rank_pattern": {re.escape(layer.name): layer.rank for _, layer in pairs if layer.rank != config.rank},
+        "alpha_pattern": {
+            re.escape(layer.name): config.alpha_of(layer.name)
+            for _, layer in pairs
+            if config.alpha_of(layer.name) != (config.alpha if config.alpha is not None else config.rank)
+        },
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+    return folder
+
+
+@torch.no_grad()
+def import_peft(
+    model: Model,
+    path: str | Path,
+    *,
+    name: str = "default",
+    bases: Literal["svd", "file"] = "svd",
+    cache: str | Path | bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a PEFT LoRA folder, or a checkpoint of the official LoRA-XS code, onto a plain base model.
+
+    Args:
+        name: of the adapter here.
+        bases: "svd" expresses the update in the SVD bases of the model's weights and refuses one that does
+        not lie in
+            them (to 1e-3), so that R alone need be saved. "file" is exact for every LoRA: it takes A and B
+            from the file (for a plain LoRA, B from lora_B = B·R with B orthonormal) and stores them
+            whenever the adapter is saved.
+        cache, progress: as for `inject`.
+    """
+    if bases not in ("svd", "file"):
+        raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}.')
+    if any(layer_of(module) is not None for module in model.modules()):
+        raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here.")
+    folder = Path(path)
+    settings = _read_settings(folder)
+    factors, rest = _read_factors(folder)
+    named = dict(model.named_modules())
+    for key, f in factors.items():
+        module = named.get(key)
+        if module is None:
+            raise LoRAXSError(f"{folder} is an adapter for another model: this one has no module {key}.")
+        if reason := refusal(module):
+            raise LoRAXSError(f"{folder} is an adapter for another model: {key} {reason}.")
+        if (f.B.shape[0], f.A.shape[1]) != matrix_shape(module):
+            out, width = matrix_shape(module)
+            raise LoRAXSError(
+                f"{folder} is an adapter for another model: {key} is {out}×{width} here, its update is "
+                f"{f.B.shape[0]}×{f.A.shape[1]}."
+            )
+    # In the model's order, which is that of the adapters.
+    factors = {key: factors[key] for key in named if key in factors}
+    config = _config(settings, factors, rest, named, folder)
+    requests = [Request(key, named[key], f.A.shape[0]) for key, f in factors.items()]
+    if bases == "svd":
+        store = default_cache() if cache is True else Path(cache) if cache else None
+        pairs = make_bases(requests, config, store, progress)
+        Rs = [_project(f, A, B, key, folder) for (key, f), (A, B) in zip(factors.items(), pairs, strict=True)]
+    else:
+        own = [f.orthonormal() for f in factors.values()]
+        devices = [named[key].get_parameter("weight").device for key in factors]
+        pairs = [(f.A.to(d), f.B.to(d)) for f, d in zip(own, devices, strict=True)]
+        Rs = [f.matrix for f in own]
+    state = model.state_dict()
+    for key, value in rest.items():
+        if key not in state or state[key].shape != value.shape:
+            raise LoRAXSError(f"{folder} has {key} of shape {tuple(value.shape)}, which does not fit this model.")
+    attach(
+        model,
+        config,
+        name,
+        [(r.name, r.module, *p) for r, p in zip(requests, pairs, strict=True)],
+        given=bases == "file",
+    )
+    for (_, layer), R in zip(layers(model), Rs, strict=True):
+        layer.R[name].copy_(R)
+    for key, value in rest.items():
+        state[key].copy_(value)
+    return model
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One module's update: B R A, or B A where R is None."""
+
+    A: Tensor
+    B: Tensor
+    R: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """R, where there is one."""
+        assert self.R is not None
+        return self.R
+
+    def orthonormal(self) -> _Factors:
+        """The same product with an R."""
+        if self.R is not None:
+            return self
+        Q, T = torch.linalg.qr(self.B.float())
+        return _Factors(self.A, Q.to(self.B.dtype) if self.B.dtype == torch.float64 else Q, T)
+
+
+def _project(f: _Factors, A: Tensor, B: Tensor, key: str, folder: Path) -> Tensor:
+    """R with B R A closest to the update (r×r); refused if what is left of it matters."""
+    A, B = A.to("cpu", torch.float64), B.to("cpu", torch.float64)
+    A_file, B_file = f.A.double(), f.B.double() if f.R is None else f.B.double() @ f.R.double()
+    R = torch.linalg.pinv(B) @ B_file @ (A_file @ torch.linalg.pinv(A))
+    left, right = (
+        torch.cat([B @ R, -B_file], dim=1),
+        torch.cat([A, A_file]),
+    )  # their product is the difference
+    total, difference = _product_norm(B_file, A_file), _product_norm(left, right)
+    if difference > RESIDUAL * total:
+        raise LoRAXSError(
+            f"the update of {key} in {folder} lies outside the SVD bases of this model's weight "
+            f'(by {difference / total:.1%}); import it with bases="file".'
+        )
+    return R
+
+
+def _product_norm(X: Tensor, Y: Tensor) -> float:
+    """‖X Y‖ without the product: ‖X Y‖² = ⟨XᵀX, Y Yᵀ⟩."""
+    return math.sqrt(max(0.0, float(((X.t() @ X) * (Y @ Y.t())).sum())))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+    except FileNotFoundError as error:
+        raise LoRAXSError(f"there is no file {folder / 'adapter_config.json'}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LoRAXSError(f"{folder / 'adapter_config.json'} is not JSON: {error}.") from error
+    if settings.get("peft_type") != "LORA":
+        raise LoRAXSError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA can be imported.")
+    for option in ("use_dora", "lora_bias"):
+        if settings.get(option):
+            raise LoRAXSError(f"{folder} uses {option}, which is more than B·A; it cannot be imported.")
+    if settings.get("bias", "none") != "none":
+        raise LoRAXSError(f"{folder} trains biases (bias={settings['bias']!r}); it cannot be imported.")
+    return settings
+
+
+def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]:
+    """Factors by module, and the other tensors (the task head) by their names in the model."""
+    file = folder / "adapter_model.safetensors"
+    if file.exists():
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise LoRAXSError(f"{file} is no complete safetensors file ({error}); was it truncated?") from error
+    elif (file := folder / "adapter_model.bin").exists():
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise LoRAXSError(f"{file} cannot be read safely: it is damaged or holds more than tensors.") from error
+    else:
+        raise LoRAXSError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin.")
+    parts: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, value in tensors.items():
+        if match := _KEY.match(key):
+            # An Embedding's factors are stored as they are, a Conv2d's with its kernel's dimensions.
+            parts.setdefault(match["module"], {})[match["factor"] or "R"] = value.flatten(1)
+        elif "lora_" in key:
+            raise LoRAXSError(f"{file} has the entry {key}, which is neither lora_A, lora_B nor a latent mapping.")
+        elif ".original_module." not in key:
+            rest[
+                key.removeprefix(PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+            ] = value
+    factors = {}
+    for module, part in parts.items():
+        for factor in "AB":
+            if factor not in part:
+                raise LoRAXSError(f"{file} has no lora_{factor} for {module}; the file is incomplete.")
+        factors[module] = _Factors(part["A"], part["B"], part.get("R"))
+    if not factors:
+        raise LoRAXSError(f"{file} holds no LoRA matrices.")
+    return factors, rest
+
+
+def _config(
+    settings: dict[str, Any],
+    factors: dict[str, _Factors],
+    rest: dict[str, Tensor],
+    named: dict[str, nn.Module],
+    folder: Path,
+) -> LoRAXSConfig:
+    rank = settings["r"]
+    alpha_at = _pattern(settings.get("alpha_pattern") or {}, settings["lora_alpha"])
+    ranks = {key: f.A.shape[0] for key, f in factors.items()}
+    # rsLoRA scales by α/√r; as α/r that is an α of √r times as much.
+    alphas = {
+        key: float(alpha_at(key)) * (math.sqrt(ranks[key]) if settings.get("use_rslora") else 1) for key in factors
+    }
+    alpha = next(iter(alphas.values()))
+    saved = settings.get("modules_to_save") or []
+    # PEFT adds the classifier of a sequence-classification model without naming it.
+    head = tuple(n for n in named if n and any(key.startswith(n + ".") for key in rest) and n.count(".") == 0)
+    if rest and not head:
+        raise LoRAXSError(f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks.")
+    return LoRAXSConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(factors),
+        rank_pattern={key: r for key, r in ranks.items() if r != rank},
+        alpha_pattern={key: a for key, a in alphas.items() if a != alpha},
+        head=head,
+    )
+
+
+def _pattern(pattern: dict[str, Any], default: Any) -> Callable[[str], Any]:
+    def at(key: str) -> Any:
+        return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", key)), default)
+
+    return at

@@ -1,0 +1,89 @@
+"""``lora-xs merge``, ``export-peft`` and ``info``: flags and checks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from memtrain_common.cli import parse
+from memtrain_common.errors import UserError
+
+from .configure import at_least, required
+
+ADAPTER = "give an adapter's folder, as training writes it"
+OUT = "name the folder to write"
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Every flag of lora-xs merge."""
+
+    adapter: str = ""
+    """Adapter folder."""
+    model: str = ""
+    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
+    out: str = ""
+    """Folder to write: a transformers model with its tokenizer, new or empty."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base weights, and of the merged ones; it must be the one that the adapter was trained with."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Every flag of lora-xs export-peft."""
+
+    adapter: str = ""
+    """Adapter folder."""
+    model: str = ""
+    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
+    out: str = ""
+    """Folder to write: adapter_config.json and adapter_model.safetensors, new or empty."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base weights; it must be the one that the adapter was trained with."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the exported factors."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Every flag of lora-xs info."""
+
+    adapter: str = ""
+    """Adapter folder to describe; or leave it out and give --model."""
+    model: str = ""
+    """A model's folder or hub name: with --adapter, whether the adapter fits it; alone, what adapters would cost."""
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64)
+    """Without --adapter, ranks to count for."""
+    targets: tuple[str, ...] = ()
+    """Without --adapter, modules by the ends of their names; empty takes the paper's for the model's family."""
+
+
+def main(command: str, argv: Sequence[str], description: str) -> None:
+    prog = f"lora-xs {command}"
+    if command == "merge":
+        merge = parse(MergeConfig, argv, prog=prog, description=description)
+        required(merge, adapter=ADAPTER, out=OUT)
+        from .adapters import run_merge
+
+        run_merge(merge)
+    elif command == "export-peft":
+        export = parse(ExportConfig, argv, prog=prog, description=description)
+        required(export, adapter=ADAPTER, out=OUT)
+        from .adapters import run_export
+
+        run_export(export)
+    else:
+        info = parse(InfoConfig, argv, prog=prog, description=description)
+        if not info.adapter and not info.model:
+            raise UserError("--adapter and --model are both missing: give at least one of them")
+        if not info.adapter:
+            required(info, ranks="give at least one rank")
+            for rank in info.ranks:
+                at_least(_Rank(rank), ranks=1)
+        from .adapters import run_info
+
+        run_info(info)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    ranks: int

@@ -1,0 +1,75 @@
+"""``lora-xs eval``: flags and checks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from memtrain_common.cli import parse
+from memtrain_common.errors import UserError
+
+from .configure import at_least, required
+
+PROG = "lora-xs eval"
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Every flag of lora-xs eval."""
+
+    adapter: str = ""
+    """Adapter folder; empty evaluates the base model alone."""
+    model: str = ""
+    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
+    data: str = ""
+    """gsm8k, math, commonsense:NAME (commonsense:boolq, …), or a JSON or JSON Lines file of such rows."""
+    data_dir: str = ""
+    """Folder with the set's test file (DIR/test.jsonl, DIR/boolq/test.json); empty reads gsm8k from the hub."""
+    out: str = ""
+    """JSON Lines file for the predictions; empty names one in runs/ by date and time."""
+    resume: bool = False
+    """Go on with the predictions that --out already has."""
+    official_metric: bool = False
+    """Read and compare answers as the official code does, bugs included, to compare with published numbers."""
+    num_beams: int = 0
+    """Beams; 1 is greedy. 0 takes the official number: 1 for gsm8k and math, 4 for commonsense."""
+    max_new_tokens: int = 0
+    """Longest answer; 0 takes the official length: 1024 for gsm8k, 2048 for math, 32 for commonsense."""
+    batch_size: int = 16
+    """Prompts generated together."""
+    limit: int = 0
+    """Use the first so many rows; 0 uses all."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base weights; it must be the one that the adapter was trained with."""
+
+
+def check(config: EvalConfig) -> EvalConfig:
+    """The configuration itself.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    required(config, data="give gsm8k, math, commonsense:NAME or a file")
+    at_least(config, num_beams=0, max_new_tokens=0, batch_size=1, limit=0)
+    if not config.adapter and not config.model:
+        raise UserError("--adapter and --model are both missing: give at least one of them")
+    kind, _, name = config.data.partition(":")
+    if kind == "commonsense":
+        if name not in COMMONSENSE:
+            raise UserError(f"--data {config.data} names no known set: commonsense:NAME with {', '.join(COMMONSENSE)}")
+        if not config.data_dir:
+            raise UserError(f"--data {config.data} needs --data-dir, the folder with {name}/test.json")
+    if config.data == "math" and not config.data_dir:
+        raise UserError("--data math needs --data-dir, the folder with test.jsonl (problem and solution a line)")
+    if config.resume and not config.out:
+        raise UserError("--resume needs --out, the file to go on with")
+    return config
+
+
+def main(command: str, argv: Sequence[str], description: str) -> None:
+    config = check(parse(EvalConfig, argv, prog=PROG, description=description))
+    from .evaluate import run_eval
+
+    run_eval(config)

@@ -1,0 +1,229 @@
+"""The composition behind ``lora-xs eval``: questions, generation in batches, answers, predictions as JSON Lines."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from memtrain_common.console import Console, format_table
+from memtrain_common.distributed import launch
+from memtrain_common.errors import UserError
+from memtrain_common.instruct import PROMPT, Row, find_file, instruction_of, read_rows, rows_from_hub
+from memtrain_common.processor import avoid_broken_amx
+from memtrain_common.run_folder import default_run_path
+from torch import Tensor, nn
+
+from .answers import OPTIONS, boxed, gsm8k_expected, rules
+from .eval_flags import EvalConfig
+from .models import load_adapted, load_causal_lm, load_tokenizer
+
+STEP_BY_STEP = " Let's think step by step."
+STOPS = ("### Instruction", "### Response")
+# kind: (beams, longest answer), as the official evaluation has them
+OFFICIAL = {"gsm8k": (1, 1024), "math": (1, 2048), "commonsense": (4, 32)}
+HUB = {"gsm8k": ("openai/gsm8k", "main", "test")}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer that is right."""
+
+    prompt: str
+    expected: str
+    options: tuple[str, ...] = ()
+
+
+def run_eval(config: EvalConfig) -> None:
+    """Everything that ``lora-xs eval`` does once its flags are checked."""
+    world, device = launch(config.device)
+    if world.size > 1:
+        raise UserError("lora-xs eval runs in one process: start it without torchrun")
+    if device.type == "cpu" and config.base_dtype == "bfloat16":
+        avoid_broken_amx()
+    kind, asked = questions(config)
+    out = Path(config.out) if config.out else default_run_path("lora-xs-eval").with_suffix(".jsonl")
+    done = _finished(out, config, asked)
+    if config.adapter:
+        model, name = load_adapted(config.adapter, config.model, config.base_dtype)
+    else:
+        model, name = load_causal_lm(config.model, config.base_dtype).eval(), config.model
+    if not hasattr(model, "generate") or not model.can_generate():  # type: ignore[operator]
+        raise UserError(
+            f"{name} is no language model: lora-xs eval generates answers, and lora-xs glue reports GLUE's metrics"
+        )
+    model.to(device)
+    tokenizer = load_tokenizer(name)
+    tokenizer.padding_side = "left"
+    console = Console()
+    beams, longest = OFFICIAL[kind]
+    beams, longest = config.num_beams or beams, config.max_new_tokens or longest
+    metric = "official metric" if config.official_metric else "correct rules"
+    console.say(f"{out}: {len(asked):,} questions of {config.data}, {beams} beams, up to {longest} tokens, {metric}")
+    right = [bool(row["correct"]) for row in done]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bar = console.progress(len(asked), initial=len(done), label="eval")
+    with out.open("w") as file:
+        file.writelines(_line(row) for row in done)
+        for start in range(len(done), len(asked), config.batch_size):
+            batch = asked[start : start + config.batch_size]
+            texts = generate(model, tokenizer, [q.prompt for q in batch], beams=beams, longest=longest)
+            for i, (question, text) in enumerate(zip(batch, texts, strict=True), start=start):
+                row = scored(i, question, text, kind, config.official_metric)
+                right.append(row["correct"])
+                file.write(_line(row))
+            file.flush()
+            bar.update(len(batch))
+            bar.set_postfix_str(f"accuracy {100 * sum(right) / len(right):.1f}", refresh=False)
+    bar.close()
+    p, n = sum(right) / len(right), len(right)
+    table = [("accuracy", f"{100 * p:.2f} ± {100 * 1.96 * math.sqrt(p * (1 - p) / n):.2f}"), ("questions", f"{n:,}")]
+    console.say(format_table(table))
+    console.say(f"predictions {out}")
+
+
+def scored(index: int, question: Question, text: str, kind: str, official: bool) -> dict[str, Any]:
+    """One line of the predictions."""
+    take, compare = rules(kind, official, question.options)
+    answer = take(text)
+    return {
+        "index": index,
+        "prompt": question.prompt,
+        "output": text,
+        "answer": answer,
+        "expected": question.expected,
+        "correct": compare(answer, question.expected),
+        "official_metric": official,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """The whole lines of a file that is gone on with; they must answer the same questions by the same rules."""
+    if not out.exists():
+        if config.resume:
+            raise UserError(f"there is no {out} to go on with: leave --resume out")
+        return []
+    if not config.resume:
+        raise UserError(f"{out} exists: choose another --out, or go on with it by --resume")
+    text = out.read_text()
+    try:
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        same = len(rows) <= len(asked) and all(
+            row["prompt"] == q.prompt and row["official_metric"] == config.official_metric
+            for row, q in zip(rows, asked, strict=False)
+        )
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{out} holds other predictions than these: choose another --out")
+    return rows
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, beams: int, longest: int) -> list[str]:
+    """The continuation of each prompt, most likely first, up to the next heading of the prompt's format."""
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(next(model.parameters()).device)
+    inputs.pop("token_type_ids", None)
+    room = getattr(model.config, "max_position_embeddings", None)
+    width = inputs["input_ids"].shape[1]
+    if room is not None and width >= room:
+        raise UserError(f"a prompt has {width} tokens and the model takes {room}: leave it out, or use another model")
+    ids = model.generate(  # type: ignore[operator]
+        **inputs,
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=longest if room is None else min(longest, room - width),
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=transformers.StoppingCriteriaList([_Headings(tokenizer, width)]),
+    )
+    texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    return [_cut(text) for text in texts]
+
+
+class _Headings(transformers.StoppingCriteria):
+    """Ends a row once a heading of the prompt's format stands at its end.
+
+    Not generate's own ``stop_strings``: those know byte-level and SentencePiece vocabularies only.
+    """
+
+    def __init__(self, tokenizer: Any, width: int) -> None:
+        self._tokenizer, self._width = tokenizer, width
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """ids (rows×tokens) → (rows,)"""
+        tails = self._tokenizer.batch_decode(ids[:, max(self._width, ids.shape[1] - 24) :])
+        return torch.tensor([any(stop in tail for stop in STOPS) for tail in tails], device=ids.device)
+
+
+def _cut(text: str) -> str:
+    ends = [text.find(stop) for stop in STOPS if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+# -- questions -----------------------------------------------------------------------------------------------------
+
+
+def questions(config: EvalConfig) -> tuple[str, list[Question]]:
+    """The kind of the answers ("gsm8k", "math", "commonsense"), and the questions in the file's order."""
+    kind, _, name = config.data.partition(":")
+    limit = config.limit or None
+    folder = Path(config.data_dir) if config.data_dir else None
+    if kind == "commonsense":
+        assert folder is not None
+        rows = read_rows(find_file(folder, (f"{name}/test.json", "test.json")), limit)
+    elif kind in ("gsm8k", "math"):
+        rows = rows_from_hub(*HUB[kind], limit) if folder is None else read_rows(find_file(folder, _TESTS), limit)
+    else:
+        if not Path(config.data).is_file():
+            raise UserError(f"there is no file {config.data}: --data takes gsm8k, math, commonsense:NAME or a file")
+        rows = read_rows(Path(config.data), limit)
+        kind = _kind_of(rows[0])
+    make = {"gsm8k": _gsm8k, "math": _math, "commonsense": lambda row: _commonsense(row, name)}[kind]
+    return kind, [make(row) for row in rows]
+
+
+_TESTS = ("test.jsonl", "test.json", "MATH_test.jsonl", "gsm8k_test.jsonl")
+
+
+def _kind_of(row: Row) -> str:
+    has = row.values.keys()
+    if {"question", "answer"} <= has:
+        return "gsm8k"
+    if {"problem", "solution"} <= has or ({"instruction", "output"} <= has and boxed(str(row.values["output"]))):
+        return "math"
+    if {"instruction", "answer"} <= has:
+        return "commonsense"
+    raise UserError(
+        f"{row.where} has the fields {', '.join(map(repr, has))}, and needs question and answer (GSM8K), problem and "
+        "solution (MATH), or instruction and answer (commonsense)"
+    )
+
+
+def _gsm8k(row: Row) -> Question:
+    expected = gsm8k_expected(row.text("answer"))
+    if expected is None:
+        raise UserError(f"{row.where} has no '####' in its answer: what follows it is the number that is right")
+    return Question(PROMPT.format(instruction=row.text("question")) + STEP_BY_STEP, expected)
+
+
+def _math(row: Row) -> Question:
+    question, solution = ("problem", "solution") if "problem" in row.values else ("instruction", "output")
+    expected = boxed(row.text(solution))
+    if expected is None:
+        raise UserError(f"{row.where} has no \\boxed{{…}} in its {solution}: it holds the answer that is right")
+    return Question(PROMPT.format(instruction=row.text(question)) + STEP_BY_STEP, expected)
+
+
+def _commonsense(row: Row, name: str) -> Question:
+    expected = row.text("answer")
+    options = OPTIONS.get(name) or next((o for o in OPTIONS.values() if expected in o), None)
+    if options is None or expected not in options:
+        raise UserError(f"{row.where} has the answer {expected!r}, which is no option of a commonsense set")
+    return Question(PROMPT.format(instruction=instruction_of(row, "instruction")), expected, options)

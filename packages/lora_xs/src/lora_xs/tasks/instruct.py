@@ -1,0 +1,173 @@
+"""The composition behind ``lora-xs instruct``: rows, tokens with the prompt masked, adapter, the shared loop."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_common.console import Console
+from memtrain_common.data_order import epoch_batch, rank_share
+from memtrain_common.distributed import launch
+from memtrain_common.errors import UserError
+from memtrain_common.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
+from memtrain_common.loop import FitConfig
+from memtrain_common.processor import avoid_broken_amx
+from memtrain_common.rng import seed_all
+from torch import Tensor, nn
+
+from ..config import LoRAXSConfig
+from ..injection import inject
+from .configure import MAY_CHANGE
+from .instruct_flags import PROG, InstructConfig
+from .models import load_causal_lm, load_tokenizer, write_task
+from .schedules import schedule, warmup_steps
+from .training import Job, open_run, save, summary, train
+
+IGNORED = -100  # the label that cross entropy passes over
+# data: (file names, hub name, its split)
+SETS = {
+    "metamathqa": (("MetaMathQA-395K.json", "MetaMathQA.json", "metamathqa.jsonl"), "meta-math/MetaMathQA", "train"),
+    "commonsense": (("commonsense_170k.json", "commonsense_170k.jsonl"), "zwhe99/commonsense_170k", "train"),
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row: the prompt's tokens, then the response's."""
+
+    ids: list[int]
+    prompt: int
+    """Tokens of the prompt, which the loss passes over."""
+
+
+def load_rows(config: InstructConfig) -> list[Row]:
+    """The training rows that the flags ask for."""
+    limit = config.limit or None
+    if config.data in SETS:
+        names, hub, split = SETS[config.data]
+        if config.data_dir:
+            return read_rows(find_file(Path(config.data_dir), names), limit)
+        return rows_from_hub(hub, None, split, limit)
+    if not Path(config.data).is_file():
+        raise UserError(f"there is no file {config.data}: --data takes {', '.join(SETS)} or a JSON or JSON Lines file")
+    return read_rows(Path(config.data), limit)
+
+
+def tokenize(example: Example, tokenizer: Any, max_length: int) -> Tokens:
+    """Prompt, response and the end token, cut to ``max_length``. A token across the border belongs to the response."""
+    prompt = tokenizer(example.prompt)["input_ids"]
+    ids = tokenizer(example.prompt + example.response)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+    return Tokens(ids[:max_length], same)
+
+
+def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
+    """Rows padded on the right: input_ids, attention_mask and labels, each (rows×tokens)."""
+    width = max(len(r.ids) for r in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n] = torch.tensor(row.ids)
+        mask[i, :n] = 1
+        labels[i, row.prompt : n] = ids[i, row.prompt : n]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross entropy over the responses' tokens (those of the whole micro-batch weigh alike)."""
+    return model(**batch, use_cache=False).loss
+
+
+def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
+    """Everything that ``lora-xs instruct`` does once its flags are checked."""
+    world, device = launch(config.device)
+    if device.type == "cpu" and "bfloat16" in (config.dtype, config.base_dtype):
+        avoid_broken_amx()
+    if config.batch_size % world.size:
+        raise UserError(f"--batch-size {config.batch_size} must be divisible by the {world.size} processes")
+    pair = (config.fields[0], config.fields[1]) if config.fields else None
+    pairs = examples(load_rows(config), pair)
+    tokenizer = load_tokenizer(config.model)
+    rows = [tokenize(e, tokenizer, config.max_length) for e in pairs]
+    kept = [r for r in rows if len(r.ids) > r.prompt]
+    if len(kept) <= config.val_samples:
+        raise UserError(
+            f"{config.data} has {len(kept)} rows with a response within --max-length {config.max_length} tokens: "
+            f"too few, with {config.val_samples} of them held out"
+        )
+    held = {round((i + 0.5) * len(kept) / config.val_samples) for i in range(config.val_samples)}
+    validation = [kept[i] for i in sorted(held)]
+    rows_in = [r for i, r in enumerate(kept) if i not in held]
+
+    seed_all(config.seed)
+    model = load_causal_lm(config.model, config.base_dtype)
+    xs = LoRAXSConfig(config.rank, config.alpha or None, config.targets, init=config.init, seed=config.seed, head=())
+    model = inject(model.to(device), xs)
+    sha = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
+    run, config = open_run(
+        config, argv, prog=PROG, world=world, device=device, data={"name": config.data, "sha256": sha}
+    )
+    console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
+    console.say(f"{run.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
+    if len(kept) < len(rows):
+        n = len(rows) - len(kept)
+        console.say(f"{n:,} rows left out: their prompts alone fill {config.max_length} tokens")
+    micro, size = config.gradient_accumulation_steps, len(rows_in)
+    steps = max(1, math.ceil(config.epochs * size / (config.batch_size * micro)))
+
+    def batches(i: int) -> dict[str, Tensor]:
+        order = rank_share(epoch_batch(config.seed, i, batch=config.batch_size, size=size), world.rank, world.size)
+        return collate([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id)
+
+    def evaluate(m: nn.Module) -> dict[str, float]:
+        total = count = 0.0
+        for start in range(0, len(validation), config.batch_size):
+            batch = collate(validation[start : start + config.batch_size], tokenizer.pad_token_id)
+            n = float((batch["labels"][:, 1:] != IGNORED).sum())  # a token's label is scored by the one before it
+            total += float(loss_of(m, {k: v.to(device) for k, v in batch.items()})) * n
+            count += n
+        return {"loss": total / count}
+
+    seed_all(config.seed + world.rank)
+    warm = config.warmup_iters or warmup_steps(config.warmup_ratio, steps)
+    job = Job(
+        model=model,
+        batches=batches,
+        loss=loss_of,
+        learning_rate=config.learning_rate,
+        head_learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_factor=schedule(config.schedule, min(warm, steps - 1), steps),
+        fit=FitConfig(
+            max_iters=steps,
+            gradient_accumulation_steps=micro,
+            grad_clip=config.grad_clip,
+            dtype=config.dtype,
+            eval_interval=config.eval_interval,
+            log_interval=config.log_interval,
+            units_per_step=config.batch_size * micro,
+            tracker=config.tracker,
+        ),
+        evaluate=evaluate if validation else None,
+        identity={**{k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}, "data_sha256": sha},
+        keep=config.keep,
+        label="instruct",
+    )
+    result = train(job, run, console, device, resume=bool(config.resume))
+    if world.is_main:
+        sizes = save(model, run.path / "adapter")
+        source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+        write_task(run.path / "adapter", command="instruct", data=config.data, model=source)
+        scores = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
+        if result.best is not None:
+            scores.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))
+        console.say()
+        console.say(summary(model, result, run, sizes, scores or [("steps", str(result.step))]))

@@ -1,0 +1,25 @@
+"""Learning rates of the official runs, as factors on each group's own rate."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from memtrain_common.schedule import cosine_with_warmup
+
+
+def linear_with_warmup(step: int, *, warmup_iters: int, decay_iters: int) -> float:
+    """(t+1)/(w+1) for t < w, then (d−t)/(d−w)."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    return max(0.0, (decay_iters - step) / max(1, decay_iters - warmup_iters))
+
+
+def schedule(kind: str, warmup_iters: int, decay_iters: int) -> Callable[[int], float]:
+    """Of kind "linear" or "cosine", both down to 0."""
+    if kind == "linear":
+        return partial(linear_with_warmup, warmup_iters=warmup_iters, decay_iters=decay_iters)
+    return partial(cosine_with_warmup, warmup_iters=warmup_iters, decay_iters=decay_iters, min_ratio=0.0)
+
+
+def warmup_steps(ratio: float, steps: int) -> int:
+    return math.ceil(ratio * steps)

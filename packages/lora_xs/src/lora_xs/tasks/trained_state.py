@@ -1,0 +1,29 @@
+"""Checkpoints of what is trained: a frozen base of gigabytes has no place in each of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def trained_state(model: nn.Module) -> Iterator[None]:
+    """Within this context ``model.state_dict()`` holds the trained parameters and all buffers, and loading such a
+    state is complete. The base weights come from where they came from; a run's identity has their SHA-256.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    def complete(module: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in frozen]
+
+    handles = [model.register_state_dict_post_hook(drop), model.register_load_state_dict_post_hook(complete)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

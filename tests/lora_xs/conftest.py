@@ -1,0 +1,193 @@
+"""Small models that every test file of lora_xs shares."""
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LORA_XS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+class Conv1D(nn.Module):
+    """transformers' Conv1D in three lines: weight (in×out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Mixed(nn.Module):
+    """One module of each kind, odd sizes, and a task head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(31, 12)
+        self.conv = nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, padding_mode="reflect")
+        self.up = Conv1D(17, 12)
+        self.down = nn.Linear(17, 9, bias=False)
+        self.classifier = nn.Linear(9 + 5, 4)
+
+    def forward(self, ids, image):
+        """ids (b×t), image (b×3×7×8) → (b×4)"""
+        text = self.down(torch.tanh(self.up(self.embed(ids)))).mean(1)
+        return self.classifier(torch.cat([text, self.conv(image).mean((2, 3))], dim=1))
+
+
+@pytest.fixture
+def mixed():
+    return Mixed()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randint(0, 31, (6, 5)), torch.randn(6, 3, 7, 8)
+
+
+@pytest.fixture
+def train_r():
+    """Give every R of the model values that matter."""
+    from lora_xs.layer import layers
+
+    def run(model, name="default", scale=0.3):
+        with torch.no_grad():
+            for _, layer in layers(model):
+                layer.R[name].copy_(torch.randn(layer.rank, layer.rank) * scale)
+        return model
+
+    return run
+
+
+@pytest.fixture
+def roberta():
+    transformers = pytest.importorskip("transformers")
+
+    def make(hidden=32, layers=2, labels=2, cls="RobertaForSequenceClassification", **more):
+        config = transformers.RobertaConfig(
+            vocab_size=60, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+            intermediate_size=2 * hidden, max_position_embeddings=40, num_labels=labels, **more,
+        )  # fmt: skip
+        return getattr(transformers, cls)(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def llama():
+    transformers = pytest.importorskip("transformers")
+
+    def make(**more):
+        config = transformers.LlamaConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, **more,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def words_tokenizer():
+    """A tokenizer of whole words and single characters, as a function of the texts it must know."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    def make(texts, **special):
+        pattern = Regex(r"\s?[A-Za-z]+|[\s\S]")
+        pieces = sorted({m for text in texts for m in _pieces(text)})
+        vocab = {piece: i for i, piece in enumerate([*special.values(), *pieces])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    return make
+
+
+def _pieces(text):
+    import re
+
+    return re.findall(r"\s?[A-Za-z]+|[\s\S]", text)
+
+
+SENTENCES = [(f"the {noun} is {word} {adverb}", label)
+             for noun in ("film", "play", "song", "book", "meal")
+             for word, label in (("good", 1), ("bad", 0), ("fine", 1), ("dull", 0))
+             for adverb in ("today", "again", "indeed", "here")]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory, words_tokenizer):
+    """A folder with a small BERT, saved without a classifier or a pooler."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("encoder")
+    special = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    tokenizer = words_tokenizer([s for s, _ in SENTENCES], **special)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory):
+    """SST-2 and STS-B in GLUE's layout, with sentences that can be told apart."""
+    folder = tmp_path_factory.mktemp("glue")
+    for split, rows in (("train", SENTENCES), ("dev", SENTENCES[::3])):
+        (folder / "SST-2").mkdir(exist_ok=True)
+        lines = ["sentence\tlabel", *(f"{s}\t{label}" for s, label in rows)]
+        (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        (folder / "STS-B").mkdir(exist_ok=True)
+        lines = ["index\tsentence1\tsentence2\tscore", *(f"{i}\t{s}\t{s}\t{5 * y}" for i, (s, y) in enumerate(rows))]
+        (folder / "STS-B" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+QUESTIONS = [(f"{a} plus {b}?", a + b) for a in range(4) for b in range(4)]
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory, words_tokenizer):
+    """A folder with a small Llama that knows the words of the prompt and of sums."""
+    import transformers
+    from memtrain_common.instruct import PROMPT
+
+    folder = tmp_path_factory.mktemp("llama")
+    texts = [
+        PROMPT,
+        "0123456789",
+        "plus? The answer is: true false the correct answer is ####",
+        " Let's think step by step.",
+    ]
+    tokenizer = words_tokenizer(texts, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.25, max_position_embeddings=128,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    """Sums in GSM8K's format."""
+    import json
+
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    rows = [json.dumps({"question": q, "answer": f"{a}\n#### {a}"}) for q, a in QUESTIONS]
+    file.write_text("\n".join(rows) + "\n")
+    return str(file)

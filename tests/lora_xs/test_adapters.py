@@ -1,0 +1,240 @@
+"""Several adapters, a different one for each row, none for a while, merging and taking off."""
+
+import copy
+
+import pytest
+import torch
+from lora_xs import (
+    LoRAXSConfig,
+    LoRAXSError,
+    add,
+    disable,
+    inject,
+    merge,
+    remove,
+    rows,
+    set_active,
+    trained,
+    unmerge,
+)
+from lora_xs.layer import layers
+from torch import nn
+
+TARGETS = ("embed", "conv", "up", "down")
+CONFIG = LoRAXSConfig(rank=3, alpha=5, targets=TARGETS)
+
+
+def three(model, train_r):
+    inject(model, CONFIG)
+    add(model, "b")
+    add(model, "c", alpha=9, seed=4)
+    for name in ("default", "b", "c"):
+        train_r(model, name)
+        set_active(model, name)
+        with torch.no_grad():
+            for p in trained(model)["head"]:
+                p.copy_(torch.randn_like(p))
+    set_active(model, "default")
+    return model
+
+
+def test_a_batch_of_eight_rows_with_three_adapters_equals_each_row_alone(mixed, train_r):
+    model = three(mixed.double().eval(), train_r)
+    ids, image = torch.randint(0, 31, (8, 5)), torch.randn(8, 3, 7, 8, dtype=torch.float64)
+    names = ["default", "b", "c", "b", None, "c", "c", "default"]
+    with rows(model, names):
+        together = model(ids, image)
+    for i, name in enumerate(names):
+        if name is None:
+            with disable(model):
+                alone = model(ids[i : i + 1], image[i : i + 1])
+        else:
+            set_active(model, name)
+            alone = model(ids[i : i + 1], image[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+    assert len({tuple(row) for row in together.tolist()}) == 8
+
+
+def test_rows_on_a_transformer(roberta, train_r):
+    model = roberta().double()
+    inject(model, LoRAXSConfig(rank=4, targets=("query", "value", "output.dense")))
+    add(model, "b")
+    add(model, "c")
+    for name in ("default", "b", "c"):
+        train_r(model, name, scale=1.0)
+    ids = torch.randint(3, 60, (8, 9))
+    names = ["default", "b", "c", "b", "default", "c", "c", "b"]
+    with torch.no_grad():
+        with rows(model, names):
+            together = model(ids).logits
+        for i, name in enumerate(names):
+            set_active(model, name)
+            torch.testing.assert_close(model(ids[i : i + 1]).logits[0], together[i], rtol=1e-10, atol=1e-10)
+
+
+def test_rows_are_counted_and_known(mixed, inputs, train_r):
+    model = three(mixed, train_r)
+    with (
+        rows(model, ["b"] * 5),
+        pytest.raises(LoRAXSError, match="got 6 rows, but adapters were given for 5"),
+    ):
+        model(*inputs)
+    with pytest.raises(LoRAXSError, match="no adapter 'x'; the model has default, b, c"), rows(model, ["x"]):
+        pass
+    model(*inputs)  # the context was left in order
+
+
+def test_gradients_reach_every_row_adapter(mixed, inputs, train_r):
+    model = three(mixed, train_r)
+    for p in trained(model, "b")["R"]:
+        p.requires_grad_(True)
+    with rows(model, ["default", "b", "default", "b", "b", "default"]):
+        model(*inputs).sum().backward()
+    for name in ("default", "b"):
+        assert all(float(p.grad.abs().max()) > 0 for p in trained(model, name)["R"])
+
+
+def test_switching_changes_r_alpha_head_and_what_trains(mixed, inputs, train_r):
+    model = three(mixed, train_r)
+    outputs = {}
+    for name in ("default", "b", "c"):
+        set_active(model, name)
+        outputs[name] = model(*inputs)
+        names = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {n for n in names if ".R." in n} == {f"{t}.lora_xs.R.{name}" for t in TARGETS}
+        assert {id(p) for p in trained(model)["head"]} <= {id(p) for p in model.parameters() if p.requires_grad}
+    assert not torch.equal(outputs["b"], outputs["c"])
+    assert model.down.lora_xs.scale("c") == 3
+    set_active(model, "default")
+    assert torch.equal(model(*inputs), outputs["default"])
+    set_active(model, None)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(LoRAXSError, match="no adapter is active"):
+        trained(model)
+
+
+def test_a_new_adapter_starts_from_the_untrained_head(mixed, train_r):
+    start = copy.deepcopy(mixed.classifier.state_dict())
+    model = inject(mixed, CONFIG)
+    model.classifier.weight.data.add_(1)
+    add(model, "b")
+    head = dict(model.classifier.lora_xs_head.parameters_of(model.classifier, "b"))
+    assert torch.equal(head["weight"], start["weight"])
+    assert len(trained(model)["head"]) == 2
+
+
+def test_disable_is_the_base_model(mixed, inputs, train_r):
+    want = mixed(*inputs)
+    model = train_r(inject(mixed, CONFIG))
+    adapted = model(*inputs)
+    with disable(model):
+        assert torch.equal(model(*inputs), want)
+    assert torch.equal(model(*inputs), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_restores_the_bytes(mixed, inputs, train_r, dtype):
+    mixed.to(dtype)
+    before = {k: v.clone() for k, v in mixed.state_dict().items()}
+    model = train_r(inject(mixed, CONFIG), scale=1.0)
+    image = inputs[1].to(dtype)
+    adapted = model(inputs[0], image)
+    merge(model)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    torch.testing.assert_close(model(inputs[0], image), adapted, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(model.down.weight, before["down.weight"])
+    with pytest.raises(LoRAXSError, match="adapter 'default' is merged"):
+        merge(model)
+    with pytest.raises(LoRAXSError, match="call unmerge before set_active"):
+        set_active(model, "default")
+    unmerge(model)
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key].view(torch.uint8), value.view(torch.uint8)), key
+    assert torch.equal(model(inputs[0], image), adapted)
+    with pytest.raises(LoRAXSError, match="no adapter is merged"):
+        unmerge(model)
+
+
+def test_merge_for_good_leaves_a_plain_model(mixed, inputs, train_r):
+    keys = list(mixed.state_dict())
+    model = train_r(inject(mixed, CONFIG))
+    want = model(*inputs)
+    merge(model, keep=False)
+    assert list(model.state_dict()) == keys
+    assert not any(m._forward_hooks for m in model.modules())
+    torch.testing.assert_close(model(*inputs), want)
+    inject(model, CONFIG)
+
+
+def test_merge_refuses_what_is_not_finite_and_changes_nothing(mixed, train_r):
+    model = train_r(inject(mixed, CONFIG))
+    model.down.lora_xs.R["default"].data[0, 0] = float("inf")
+    before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("weight")}
+    with pytest.raises(LoRAXSError, match="into down gives weights that are not finite"):
+        merge(model)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(23, 8)
+        self.mid = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 23, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.mid(self.embed(ids)))
+
+
+@pytest.mark.parametrize("targets", [("embed",), ("lm_head",), ("embed", "lm_head", "mid")])
+def test_tied_weights(targets, train_r):
+    model = Tied().double()
+    ids = torch.arange(23)[None]
+    base = model(ids)
+    train_r(inject(model, LoRAXSConfig(rank=3, targets=targets)))
+    want = model(ids)
+    assert not torch.equal(want, base)
+    assert model.lm_head.weight is model.embed.weight  # adapted apart, stored once
+    with pytest.warns(UserWarning, match="shared its weight"):
+        merge(model)
+    torch.testing.assert_close(model(ids), want, rtol=1e-12, atol=1e-12)
+    unmerge(model)
+    assert model.lm_head.weight is model.embed.weight
+    remove(model)
+    assert torch.equal(model(ids), base)
+
+
+def test_remove_restores_the_base(mixed, inputs, train_r):
+    want, keys = mixed(*inputs), list(mixed.state_dict())
+    model = remove(train_r(inject(mixed, CONFIG)))
+    assert torch.equal(model(*inputs), want)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(LoRAXSError, match="no LoRA-XS adapters"):
+        layers(model)
+
+
+def test_names_are_checked(mixed):
+    model = inject(mixed, CONFIG)
+    with pytest.raises(LoRAXSError, match="already an adapter 'default'"):
+        add(model, "default")
+    with pytest.raises(LoRAXSError, match=r"contain a dot"):
+        add(model, "a.b")
+    with pytest.raises(LoRAXSError, match="already has LoRA-XS adapters"):
+        inject(model, CONFIG)
+
+
+def test_trained_bases_are_not_shared(mixed):
+    model = inject(mixed, LoRAXSConfig(rank=2, targets=("up",), train_bases=True))
+    with pytest.raises(LoRAXSError, match="no second one can share"):
+        add(model, "b")
+
+
+def test_state_dict_resumes_exactly(mixed, inputs, train_r):
+    model = three(mixed, train_r)
+    state = copy.deepcopy(model.state_dict())
+    want = model(*inputs)
+    train_r(model)
+    assert not torch.equal(model(*inputs), want)
+    model.load_state_dict(state)
+    assert torch.equal(model(*inputs), want)

@@ -1,0 +1,159 @@
+"""The configuration, its matching of names, and what the package imports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
+from lora_xs.layer import layers
+
+
+def adapted(model):
+    return [layer.name for _, layer in layers(model)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number"),
+        ({"rank": 2.0}, "rank must be a whole number"),
+        ({"rank": 2, "alpha": 0}, "alpha must be greater than 0"),
+        ({"rank": 2, "alpha_pattern": {"a": -1}}, r"alpha_pattern\['a'\] must be greater"),
+        ({"rank": 2, "rank_pattern": {"a": 0}}, r"rank_pattern\['a'\] must be a whole"),
+        ({"rank": 2, "targets": ()}, "targets is empty"),
+        ({"rank": 2, "exclude": "lm_head"}, "exclude must be a tuple"),
+        ({"rank": 2, "init": "pissa"}, 'init must be "svd" or "random"'),
+        ({"rank": 2, "svd": "fast"}, 'svd must be "randomized" or "exact"'),
+        ({"rank": 2, "dropout": 1.0}, "dropout must be"),
+        ({"rank": 2, "r_std": -1.0}, "r_std must not be negative"),
+    ],
+)
+def test_bad_values_are_refused(fields, message):
+    with pytest.raises(LoRAXSError, match=message):
+        LoRAXSConfig(**fields)
+
+
+def test_json_round_trip():
+    config = LoRAXSConfig(4, 16, ["a", "b.c"], rank_pattern={"a": 2}, head=("x",), dropout=0.1)
+    assert LoRAXSConfig.from_json(config.to_json()) == config
+    assert config.targets == ("a", "b.c")
+    with pytest.raises(LoRAXSError, match="not a LoRA-XS configuration"):
+        LoRAXSConfig.from_json('{"rank": 2, "colour": "red"}')
+
+
+def test_patterns_prefer_the_longest_suffix():
+    config = LoRAXSConfig(8, 16, rank_pattern={"output.dense": 4, "attention.output.dense": 2}, alpha_pattern={"q": 3})
+    assert config.rank_of("l.0.attention.output.dense") == 2
+    assert config.rank_of("l.0.output.dense") == 4
+    assert config.rank_of("l.0.layoutput.dense") == 8  # a suffix begins at a dot
+    assert config.scale_of("l.0.q") == 3 / 8
+    assert LoRAXSConfig(8).scale_of("x") == 1
+
+
+def test_paper_targets_of_roberta(roberta):
+    model = inject(roberta(), LoRAXSConfig(2, targets=ROBERTA_TARGETS))
+    assert len(adapted(model)) == 4 * 2
+    assert not any("classifier" in name or "key" in name or "intermediate" in name for name in adapted(model))
+    head = {n for n, p in model.named_parameters() if p.requires_grad and ".R." not in n}
+    assert head == {n for n, _ in model.named_parameters() if n.startswith("classifier.")}
+
+
+def test_all_linear_leaves_out_head_and_output_embedding(roberta, llama):
+    assert not any("classifier" in name for name in adapted(inject(roberta(), LoRAXSConfig(2))))
+    names = adapted(inject(llama(), LoRAXSConfig(2)))
+    assert len(names) == 2 * len(CAUSAL_LM_TARGETS)
+    assert "lm_head" not in names
+
+
+def test_transformers_conv1d_is_known():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 50, (2, 8))
+    before = model(ids).logits
+    inject(model, LoRAXSConfig(4, r_std=1.0))
+    assert adapted(model) == [f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    after = model(ids).logits
+    assert not torch.equal(after, before)
+
+
+def test_regular_expression_targets(llama):
+    names = adapted(inject(llama(), LoRAXSConfig(2, targets=r"model\.layers\.1\.self_attn\.[qv]_proj")))
+    assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_a_target_that_matches_nothing_lists_what_there_is(llama):
+    with pytest.raises(LoRAXSError, match=r"'quary_proj' matches no module.*q_proj \(2\).*Did you mean") as caught:
+        inject(llama(), LoRAXSConfig(2, targets=("v_proj", "quary_proj")))
+    assert "embed_tokens (1)" in str(caught.value)
+    assert "norm" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exclude": ("x_proj",)}, "exclude names 'x_proj'"),
+        ({"rank_pattern": {"x_proj": 1}}, "rank_pattern names 'x_proj'"),
+        ({"alpha_pattern": {"x_proj": 1}}, "alpha_pattern names 'x_proj'"),
+        ({"head": ("scores",)}, "head names 'scores'"),
+        ({"targets": ("q_proj",), "exclude": ("q_proj",)}, "exclude leaves no module"),
+        ({"targets": "nothing.*"}, "matches no module"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(llama, fields, message):
+    with pytest.raises(LoRAXSError, match=message):
+        inject(llama(), LoRAXSConfig(2, **fields))
+
+
+def test_exclude_and_head(llama):
+    model = inject(
+        llama(),
+        LoRAXSConfig(2, targets=("q_proj", "v_proj"), exclude=("0.self_attn.q_proj",), head=("norm",)),
+    )
+    assert [n.split(".")[2:] for n in adapted(model)] == [
+        ["0", "self_attn", "v_proj"], ["1", "self_attn", "q_proj"], ["1", "self_attn", "v_proj"],
+    ]  # fmt: skip
+    assert model.model.norm.weight.requires_grad
+    assert not model.model.layers[0].input_layernorm.weight.requires_grad
+
+
+RUN = """
+import sys
+import lora_xs
+assert "torch" not in sys.modules, "importing lora_xs imports torch"
+assert set(dir(lora_xs)) >= set(lora_xs.__all__)
+for name in lora_xs.__all__:
+    value = getattr(lora_xs, name)
+    assert getattr(lora_xs, name) is value
+assert callable(lora_xs.inject) and callable(lora_xs.merge)
+try:
+    lora_xs.nothing
+except AttributeError:
+    pass
+else:
+    raise SystemExit("an unknown name was found")
+"""
+
+ALONE = """
+import sys
+for name in ("numpy", "transformers", "peft", "torchao", "sklearn", "memtrain_common"):
+    sys.modules[name] = None  # importing it fails
+import torch
+from lora_xs import *
+model = torch.nn.Sequential(torch.nn.Linear(600, 300), torch.nn.Linear(300, 8))
+inject(model, LoRAXSConfig(4, targets=("0",), head=("1",)), cache=sys.argv[1] + "/c")
+x = torch.randn(2, 600)
+model(x).sum().backward()
+want = model(x)
+save_adapter(model, sys.argv[1])
+load_adapter(remove(model), sys.argv[1], cache=sys.argv[1] + "/c")
+assert torch.equal(model(x), want)
+export_peft(model, sys.argv[1] + "/p")
+"""
+
+
+@pytest.mark.parametrize("script", [RUN, ALONE], ids=["import is light", "runs with torch and safetensors alone"])
+def test_in_a_fresh_process(script, tmp_path):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

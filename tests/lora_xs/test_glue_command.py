@@ -1,0 +1,217 @@
+"""lora-xs glue as a person meets it: a run, its folder and metric, kills and signals, a grid, every kind of mistake."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+import torch
+from lora_xs import describe_adapter
+from safetensors.torch import load_file
+from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed
+
+TINY = ["lora-xs", "glue", "--task", "sst2", "--tracker", "none", "--rank", "4", "--epochs", "5", "--batch-size", "8",
+        "--log-interval", "5", "--eval-interval", "10", "--learning-rate", "3e-2", "--head-learning-rate", "3e-2",
+        "--alpha", "16", "--out", "run"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(encoder, glue_dir):
+    return [*TINY, "--model", encoder, "--data-dir", glue_dir]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """A run that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    done = run_command(words, cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run", done
+
+
+def test_it_learns_and_reports_the_metric(whole):
+    run, done = whole
+    validation = [r for r in rows(run) if r["split"] == "val"]
+    assert [r["step"] for r in validation] == [0, 10, 20, 30, 40, 50]
+    assert validation[-1]["accuracy"] > max(0.7, validation[0]["accuracy"])
+    assert json.loads((run / "result.json").read_text()) == {"task": "sst2", "accuracy": validation[-1]["accuracy"]}
+    assert re.search(rf"accuracy +{100 * validation[-1]['accuracy']:.2f}", done.stdout)
+    assert done.stdout == (run / "log.txt").read_text()
+
+
+def test_what_it_trained_is_counted_and_kept(whole):
+    """2 layers of 4 modules of r² = 16; the pooler that the folder lacks belongs to the head."""
+    run, done = whole
+    info = describe_adapter(run / "adapter")
+    assert info.trained == 128
+    assert info.heads == ("bert.pooler.dense", "classifier")
+    head = load_file(run / "adapter" / "head.safetensors")
+    assert "128 in R, 306 in the head" in done.stdout
+    assert sum(t.numel() for t in head.values()) == 306
+    saved = load_file(newest_checkpoint(run) / "model.safetensors")
+    assert sum(t.numel() for n, t in saved.items() if t.is_floating_point()) == 128 + 306
+
+
+def same_run(a, b):
+    assert rows(a) == rows(b)
+    for name in ("adapter.safetensors", "head.safetensors"):
+        assert (a / "adapter" / name).read_bytes() == (b / "adapter" / name).read_bytes()
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, words, tmp_path):
+    run = tmp_path / "run"
+    process = Command(words, tmp_path)
+    while process.poll() is None and not list(run.glob("checkpoints/step-*2*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    done = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    same_run(run, whole[0])
+
+
+def test_sigterm_saves_and_resumes(whole, words, tmp_path):
+    run = tmp_path / "run"
+    process = Command(words, tmp_path)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 143, done.stderr
+    assert "go on with --resume run" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    again = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    same_run(run, whole[0])
+
+
+def test_the_best_weights_are_kept_on_request(words, tmp_path):
+    done = run_command([*words, "--keep", "best", "--epochs", "3"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    best = max(r["accuracy"] for r in rows(tmp_path / "run") if r["split"] == "val")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == best
+
+
+def test_another_adapter_is_a_start(whole, words, tmp_path):
+    """R comes from the adapter; the head begins anew, for a task with scores."""
+    start = str(whole[0] / "adapter")
+    options = ["--task", "stsb", "--from-adapter", start, "--learning-rate", "1e-12", "--epochs", "1"]
+    done = run_command([*words, *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    old, new = (load_file(p / "adapter.safetensors")["R"] for p in (whole[0] / "adapter", tmp_path / "run" / "adapter"))
+    torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
+    assert float(old.abs().max()) > 1e-3
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result) == {"task", "pearson", "spearman"}
+    refused = run_command([*words, "--from-adapter", start, "--rank", "5", "--out", "other"], tmp_path)
+    assert_refused(refused, "--rank 5", "which is 4")
+
+
+def test_random_bases_are_not_those_of_the_svd(words, tmp_path):
+    done = run_command([*words, "--init", "random", "--epochs", "1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert describe_adapter(tmp_path / "run" / "adapter").config.init == "random"
+
+
+def test_a_grid_is_stopped_resumed_and_tabled(encoder, glue_dir, tmp_path):
+    grid = ["lora-xs", "glue", "scratch", "--task", "sst2", "--model", encoder, "--data-dir", glue_dir, "--grid",
+            "--grid-ranks", "2", "4", "--grid-learning-rates", "1e-3", "--grid-head-learning-rates", "5e-3",
+            "--grid-seeds", "0", "1", "--epochs", "2", "--tracker", "none", "--out", "grid"]  # fmt: skip
+    folder = tmp_path / "grid"
+    process = Command(grid, tmp_path)
+    second = folder / "r2-lr0.001-head0.005-seed1"
+    while process.poll() is None and not (second / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    stopped = process.wait()
+    assert stopped.returncode == 143, stopped.stderr
+    assert "--resume grid" in stopped.stderr
+    first = (folder / "r2-lr0.001-head0.005-seed0" / "result.json").stat().st_mtime_ns
+    done = run_command(["lora-xs", "glue", "--resume", "grid"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "r2-lr0.001-head0.005-seed0" / "result.json").stat().st_mtime_ns == first  # left alone
+    table = json.loads((folder / "table.json").read_text())
+    assert [(r["rank"], len(r["scores"]["accuracy"])) for r in table] == [(2, 2), (4, 2)]
+    for row in table:
+        a, b = row["scores"]["accuracy"]
+        half = 12.706 * abs(a - b) / 2  # t(0.975, 1 degree of freedom) · s/√2, s = |a − b|/√2
+        assert f"{50 * (a + b):.2f} ± {100 * half:.2f}"[:-1] in (folder / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--task", "snli"], ["--task", "cola, sst2", "snli"]),
+        (["--model", "/no/such"], ["/no/such", "--model"]),
+        (["--data-dir", "nowhere"], ["nowhere", "SST-2/train.tsv"]),
+        (["--rank", "17"], ["17", "16"]),
+        (["--targets", "querry"], ["querry", "query"]),
+        (["--from-adapter", "missing"], ["missing"]),
+        (["--warmup-ratio", "1"], ["--warmup-ratio", "below 1"]),
+        (["--ranks", "4"], ["--ranks", "did you mean"]),
+        (["--batch-size", "none"], ["none"]),
+        (["--grid"], ["--rank", "--grid-ranks"]),
+        (["--resume", "missing"], ["missing", "not a run"]),
+    ],
+)
+def test_mistakes_are_one_sentence(options, expected, words, tmp_path):
+    assert_refused(run_command([*words, *options], tmp_path), *expected)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_about_runs_and_adapters(whole, words, glue_dir, tmp_path):
+    run, _ = whole
+    (tmp_path / "run").symlink_to(run)
+    assert_refused(run_command(words, tmp_path), "run holds another run", "--resume")
+    assert_refused(run_command(["lora-xs", "glue", "--resume", "run", "--rank", "8"], tmp_path), "--rank 4", "8")
+    assert_refused(run_command(["lora-xs", "instruct", "--resume", "run"], tmp_path), "another command")
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "adapter.safetensors").write_bytes((run / "adapter" / "adapter.safetensors").read_bytes()[:700])
+    assert_refused(run_command([*words, "--from-adapter", "short", "--out", "x"], tmp_path), "short", "truncated")
+    assert_refused(run_command(["lora-xs", "glu"], tmp_path), "glu", "did you mean glue")
+
+
+def test_every_commands_help_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    from lora_xs.cli import COMMANDS
+
+    script = f"""
+import sys, io, contextlib
+from lora_xs.cli import dispatch
+for name in {list(COMMANDS)!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            dispatch([name, "--help"])
+        except SystemExit as stop:
+            assert not stop.code
+    assert f"usage: lora-xs {{name}}" in out.getvalue(), out.getvalue()
+    assert "--out" in out.getvalue() or name == "info"
+loaded = {{"torch", "numpy", "transformers", "datasets", "peft", "sklearn"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_command_lists_its_commands(tmp_path):
+    done = run_installed(["lora-xs"], tmp_path)
+    assert done.returncode == 0
+    for name in ("glue", "instruct", "eval", "merge", "export-peft", "info", "demo"):
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize(("task", "metric"), [("cola", "matthews"), ("rte", "accuracy"), ("sst2", "accuracy")])
+def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_path):
+    few = ["--max-train-samples", "64", "--max-eval-samples", "40", "--epochs", "1", "--max-length", "32"]
+    words = ["lora-xs", "glue", "--task", task, "--model", encoder, "--data-dir", str(real_data / "glue"), *few]
+    done = run_command([*words, "--tracker", "none", "--rank", "4", "--out", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result) == {"task", metric}
+    assert f"{100 * result[metric]:.2f}" in done.stdout

@@ -1,0 +1,201 @@
+"""lora-xs instruct, eval, merge, export-peft and info, end to end on a small Llama."""
+
+import json
+import re
+import signal
+import time
+
+import peft
+import pytest
+import torch
+import transformers
+from lora_xs import load_adapter
+from lora_xs.tasks.answers import gsm8k_answer, gsm8k_correct
+from lora_xs.tasks.instruct import IGNORED, collate, tokenize
+from lora_xs.tasks.models import load_tokenizer
+from memtrain_common.instruct import Example
+from safetensors.torch import load_file
+from support import Command, assert_refused, newest_checkpoint, rows, run_command
+
+TINY = ["lora-xs", "instruct", "--tracker", "none", "--rank", "16", "--learning-rate", "2e-2", "--epochs", "30",
+        "--batch-size", "8", "--gradient-accumulation-steps", "2", "--val-samples", "2", "--eval-interval", "5",
+        "--log-interval", "5", "--max-length", "100", "--out", "run"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(language_model, sums):
+    return [*TINY, "--model", language_model, "--data", sums]
+
+
+@pytest.fixture(scope="module")
+def tuned(words, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("tuned")
+    done = run_command(words, cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run", done
+
+
+def test_the_loss_sees_the_response_alone(language_model):
+    tokenizer = load_tokenizer(language_model)
+    row = tokenize(Example("1 plus 2?", " 3"), tokenizer, 100)
+    batch = collate([row, tokenize(Example("1 plus", " 3"), tokenizer, 100)], tokenizer.pad_token_id)
+    seen = batch["labels"][0]
+    assert tokenizer.decode(seen[seen != IGNORED]) == " 3</s>"
+    assert batch["input_ids"][0, : row.prompt].tolist() == tokenizer("1 plus 2?")["input_ids"]
+    n = int(batch["attention_mask"][1].sum())
+    assert n < batch["labels"].shape[1]
+    assert bool((batch["labels"][1, n:] == IGNORED).all())
+    assert int((batch["labels"][1] != IGNORED).sum()) == 3
+    assert tokenize(Example("1 plus 2?", " 3"), tokenizer, 4).ids == row.ids[:4]
+
+
+def test_instruct_learns(tuned):
+    run, done = tuned
+    losses = [r["loss"] for r in rows(run) if r["split"] == "train"]
+    assert losses[-1] < 0.6 * losses[0]
+    assert "14 training rows, 2 held out" in done.stdout
+    saved = load_file(newest_checkpoint(run) / "model.safetensors")
+    assert set(saved) == {n for n in saved if n.endswith("lora_xs.R.default")}
+
+
+def test_sigterm_and_resume(tuned, words, tmp_path):
+    process = Command(words, tmp_path)
+    while process.poll() is None and not list((tmp_path / "run").glob("checkpoints/step-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait().returncode == 143
+    done = run_command(["lora-xs", "instruct", "--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "run") == rows(tuned[0])
+    ours, theirs = (p / "adapter" / "adapter.safetensors" for p in (tmp_path / "run", tuned[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
+    run, _ = tuned
+    words = ["lora-xs", "eval", "--adapter", str(run / "adapter"), "--data", sums, "--max-new-tokens", "12",
+             "--batch-size", "5", "--out", "p.jsonl"]  # fmt: skip
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert len(predictions) == 16
+    for p in predictions:
+        assert p["answer"] == gsm8k_answer(p["output"])
+        assert p["correct"] == gsm8k_correct(p["answer"], p["expected"])
+    share = sum(p["correct"] for p in predictions) / 16
+    assert re.search(rf"accuracy +{100 * share:.2f} ± ", done.stdout)
+    assert_refused(run_command(words, tmp_path), "p.jsonl exists", "--resume")
+    (tmp_path / "p.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # killed while writing
+    again = run_command([*words, "--resume"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "p.jsonl").read_text().splitlines() == lines
+    other = run_command([*words, "--resume", "--official-metric"], tmp_path)
+    assert_refused(other, "other predictions")
+
+
+def test_eval_of_commonsense_by_beams_and_base_model(language_model, tmp_path):
+    (tmp_path / "boolq").mkdir()
+    items = [{"instruction": "true or false?", "input": "", "output": "the correct answer is true", "answer": a}
+             for a in ("true", "false", "true")]  # fmt: skip
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(items))
+    words = [
+        "lora-xs",
+        "eval",
+        "--model",
+        language_model,
+        "--data",
+        "commonsense:boolq",
+        "--data-dir",
+        ".",
+        "--out",
+        "p",
+    ]
+    done = run_command([*words, "--max-new-tokens", "4", "--official-metric"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 beams, up to 4 tokens, official metric" in done.stdout
+    assert [json.loads(x)["expected"] for x in (tmp_path / "p").read_text().splitlines()] == ["true", "false", "true"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(10, 30)[None]).logits
+
+
+def test_merge_and_export_give_the_adapters_logits(tuned, language_model, tmp_path):
+    run, _ = tuned
+    base = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    plain = logits(base)
+    ours = logits(load_adapter(base, run / "adapter"))
+    assert float((ours - plain).abs().max()) > 0.1
+    for command in ("merge", "export-peft"):
+        done = run_command(["lora-xs", command, "--adapter", str(run / "adapter"), "--out", command], tmp_path)
+        assert done.returncode == 0, done.stderr
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merge")
+    torch.testing.assert_close(logits(merged), ours, atol=1e-5, rtol=1e-5)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "merge")
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    exported = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "export-peft"))
+    torch.testing.assert_close(logits(exported), ours, atol=1e-5, rtol=1e-5)
+    again = run_command(["lora-xs", "merge", "--adapter", str(run / "adapter"), "--out", "merge"], tmp_path)
+    assert_refused(again, "merge is not empty")
+
+
+def test_merging_an_embedding_unties_the_saved_model(language_model, tmp_path):
+    from lora_xs import LoRAXSConfig, inject, save_adapter
+
+    model = inject(
+        transformers.AutoModelForCausalLM.from_pretrained(language_model),
+        LoRAXSConfig(4, targets=("embed_tokens",), r_std=1.0, head=()),
+    )
+    ours = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    words = ["lora-xs", "merge", "--adapter", "adapter", "--model", language_model, "--out", "merged"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(merged), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_info_describes_and_counts(tuned, language_model, tmp_path):
+    run, _ = tuned
+    done = run_command(["lora-xs", "info", "--adapter", str(run / "adapter"), "--model", language_model], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"trained numbers in R +{14 * 256:,}\n", done.stdout)
+    assert re.search(rf"fits +{re.escape(language_model)}", done.stdout)
+    transformers.RobertaConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        architectures=["RobertaForMaskedLM"],
+    ).save_pretrained(tmp_path / "large")  # fmt: skip
+    counted = run_command(["lora-xs", "info", "--model", "large", "--ranks", "4", "25"], tmp_path)
+    assert counted.returncode == 0, counted.stderr
+    assert re.search(r"\n +4 +96 +1,536 ", counted.stdout)
+    assert re.search(r"\n +25 +96 +60,000 ", counted.stdout)
+
+
+def test_mistakes_are_one_sentence(tuned, words, language_model, sums, tmp_path):
+    run, _ = tuned
+    adapter = str(run / "adapter")
+    (tmp_path / "bad.jsonl").write_text('{"query": "1", "response": "2"}\n{"query": "1", "answer": "2"}\n')
+    bad = [*words, "--data", "bad.jsonl"]
+    assert_refused(run_command(bad, tmp_path), "bad.jsonl, line 2", "'response'")
+    assert_refused(run_command([*bad, "--fields", "query", "reply"], tmp_path), "bad.jsonl, line 1", "'reply'")
+    (tmp_path / "cut.jsonl").write_text('{"query": "1", "response": "2"}\n{"query": ')
+    assert_refused(run_command([*words, "--data", "cut.jsonl"], tmp_path), "cut.jsonl, line 2", "not JSON")
+    assert_refused(run_command([*words, "--data", "none.jsonl"], tmp_path), "none.jsonl", "metamathqa")
+    assert_refused(run_command([*words, "--rank", "33"], tmp_path), "33", "32")
+    assert_refused(run_command([*words, "--max-length", "5"], tmp_path), "--max-length 5")
+    assert_refused(run_command([*words, "--keep", "best", "--val-samples", "0"], tmp_path), "--val-samples")
+    assert not (tmp_path / "run").exists()
+    evaluate = ["lora-xs", "eval", "--adapter", adapter, "--out", "p.jsonl", "--data"]
+    assert_refused(run_command([*evaluate, "commonsense:bool"], tmp_path), "commonsense:bool", "boolq")
+    (tmp_path / "gold.jsonl").write_text('{"question": "1 plus 1?", "answer": "2"}\n')
+    assert_refused(run_command([*evaluate, "gold.jsonl"], tmp_path), "gold.jsonl, line 1", "####")
+    other = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    altered = run_command(["lora-xs", "merge", "--adapter", adapter, "--model", "other", "--out", "m"], tmp_path)
+    assert_refused(altered, "layers.1.mlp.up_proj.weight", "other base weights")
+    assert not (tmp_path / "m").exists()
