@@ -111,7 +111,8 @@ class TrainConfig:
 
 CHAR = TrainConfig(
     tokenizer="chars", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, max_iters=5000,
-    warmup_iters=100, eval_iters=200, lora_r=96, lora_alpha=384.0, learning_rate=1e-3, rest_learning_rate=1e-3, full_learning_rate=1e-3,
+    warmup_iters=100, eval_iters=200, lora_r=96, lora_alpha=384.0,
+    learning_rate=1e-3, rest_learning_rate=1e-3, full_learning_rate=1e-3,
 )  # fmt: skip
 PRESETS = {
     "default": TrainConfig(),
