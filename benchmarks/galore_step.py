@@ -225,7 +225,7 @@ def main(names: list[str]) -> None:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "seed": SEED,
+            "seeds": [SEED],
             "result": PARTS[name](),
         }  # fmt: skip
         suffix = "" if torch.get_num_threads() == 1 or name == "state" else f"_{torch.get_num_threads()}threads"

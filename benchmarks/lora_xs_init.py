@@ -142,7 +142,7 @@ def main() -> None:
             "torch": torch.__version__,
             "sklearn": sklearn.__version__,
         },
-        "seed": args.seed,
+        "seeds": [args.seed],
         "decomposition": decompositions(args.pairs, 64, (4096, 14336), args.seed),
         "start": starts(args.pairs, args.seed),
     }

@@ -130,7 +130,7 @@ def main() -> None:
             "peft": peft.__version__,
             "transformers": transformers.__version__,
         },
-        "seed": args.seed,
+        "seeds": [args.seed],
         "runs": [compare(rank, args.pairs, args.batch, args.length, args.seed) for rank in args.ranks],
     }
     text = json.dumps(result, indent=2)
