@@ -286,6 +286,16 @@ def test_wrong_flags_leave_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
+def test_a_reader_of_the_help_may_leave_early(tmp_path):
+    def closed_pipe():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+
+    done = run_command(["lte-train", "--help"], tmp_path, before=closed_pipe)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     run, _ = whole
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}

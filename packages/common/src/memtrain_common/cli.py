@@ -112,6 +112,9 @@ def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Seque
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         name = signal.Signals(signum).name
         code, line = 128 + signum, f"stopped by {name} while nothing was being trained: nothing was lost"
+    except BrokenPipeError:  # the reader of a pipe (`--help | head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
