@@ -1,0 +1,42 @@
+"""torchao's 8-bit AdamW under this repository's loop: rates as numbers, and no compiler needed on the CPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.optim import AdamW8bit as _AdamW8bit
+
+BLOCK = 256
+LEAST = 4096
+
+
+def quantises(parameter: Tensor) -> bool:
+    """Whether torchao keeps this parameter's moments in 8 bits: 4,096 numbers or more, in whole blocks of 256."""
+    return parameter.numel() >= LEAST and parameter.numel() % BLOCK == 0
+
+
+class AdamW8bit(_AdamW8bit):
+    """AdamW whose moments are 8-bit codes with one scale for every 256 (Dettmers et al., 2022, arXiv:2110.02861).
+
+    torchao wants learning rates to be tensors, so that its compiled step need not be compiled again for each; schedules
+    and logs want numbers. Between steps they are numbers. On the CPU the step runs uncompiled: compiling needs a C++
+    compiler, which a machine may lack.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["lr"] = float(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        rates = [group["lr"] for group in self.param_groups]
+        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = torch.tensor(rate, dtype=torch.float32)
+        try:
+            with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                return super().step(closure)
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
