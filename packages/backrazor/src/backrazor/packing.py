@@ -1,0 +1,187 @@
+"""The default packing: the k largest of every group of n, found without sorting, at sizes that depend on shapes alone.
+
+A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost dimension), or
+several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n) columns, each
+column one group. Selection is k times "maximum over the rows, strike it out", over 32-bit keys that order by magnitude:
+
+    key = (bits of |x| as float32, without the lowest place_bits) | row
+
+Stored for a span: values (k·m) in ``values`` format, rows rising within a group, and the groups' ranks (:mod:`.groups`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import bits
+from .fake import is_fake
+from .groups import Groups, rank, rank_bytes, unrank
+from .values import decode, encode
+
+SHORTEST_SPAN = 1 << 14
+CHUNK = 1 << 18
+"""Elements handled at a time: their keys (1 MiB) stay in a core's second-level cache."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ``spans`` spans of ``size`` elements are cut: fixed by the shape, the same on every device."""
+
+    spans: int
+    size: int
+    groups: Groups
+    values: str
+
+    @property
+    def columns(self) -> int:
+        return -(-self.size // self.groups.n)
+
+    @property
+    def kept(self) -> int:
+        """Values a span keeps."""
+        return self.groups.k * self.columns
+
+
+def layout_of(samples: int, sample_size: int, groups: Groups, values: str) -> Layout:
+    """Spans of one sample, or of the least number of samples that divides the batch and is long enough."""
+    merged = 1
+    while merged < samples and (merged * sample_size < SHORTEST_SPAN or samples % merged):
+        merged += 1
+    return Layout(samples // merged, merged * sample_size, groups, values)
+
+
+def pack(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """Pack ``x``, contiguous, of spans·size elements.
+
+    Returns:
+        The values' tensors (:func:`.values.encode`), each with the spans first, and ranks uint8 (spans, rank bytes).
+    """
+    groups = layout.groups
+    if is_fake(x):
+        kept = x.new_empty((layout.spans, layout.kept), dtype=torch.float32)
+        ranks = x.new_empty((layout.spans, rank_bytes(groups, layout.columns)), dtype=torch.uint8)
+        return (*encode(kept, layout.values), ranks)
+    if x.is_cuda:
+        from .triton_kernels import pack_cuda
+
+        return pack_cuda(x, layout)
+    x = x.detach().reshape(layout.spans, layout.size)
+    if x.dtype == torch.float64:
+        x = x.float()
+    padded = groups.n * layout.columns
+    if layout.columns < groups.n and padded != layout.size:  # short: more than the last row may be missing
+        x = torch.nn.functional.pad(x, (0, padded - layout.size))
+    size, m, k = x.shape[1], layout.columns, groups.k
+    kept = x.new_empty((layout.spans, k, m))
+    ranks = x.new_empty((layout.spans, m), dtype=torch.int32)
+    columns = max(1, min(m, CHUNK // groups.n))
+    spans = max(1, CHUNK // (groups.n * columns)) if columns == m else 1
+    for s in range(0, layout.spans, spans):
+        part = x[s : s + spans]
+        for a in range(0, m, columns):
+            b = min(m, a + columns)
+            places = _select(part, a, b, m, groups)  # k of (spans, b - a), rising
+            ranks[s : s + spans, a:b] = rank(places, groups)
+            at = torch.stack(places, 1).long().mul_(m)  # (spans, k, b - a)
+            at += torch.arange(a, b).view(1, 1, -1)
+            if part.shape[0] > 1:
+                at += (torch.arange(part.shape[0]) * size).view(-1, 1, 1)
+            kept[s : s + spans, :, a:b] = part.reshape(-1).index_select(0, at.view(-1)).view(at.shape)
+    packed = bits.pack(ranks, groups.rank_bits)
+    return (*encode(kept.view(layout.spans, -1), layout.values), packed)
+
+
+def _select(x: Tensor, a: int, b: int, m: int, groups: Groups) -> list[Tensor]:
+    """Rows of the k largest in columns a … b of (spans, size): k of int32 (spans, b - a), rising."""
+    spans, size = x.shape
+    n, width = groups.n, b - a
+    mask = (1 << groups.place_bits) - 1
+    keys = torch.empty((n, spans, width), dtype=torch.int32)
+    end = size - (n - 1) * m  # columns that have a last row
+    whole = n if end == m else n - 1
+    rows = x.as_strided((whole, spans, width), (m, size, 1), x.storage_offset() + a)
+    _magnitudes(rows, keys[:whole], mask)
+    if whole < n:
+        keys[n - 1].fill_(-1)
+        last = min(b, end)
+        if a < last:
+            start = (n - 1) * m
+            _magnitudes(x[:, start + a : start + last], keys[n - 1, :, : last - a], mask)
+    keys.view(n, -1)[:whole].bitwise_or_(torch.arange(whole, dtype=torch.int32).view(-1, 1))
+    if whole < n:
+        keys[n - 1].bitwise_or_(n - 1)  # what is missing is -1 and stays -1
+    rounds = []
+    struck = torch.full((1, spans, width), -1, dtype=torch.int32)
+    for j in range(groups.k):
+        best = keys.amax(0)
+        place = best.bitwise_and_(mask)
+        rounds.append(place)
+        if j + 1 < groups.k:
+            keys.scatter_(0, place.long().unsqueeze(0), struck)
+    return _rising(rounds)
+
+
+def _magnitudes(x: Tensor, out: Tensor, mask: int) -> None:
+    """The bits of |x| as float32 without the lowest place bits."""
+    keep_bits = 0x7FFFFFFF & ~mask
+    if x.dtype == torch.float32:
+        torch.bitwise_and(x.view(torch.int32), keep_bits, out=out)
+    else:
+        out.view(torch.float32).copy_(x)
+        out.bitwise_and_(keep_bits)
+
+
+def _rising(places: list[Tensor]) -> list[Tensor]:
+    """Sort k tensors elementwise (odd-even transposition; k is small)."""
+    k = len(places)
+    if k > 8:
+        return list(torch.stack(places).sort(0).values)
+    for start in range(k):
+        for i in range(start % 2, k - 1, 2):
+            low = torch.minimum(places[i], places[i + 1])
+            places[i + 1] = torch.maximum(places[i], places[i + 1])
+            places[i] = low
+    return places
+
+
+def unpack(tensors: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype, first: int = 0, last: int = -1) -> Tensor:
+    """Zeros, with the kept values at their places: (spans · size,) in ``dtype``.
+
+    Args:
+        first, last: only these spans, the last one excluded; -1 is the end.
+    """
+    last = layout.spans if last < 0 else last
+    tensors = tuple(t[first:last] for t in tensors)
+    spans, size, m, k = last - first, layout.size, layout.columns, layout.groups.k
+    device = tensors[0].device
+    if is_fake(tensors[0]):
+        return tensors[0].new_empty((spans * size,), dtype=dtype)
+    if tensors[0].is_cuda:
+        from .triton_kernels import unpack_cuda
+
+        return unpack_cuda(tensors, layout, dtype)
+    values = decode(tensors[:-1], layout.values, layout.kept, dtype).view(spans, k, m)
+    ranks = bits.unpack(tensors[-1], m, layout.groups.rank_bits)
+    padded = layout.groups.n * m
+    short = m < layout.groups.n and padded != size
+    out = torch.zeros(spans * (padded if short else size), dtype=dtype, device=device)
+    columns = max(1, CHUNK // layout.groups.n)
+    for s in range(spans):
+        base = s * (padded if short else size)
+        for a in range(0, m, columns):
+            b = min(m, a + columns)
+            at = unrank(ranks[s, a:b].int(), layout.groups).long().mul_(m)  # (k, b - a)
+            at += torch.arange(base + a, base + b)
+            out.scatter_(0, at.view(-1), values[s, :, a:b].reshape(-1))
+    return out.view(spans, padded)[:, :size].reshape(-1) if short else out
+
+
+def stored_bytes(layout: Layout) -> int:
+    """Bytes that :func:`pack` keeps."""
+    from .values import stored_bits
+
+    return layout.spans * (
+        math.ceil(layout.kept * stored_bits(layout.values) / 8) + rank_bytes(layout.groups, layout.columns)
+    )
