@@ -38,6 +38,7 @@ def compose(
     head_lr: float = 0.0,
     weight_decay: float = 0.0,
     predicting: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     say: Callable[[str], None] = lambda _: None,
 ) -> Composed:
     """Everything that a training by ``axes`` needs, made from a plain model, which is changed in place.
@@ -47,6 +48,7 @@ def compose(
         head_lr: of the task head; 0 takes ``lr``.
         weight_decay: of matrices.
         predicting: the model's tensors are fake, so that nothing may look at their numbers.
+        wrap: makes the model one of several processes'.
         say: told what a method leaves out.
 
     Raises:
@@ -55,14 +57,15 @@ def compose(
     check(axes)
     keeps = saving(model, axes)  # before adapters: a block is found by the plain model's names
     model = inject(model, axes, predicting=predicting)
+    wrapped = wrap(model)
     optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
     if axes.train != "lte":
-        return Composed(model, optimizer, keeps)
+        return Composed(wrapped, optimizer, keeps)
     import lte
 
     merger = lte.Merger(model, axes.merge_steps)
     clip = partial(lte.clip_grad_norm_per_head, model)
-    return Composed(model, optimizer, keeps, merger.step, clip, {"merger": merger})
+    return Composed(wrapped, optimizer, keeps, merger.step, clip, {"merger": merger})
 
 
 # -- train ---------------------------------------------------------------------------------------------------------
@@ -122,7 +125,9 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
             raise UserError(f"train lora-xs: {error}") from None
     import lte
 
-    rest = tuple(w for w in lte.config.REST if w != "embeddings") if head else lte.config.REST
+    from lte.config import REST
+
+    rest = tuple(w for w in REST if w != "embeddings") if head else REST
     try:
         return lte.inject(
             model,
@@ -137,6 +142,26 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
         )
     except ValueError as error:
         raise UserError(f"train lte: {error}") from None
+
+
+def merged(model: nn.Module, axes: Axes) -> nn.Module:
+    """The plain model with what was trained merged into its weights; the given one is used up."""
+    if axes.train in ("lora", "melo"):
+        return model.merge_and_unload()  # type: ignore[operator]
+    if axes.train == "lora-xs":
+        import lora_xs
+
+        return lora_xs.merge(model, keep=False)
+    if axes.train == "lte":
+        import lte
+        from lte.injection import lte_layers
+
+        state = lte.merged_state_dict(model)
+        for name, layer in lte_layers(model).items():
+            m, n = layer.weight.shape
+            model.set_submodule(name, nn.Linear(n, m, bias=layer.bias is not None, dtype=layer.weight.dtype))
+        model.load_state_dict(state)
+    return model
 
 
 # -- save ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ def fake_step() -> "Iterator[LiveBytes]":
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
         yield stack.enter_context(LiveBytes())
 
 
@@ -136,6 +138,17 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
+
+
+def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would be
+    converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
+
+    def swap(old: Tensor, new: Tensor) -> None:
+        if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
+            original(old, new)
+
+    return swap
 
 
 def _as_fake(model: nn.Module) -> nn.Module:

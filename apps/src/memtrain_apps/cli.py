@@ -1,0 +1,41 @@
+"""``finetune``, ``pretrain``, ``ablate`` and ``plan``. torch is imported after the flags are parsed and checked."""
+
+import sys
+from collections.abc import Sequence
+
+from memtrain_common.cli import run_command
+
+FINETUNE = """Fine-tune a model with one choice on each of three axes: --train, --save, --optim.
+
+Without flags: a small ViT on scikit-learn's digits. The first word may name a preset."""
+PRETRAIN = """Pre-train a language model with one choice on each of three axes: --train, --save, --optim.
+
+Without flags: a small GPT on the source of Python's standard library. The first word may name a preset."""
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    from .config import FINETUNE_PRESETS, FinetuneConfig, configure
+
+    config = configure(argv, FinetuneConfig, prog="finetune", description=FINETUNE, presets=FINETUNE_PRESETS)
+    from .finetune import run_finetune
+
+    run_finetune(config, argv)
+
+
+def _pretrain(argv: Sequence[str]) -> None:
+    from .config import PRETRAIN_PRESETS, PretrainConfig, configure
+
+    config = configure(argv, PretrainConfig, prog="pretrain", description=PRETRAIN, presets=PRETRAIN_PRESETS)
+    from .pretrain import run_pretrain
+
+    run_pretrain(config, argv)
+
+
+def finetune() -> None:
+    """The console script."""
+    sys.exit(run_command(_finetune, prog="finetune"))
+
+
+def pretrain() -> None:
+    """The console script."""
+    sys.exit(run_command(_pretrain, prog="pretrain"))

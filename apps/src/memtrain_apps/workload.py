@@ -1,0 +1,36 @@
+"""A task, ready for any combination: a plain model, its batches, its loss, and how it is judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run trains on, whatever the axes say."""
+
+    model: nn.Module
+    """Plain, with its own weights, on the CPU."""
+    batches: Callable[[int], Any]
+    """Micro-batch i of this process, a pure function of i."""
+    loss: Callable[[nn.Module, Any], Tensor]
+    """(model, batch) -> its mean loss."""
+    evaluate: Callable[[nn.Module, str], dict[str, float]]
+    """(model, split) -> numbers by name, "loss" and ``metric`` among them."""
+    metric: str
+    """What decides which checkpoint is best."""
+    higher_is_better: bool
+    steps: int
+    """Optimizer steps of the run."""
+    eval_interval: int
+    """Steps between evaluations."""
+    about: dict[str, Any]
+    """What the data are, with their "sha256"."""
+    splits: tuple[str, ...] = ("val", "test")
+    """Those that are judged at the end; the first one chooses the checkpoint."""
+    unit: str = "samples"
+    units_per_step: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What is saved beside the model (a tokenizer)."""

@@ -1,0 +1,140 @@
+"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it is
+refused in one sentence. None is skipped."""
+
+import copy
+
+import pytest
+import torch
+from memtrain_apps.axes import Axes, combinations, refusal
+from memtrain_apps.compose import compose, trained_names
+from memtrain_apps.families import head_name
+from memtrain_common.errors import UserError
+from memtrain_common.loop import FitConfig, fit
+from memtrain_common.rng import seed_all
+from memtrain_common.run_folder import RunFolder
+from memtrain_common.vit import _vit
+from torch import nn
+
+STEPS = 10
+REFUSED_ON_THE_CPU = {"offload"}
+ADAM8 = ("full",)  # the only choice whose matrices are large enough here
+
+
+def tiny_vit():
+    return _vit(width=64, blocks=2, heads=2, mlp=96, image=8, patch=4, classes=4)
+
+
+PLAIN = tiny_vit  # built anew in each test: transformers is slow to import, not to build
+
+
+def batch(i):
+    """Four patterns that a linear layer can tell apart, with noise; the same for the same number."""
+    generator = torch.Generator().manual_seed(i)
+    labels = torch.arange(16) % 4
+    pixels = 0.3 * torch.randn(16, 3, 8, 8, generator=generator)
+    pixels[torch.arange(16), labels % 3, labels * 2] += 2.0
+    return pixels, labels
+
+
+def loss(model, data):
+    return nn.functional.cross_entropy(model(data[0]).logits, data[1])
+
+
+def settings(axes):
+    rank, galore = (8, 4) if axes.train != "full" else (8, 8)
+    return Axes(axes.train, axes.save, axes.optim, rank=rank, galore_rank=galore, merge_steps=3, heads=4, keep=0.3, gap=4)
+
+
+def rate(axes):
+    adam = {"full": 2e-3, "head": 2e-2, "bitfit": 1e-2, "lora": 1e-2, "melo": 1e-2, "lora-xs": 3e-2, "lte": 5e-3}
+    return 5e-2 if axes.optim == "sgd" else adam[axes.train]
+
+
+def train(plain, axes, folder, steps, resume=False):
+    seed_all(0)
+    composed = compose(copy.deepcopy(plain), settings(axes), lr=rate(axes))
+    run = RunFolder.open(folder) if resume else RunFolder.create(folder)
+    if not resume:
+        run.write_config(settings(axes), prog="test", argv=[])
+    before = {n: p.detach().clone() for n, p in composed.model.named_parameters()}
+    seed_all(1)
+    fit(
+        composed.model,
+        batch,
+        loss,
+        composed.optimizer,
+        FitConfig(max_iters=steps, log_interval=1, grad_clip=1.0, checkpoint_interval=steps),
+        saving=composed.saving,
+        after_step=composed.after_step,
+        clip=composed.clip,
+        stateful=composed.stateful,
+        run=run,
+        resume=resume,
+    )
+    losses = [row["loss"] for row in run.metrics() if row["split"] == "train"]
+    return composed, before, losses
+
+
+def intended(train, name, head):
+    """Whether a choice of ``train`` may change the parameter."""
+    if train == "full" or name.split(".")[0] == head or f".{head}." in name:
+        return True
+    return {
+        "head": False,
+        "bitfit": name.endswith("bias"),
+        "lora": ".lora_" in name,
+        "melo": ".lora_" in name and (".q_proj." in name or ".v_proj." in name),
+        "lora-xs": ".lora_xs." in name,
+        "lte": not name.endswith("weight") or "norm" in name or ".projection." in name,
+    }[train]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return tiny_vit()
+
+
+def the_same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(the_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(the_same, a, b))
+    if hasattr(a, "dequantize") and hasattr(a, "codes"):
+        return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("axes", list(combinations()), ids=lambda a: a.name)
+def test_every_combination_trains_or_is_refused(axes, plain, tmp_path):
+    why = refusal(settings(axes))
+    if why is None and axes.save in REFUSED_ON_THE_CPU:
+        why = "the CPU"
+    if why is None and axes.optim == "adamw8bit" and axes.train not in ADAM8:
+        why = "8 bits"
+    if why is not None:
+        with pytest.raises(UserError) as error:
+            compose(copy.deepcopy(plain), settings(axes), lr=1e-3)
+        assert axes.save in str(error.value) or axes.optim in str(error.value)
+        assert "choose" in str(error.value)
+        assert "\n" not in str(error.value)
+        return
+
+    whole, before, losses = train(plain, axes, tmp_path / "whole", STEPS)
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
+    head = head_name(plain)
+    changed = {n for n, p in whole.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    merges = {n for n in changed if axes.train == "lte" and n.endswith("weight") and not intended("lte", n, head)}
+    for name in merges:  # LTE's merges go into the weights of layers with heads
+        assert whole.model.get_parameter(name.replace("weight", "lora_A")) is not None
+    assert all(intended(axes.train, n, head) for n in changed - merges), changed
+    trained = {n for n, p in whole.model.named_parameters() if p.requires_grad}
+    assert changed - merges == trained
+    assert len(trained_names(whole.model)) == len(trained)
+
+    train(plain, axes, tmp_path / "parts", STEPS // 2)
+    parts, _, again = train(plain, axes, tmp_path / "parts", STEPS, resume=True)
+    assert again == losses
+    assert the_same(dict(parts.model.state_dict()), dict(whole.model.state_dict()))
+    assert the_same(parts.optimizer.state_dict(), whole.optimizer.state_dict())
