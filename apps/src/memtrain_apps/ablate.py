@@ -394,6 +394,14 @@ def finetune_job(job: Job) -> dict[str, Any] | None:
 
 def predict_job(job: Job) -> dict[str, Any] | None:
     """What an arm that did not end would have held."""
-    from .finetune import predict_finetune
+    from memtrain_common.distributed import launch
 
-    return predict_finetune(configure_finetune(with_device(job)))
+    from .finetune import workload_of
+    from .training import predict_run
+
+    config = configure_finetune(with_device(job))
+    world, device = launch(job.device)
+    workload = workload_of(config, world)
+    workload.model.to(device)
+    predicted = predict_run(workload, config, config, device=device)
+    return {"predicted": predicted.ledger.totals, "predicted_peak_bytes": predicted.peak_bytes}
