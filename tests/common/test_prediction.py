@@ -104,6 +104,17 @@ def test_predicted_is_measured_to_the_byte(build, loss, optimizer, saving):
     assert predicted.peak_bytes > sum(predicted.ledger.totals[c] for c in ("weights", "optimizer", "buffers"))
 
 
+def test_a_model_that_exists_keeps_its_buffers_and_plain_tensors():
+    def build():
+        model = Convolutions()
+        model.table = torch.arange(9.0)  # no buffer: transformers' rotary embedding has such
+        return model
+
+    model = build()
+    assert predict(lambda: model, convolution_loss, sgd).ledger == predict(build, convolution_loss, sgd).ledger
+    assert predict(lambda: model, convolution_loss, sgd).ledger.total("buffers") > 0
+
+
 def test_a_model_that_exists_is_left_alone_and_predicted_with_its_ties():
     model = gpt()
     before = {k: v.clone() for k, v in model.state_dict().items()}

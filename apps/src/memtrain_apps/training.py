@@ -1,6 +1,5 @@
 """One run: a workload under a choice on each axis, through the shared loop, with the memory predicted and measured."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from memtrain_common.files import write_json
 from memtrain_common.loop import DTYPES, FitConfig, FitResult, fit
 from memtrain_common.memory import CATEGORIES, Ledger
 from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.prediction import Prediction, predict
+from memtrain_common.prediction import Prediction, fake_copy, predict
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, default_run_path, device_name
@@ -109,7 +108,7 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     batch = workload.batches(0)
 
     def build() -> nn.Module:
-        made.append(compose(copy.deepcopy(workload.model), axes, **_rates(config, 1e-3), predicting=True))
+        made.append(compose(fake_copy(workload.model), axes, **_rates(config, 1e-3), predicting=True))
         return made[0].model
 
     def loss(model: nn.Module) -> torch.Tensor:

@@ -151,7 +151,19 @@ def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tenso
     return swap
 
 
+def fake_copy(model: nn.Module) -> nn.Module:
+    """Within :func:`fake_step`: a copy of the model with fake tensors instead of its real ones; ties stay."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
+            elif isinstance(tensor, Tensor):
+                memo[id(tensor)] = torch.empty_like(tensor)
+    return copy.deepcopy(model, memo)
+
+
 def _as_fake(model: nn.Module) -> nn.Module:
-    """The model itself if it was built fake, otherwise a copy with fake tensors; ties between weights stay."""
     tensors = (*model.parameters(), *model.buffers())
-    return model if all(isinstance(t, FakeTensor) for t in tensors) else copy.deepcopy(model)
+    return model if all(isinstance(t, FakeTensor) for t in tensors) else fake_copy(model)
