@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.configure import at_least, below_one, configure, one_of, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import ROBERTA_TARGETS
-from .configure import at_least, below_one, configure, one_of, positive, required
 
 PROG = "lora-xs glue"
 TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.configure import at_least, below_one, configure, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import CAUSAL_LM_TARGETS
-from .configure import at_least, below_one, configure, positive, required
 
 PROG = "lora-xs instruct"
 

@@ -1,12 +1,12 @@
-"""What the commands' flags have in common: a resumed run's own configuration, and checks that name the flag."""
+"""What commands' flags have in common: a resumed run's own configuration, and checks that name the flag. No torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtrain_common.cli import changed_fields, flag_value, parse
-from memtrain_common.errors import UserError
+from .cli import changed_fields, flag_value, parse
+from .errors import UserError
 
 Config = TypeVar("Config")
 
@@ -22,8 +22,15 @@ def configure(
     description: str,
     presets: Mapping[str, Config],
     check: Callable[[Config], Config],
+    may_change: Set[str] = MAY_CHANGE,
 ) -> Config:
     """Flags and presets, or with ``--resume`` the configuration that the run began with, checked.
+
+    Args:
+        config_type: with fields ``resume`` and ``out``.
+        argv, prog, description, presets: as :func:`memtrain_common.cli.parse` has them.
+        check: the configuration -> itself, or a UserError.
+        may_change: fields that a resumed run may have otherwise than it began.
 
     Raises:
         UserError: if a flag contradicts the run that is resumed.
@@ -31,7 +38,7 @@ def configure(
     resume = flag_value(argv, "--resume")
     if resume is None:
         return check(parse(config_type, argv, prog=prog, description=description, presets=presets))
-    from memtrain_common.run_folder import RunFolder  # imports torch
+    from .run_folder import RunFolder
 
     saved = RunFolder.open(Path(resume)).read_config()
     if not saved.get("command", "").startswith(prog + " "):
@@ -43,7 +50,7 @@ def configure(
         raise UserError(f"{resume} was not made by this version of {prog}: {error}") from None
     config = parse(config_type, argv, prog=prog, description=description, default=before)
     for name, (old, new) in changed_fields(before, config).items():
-        if name not in MAY_CHANGE:
+        if name not in may_change:
             raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
     return check(replace(config, out=resume))  # type: ignore[type-var]
 
