@@ -21,7 +21,7 @@ def configure(
     prog: str,
     description: str,
     presets: Mapping[str, Config],
-    check: Callable[[Config], Config],
+    check: Callable[[Config, Config], Config],
     may_change: Set[str] = MAY_CHANGE,
 ) -> Config:
     """Flags and presets, or with ``--resume`` the configuration that the run began with, checked.
@@ -29,7 +29,8 @@ def configure(
     Args:
         config_type: with fields ``resume`` and ``out``.
         argv, prog, description, presets: as :func:`memtrain_common.cli.parse` has them.
-        check: the configuration -> itself, or a UserError.
+        check: (the configuration, the preset or the resumed run that flags were laid over) -> the configuration, or a
+            UserError.
         may_change: fields that a resumed run may have otherwise than it began.
 
     Raises:
@@ -37,7 +38,9 @@ def configure(
     """
     resume = flag_value(argv, "--resume")
     if resume is None:
-        return check(parse(config_type, argv, prog=prog, description=description, presets=presets))
+        plain = presets.get(argv[0]) if argv else None
+        config = parse(config_type, argv, prog=prog, description=description, presets=presets)
+        return check(config, plain or config_type())
     from .run_folder import RunFolder
 
     saved = RunFolder.open(Path(resume)).read_config()
@@ -52,7 +55,7 @@ def configure(
     for name, (old, new) in changed_fields(before, config).items():
         if name not in may_change:
             raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
-    return check(replace(config, out=resume))  # type: ignore[type-var]
+    return check(replace(config, out=resume), before)  # type: ignore[type-var]
 
 
 def flag(name: str) -> str:
@@ -88,3 +91,24 @@ def required(config: Any, **why: str) -> None:
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def fraction(config: Any, *names: str) -> None:
+    """Refuse fields outside of (0, 1]."""
+    for name in names:
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{flag(name)} must be above 0 and at most 1, got {getattr(config, name)}")
+
+
+def refuse_unused(config: Any, plain: Any, names: Sequence[str], why: str) -> None:
+    """Refuse flags that would do nothing beside another one.
+
+    Args:
+        config: flags over a preset.
+        plain: the preset.
+        names: fields that must be as in the preset.
+        why: what makes them useless.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(plain, name):
+            raise UserError(f"{flag(name)} {getattr(config, name)} would do nothing: {why}, so leave it out")
