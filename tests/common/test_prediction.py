@@ -51,6 +51,18 @@ def frozen_norms():
     return model
 
 
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=53, num_key_value_heads=2, use_cache=False, **sizes))
+
+
+def llama_loss(model):
+    tokens, mask = torch.ones(3, 24).long(), torch.ones(3, 24).long()
+    return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
+
+
 def sgd(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
@@ -92,6 +104,7 @@ def real_step(build, loss, optimizer, saving):
         pytest.param(gpt, in_bf16, adamw, nullcontext, id="gpt-autocast"),
         pytest.param(frozen_norms, gpt_loss, sgd, nullcontext, id="gpt-frozen-norms"),
         pytest.param(gpt, gpt_loss, adamw, offload, id="gpt-offload"),
+        pytest.param(llama, llama_loss, adamw, nullcontext, id="llama-of-transformers"),
         pytest.param(Convolutions, convolution_loss, sgd, nullcontext, id="cnn-checkpoint"),
     ],
 )

@@ -7,6 +7,7 @@ allocated, and a model of 7 billion weights takes seconds on a laptop.
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -62,8 +63,9 @@ def predict(
     a condition reads True, but False where it is an ``any``: most ask whether something is wrong. A program that goes
     another way on the real numbers is predicted wrongly.
     """
-    with fake_step() as live:
+    with fake_step() as live, ExitStack() as stack:
         model = _as_fake(build())
+        stack.enter_context(_as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
         ledger = Ledger()
         for step in range(2):  # the optimizer makes its state in the first
@@ -95,7 +97,17 @@ def fake_step() -> "Iterator[LiveBytes]":
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
+        stack.enter_context(_as_if_real())
         yield stack.enter_context(LiveBytes())
+
+
+def _as_if_real() -> AbstractContextManager[Any]:
+    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since it
+    takes them for a sign that a graph is traced; here they stand for real ones."""
+    utilities = sys.modules.get("transformers.utils.import_utils")
+    if utilities is None:
+        return nullcontext()
+    return mock.patch.object(utilities, "is_fake_tensor", lambda tensor: False)
 
 
 class LiveBytes(TorchDispatchMode):
