@@ -102,12 +102,12 @@ def fake_step() -> "Iterator[LiveBytes]":
 
 
 def _as_if_real() -> AbstractContextManager[Any]:
-    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since it
-    takes them for a sign that a graph is traced; here they stand for real ones."""
+    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since
+    it takes them for a sign that a graph is traced; here they stand for real ones."""
     utilities = sys.modules.get("transformers.utils.import_utils")
     if utilities is None:
         return nullcontext()
-    return mock.patch.object(utilities, "is_fake_tensor", lambda tensor: False)
+    return mock.patch.object(utilities, "is_fake_tensor", return_value=False)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -153,8 +153,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would be
-    converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would
+    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
 
     def swap(old: Tensor, new: Tensor) -> None:
         if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
