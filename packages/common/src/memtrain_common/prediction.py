@@ -141,4 +141,8 @@ class LiveBytes(TorchDispatchMode):
 def _as_fake(model: nn.Module) -> nn.Module:
     """The model itself if it was built fake, otherwise a copy with fake tensors; ties between weights stay."""
     tensors = (*model.parameters(), *model.buffers())
-    return model if all(isinstance(t, FakeTensor) for t in tensors) else copy.deepcopy(model)
+    if all(isinstance(t, FakeTensor) for t in tensors):
+        return model
+    # A parameter is copied by an operation, which makes a fake one; a buffer's storage would be copied as it is.
+    buffers = {id(b): torch.empty_like(b) for b in model.buffers()}
+    return copy.deepcopy(model, buffers)

@@ -1,7 +1,7 @@
 """``backrazor-train``: flags, presets, checks. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
@@ -195,8 +195,9 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
     positive(config, "learning_rate", "head_lr_factor", "epochs")
     below_one(config, "momentum", "label_smoothing")
     check_razor(config, plain)
-    if config.mode != "backrazor":
+    if config.mode != "backrazor" and config.compare_dense:
         refuse_unused(config, plain, ("compare_dense",), f"--mode {config.mode} is dense itself")
+        config = replace(config, compare_dense=False)  # the preset's
     if config.validate == "none" and config.select == "best":
         raise UserError("--select best needs pictures to validate on: leave --validate none out")
     if config.data == "digits":
