@@ -2,8 +2,8 @@
 
     MEMTRAIN_DATA=FOLDER python benchmarks/backrazor_accuracy.py resnet20 breastmnist vit
 
-resnet20: CIFAR-10's ResNet-20 with its published weights, tuned to CIFAR-10 as JPEG files (FOLDER/weights/resnet_cifar10,
-    FOLDER/cifar10), which it knows badly before: lossy pictures.
+resnet20: CIFAR-10's ResNet-20 with its published weights (FOLDER/weights/resnet_cifar10), tuned to CIFAR-10 as JPEG
+    files (FOLDER/cifar10), which it knows badly before: lossy pictures.
 breastmnist: the same weights, with a new head, tuned to BreastMNIST (FOLDER/medmnist/breastmnist.npz).
 vit: a small ViT pretrained here on CIFAR-10's classes 0 to 4, moved to classes 5 to 9.
 
@@ -109,7 +109,7 @@ def vit(data: Path) -> Study:
     after = part(part(classes_of(everything, 5, 9), "train", 5000), "val", 1000)
     about = (
         "ViT, 96 wide, 4 blocks, patches of 4 in 32 pixels, pretrained densely on CIFAR-10's classes 0 to 4 for 8 "
-        f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to 5,000 pictures of classes 5 to 9"
+        f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to 5,000 pictures of classes 5-9"
     )
     moved = replace(config, weights=str(folder), patch_size=0, epochs=4.0, optim="sgd", warmup_iters=20)
     return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2))
