@@ -42,7 +42,9 @@ def loss(model, data):
 
 def settings(axes):
     rank, galore = (8, 4) if axes.train != "full" else (8, 8)
-    return Axes(axes.train, axes.save, axes.optim, rank=rank, galore_rank=galore, merge_steps=3, heads=4, keep=0.3, gap=4)
+    return Axes(
+        axes.train, axes.save, axes.optim, rank=rank, galore_rank=galore, merge_steps=3, heads=4, keep=0.3, gap=4
+    )
 
 
 def rate(axes):

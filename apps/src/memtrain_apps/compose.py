@@ -259,6 +259,10 @@ def _split(
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained, without what PEFT puts before and between them."""
-    wrapped = re.compile(r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.default(?=\.)")
-    return [wrapped.sub("", n) for n, p in model.named_parameters() if p.requires_grad]
+    """Names of the parameters that are trained."""
+    return [plain_name(n) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without what PEFT puts before it and between its parts."""
+    return re.sub(r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.default(?=\.|$)", "", name)

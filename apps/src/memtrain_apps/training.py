@@ -28,6 +28,7 @@ from .axes import Axes, read_settings
 from .compose import Composed, compose, merged
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .families import blocks
+from .quiet import no_progress_bars, quiet_libraries
 from .workload import Workload
 
 
@@ -35,6 +36,7 @@ def run(
     config: RunConfig, make: Callable[[Any, World], Workload], argv: Sequence[str], prog: str
 ) -> dict[str, Any] | None:
     """Everything that ``finetune`` and ``pretrain`` do once their flags are checked; -> the content of result.json."""
+    quiet_libraries()
     if config.threads:
         torch.set_num_threads(config.threads)
     world, device = launch(config.device)
@@ -281,6 +283,7 @@ def _save_model(model: nn.Module, config: RunConfig, workload: Workload, path: P
 
     model = merged(model, config).to("cpu")
     if hasattr(model, "save_pretrained"):
+        no_progress_bars()
         model.save_pretrained(path)
         for part in workload.extra.values():
             part.save_pretrained(path)

@@ -9,10 +9,12 @@ from memtrain_common.errors import UserError
 from memtrain_common.loop import DTYPES
 from memtrain_common.memory import Ledger
 from memtrain_common.prediction import predict
+from memtrain_common.summary import ledger_table
 from torch import Tensor, nn
 
 from ..razor import Razor
 
+NAMES = {"full": "dense", "backrazor": "Back Razor", "bitfit": "bitfit", "head": "head"}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -84,3 +86,17 @@ def _like(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {k: _like(v, device) for k, v in batch.items()}
     return tuple(_like(v, device) for v in batch)
+
+
+def side_by_side(config: Any, dense: Ledger, measured: Ledger) -> str:
+    """The measured step as a table; of Back Razor, beside what dense training would have held.
+
+    Args:
+        config: with ``mode`` and ``keep``.
+        dense: :func:`dense_ledger`, which has no optimizer; its state is the same as the measured one's.
+        measured: of the run.
+    """
+    if config.mode != "backrazor":
+        return ledger_table({"measured": measured})
+    without = Ledger({**dense.bytes_by_layer, "optimizer": measured.bytes_by_layer["optimizer"]})
+    return ledger_table({"dense (predicted)": without, f"Back Razor, keep {config.keep:g}": measured})

@@ -25,11 +25,11 @@ from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, open_run
 from memtrain_common.schedule import cosine_with_warmup, linear_with_warmup
-from memtrain_common.summary import ledger_table, run_facts
+from memtrain_common.summary import run_facts
 from memtrain_common.trackers import check_tracker
 from torch import nn
 
-from .saving import dense_ledger, fix_statistics, saving_of, train_only
+from .saving import NAMES, dense_ledger, fix_statistics, saving_of, side_by_side, train_only
 from .train_flags import MAY_CHANGE, PROG, TrainConfig
 
 
@@ -254,9 +254,6 @@ def _identity(config: TrainConfig, pictures: PictureSet) -> dict[str, Any]:
     return {**kept, "data_sha256": pictures.sha256}
 
 
-NAMES = {"full": "dense", "backrazor": "Back Razor", "bitfit": "bitfit", "head": "head"}
-
-
 def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[str, Trained]) -> None:
     """Say what came out, write result.json, and draw it."""
     main = arms[config.mode]
@@ -268,23 +265,15 @@ def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[st
         rows.append([NAMES[mode], *numbers, "–" if val is None else f"{100 * val:.2f} %", rate])
     console.say()
     console.say(format_table(rows))
-    ledgers = {"dense (predicted)": main.dense}
     content: dict[str, Any] = {"mode": config.mode, "test": main.test, "val": main.result.evaluation}
     content |= {"best": main.result.best, "dense_predicted_bytes": main.dense.totals}
     if main.result.ledger is not None:
-        if config.mode == "backrazor":
-            kept = f"{NAMES[config.mode]}, keep {config.keep:g}"
-            ledgers = {"dense": with_optimizer(main.dense, main.result.ledger), kept: main.result.ledger}
-        else:
-            ledgers = {"measured": main.result.ledger}
+        console.say(f"memory of a training step, {config.batch_size} pictures")
+        console.say(side_by_side(config, main.dense, main.result.ledger))
         content["measured_bytes"] = main.result.ledger.totals
         plot_memory(main.result.ledger, run.path / "memory.png")
     if "full" in arms and config.mode != "full":
         content["dense"] = {"test": arms["full"].test, "val": arms["full"].result.evaluation}
-    console.say(f"memory of a training step, {config.batch_size} pictures" + (
-        " (what dense training would save is predicted)" if config.mode == "backrazor" else ""
-    ))  # fmt: skip
-    console.say(ledger_table(ledgers))
     console.say("run")
     console.say(run_facts(main.model, main.result))
     write_json(run.path / "result.json", content)
@@ -293,8 +282,3 @@ def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[st
         curves["dense"] = RunFolder.open(run.path / "dense").metrics()
     plot_loss(curves, run.path / "loss.png", ylabel="loss, nats")
     console.say(f"run folder {run.path}")
-
-
-def with_optimizer(predicted: Ledger, measured: Ledger) -> Ledger:
-    """A ledger predicted without an optimizer, with the state that the same optimizer had beside it."""
-    return Ledger({**predicted.bytes_by_layer, "optimizer": measured.bytes_by_layer["optimizer"]})

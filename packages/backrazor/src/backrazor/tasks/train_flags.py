@@ -1,7 +1,7 @@
 """``backrazor-train``: flags, presets, checks. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
@@ -12,7 +12,7 @@ from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 PROG = "backrazor-train"
 DESCRIPTION = """Fine-tune an image classifier, and keep only the largest part of each activation for the backward pass.
 
-Without flags (the preset digits): a small ViT on scikit-learn's digits, by Back Razor and densely, within 2 minutes."""
+Without flags (the preset digits): a ResNet-20 on scikit-learn's digits, by Back Razor and densely, within 2 minutes."""
 Data = Literal[
     "digits", "folder", "cifar10", "cifar100", "aircraft", "cars", "cub200", "flowers102", "food101", "pets",
     "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
@@ -153,7 +153,9 @@ def cnn(data: Data, learning_rate: float, label_smoothing: float, **more: object
 
 
 PRESETS = {
-    "digits": TrainConfig(compare_dense=True, epochs=30.0, learning_rate=0.1, warmup_iters=50),
+    "digits": TrainConfig(
+        model="resnet20", image_size=8, compare_dense=True, learning_rate=0.1, weight_decay=5e-4, warmup_iters=20
+    ),
     "vit-aircraft": vit("aircraft", 0.03, 6000, 0.2, augment="cotuning", head_lr_factor=10.0),
     "vit-cub200": vit("cub200", 0.01, 6000, 0.1),
     "vit-cars": vit("cars", 0.1, 16000, 0.2),
@@ -195,8 +197,9 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
     positive(config, "learning_rate", "head_lr_factor", "epochs")
     below_one(config, "momentum", "label_smoothing")
     check_razor(config, plain)
-    if config.mode != "backrazor":
+    if config.mode != "backrazor" and config.compare_dense:
         refuse_unused(config, plain, ("compare_dense",), f"--mode {config.mode} is dense itself")
+        config = replace(config, compare_dense=False)  # the preset's
     if config.validate == "none" and config.select == "best":
         raise UserError("--select best needs pictures to validate on: leave --validate none out")
     if config.data == "digits":
