@@ -80,7 +80,8 @@ def build_classifier(
         image_size = image_size or usual_size(name)
         patch = patch_size or patch or patch_for(image_size)
         model, kept = build_vit(size, image_size=image_size, patch_size=patch, classes=classes), False
-    return Classifier(model, image_size, "classifier", Normalize(), kept)
+    made: Any = model.config  # of weights whose size was not asked for, their own
+    return Classifier(model, made.image_size, "classifier", Normalize(), kept)
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
