@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits as tensors, and a small network. No training loop: each shows its own."""
+"""What the examples share: scikit-learn's digits as tensors, and a small network. Each shows its own training loop."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -15,7 +15,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     torch.manual_seed(1)
-    for step in range(200):
+    for _ in range(200):
         rows = torch.randint(0, len(x), (64,))
         cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()

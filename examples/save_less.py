@@ -1,4 +1,4 @@
-"""Back Razor: keep a tenth of each activation for the backward pass. One line around the forward pass; no model changes."""
+"""Back Razor: keep a tenth of each activation for the backward pass, by one line around the forward pass."""
 
 import torch
 from backrazor import Razor
@@ -21,7 +21,7 @@ for name, keep in (("everything", None), ("a tenth", 0.1)):
     held[name] = sum(saved.by_layer().values())
     print(f"{name:>10}: {held[name] / 1024:7.0f} KiB saved for the backward pass")
 
-for step in range(200):
+for _ in range(200):
     rows = torch.randint(0, len(x), (64,))
     with Razor(keep=0.1):
         loss = cross_entropy(model(x[rows]), y[rows])

@@ -12,7 +12,7 @@ merger = lte.Merger(model, every=10)
 groups = lte.param_groups(model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0)
 optimizer = torch.optim.AdamW(groups)
 
-for step in range(300):
+for _ in range(300):
     rows = torch.randint(0, len(x), (64,))  # head h sees rows 16·h to 16·h + 15
     loss = cross_entropy(model(x[rows]), y[rows])
     loss.backward()

@@ -13,7 +13,7 @@ x, y, test_x, test_y = digits()
 
 def train(model: torch.nn.Module, rows: torch.Tensor, lr: float) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for step in range(200):
+    for _ in range(200):
         some = rows[torch.randint(0, len(rows), (64,))]
         cross_entropy(model(x[some]), y[some]).backward()
         optimizer.step()

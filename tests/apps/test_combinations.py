@@ -1,5 +1,5 @@
-"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it is
-refused in one sentence. None is skipped."""
+"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it
+is refused in one sentence. None is skipped."""
 
 import copy
 
@@ -22,9 +22,6 @@ ADAM8 = ("full",)  # the only choice whose matrices are large enough here
 
 def tiny_vit():
     return _vit(width=64, blocks=2, heads=2, mlp=96, image=8, patch=4, classes=4)
-
-
-PLAIN = tiny_vit  # built anew in each test: transformers is slow to import, not to build
 
 
 def batch(i):

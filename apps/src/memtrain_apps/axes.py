@@ -27,14 +27,14 @@ class Axes:
     """One choice on each axis, and the settings of the choices."""
 
     train: Train = "full"
-    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v (melo); r×r
-    adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
+    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v
+    (melo); r×r adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
     save: Save = "all"
     """What is kept for the backward pass: everything; the largest part of each activation (backrazor); block inputs
     (checkpoint); everything, in host memory (offload)."""
     optim: Optim = "adamw"
-    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the projected
-    gradient (galore-…)."""
+    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the
+    projected gradient (galore-…)."""
     # -- train
     rank: int = 8
     """r of lora, melo, lora-xs and lte."""

@@ -1,4 +1,4 @@
-"""The composition, in plain sight: inject what is trained, make what is kept, build the optimizer. ``fit`` does the rest."""
+"""The composition, in plain sight: inject what is trained, make what is kept, build the optimizer."""
 
 import re
 import warnings
@@ -124,7 +124,6 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
         except lora_xs.LoRAXSError as error:
             raise UserError(f"train lora-xs: {error}") from None
     import lte
-
     from lte.config import REST
 
     rest = tuple(w for w in REST if w != "embeddings") if head else REST

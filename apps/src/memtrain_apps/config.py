@@ -69,8 +69,8 @@ class FinetuneConfig(RunConfig):
 
     # -- data and model
     data: str = "digits"
-    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder; glue:TASK (glue:rte);
-    metamathqa, commonsense or a JSON(L) file of instructions."""
+    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder;
+    glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
     data_dir: str = ""
     """Folder (or zip) with the data in its public form."""
     size: int = 28
@@ -78,8 +78,8 @@ class FinetuneConfig(RunConfig):
     labels: tuple[int, ...] = ()
     """Only the pictures of these classes, in this order; empty takes all."""
     model: str = ""
-    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty takes
-    vit-mini. Language: folder of a transformers model, or its name on the hub."""
+    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty
+    takes vit-mini. Language: folder of a transformers model, or its name on the hub."""
     weights: str = ""
     """Pictures: pretrained weights (transformers' folder, Google's .npz, timm's .safetensors; a CNN's state dict)."""
     image_size: int = 0
@@ -144,8 +144,9 @@ FINETUNE_PRESETS = {
     "vit-s-lora-backrazor": replace(VIT_S, train="lora", lr=3e-4, save="backrazor", keep=0.2),
     # ltegalorevit.py: LTE with GaLore over its heads' matrices
     "path-lte-galore": FinetuneConfig(
-        train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16, epochs=1,
-        lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant", warmup_ratio=0.0, grad_clip=0.0,
+        train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16,
+        epochs=1, lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant",
+        warmup_ratio=0.0, grad_clip=0.0,
     ),
     "rte-lora-xs-backrazor": FinetuneConfig(
         train="lora-xs", save="backrazor", data="glue:rte", rank=16, batch_size=32, lr=1e-3, head_lr=5e-3, epochs=50,
@@ -155,8 +156,8 @@ PRETRAIN_PRESETS = {
     "default": PretrainConfig(),
     # GaLore with Back Razor on a Llama-shaped model: rank 128, gap 200, scale 0.25, a fifth of each activation
     "llama-galore-backrazor": PretrainConfig(
-        model="llama", save="backrazor", keep=0.2, optim="galore-adamw", galore_rank=128, gap=200, galore_scale=0.25, lr=0.01,
-        n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=32, max_iters=10_000,
+        model="llama", save="backrazor", keep=0.2, optim="galore-adamw", galore_rank=128, gap=200, galore_scale=0.25,
+        lr=0.01, n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=32, max_iters=10_000,
     ),
 }  # fmt: skip
 
@@ -220,9 +221,10 @@ def checked(config: Config) -> Config:
     """
     check(config)
     at_least: dict[str, Any] = {
-        "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0, "warmup_ratio": 0,
-        "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0, "max_length": 2, "head_lr": 0,
-        "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1, "eval_interval": 1, "eval_iters": 1,
+        "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0,
+        "warmup_ratio": 0, "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0,
+        "max_length": 2, "head_lr": 0, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1,
+        "eval_interval": 1, "eval_iters": 1,
     }  # fmt: skip
     own = {f.name for f in fields(config)}
     for name, least in at_least.items():
@@ -235,8 +237,8 @@ def checked(config: Config) -> Config:
         raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
     if config.train == "lte" and config.batch_size % config.heads:
         raise UserError(
-            f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees its "
-            "own share of a batch"
+            f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees "
+            "its own share of a batch"
         )
     if config.train == "lte" and config.parallel == "fsdp":
         raise UserError("--parallel fsdp does not go with --train lte, which merges into whole weights: choose ddp")

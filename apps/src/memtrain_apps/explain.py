@@ -48,7 +48,7 @@ def _what_choices_save(here: Axes, now: Prediction, predicted: Predict) -> str:
         choice = getattr(here, axis)
         if choice == plain:
             continue
-        without = _try(dataclasses.replace(here, **{axis: plain}), predicted)
+        without = _try(dataclasses.replace(here, **{axis: plain}), predicted)  # type: ignore[arg-type]
         if without is None:
             rows.append((f"{axis} {choice}", f"{plain} instead is refused here"))
             continue

@@ -27,7 +27,7 @@ HELD_OUT = 64
 
 
 def glue_workload(config: FinetuneConfig, world: World) -> Workload:
-    """``--data glue:TASK``: the task's rows and an encoder with a fresh head. GLUE's development set is what is reported."""
+    """``--data glue:TASK``: the task's rows and an encoder with a fresh head; reported is GLUE's development set."""
     task = config.data.removeprefix("glue:")
     if task not in TASKS:
         raise UserError(f"--data glue:{task} is no task of GLUE: choose one of {', '.join(f'glue:{t}' for t in TASKS)}")

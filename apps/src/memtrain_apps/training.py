@@ -63,8 +63,8 @@ def run(
 
     # the composition: inject, wrap, build; then fit enters the saving context around each forward pass
     composed = compose(
-        workload.model, config, **_rates(config, lr), say=console.say,
-        wrap=lambda m: parallelize(m, config.parallel, device, blocks=blocks(m).values()),
+        workload.model, config, lr=lr, head_lr=getattr(config, "head_lr", 0.0), weight_decay=config.weight_decay,
+        say=console.say, wrap=lambda m: parallelize(m, config.parallel, device, blocks=blocks(m).values()),
     )  # fmt: skip
     start = {n: p.detach().clone() for n, p in unwrap(composed.model).state_dict().items()}
     seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
@@ -110,7 +110,7 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     batch = workload.batches(0)
 
     def build() -> nn.Module:
-        made.append(compose(fake_copy(workload.model), axes, **_rates(config, 1e-3), predicting=True))
+        made.append(compose(fake_copy(workload.model), axes, lr=1e-3, predicting=True))
         return made[0].model
 
     def loss(model: nn.Module) -> torch.Tensor:
@@ -127,10 +127,6 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     )
 
 
-def _rates(config: RunConfig, lr: float) -> dict[str, float]:
-    return {"lr": lr, "head_lr": getattr(config, "head_lr", 0.0) or lr, "weight_decay": config.weight_decay}
-
-
 def _open_run(
     config: RunConfig, argv: Sequence[str], prog: str, workload: Workload, device: torch.device, world: World
 ) -> tuple[RunFolder, RunConfig]:
@@ -140,8 +136,8 @@ def _open_run(
         before = folder.read_config()["data"]
         if before["sha256"] != workload.about["sha256"]:
             raise UserError(
-                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the data found "
-                f"now have {workload.about['sha256'][:12]}…: give it the same --data-dir, or begin a new run"
+                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the data "
+                f"found now have {workload.about['sha256'][:12]}…: give it the same --data-dir, or begin a new run"
             )
         config = dataclasses.replace(config, out=str(folder.path))
         folder.add_resume(config, prog=prog, argv=argv)
@@ -254,7 +250,7 @@ def _say(console: Console, content: dict[str, Any], folder: RunFolder) -> None:
     console.say(f"{content['metric']} of the checkpoint of step {content['best_step']}")
     console.say(format_table([(s, f"{n[content['metric']]:.4f}") for s, n in content["scores"].items()]))
     console.say("memory of a training step")
-    rows = [("", "measured", "predicted")]
+    rows: list[tuple[str, ...]] = [("", "measured", "predicted")]
     rows += [(c, format_bytes(content["measured"][c]), format_bytes(content["predicted"][c])) for c in CATEGORIES]
     rows.append(("total", *(format_bytes(sum(content[k].values())) for k in ("measured", "predicted"))))
     console.say(format_table(rows))
@@ -284,7 +280,7 @@ def _save_model(model: nn.Module, config: RunConfig, workload: Workload, path: P
     model = merged(model, config).to("cpu")
     if hasattr(model, "save_pretrained"):
         no_progress_bars()
-        model.save_pretrained(path)
+        model.save_pretrained(path)  # type: ignore[operator]
         for part in workload.extra.values():
             part.save_pretrained(path)
     else:
