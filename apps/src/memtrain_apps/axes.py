@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from memtrain_common.configure import flag
 from memtrain_common.errors import UserError
 
 Train = Literal["full", "head", "bitfit", "lora", "melo", "lora-xs", "lte"]
@@ -163,10 +164,6 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
 def read_settings(axes: Axes) -> dict[str, float | int | str]:
     """The settings that the three choices read, for a record of the run."""
     return {n: getattr(axes, n) for n, (axis, choices) in USED_BY.items() if getattr(axes, axis) in choices}
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def names() -> list[str]:

@@ -97,7 +97,7 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
             target_modules=matrices(model, axes.adapt),
             modules_to_save=[head] if head else None,
         )
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
+        return get_peft_model(model, settings)
     if axes.train == "melo":
         from galore_vit.melo import MeLo, add_melo
 
@@ -238,7 +238,9 @@ def _galore_groups(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
 
 def _head_parameters(model: nn.Module) -> set[Tensor]:
     """The task head's, under the names that PEFT's and LoRA-XS's wrappers give it too."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     head = head_name(inner)
     return set(getattr(inner, head).parameters()) if head else set()
 

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from memtrain_common.cli import changed_fields, flag_value, parse
+from memtrain_common import configure as common
 from memtrain_common.errors import UserError
 
-from .axes import Axes, check, flag, names, refuse_unused
+from .axes import Axes, check, names, refuse_unused
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -181,30 +180,14 @@ def configure(
     argv: Sequence[str], config_type: type[Config], *, prog: str, description: str, presets: dict[str, Config]
 ) -> Config:
     """Flags, presets and a resumed run's own configuration into a checked configuration."""
-    resume = flag_value(argv, "--resume")
-    if resume is None:
-        config = parse(config_type, argv, prog=prog, description=description, presets=presets)
+
+    def check_all(config: Config, before: Config) -> Config:
         refuse_unused(config, _given(argv))
         return checked(config)
-    before = saved_config(Path(resume), config_type, prog)
-    config = parse(config_type, argv, prog=prog, description=description, default=before)
-    if config.out not in (before.out, resume):
-        raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")
-    for name, (old, new) in changed_fields(before, config).items():
-        if name not in MAY_CHANGE:
-            raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
-    return checked(replace(config, out=resume))
 
-
-def saved_config(run: Path, config_type: type[Config], prog: str) -> Config:
-    """The configuration in a run's folder."""
-    from memtrain_common.run_folder import RunFolder
-
-    content = RunFolder.open(run, writes=False).read_config()["config"]
-    try:
-        return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-    except TypeError as error:
-        raise UserError(f"{run} was not made by this version of {prog}: {error}") from None
+    return common.configure(
+        config_type, argv, prog=prog, description=description, presets=presets, check=check_all, may_change=MAY_CHANGE
+    )
 
 
 def _given(argv: Sequence[str]) -> set[str]:
@@ -229,10 +212,10 @@ def checked(config: Config) -> Config:
     own = {f.name for f in fields(config)}
     for name, least in at_least.items():
         if name in own and not least <= getattr(config, name) < math.inf:
-            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}")
+            raise UserError(f"{common.flag(name)} must be at least {least}, got {getattr(config, name)}")
     for name in ("epochs", "eval_epochs"):
         if name in own and not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
+            raise UserError(f"{common.flag(name)} must be above 0, got {getattr(config, name)}")
     if not config.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
     if config.train == "lte" and config.batch_size % config.heads:
