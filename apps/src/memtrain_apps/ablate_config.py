@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from memtrain_common.cli import flag_value, parse
+from memtrain_common.configure import flag
 from memtrain_common.errors import UserError
 
-from .axes import Optim, Save, Train, flag
+from .axes import Optim, Save, Train
 from .grid import LISTED, Grid, flags_of, grid_of, read_grid
-from .units import parse_size
+from .units import parse_bytes
 
 PROG = "ablate"
 GRIDS = Path(__file__).parent / "grids"
@@ -101,7 +102,7 @@ def configure(argv: Sequence[str]) -> Ablation:
     presets = sorted(p.stem for p in GRIDS.glob("*.toml"))
     config = parse(AblateConfig, words, prog=PROG, description=DESCRIPTION.format(grids=", ".join(presets)))
     _check(config, named, arms_words)
-    limit = parse_size(config.memory_limit, "--memory-limit") if config.memory_limit else 0
+    limit = parse_bytes(config.memory_limit, "--memory-limit") if config.memory_limit else 0
     if config.report:
         return Ablation(config, Grid(), limit)
     if config.resume:

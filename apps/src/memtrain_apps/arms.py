@@ -30,10 +30,7 @@ from typing import Any
 
 from memtrain_common.errors import DivergedError, Stopped, UserError
 from memtrain_common.files import write_json
-
-PRELOAD = ("torch", "transformers.models.vit.modeling_vit", "peft", "sklearn.datasets", "matplotlib.figure")
-"""What the server loads before the first arm: what arms share."""
-
+from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Job:
@@ -107,7 +104,7 @@ def server() -> Any:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(["memtrain_apps.preload"])
     forkserver.ensure_running()
     return context
 
@@ -142,6 +139,7 @@ def _process(job: Job) -> None:
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    tqdm.set_lock(threading.RLock())  # its own kind is a semaphore of the system, which outlives os._exit
     end_with_the_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)

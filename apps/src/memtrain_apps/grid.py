@@ -30,9 +30,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from memtrain_common.configure import flag
 from memtrain_common.errors import UserError
 
-from .axes import OPTIM, SAVE, TRAIN, USED_BY, Axes, flag, read_settings
+from .axes import OPTIM, SAVE, TRAIN, USED_BY, Axes, read_settings
 
 AXES: dict[str, tuple[str, ...]] = {"train": TRAIN, "save": SAVE, "optim": OPTIM}
 LISTED = (*AXES, *USED_BY, "lr")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from memtrain_common.console import format_bytes, format_count, format_seconds
 
 from .axes import SAVE, TRAIN
 from .charts import Line, Point, curves, scatter, swatch
+from .grid import flag_words
 from .results import CATEGORIES, LOWER_IS_BETTER, Summary
 
 SHAPES = dict(zip(SAVE, ("circle", "square", "triangle", "diamond"), strict=True))
@@ -64,7 +66,7 @@ def render(found: Sequence[Summary], config: dict[str, Any]) -> str:
         peak_of=_peak,
         errors=_largest_errors(trained),
         config=config,
-        grid=config.get("config", {}),
+        pretraining=_pretraining(config),
     )
 
 
@@ -108,6 +110,12 @@ def _largest_errors(trained: Sequence[Summary]) -> dict[str, float]:
         if errors:
             out[category] = max(errors, key=abs)
     return out
+
+
+def _pretraining(config: dict[str, Any]) -> str | None:
+    """The command of the run before all arms."""
+    flags = config.get("config", {}).get("pretrain")
+    return None if flags is None else shlex.join(["finetune", *flag_words({"tracker": "none", **flags})])
 
 
 def _error(value: float | None) -> str:
