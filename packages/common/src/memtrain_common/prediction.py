@@ -62,7 +62,7 @@ def predict(
     another way on the real numbers is predicted wrongly.
     """
     with fake_step() as live:
-        model = _as_fake(build())
+        model = as_fake(build())
         made = optimizer(model) if optimizer is not None else None
         ledger = Ledger()
         for step in range(2):  # the optimizer makes its state in the first
@@ -138,8 +138,8 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= self._live.pop(key)
 
 
-def _as_fake(model: nn.Module) -> nn.Module:
-    """The model itself if it was built fake, otherwise a copy with fake tensors; ties between weights stay."""
+def as_fake(model: nn.Module) -> nn.Module:
+    """Within :func:`fake_step`: the model if it was built there, else a copy with fake tensors; ties stay."""
     tensors = (*model.parameters(), *model.buffers())
     if all(isinstance(t, FakeTensor) for t in tensors):
         return model

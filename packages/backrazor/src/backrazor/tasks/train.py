@@ -29,7 +29,7 @@ from memtrain_common.summary import run_facts
 from memtrain_common.trackers import check_tracker
 from torch import nn
 
-from .saving import NAMES, dense_ledger, fix_statistics, saving_of, side_by_side, train_only
+from .saving import NAMES, dense_activations, fix_statistics, saving_of, side_by_side, train_only
 from .train_flags import MAY_CHANGE, PROG, TrainConfig
 
 
@@ -40,8 +40,8 @@ class Trained:
     model: nn.Module
     """With the weights that were tested."""
     result: FitResult
-    dense: Ledger
-    """What a step would hold without Back Razor, predicted."""
+    dense: dict[str, int]
+    """Bytes by layer that a step would save without Back Razor, predicted."""
     test: dict[str, float]
 
 
@@ -126,7 +126,7 @@ def train_one(
         world_size=place.size,
     )
     loss = partial(classification_loss, label_smoothing=config.label_smoothing)
-    dense = dense_ledger(model, loss, batches(0), config.dtype)
+    dense = dense_activations(model, loss, batches(0), config.dtype)
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
     steps = total_steps(config, pictures)
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -266,7 +266,7 @@ def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[st
     console.say()
     console.say(format_table(rows))
     content: dict[str, Any] = {"mode": config.mode, "test": main.test, "val": main.result.evaluation}
-    content |= {"best": main.result.best, "dense_predicted_bytes": main.dense.totals}
+    content |= {"best": main.result.best, "dense_activation_bytes": sum(main.dense.values())}
     if main.result.ledger is not None:
         console.say(f"memory of a training step, {config.batch_size} pictures")
         console.say(side_by_side(config, main.dense, main.result.ledger))
