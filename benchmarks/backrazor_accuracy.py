@@ -83,7 +83,7 @@ def resnet20(data: Path) -> Study:
     pictures = part(part(cifar10(data), "train", 4000), "val", 2000)
     config = replace(BASE, data="cifar10", model="resnet20", weights=resnet_weights(data), epochs=3.0, batch_size=50,
                      warmup_iters=20, augment="flip-shift")  # fmt: skip
-    about = "ResNet-20 with CIFAR-10's weights, tuned to CIFAR-10 as JPEG files: about 4,000 to train, 2,000 to validate"
+    about = "ResNet-20 with CIFAR-10's weights, tuned to CIFAR-10 as JPEG files: about 4,000 to train"
     return Study(about, pictures, config, (0.003, 0.01, 0.03), (0, 1, 2))
 
 

@@ -14,6 +14,7 @@ from memtrain_common.prediction import fake_step
 from support import assert_refused, run_command
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("loaded")
 PROG = "backrazor-memory"
 
 
