@@ -404,7 +404,7 @@ REFUSED = {
 def test_refused(tmp_path, name):
     words, expected = REFUSED[name]
     assert_refused(razor(tmp_path, *words), expected)
-    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_pictures_of_several_sizes_need_a_size(tmp_path, pictures):
