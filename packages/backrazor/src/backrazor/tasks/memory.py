@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.import_utils  # noqa: F401  # fake_step tells it something, which it must find loaded
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json

@@ -8,7 +8,7 @@ import torch
 from memtrain_common.errors import UserError
 from memtrain_common.loop import DTYPES
 from memtrain_common.memory import Ledger, SavedActivations
-from memtrain_common.prediction import as_fake, fake_step
+from memtrain_common.prediction import fake_copy, fake_step
 from memtrain_common.summary import ledger_table
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def dense_activations(
     """
     device = next(model.parameters()).device
     with fake_step():
-        fake = as_fake(model)
+        fake = fake_copy(model)
         recording = SavedActivations(fake)
         with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"), recording:
             value = loss(fake, _like(batch, device))
