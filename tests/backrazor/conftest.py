@@ -1,6 +1,11 @@
-"""What the tests of backrazor's commands share."""
+"""Puts this folder's helper module within reach of its tests, which pytest imports by path; what commands load."""
+
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
