@@ -12,7 +12,7 @@ import torch
 from backrazor.tasks.saving import dense_activations, saving_of, train_only
 from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, total_steps, train_one
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check
-from image_files import image_folder, random_file
+from image_files import google_file, image_folder, random_file
 from memtrain_common import checkpoint
 from memtrain_common.classifiers import build_classifier, classification_loss
 from memtrain_common.console import Console
@@ -413,8 +413,11 @@ def test_pictures_of_several_sizes_need_a_size(tmp_path, pictures):
 
 
 def test_an_npz_of_the_wrong_shape(tmp_path):
-    np.savez(tmp_path / "a.npz", cls=np.zeros((1, 1, 8), np.float32))
-    assert_refused(razor(tmp_path, "--weights", "a.npz", "--image-size", "8"), "a.npz is not a ViT: it has no")
+    wrong = {"Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel": np.zeros((96, 7), np.float32)}
+    google_file(tmp_path / "a.npz", build_vit("mini", image_size=8, patch_size=2, classes=10), **wrong)
+    done = razor(tmp_path, "--weights", "a.npz", "--image-size", "8")
+    assert_refused(done, "vit.layers.1.mlp.fc1.weight is (7, 96), not (384, 96)")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_help_names_the_presets(tmp_path):
