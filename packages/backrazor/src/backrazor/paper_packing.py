@@ -25,8 +25,9 @@ def pack(x: Tensor, keep: float, values: str) -> tuple[Tensor, Tensor]:
         (stored,) = encode(x.new_empty((1, samples * kept)), values)
         return stored.view(-1), x.new_empty(bits.packed_bytes(samples * n, 1), dtype=torch.uint8)
     magnitude = x.abs()
-    threshold = magnitude.float().kthvalue(n - kept + 1, dim=1, keepdim=True).values
-    mask = magnitude >= threshold
+    comparable = magnitude.float() if x.element_size() == 2 else magnitude
+    threshold = comparable.kthvalue(n - kept + 1, dim=1, keepdim=True).values
+    mask = comparable >= threshold
     (stored,) = encode(x[mask].view(1, -1), values)
     return stored.view(-1), bits.pack(mask.view(-1).view(torch.uint8), 1)
 

@@ -67,7 +67,7 @@ class Razor(TorchFunctionMode):
         self._groups = groups_for(self.keep) if keep < 1 else None
         self._store = Store()
         self._rules: dict[Any, Callable[..., Any]] = {}
-        self._outer_hooks: Any = None
+        self._outer_hook: Any = None
 
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in torch.overrides._get_current_function_mode_stack()):
@@ -75,7 +75,8 @@ class Razor(TorchFunctionMode):
         from .table import rules
 
         self._rules = rules()
-        self._outer_hooks = _saved_tensor_hooks()
+        self._outer_hook = _saved_tensor_hook()
+        _refuse_compile(_within_compiled_call())
         super().__enter__()
         return self
 
@@ -88,7 +89,8 @@ class Razor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            _refuse_compile(torch.compiler.is_compiling())
             return func(*args, **kwargs)
         rule = self._rules.get(func)
         if rule is not None:
@@ -112,8 +114,9 @@ class Razor(TorchFunctionMode):
             raise RazorError(
                 "torch.func transforms (vmap, grad, jvp) cannot be used within a Razor: they need plain autograd"
             )
-        hooks = _saved_tensor_hooks()
-        if hooks is not None and hooks is not self._outer_hooks and "checkpoint" in getattr(hooks[0], "__module__", ""):
+        _refuse_compile(_within_compiled_call())
+        hook = _saved_tensor_hook()
+        if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
         return any(isinstance(arg, Tensor) and is_traceable_wrapper_subclass(arg) for arg in args)
 
@@ -128,8 +131,8 @@ class Razor(TorchFunctionMode):
             own: not shared.
         """
         if self.mode == "paper" and not probabilities:
-            found = self._store.find(x, "pruned") if not own else None
-            return found if found is not None else Held(Holder(self.prune(x, values=values)), Geometry.of(x))
+            found = self._store.find(x, "pruned") if not own and x.is_contiguous() else None
+            return found if found is not None else Held(Holder(self.prune(x, values=values)), None)
         return self._store.hold(x, "pruned", lambda: self.prune(x, values=values, probabilities=probabilities))
 
     def prune(self, x: Tensor, *, values: str | None = None, probabilities: bool = False) -> Saved:
@@ -163,5 +166,22 @@ class Razor(TorchFunctionMode):
         return max(1, min(batch, limit // max(sample_size, 1)))
 
 
-def _saved_tensor_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def _saved_tensor_hook() -> Any:
+    """The innermost hook on what autograd saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None else None
+
+
+def _within_compiled_call() -> bool:
+    """Whether a function made by ``torch.compile`` is running, compiled or fallen back to Python."""
+    from torch._C._dynamo import eval_frame
+
+    return callable(eval_frame.get_eval_frame_callback())
+
+
+def _refuse_compile(compiled: bool) -> None:
+    if compiled:
+        raise RazorError(
+            "torch.compile and Razor do not go together: a compiled graph decides itself what it saves; "
+            "call the model that is not compiled"
+        )

@@ -170,7 +170,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "max_pool2d",
-        (torch.max_pool2d, F._max_pool2d),
+        (F.max_pool2d, torch.max_pool2d),
         lossless.max_pool2d,
         "y, dx",
         "nothing",

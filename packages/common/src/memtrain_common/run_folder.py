@@ -164,8 +164,10 @@ def open_run(
                 "begin a new run"
             )
     else:
+        from .distributed import gather_objects
+
         path = Path(config.out) if config.out else default_run_path(prog.replace(" ", "-"))
-        run = RunFolder.create(path, writes=world.is_main)
+        run = RunFolder.create(gather_objects(path)[0], writes=world.is_main)  # by the first one's clock
     config = dataclasses.replace(config, out=str(run.path))
     program, *command = prog.split(" ")
     run.write_config(

@@ -42,8 +42,7 @@ class Softmax(Function):
 
 def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
     """P ∘ (g − Σ g ∘ P)."""
-    h = g * p
-    return h.sub_(p * h.sum(dim, keepdim=True))
+    return torch._softmax_backward_data(g, p, dim, g.dtype)
 
 
 class Matmul(Function):

@@ -69,27 +69,46 @@ class LayerNorm(Function):
         kept = Kept(ctx)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wide = torch.promote_types(g.dtype, torch.float32)
-        dims = tuple(range(-ctx.dims, 0))
-        lead = tuple(range(g.dim() - ctx.dims))
         g = g.to(wide)
-        x = kept.dense("x", wide, own=True)
-        rstd = kept.dense("rstd", wide)
-        if "mean" in kept:
-            x = (x - kept.dense("mean", wide)) * rstd
-        elif ctx.paper:
-            x = x * rstd
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[1]:
-            dweight = (g * x).sum(lead).to(weight_dtype) if lead else (g * x).to(weight_dtype)
-        if ctx.needs_input_grad[2]:
-            dbias = (g.sum(lead) if lead else g).to(bias_dtype)
-        if ctx.needs_input_grad[0]:
-            h = g * kept.dense("weight", wide) if "weight" in kept else g
-            inner = x.mul_((h * x).mean(dims, keepdim=True))
-            if not ctx.rms:
-                inner += h.mean(dims, keepdim=True)
-            dx = torch.sub(h, inner, out=inner).mul_(rstd).to(x_dtype)
-        return dx, dweight, dbias, None, None, None, None
+        x, rstd = kept.dense("x", wide, own=ctx.rms), kept.dense("rstd", wide)
+        weight = kept.dense("weight", wide) if "weight" in kept else None
+        grads = _rms_grad if ctx.rms else _layer_grad
+        mean = kept.dense("mean", wide) if "mean" in kept else None
+        dx, dweight, dbias = grads(ctx, g, x, mean, rstd, weight)
+        return (
+            dx.to(x_dtype) if dx is not None else None,
+            dweight.to(weight_dtype) if dweight is not None else None,
+            dbias.to(bias_dtype) if dbias is not None else None,
+            *(None,) * 4,
+        )
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _layer_grad(ctx: Any, g: Tensor, x: Tensor, mean: Any, rstd: Tensor, weight: Any) -> Grads:
+    """By PyTorch's own kernel: from x with mean and rstd, or from x̂ with 0 and 1, whose dx is still to be scaled."""
+    normalised = mean is None
+    at = (torch.zeros_like(rstd), torch.ones_like(rstd)) if normalised else (mean, rstd)
+    shape = list(g.shape[g.dim() - ctx.dims :])
+    mask = list(ctx.needs_input_grad[:3])
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(g.contiguous(), x, shape, *at, weight, weight, mask)
+    return dx.mul_(rstd) if normalised and dx is not None else dx, dweight, dbias
+
+
+def _rms_grad(ctx: Any, g: Tensor, x: Tensor, mean: Any, rstd: Tensor, weight: Any) -> Grads:
+    dims = tuple(range(-ctx.dims, 0))
+    lead = tuple(range(g.dim() - ctx.dims))
+    if ctx.paper:
+        x.mul_(rstd)
+    dx = dweight = None
+    if ctx.needs_input_grad[1]:
+        dweight = (g * x).sum(lead) if lead else g * x
+    if ctx.needs_input_grad[0]:
+        h = g * weight if weight is not None else g
+        inner = x.mul_((h * x).mean(dims, keepdim=True))
+        dx = torch.sub(h, inner, out=inner).mul_(rstd)
+    return dx, dweight, None
 
 
 class BatchNorm(Function):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..razor import Razor
 
 aten = torch.ops.aten
-CHUNK = 1 << 17
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def code_derivative(x: Tensor, derivative: Callable[[Tensor, Tensor], Tensor], l
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=x.device)
     last = (1 << levels.bits) - 1
     ones = torch.ones(min(CHUNK, flat.numel()), dtype=x.dtype, device=x.device)
+    half = torch.tensor(0.5 - levels.first / levels.step, dtype=x.dtype, device=x.device)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         d = derivative(ones[: part.numel()], part)
-        d = d.sub_(levels.first) if levels.first else d
-        d = d.mul_(1 / levels.step).add_(0.5).clamp_(0, last + 0.5)  # cut off below: rounds to the nearest
+        d = torch.add(half, d, alpha=1 / levels.step).clamp_(0, last + 0.5)  # cut off below: rounds to the nearest
         codes[start : start + CHUNK].copy_(d)
     return Saved((bits.pack(codes, levels.bits),), recipe)
 
