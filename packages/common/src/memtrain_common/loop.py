@@ -144,6 +144,7 @@ def fit(
     trainer.evaluate, trainer.lr_factor, trainer.saving = evaluate, lr_factor, saving
     trainer.after_step, trainer.clip, trainer.stateful = after_step, clip, dict(stateful or {})
     trainer.identity, trainer.parts = dict(identity or {}), parts
+    trainer.apart = parts is not None and parts.apart
     trainer.resume_path = resume_path or (run.path if run is not None else None)
     return trainer.train(resume, label)
 
@@ -159,6 +160,7 @@ class _Trainer:
     stateful: dict[str, Stateful]
     identity: dict[str, Any]
     parts: Parts | None
+    apart: bool
     resume_path: Path | None
 
     def __init__(
@@ -275,7 +277,7 @@ class _Trainer:
             total += loss.detach()
         total = total / config.gradient_accumulation_steps
         norm = None
-        if self.parts is not None:
+        if self.parts is not None and self.apart:
             self.parts.average_gradients()
             if self.scaler.is_enabled():
                 self._skip_together()
@@ -369,7 +371,7 @@ class _Trainer:
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         if norm is not None:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if self.parts is not None:  # the root of the sum of the parts' squares
+            if self.apart:  # the root of the sum of the parts' squares
                 norm = (mean_over_ranks(norm.square()) * world().size).sqrt()
             row["grad_norm"] = float(norm)
         row[f"{config.unit}_per_second"] = round(rate, 1)
@@ -431,14 +433,14 @@ class _Trainer:
 
     def _agree_to_stop(self, stop: StopSignals) -> None:
         """Stop if a signal came to any process; asked at every step, or less often where processes seldom speak."""
-        if self.parts is not None and self.result.step % self.config.agree_interval:
+        if self.apart and self.result.step % self.config.agree_interval:
             return
         signum = any_rank(stop.received)
         if signum:
             self._stop(signum)
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.config.patience_s if self.parts is not None else 0.0)
+        return Heartbeat(self.config.patience_s if self.apart else 0.0)
 
     @contextmanager
     def _rescuing(self) -> Iterator[None]:
@@ -450,7 +452,7 @@ class _Trainer:
             if self.run is None:
                 raise LostRankError(message + "nothing was saved, since there is no run folder") from None
             go_on = f"; go on with --resume {self.resume_path}"
-            if self.parts is None or not bool(self.finite & all_finite(self.inner)):
+            if not self.apart or not bool(self.finite & all_finite(self.inner)):
                 kept = self.run.checkpoints.steps()
                 last = f"the last checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
                 raise LostRankError(message + last + go_on) from None

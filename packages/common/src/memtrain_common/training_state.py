@@ -27,6 +27,9 @@ class Stateful(Protocol):
 class Parts(Protocol):
     """Processes that each hold a part of the model and its optimizer, which no wrapper keeps together for them."""
 
+    apart: bool
+    """Whether they do: False where this process holds everything, and a state is only converted."""
+
     def average_gradients(self) -> None:
         """After the backward pass: parameters that all processes have get the mean of their gradients."""
 

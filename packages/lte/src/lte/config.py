@@ -37,7 +37,8 @@ class LTEConfig:
     any of "embeddings", "norms", "skipped". What is trainable and neither here nor in vectors is one for all heads,
     and its gradient is the mean over the batch."""
     vectors: tuple[str, ...] = ()
-    """Which of the trainable get heads as vectors, w + s·b·a with one number a (the paper's rule): "norms", "biases"."""
+    """Of what is trainable, what gets heads as vectors, w + s·b·a with one number a (the paper's rule for norms): any
+    of "norms", "biases"."""
     base: Literal["float32", "bfloat16", "4bit"] = "float32"
     """How the frozen weights of linear layers are kept; see :mod:`lte.bases`."""
     reset: Literal["none", "B", "all"] = "none"

@@ -39,7 +39,9 @@ class LTEConv2d(Headed, nn.Conv2d):
         if not self.training:
             bias = self.bias if biases is None else biases[0]
             return F.conv2d(x, self.effective_weight(), bias, self.stride, self.padding, self.dilation)
-        y = F.conv2d(x, self.weight, None if biases is not None else self.bias, self.stride, self.padding, self.dilation)
+        y = F.conv2d(
+            x, self.weight, None if biases is not None else self.bias, self.stride, self.padding, self.dilation
+        )
         A, B = (ScaleGradient.apply(p, float(self.heads)) for p in (self.lora_A, self.lora_B))
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:

@@ -34,10 +34,19 @@ class Headed(nn.Module):
     - ``weight_low``, ``weight_codes``, …: see :mod:`lte.bases`. ``velocity`` (m, n): the outer momentum.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
+    weight_low: Tensor
+    weight_codes: Tensor
+    weight_absmax: Tensor
+    weight_delta: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    merged_A: Tensor
+    merged_B: Tensor
+    all_A: Tensor
+    all_B: Tensor
     velocity: Tensor
+    evaluated: Tensor | None
 
     def add_heads(self, weight: Tensor, config: LTEConfig, share: tuple[int, int] | None, base: str) -> None:
         """Take ``weight`` over as the frozen W and draw the heads.
@@ -60,7 +69,7 @@ class Headed(nn.Module):
         self.telescopes = (
             base == "4bit" and config.reset == "none" and not config.outer and H * r * (m + n) < m * n
         )  # W is W₀ + s·mean(B'A') with the merged factors of all H heads kept, instead of a running sum
-        self.evaluated: Tensor | None = None  # W and all unmerged deltas, while lte.averaged() holds them ready
+        self.evaluated = None  # W and all unmerged deltas, while lte.averaged() holds them ready
         drawn = [A for _, A in draw_A(self, master)] if self.telescopes else []
         A = torch.stack(drawn)[self._own] if drawn else master.new_empty(self.heads, r, n)
         if not drawn:
@@ -185,7 +194,8 @@ class Headed(nn.Module):
             all_A, all_B: the factors of all H heads, where W telescopes.
         """
         if self.telescopes:
-            assert all_A is not None and all_B is not None
+            assert all_A is not None
+            assert all_B is not None
             self.all_A.copy_(all_A)
             self.all_B.copy_(all_B)
             return

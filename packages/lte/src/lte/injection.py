@@ -61,7 +61,7 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
                 if not has_vectors(module):
                     raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
-                _replace(model, name, LTENorm(module, config, share))  # type: ignore[arg-type]
+                _replace(model, name, LTENorm(module, config, share))
     _replicate(model, config, share)
     _freeze(model, config)
     return model

@@ -54,7 +54,10 @@ class LTELinear(Headed, nn.Linear):
             weight = weight.to(x.dtype)  # of a bfloat16 base: the half that forward passes read
         scale = self.scale
         if self.config.mode == "sequential":
-            factors, scale = [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)], scale / self.heads
+            factors, scale = (
+                [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)],
+                scale / self.heads,
+            )
         chunks = x.reshape(*cut(x, self), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads
         y = HeadedLinear.apply(chunks, weight, bias, *factors, scale, float(self.heads), merged_scale, *self.kept())

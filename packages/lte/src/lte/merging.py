@@ -135,8 +135,10 @@ def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in (*layers.values(), *copies.values()):
-            module.evaluated = None
+        for layer in layers.values():
+            layer.evaluated = None
+        for copy in copies.values():
+            copy.evaluated = None
 
 
 class Merger:

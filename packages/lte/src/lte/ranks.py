@@ -28,8 +28,8 @@ class Ranks:
     """This process among those that hold the heads. Its state is how much it has sent.
 
     Attributes:
-        sent: bytes that this process has sent to others, by purpose: "merges", "shared" (gradients of parameters that
-            are one for all heads), "evaluation", "checkpoints".
+        sent: bytes that all processes together have sent to others, by purpose: "merges", "shared" (gradients of
+            parameters that are one for all heads), "evaluation", "checkpoints".
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -39,6 +39,13 @@ class Ranks:
         self.rank = dist.get_rank(group) if running else 0
         self.size = dist.get_world_size(group) if running else 1
         self.sent: Counter[str] = Counter()
+
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """This process by itself, whatever group it is in."""
+        one = cls()
+        one.rank, one.size = 0, 1
+        return one
 
     def share(self, heads: int) -> tuple[int, int]:
         """(first, count) of the heads that this process holds.
@@ -71,7 +78,7 @@ class Ranks:
         received = torch.empty_like(padded)
         with _speaking():
             dist.all_to_all_single(received, padded, group=self.group)
-        self.sent[purpose] += (N - 1) * padded.nbytes // N
+        self.sent[purpose] += N * (N - 1) * padded.nbytes // N
         parts = received.view(N, -1)
         return self._gather_flat(tree_sum(lambda i: parts[i].clone(), 0, N), purpose)[:n]
 
@@ -92,7 +99,7 @@ class Ranks:
         whole = flat.new_empty(self.size * flat.numel())
         with _speaking():
             dist.all_gather_into_tensor(whole, flat.contiguous(), group=self.group)
-        self.sent[purpose] += (self.size - 1) * flat.nbytes
+        self.sent[purpose] += self.size * (self.size - 1) * flat.nbytes
         return whole
 
     def gather_to_first(self, tensor: Tensor, purpose: str) -> Tensor:
@@ -100,10 +107,8 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         with _speaking():
             dist.gather(tensor.detach().contiguous(), parts, group=self.group, group_dst=0)
-        if parts is None:
-            self.sent[purpose] += tensor.nbytes
-            return tensor
-        return torch.cat(parts)
+        self.sent[purpose] += (self.size - 1) * tensor.nbytes
+        return tensor if parts is None else torch.cat(parts)
 
     @torch.no_grad()
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -54,7 +54,9 @@ class Replicas(nn.Module):
             return functional_call(layer, self.means(), (x,))
         H = self.heads
         if x.dim() < 2 and isinstance(layer, nn.Embedding):
-            raise ValueError("the copies of an embedding need indices (batch, …): these have no batch to cut into chunks")
+            raise ValueError(
+                "the copies of an embedding need indices (batch, …): these have no batch to cut into chunks"
+            )
         if x.shape[0] % H:
             raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {H} equal chunks, one a head")
         own = {name: ScaleGradient.apply(p, float(H)) for name, p in self.named_parameters(recurse=False)}

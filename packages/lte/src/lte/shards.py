@@ -20,24 +20,27 @@ class HeadShards:
     """What a training loop needs to know of heads on several processes.
 
     Args:
-        model: injected with the same ``ranks``.
+        model: injected with the same ``ranks``; None where every process holds all heads.
         optimizer: over its parameters, whose state is tensors of a parameter's shape (moments) and single numbers.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
+        self.apart = ranks is not None and ranks.size > 1
         self._shared = shared_parameters(model)
         self.heads = next(iter(headed(model).values())).total_heads
 
     def average_gradients(self) -> None:
         """After the backward pass: parameters that are one for all heads get the mean gradient of all processes."""
-        self._ranks.average_gradients(self._shared)
+        if self._ranks is not None:
+            self._ranks.average_gradients(self._shared)
 
     def gather(self, state: State) -> State:
         """The whole state, on the first process; the others keep theirs. Every process calls it."""
-        if self._ranks.size == 1:
+        ranks = self._ranks
+        if ranks is None or ranks.size == 1:
             return state
-        return self._each(state, lambda t: self._ranks.gather_to_first(t, "checkpoints"))
+        return self._each(state, lambda t: ranks.gather_to_first(t, "checkpoints"))
 
     def scatter(self, state: State) -> State:
         """This process's part of a whole state, which may have been made with H₀ heads where H is a multiple of H₀:
@@ -46,7 +49,7 @@ class HeadShards:
         Raises:
             ValueError: if H is no multiple of H₀.
         """
-        first, count = self._ranks.share(self.heads)
+        first, count = self._ranks.share(self.heads) if self._ranks is not None else (0, self.heads)
 
         def own(t: Tensor, *, whole: bool = False) -> Tensor:
             if self.heads % len(t):
@@ -103,15 +106,17 @@ class HeadShards:
         parameters, own = self._parameters(), self._own_indices()
         moments: dict[int, dict[str, Any]] = {}
         for i, entries in state["optimizer"]["state"].items():
+            inner = parameters[i].shape[1:]
             moments[i] = {
-                k: change(v) if i in own and isinstance(v, Tensor) and v.shape[1:] == parameters[i].shape[1:] and v.dim()
-                else v
+                k: change(v) if i in own and isinstance(v, Tensor) and v.dim() and v.shape[1:] == inner else v
                 for k, v in entries.items()
-            }  # fmt: skip
+            }
         return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]  # in the order of the state's keys
+        return [
+            p for group in self._optimizer.param_groups for p in group["params"]
+        ]  # in the order of the state's keys
 
     def _own_indices(self) -> set[int]:
         own = {*head_parameters(self._model), *copied_parameters(self._model)}

@@ -1,5 +1,6 @@
-"""Heads for vectors (a norm's weight, biases), by the paper's rule: a vector w (C,) is frozen, and head h adds s·b_h·a_h with
-a vector b_h (C,) that begins at 0 and one number a_h that begins at 1. As a matrix of one column it merges like any W.
+"""Heads for vectors (a norm's weight, biases), by the paper's rule: a vector w (C,) is frozen, and head h adds
+s·b_h·a_h with a vector b_h (C,) that begins at 0 and one number a_h that begins at 1. As a matrix of one column it
+merges like any W.
 """
 
 import torch
