@@ -60,6 +60,10 @@ class FitConfig:
     unit: str = "samples"
     tracker: str = "none"
     """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
+    tracker_project: str = "memtrain"
+    """W&B's and trackio's project."""
+    tracker_name: str = ""
+    """The run's name there; empty takes the run folder's."""
     agree_interval: int = 1
     """With ``parts``: steps between two times that the processes ask each other whether a signal came."""
     patience_s: float = 0.0
@@ -203,7 +207,12 @@ class _Trainer:
         result.energy_source = meter.source
         if self.run and self.run.writes:
             self.tracker = open_tracker(
-                config.tracker, self.run.path, self.identity, resume_step=result.step if resume else None
+                config.tracker,
+                self.run.path,
+                self.identity,
+                resume_step=result.step if resume else None,
+                project=config.tracker_project,
+                name=config.tracker_name,
             )
         bar = self.console.progress(config.max_iters, initial=result.step, label=label)
         micro = config.gradient_accumulation_steps

@@ -9,21 +9,33 @@ from typing import Any
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
-from .tasks.train_config import MAY_CHANGE, PRESETS, PROG, TrainConfig, check
+from .tasks.nanogpt import translate
+from .tasks.source_presets import SOURCE_PRESETS
+from .tasks.train_config import MAY_CHANGE, PROG, TrainConfig, check
 
 DESCRIPTION = """Pre-train a GPT with many LoRA heads in parallel (LTE), and say what it cost.
 
-Without flags: a byte-level GPT on the source of Python's standard library, 4 heads, within 3 minutes on 2 cores."""
+Without flags: a byte-level GPT on the source of Python's standard library, 4 heads, within 3 minutes on 2 cores.
+nanoGPT's --key=value and its files of assignments (read, never run) are understood.
+--figures RUN RUN ... [--out FOLDER] compares finished runs instead: a table and three pictures."""
 
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """Flags, presets and a resumed run's own configuration into a checked :class:`TrainConfig`."""
+    argv, notes = translate(argv, TrainConfig)
+    for note in notes:
+        print(note)
     asks_for_help = bool({"-h", "--help"} & set(argv))
     resume = None if asks_for_help else flag_value(argv, "--resume")
     if resume is None:
-        if argv and argv[0].startswith("shakespeare") and flag_value(argv, "--data-dir") is None and not asks_for_help:
+        if (
+            argv
+            and argv[0] in ("shakespeare-char", "shakespeare-char-cpu")
+            and flag_value(argv, "--data-dir") is None
+            and not asks_for_help
+        ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
-        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS))
+        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
     from memtrain_common.run_folder import RunFolder
 
     if not argv[0].startswith("-"):
@@ -58,6 +70,11 @@ def configure(argv: Sequence[str]) -> TrainConfig:
 
 
 def train(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "--figures":
+        from .tasks.figures import draw
+
+        draw(argv)
+        return
     config = configure(argv)
     from .tasks.train import run_training
 

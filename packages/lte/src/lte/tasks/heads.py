@@ -18,6 +18,7 @@ from ..merging import Merger, averaged
 from ..parameters import clip_grad_norm_per_head, copied_parameters, head_parameters, param_groups
 from ..ranks import Ranks
 from ..shards import HeadShards
+from .starting import freeze
 from .train_config import TrainConfig, lte_config
 
 
@@ -57,6 +58,7 @@ def add_heads(config: TrainConfig, model: nn.Module, world: World) -> Heads:
     """Inject heads, of which this process holds its share, and make their optimizer."""
     ranks = Ranks() if world.size > 1 and config.parallel == "heads" else None
     inject(model, lte_config(config), ranks)
+    freeze(model, config.freeze_n)
     groups = param_groups(
         model, lr=config.learning_rate, rest_lr=config.rest_learning_rate, weight_decay=config.weight_decay
     )
@@ -73,11 +75,11 @@ def check_world(config: TrainConfig, world: World) -> None:
     """
     if world.size == 1:
         return
-    if config.parallel == "ddp":
-        if config.batch_size % (config.lte_heads * world.size):
+    if config.parallel == "ddp" or config.method == "full":
+        heads = config.lte_heads if config.method == "lte" else 1
+        if config.batch_size % (heads * world.size):
             raise UserError(
-                f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads} times "
-                f"{world.size} processes"
+                f"--batch-size {config.batch_size} must be divisible by --lte-heads {heads} times {world.size} processes"
             )
         return
     if config.lte_mode == "sequential":
