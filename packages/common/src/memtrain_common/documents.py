@@ -1,4 +1,4 @@
-"""The documents of a data set, one after another: text files, a column of CSV, JSON Lines or parquet, or rows of the hub.
+"""The documents of a data set, one after another: text files, a column of CSV, JSON Lines or parquet, or the hub's.
 
 Nothing is read before it is asked for, and never more than a batch of rows at a time, so a data set may be larger than
 memory. The order is that of the files' names and of the rows in them, every time.
@@ -54,7 +54,9 @@ class Source:
                 yield _cell(row, self.column, f"{self.name}, row {i}"), i
             return
         kind = _suffix(self.path)
-        reader = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}.get(kind, _text)
+        reader = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}.get(
+            kind, _text
+        )
         try:
             yield from reader(self.path, self.column)
         except UnicodeDecodeError as error:
@@ -93,7 +95,9 @@ def find_sources(data_dir: Path, column: str) -> list[Source]:
         raise UserError(f"{data_dir} does not exist: --data-dir needs a folder of text, CSV, JSON Lines or parquet")
     chosen = [p for p in paths if _suffix(p) in TABLES] or [p for p in paths if _suffix(p) in PLAIN]
     if not chosen:
-        there = f"only {paths[0].name}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "nothing"
+        there = (
+            f"only {paths[0].name}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "nothing"
+        )
         raise UserError(f"{data_dir} holds {there}: --data-dir needs files that end in {', '.join(TABLES + PLAIN)}")
     sources = []
     for path in chosen:

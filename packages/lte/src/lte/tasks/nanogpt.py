@@ -1,8 +1,8 @@
 """nanoGPT's way of giving configurations: ``--key=value`` by its names, and files of assignments. No torch here.
 
 nanoGPT runs a positional ``config/x.py`` as code. Here such a file is **read**, never run: top-level assignments of
-numbers, strings, True and False, arithmetic on them, and names assigned before. Imports are passed over. Anything else is
-refused with its line, but for a ``wandb_run_name`` that is computed (nanoGPT's own example does), which is left out.
+numbers, strings, True and False, arithmetic on them, and names assigned before. Imports are passed over. Anything else
+is refused with its line, but for a ``wandb_run_name`` that is computed (nanoGPT's own example does), which is left out.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """The composition behind ``lte-train``: corpus, GPT, heads, optimizer, the shared loop, and the summary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,7 @@ def train_one(
     rank: int = 0,
     *,
     full: bool,
+    each_step: Callable[[], Any] | None = None,
 ) -> Trained:
     """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule.
 
@@ -132,6 +133,7 @@ def train_one(
         run: where it goes; None keeps no files.
         rank: this process's, under torchrun.
         full: train all parameters, without heads.
+        each_step: called after each optimizer step, and after the merge that may follow it.
     """
     seed_all(config.seed)
     config = with_architecture(config, corpus)
@@ -187,7 +189,7 @@ def train_one(
         ),
         evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(config.eval_iters)),
         lr_factor=lr_factor if config.decay_lr else None,
-        after_step=after_step,
+        after_step=_one_after_the_other(after_step, each_step),
         clip=clip,
         stateful=stateful,
         run=run,
@@ -199,6 +201,11 @@ def train_one(
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Trained(unwrap(model), result, trainable, sum(p.numel() for p in model.parameters()))
+
+
+def _one_after_the_other(*calls: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    there = [call for call in calls if call is not None]
+    return (lambda: [call() for call in there]) if there else None
 
 
 def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
