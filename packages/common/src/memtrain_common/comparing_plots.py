@@ -42,8 +42,8 @@ def plot_memory_against_time(points: Mapping[str, tuple[float, float]], path: Pa
     handles = []
     for i, (name, (seconds, held)) in enumerate(points.items()):
         marker = _MARKERS[i // len(COLOURS) % 6]
-        handles += axes.plot(1e3 * seconds, held / size, marker, color=_colour(i), markersize=8, label=name, linestyle="none",
-                             alpha=0.85)  # fmt: skip
+        look = {"color": _colour(i), "markersize": 8, "linestyle": "none", "alpha": 0.85}
+        handles += axes.plot(1e3 * seconds, held / size, marker, label=name, **look)
     axes.set_xlim(0, 1e3 * 1.1 * max(seconds for seconds, _ in points.values()))
     axes.set_ylim(0, 1.15 * largest / size)
     axes.grid(color="#dddddd", linewidth=0.5)

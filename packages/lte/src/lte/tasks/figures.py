@@ -58,7 +58,7 @@ def draw(argv: Sequence[str]) -> None:
         {name: run.summary["evaluation"]["loss"] for name, run in names.items()},
         {name: run.summary["trained_parameters"] for name, run in names.items()},
         out / "replaced_layers.png",
-        labels=(f"last {loss.replace(', ', ',\n')}", "trained parameters", "layers with heads"),
+        labels=(f"last validation loss,\nnats per {unit}", "trained parameters", "layers with heads"),
     )
     console.say(f"{out}: val_loss.png, memory_time.png, replaced_layers.png")
 

@@ -1,8 +1,8 @@
 """nanoGPT's own defaults, and the configurations of nanoGPT-LTE, as presets. No torch here.
 
 What they leave open is ours: checkpoints, float32, no ``torch.compile``; the heads' learning rate is the rest's.
-``finetune-gpt2-news`` has GPT-2's block of 1024, where nanoGPT-LTE leaves it at its default of 32. The heads of ``nanogpt``
-are four of rank 192, four times which is the width; nobody has measured them.
+``finetune-gpt2-news`` has GPT-2's block of 1024, where nanoGPT-LTE leaves it at its default of 32. The heads of
+``nanogpt`` are four of rank 192, four times which is the width; nobody has measured them.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ SOURCE_PRESETS = {
     "shakespeare-char-lte": replace(
         NANOGPT, data_dir="data/shakespeare_char", tokenizer="chars", n_layer=6, n_head=6, n_embd=384, block_size=256,
         batch_size=64, gradient_accumulation_steps=1, dropout=0.2, learning_rate=1e-3, min_lr=1e-4, max_iters=1000,
-        lr_decay_iters=1000, warmup_iters=100, beta2=0.99, eval_interval=100, eval_iters=40, always_save_checkpoint=False,
-        lte_heads=32, lora_r=32, lora_alpha=4096.0, lte_merge_steps=10, skip_mlp=True,
+        lr_decay_iters=1000, warmup_iters=100, beta2=0.99, eval_interval=100, eval_iters=40, lte_heads=32,
+        always_save_checkpoint=False, lora_r=32, lora_alpha=4096.0, lte_merge_steps=10, skip_mlp=True,
     ),
 }  # fmt: skip
