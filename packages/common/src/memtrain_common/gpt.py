@@ -89,7 +89,8 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        position = torch.arange(tokens.shape[1], device=tokens.device)
+        # (B, T), not (T,): a layer that treats parts of the batch differently (LTE's copies) finds the batch in dim 0
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.drop(self.wte(tokens) + self.wpe(position))  # (B, T, C)
         for block in self.h:
             x = block(x)

@@ -122,8 +122,10 @@ class RunFolder:
 
     def metrics_bytes(self) -> int:
         """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""
-        if not self.writes or not self._metrics.exists():
+        if not self._metrics.exists():
             return 0
+        if not self.writes:
+            return self._metrics.stat().st_size
         with self._metrics.open("r+b") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)

@@ -173,8 +173,17 @@ class Crops:
     """
 
     def __init__(
-        self, corpus: Corpus, *, batch_size: int, block_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        corpus: Corpus,
+        *,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        contiguous: bool = False,
     ) -> None:
+        """``contiguous``: how the batch is shared out; see :func:`memtrain_common.data_order.rank_share`."""
         shortest = min(len(corpus.train), len(corpus.val))
         if shortest <= block_size:
             raise UserError(
@@ -182,13 +191,13 @@ class Crops:
                 "its target: use more text or a smaller --block-size"
             )
         self.corpus, self.batch_size, self.block_size, self.seed = corpus, batch_size, block_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.contiguous = rank, world_size, contiguous
 
     def __call__(self, i: int) -> "tuple[torch.Tensor, torch.Tensor]":
         rows = random_offsets(
             self.seed, i, size=self.batch_size, high=len(self.corpus.train) - self.block_size
         )  # (batch,)
-        return self._cut(self.corpus.train, rank_share(rows, self.rank, self.world_size))
+        return self._cut(self.corpus.train, rank_share(rows, self.rank, self.world_size, contiguous=self.contiguous))
 
     def validation(self, n_batches: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         """``n_batches`` batches spread evenly over the validation tokens: the same ones at every evaluation.

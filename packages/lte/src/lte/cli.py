@@ -59,6 +59,11 @@ def configure(argv: Sequence[str]) -> TrainConfig:
         raise UserError(
             f"{resume} was begun with --max-iters {before.max_iters}: a resumed run may only go on for longer"
         )
+    if config.lte_heads % before.lte_heads:
+        raise UserError(
+            f"{resume} was begun with --lte-heads {before.lte_heads}, which can become a multiple of it but not "
+            f"{config.lte_heads}: begin a new run"
+        )
     fixed = {"full_learning_rate"} if (folder / "full").exists() else set()
     for name, (old, new) in changed_fields(before, config).items():
         if name not in MAY_CHANGE - fixed:

@@ -32,6 +32,8 @@ _ONLY = {
     "lora_dropout": ("0.0", "heads have no dropout of their own"),
 }
 
+_MODES = {"mhlora": "sequential", "ddp": "parallel", "dmp": "parallel"}  # nanoGPT-LTE's words
+
 
 @dataclasses.dataclass
 class Flag:
@@ -110,6 +112,8 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
         elif flag.key == "wandb_log":
             if value == "True":
                 out.append(Flag("tracker", ["wandb"]))
+        elif flag.key == "lte_mode" and value in _MODES:
+            out.append(Flag("lte_mode", [_MODES[value]]))
         elif flag.key == "wrap_lte":
             out.append(Flag("method", ["full" if value == "False" else "lte"]))
         else:

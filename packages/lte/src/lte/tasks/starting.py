@@ -88,8 +88,9 @@ def read_run(folder: Path) -> Trained:
             continue
         state = load(path)
         model: nn.Module = GPT(gpt_config(config))
-        if config.method == "lte":
-            inject(model, lte_config(config))
+        if config.method == "lte":  # a run that was to go on with more heads may not have saved any yet
+            heads = next(len(t) for name, t in state["model"].items() if name.endswith(".lora_A"))
+            inject(model, lte_config(replace(config, lte_heads=heads)))
         difference = same_shapes(state["model"], model.state_dict())
         if difference is not None:
             raise UserError(f"{path} belongs to another model: {difference}")

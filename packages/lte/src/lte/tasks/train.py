@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap
+from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap, world
 from memtrain_common.errors import UserError
 from memtrain_common.gpt import GPT, next_token_loss
 from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
@@ -19,19 +19,19 @@ from memtrain_common.plots import plot_loss, plot_memory
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, default_run_path, device_name
-from memtrain_common.schedule import cosine_with_warmup
 from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
 from memtrain_common.tokenizers import default_prompt, printable
 from memtrain_common.trackers import check_tracker
-from torch import nn
+from torch import Tensor, nn
 
-from ..injection import inject, merged_state_dict
-from ..merging import Merger
-from ..parameters import clip_grad_norm_per_head, param_groups
+from ..merging import averaged
 from .evaluating import evaluate_only
+from .heads import add_heads, check_world, lr_factor, sent_facts
 from .starting import freeze, gpt_config, starting_gpt, with_architecture
 from .summary import write_summary
-from .train_config import MAY_CHANGE, PROG, TrainConfig, lte_config
+from .train_config import MAY_CHANGE, PROG, TrainConfig
+
+HEARTBEAT_S = 15.0  # of silence: torchrun gives a process 30 s between SIGTERM and SIGKILL, in which it must have saved
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class Trained:
     """Trained numbers."""
     total: int
     """Numbers of the model as it is trained: weights, heads, no buffers."""
+    plain: dict[str, Tensor]
+    """The state dict of the plain model that evaluation saw."""
+    facts: list[tuple[str, str]]
+    """What else the summary says of the run."""
 
 
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``lte-train`` does once its flags are checked."""
-    world, device = launch(config.device)
+    world, device = launch(config.device, patience_s=config.peer_timeout if config.parallel == "heads" else None)
     if device.type == "cpu" and config.dtype == "bfloat16":
         avoid_broken_amx()
-    heads = config.lte_heads if config.method == "lte" else 1
-    if config.batch_size % (heads * world.size):
-        raise UserError(
-            f"--batch-size {config.batch_size} must be divisible by --lte-heads {heads} times {world.size} processes"
-        )
+    check_world(config, world)
     check_tracker(config.tracker)
     corpus = load_corpus(config.data_dir or None, config.tokenizer, config.tokenizer_dir or None)
     crops = Crops(
@@ -65,6 +65,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
+        contiguous=config.parallel == "heads",
     )
     config = with_architecture(config, corpus)
     if config.eval_only:
@@ -139,36 +140,30 @@ def train_one(
     config = with_architecture(config, corpus)
     resumed = bool(config.resume) and run is not None and bool(run.checkpoints.steps())
     model: nn.Module = starting_gpt(config, resumed=resumed).to(device)
+    full_parameters, heads = sum(p.numel() for p in model.parameters()), None
     if full:
         freeze(model, config.freeze_n)
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        clip, stateful = None, {}
-        after_step = None
-    else:
-        inject(model, lte_config(config))
-        freeze(model, config.freeze_n)
-        groups = param_groups(
-            model, lr=config.learning_rate, rest_lr=config.rest_learning_rate, weight_decay=config.weight_decay
+        matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.full_learning_rate,
+            betas=(config.beta1, config.beta2),
         )
-        merger = Merger(model, config.lte_merge_steps)
-        clip, stateful = partial(clip_grad_norm_per_head, model), {"merger": merger}
-        after_step = merger.step
+    else:
+        heads = add_heads(config, model, world())
+        optimizer = heads.optimizer
     seed_all(config.seed + rank)  # dropout differs between processes; the weights above must not
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.full_learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    lr_factor = partial(
-        cosine_with_warmup,
-        warmup_iters=config.warmup_iters,
-        decay_iters=config.lr_decay_iters,
-        min_ratio=config.min_lr_ratio,
-    )
+    ranks = heads.ranks if heads is not None else None
+
+    def evaluate(m: nn.Module) -> dict[str, float]:
+        with averaged(unwrap(m), ranks) if heads is not None else nullcontext():
+            return mean_loss(m, next_token_loss, crops.validation(config.eval_iters))
+
+    options = heads.fit_options() if heads is not None else {}
+    options["after_step"] = _one_after_the_other(options.get("after_step"), each_step)
     result = fit(
-        parallelize(model, "ddp", device),
+        model if ranks is not None else parallelize(model, "ddp", device),
         crops,
         next_token_loss,
         optimizer,
@@ -186,12 +181,12 @@ def train_one(
             tracker=config.tracker,
             tracker_project=config.wandb_project,
             tracker_name=config.wandb_run_name,
+            agree_interval=config.lte_merge_steps or config.log_interval,
+            patience_s=min(config.peer_timeout, HEARTBEAT_S),
         ),
-        evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(config.eval_iters)),
-        lr_factor=lr_factor if config.decay_lr else None,
-        after_step=_one_after_the_other(after_step, each_step),
-        clip=clip,
-        stateful=stateful,
+        evaluate=evaluate,
+        lr_factor=lr_factor(config),
+        **options,
         run=run,
         resume=bool(config.resume),
         resume_path=Path(config.out) if run is not None else None,
@@ -199,8 +194,14 @@ def train_one(
         console=console,
         label="full" if full else "lte",
     )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Trained(unwrap(model), result, trainable, sum(p.numel() for p in model.parameters()))
+    trainable = heads.trained() if heads is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plain = heads.plain() if heads is not None else dict(model.state_dict())
+    tokens = result.step * config.gradient_accumulation_steps * config.batch_size * config.block_size
+    facts = []
+    if heads is not None and run is not None:
+        facts = sent_facts(heads, run, tokens, full_parameters)
+    total = trainable + sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return Trained(unwrap(model), result, trainable, total, plain, facts)
 
 
 def _one_after_the_other(*calls: Callable[[], Any] | None) -> Callable[[], Any] | None:
@@ -253,6 +254,7 @@ def _report(
         ("peak memory", peaks),
         ("speed", speed),
         ("energy", joules),
+        *lte.facts,
     ]
     console.say("\n".join(f"  {name:12} {value}" for name, value in facts))
     write_summary(run, lte.result, trained=lte.trainable, total=lte.total)
@@ -267,7 +269,7 @@ def _report(
     plot_loss(curves, run.path / "loss.png", ylabel=f"loss, nats per {unit}", levels=bigram)
     if config.sample_tokens:
         try:
-            sample = _sample(config, corpus, lte.model)
+            sample = _sample(config, corpus, lte.plain)
             console.say(f"{config.sample_tokens} generated {unit}s")
             console.say(sample)
         except UserError as error:  # bins without the vocabulary that would turn tokens to text
@@ -291,10 +293,10 @@ def _entropies(corpus: Corpus) -> dict[str, float]:
     return {"unigram entropy": unigram, "bigram entropy": bigram}
 
 
-def _sample(config: TrainConfig, corpus: Corpus, model: nn.Module) -> str:
+def _sample(config: TrainConfig, corpus: Corpus, weights: dict[str, Tensor]) -> str:
     """Text from the merged model: a plain GPT with the weights that evaluation used."""
     plain = GPT(gpt_config(config))
-    plain.load_state_dict({name: value.cpu() for name, value in merged_state_dict(model).items()})
+    plain.load_state_dict({name: value.cpu() for name, value in weights.items()})
     coder = corpus.tokenizer
     prompt = torch.from_numpy(default_prompt(coder).astype(np.int64))[None]  # (1, 1)
     tokens = plain.generate(prompt, config.sample_tokens, seed=config.seed, vocab_size=coder.vocab_size)

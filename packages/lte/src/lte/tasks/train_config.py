@@ -6,7 +6,7 @@ from typing import Literal
 
 from memtrain_common.errors import UserError
 
-from ..config import REST, LTEConfig
+from ..config import REPLICAS, REST, VECTORS, LTEConfig
 
 PROG = "lte-train"
 
@@ -67,6 +67,24 @@ class TrainConfig:
     """Scale of A's initial value: the paper's sqrt(m/n), or the published code's sqrt(n/r)."""
     lte_trainable: tuple[str, ...] = REST
     """What is trained besides the heads: any of embeddings norms biases skipped."""
+    lte_replicas: tuple[str, ...] = ()
+    """Of these, what every head has its own copy of, averaged at merges: any of embeddings norms skipped."""
+    lte_vectors: tuple[str, ...] = ()
+    """Of these, what gets heads as vectors, merged like matrices: any of norms biases."""
+    lte_mode: Literal["parallel", "sequential"] = "parallel"
+    """Each head on its own chunk of the batch, or all heads on all of it."""
+    lte_base: Literal["float32", "bfloat16", "4bit"] = "float32"
+    """How the frozen weights are kept."""
+    lte_reset: Literal["none", "B", "all"] = "none"
+    """What begins anew at a merge: nothing, every B, or every A and B (ReLoRA, with --lte-heads 1)."""
+    lte_reset_optimizer: bool = True
+    """The optimizer forgets its state of what is reset."""
+    lte_restart_warmup_iters: int = 0
+    """Steps of linear warm-up after each merge (ReLoRA's jagged schedule); 0 for none."""
+    lte_outer_momentum: float = 0.0
+    """Nesterov momentum over merges (DiLoCo); 0 for none."""
+    lte_outer_lr: float = 1.0
+    """How much of the heads' mean delta is merged."""
     skip_attn: bool = False
     """No heads in attention."""
     skip_mlp: bool = False
@@ -122,6 +140,10 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast's dtype; weights stay float32."""
+    parallel: Literal["heads", "ddp"] = "heads"
+    """Under torchrun: each process holds its own heads and speaks at merges, or holds all and averages gradients."""
+    peer_timeout: float = 40.0
+    """With --parallel heads: seconds of silence after which another process counts as lost."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 1337
@@ -162,6 +184,9 @@ MAY_CHANGE = {
     "tracker",
     "sample_tokens",
     "device",
+    "parallel",
+    "peer_timeout",
+    "lte_heads",  # to a multiple: each head is copied
     "wandb_project",
     "wandb_run_name",
     "always_save_checkpoint",
@@ -180,12 +205,13 @@ def check(config: TrainConfig) -> TrainConfig:
         "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "lte_heads": 1, "lora_r": 1, "lte_merge_steps": 0,
         "max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0, "grad_clip": 0,
         "warmup_iters": 0, "lr_decay_iters": 0, "min_lr_ratio": 0, "eval_interval": 1, "eval_iters": 1,
+        "lte_restart_warmup_iters": 0, "lte_outer_momentum": 0, "peer_timeout": 1,
         "log_interval": 1, "sample_tokens": 0, "dropout": 0, "beta1": 0, "beta2": 0, "vocab_size": 0, "freeze_n": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise UserError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
-    for name in ("learning_rate", "rest_learning_rate", "full_learning_rate", "lora_alpha"):
+    for name in ("learning_rate", "rest_learning_rate", "full_learning_rate", "lora_alpha", "lte_outer_lr"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{_flag(name)} must be positive and finite, got {getattr(config, name)}")
     for name in ("weight_decay", "grad_clip"):
@@ -201,7 +227,7 @@ def check(config: TrainConfig) -> TrainConfig:
         raise UserError(f"--seed must be from 0 to 2^63 − 1, got {config.seed}")
     if config.tokenizer_dir and config.tokenizer != "gpt2":
         raise UserError("--tokenizer-dir is for --tokenizer gpt2: give both or neither")
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "beta1", "beta2", "lte_outer_momentum"):
         if not getattr(config, name) < 1:
             raise UserError(f"{_flag(name)} must be below 1, got {getattr(config, name)}")
     if config.n_embd % config.n_head:
@@ -213,8 +239,18 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.skip_attn and config.skip_mlp:
         raise UserError("--skip-attn and --skip-mlp together leave no layer for heads: drop one of them")
-    if not set(config.lte_trainable) <= set(REST):
-        raise UserError(f"--lte-trainable takes any of {' '.join(REST)}, got {' '.join(config.lte_trainable)}")
+    for name, words in (("lte_trainable", REST), ("lte_replicas", REPLICAS), ("lte_vectors", VECTORS)):
+        if not set(getattr(config, name)) <= set(words):
+            raise UserError(f"{_flag(name)} takes any of {' '.join(words)}, got {' '.join(getattr(config, name))}")
+    try:
+        lte_config(config)
+    except ValueError as error:  # what does not go together; its words are the flags' without their prefix
+        raise UserError(f"--lte-… flags: {error}") from None
+    if config.lte_restart_warmup_iters and not config.lte_merge_steps > config.lte_restart_warmup_iters:
+        raise UserError(
+            f"--lte-restart-warmup-iters {config.lte_restart_warmup_iters} must be below --lte-merge-steps "
+            f"{config.lte_merge_steps}"
+        )
     decay = config.lr_decay_iters
     if config.decay_lr and 0 < decay <= config.warmup_iters:
         raise UserError(f"--warmup-iters {config.warmup_iters} must be below the {decay} steps of the decay")
@@ -251,9 +287,17 @@ def lte_config(config: TrainConfig) -> LTEConfig:
         rank=config.lora_r,
         alpha=config.lora_alpha,
         init=config.lte_init,
+        mode=config.lte_mode,
         targets=targets,
         exclude=("lm_head", *(f"transformer.h.{i}.{t}" for i in range(config.freeze_n) for t in targets)),
         trainable=config.lte_trainable,
+        replicas=config.lte_replicas,
+        vectors=config.lte_vectors,
+        base=config.lte_base,
+        reset=config.lte_reset,
+        reset_optimizer=config.lte_reset_optimizer,
+        outer_momentum=config.lte_outer_momentum,
+        outer_lr=config.lte_outer_lr,
     )
 
 
