@@ -1,7 +1,7 @@
 """Token bins as nanoGPT reads them: ``train.bin`` and ``val.bin``, little-endian uint16, memory-mapped.
 
-``lte-prepare`` writes ``meta.json`` beside them: tokenizer, vocabulary, tokens, bytes and SHA-256 a split. Bins without one
-are nanoGPT's own: characters where there is a ``meta.pkl``, GPT-2's tokens where there is none.
+``lte-prepare`` writes ``meta.json`` beside them: tokenizer, vocabulary, tokens, bytes and SHA-256 a split. Bins without
+one are nanoGPT's own: characters where there is a ``meta.pkl``, GPT-2's tokens where there is none.
 """
 
 import hashlib
@@ -43,12 +43,7 @@ def read_bins(folder: Path, tokenizer_dir: Path | None = None) -> dict[str, Any]
     if (folder / UNFINISHED).exists():
         raise UserError(f"{folder} is not prepared to its end: give the same lte-prepare command again, which goes on")
     meta = _read_meta(folder)
-    if meta is not None:
-        coder = _tokenizer(folder, meta, tokenizer_dir)
-    elif (folder / META_PICKLE).exists():
-        coder = CharTokenizer(read_meta_pickle(folder / META_PICKLE))
-    else:
-        coder = GPT2Tokenizer(_gpt2_folder(folder, tokenizer_dir), vocab_size=GPT2_VOCAB)
+    coder = read_tokenizer(folder, tokenizer_dir)
     arrays, digest = {}, hashlib.sha256()
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -78,17 +73,26 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     )
 
 
-def _tokenizer(folder: Path, meta: dict[str, Any], tokenizer_dir: Path | None) -> Tokenizer:
-    if meta["tokenizer"] == "bytes":
-        return ByteTokenizer()
-    if meta["tokenizer"] == "chars":
-        return CharTokenizer(meta["characters"])
-    return GPT2Tokenizer(_gpt2_folder(folder, tokenizer_dir), vocab_size=meta["vocab_size"])
-
-
-def _gpt2_folder(folder: Path, tokenizer_dir: Path | None) -> Path | None:
+def read_tokenizer(folder: Path, tokenizer_dir: Path | None = None) -> Tokenizer:
+    """The tokenizer of the bins in a folder, by ``meta.json``, by nanoGPT's ``meta.pkl``, or else GPT-2's."""
     beside = all((folder / name).exists() for name in GPT2_FILES)
-    return tokenizer_dir or (folder if beside else None)
+    meta = _read_meta(folder)
+    if meta is None and (folder / META_PICKLE).exists():
+        return CharTokenizer(read_meta_pickle(folder / META_PICKLE))
+    described = meta or {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
+    return tokenizer_of(described, tokenizer_dir or (folder if beside else None))
+
+
+def tokenizer_of(described: dict[str, Any], tokenizer_dir: Path | None = None) -> Tokenizer:
+    """The tokenizer that ``meta.json``, or a run's ``data``, describes: "tokenizer", "vocab_size", "characters".
+
+    GPT-2's files are read only when something is encoded or decoded.
+    """
+    if described["tokenizer"] == "bytes":
+        return ByteTokenizer()
+    if described["tokenizer"] == "chars":
+        return CharTokenizer(described["characters"])
+    return GPT2Tokenizer(tokenizer_dir, vocab_size=described["vocab_size"])
 
 
 def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tuple[npt.NDArray[np.uint16], str]:

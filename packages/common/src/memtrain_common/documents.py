@@ -1,4 +1,4 @@
-"""The documents of a data set, one after another: text files, a column of CSV, JSON Lines or parquet, or rows of the hub.
+"""The documents of a data set, one after another: text files, a column of CSV, JSON Lines or parquet, or the hub's.
 
 Nothing is read before it is asked for, and never more than a batch of rows at a time, so a data set may be larger than
 memory. The order is that of the files' names and of the rows in them, every time.

@@ -1,8 +1,8 @@
 """A GPT's weights in other tools' files: nanoGPT's ``ckpt.pt``, and transformers' GPT-2 folders.
 
 All three use the same parameter names. transformers keeps the four projections of a block transposed (its ``Conv1D``),
-always has biases, and calls our exact GELU "gelu"; OpenAI's weights were trained with its approximation "gelu_new", which
-this GPT, like nanoGPT's, replaces by the exact one.
+always has biases, and calls our exact GELU "gelu"; OpenAI's weights were trained with its approximation "gelu_new",
+which this GPT, like nanoGPT's, replaces by the exact one.
 """
 
 import json
@@ -176,7 +176,7 @@ def download_gpt2(name: str) -> Path:
         where = snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
     except Exception as error:  # each failure of a network has a class of its own
         raise UserError(
-            f"{name} could not be downloaded ({_first_line(error)}): name a folder that holds it, as transformers saves it"
+            f"{name} could not be downloaded ({_first_line(error)}): name a folder that holds it in transformers' form"
         ) from None
     return Path(where)
 

@@ -1,10 +1,11 @@
-"""nanoGPT's ``meta.pkl``, the vocabulary beside a character-level bin: written for nanoGPT, and read without unpickling.
+"""nanoGPT's ``meta.pkl``, the vocabulary beside character-level bins: written for nanoGPT, and read without unpickling.
 
-nanoGPT pickles ``{"vocab_size": 65, "itos": {0: "\\n", …}, "stoi": {"\\n": 0, …}}``. Unpickling can run any code, so the
-file is read as a list of opcodes, and only those that build dicts of numbers and strings are understood.
+nanoGPT pickles ``{"vocab_size": 65, "itos": {0: "\\n", …}, "stoi": {"\\n": 0, …}}``. Unpickling can run any code, so
+the file is read as a list of opcodes, and only those that build dicts of numbers and strings are understood.
 """
 
 import pickletools
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import dumps  # writing runs nothing; nothing here loads a pickle
 from typing import Any
@@ -33,8 +34,8 @@ def read_meta_pickle(path: Path) -> str:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError):
         pass
     raise UserError(
-        f"{path} is not a vocabulary as nanoGPT writes it (a pickle of anything else is never loaded): prepare the data "
-        "again with lte-prepare"
+        f"{path} is not a vocabulary as nanoGPT writes it (a pickle of anything else is never loaded): prepare the "
+        "data again with lte-prepare"
     )
 
 
@@ -43,7 +44,8 @@ def _build(raw: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     mark = object()
-    for opcode, argument, _ in pickletools.genops(raw):
+    operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(raw)
+    for opcode, argument, _ in operations:
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass

@@ -63,8 +63,8 @@ def load_corpus(data_dir: str | None = None, tokenizer: str = "bytes", tokenizer
 
     Args:
         data_dir: folder of text files, read recursively in the order of their names and split 90/10 at the end; or
-            of bins (:mod:`memtrain_common.bins`), which know their tokenizer; None takes the standard library's source, of which every tenth file (by a hash of its name) is for
-            validation.
+            of bins (:mod:`memtrain_common.bins`), which know their tokenizer; None takes the standard library's source,
+            of which every tenth file (by a hash of its name) is for validation.
         tokenizer: "bytes", "chars" or "gpt2".
         tokenizer_dir: folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
 

@@ -10,6 +10,7 @@ from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
 from .tasks.nanogpt import translate
+from .tasks.prepare import DATASETS
 from .tasks.source_presets import SOURCE_PRESETS
 from .tasks.train_config import MAY_CHANGE, PROG, TrainConfig, check
 
@@ -35,7 +36,9 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             and not asks_for_help
         ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
-        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
+        config = check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
+        _check_prepared(config)
+        return config
     from memtrain_common.run_folder import RunFolder
 
     if not argv[0].startswith("-"):
@@ -67,6 +70,14 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{resume} was begun with {flag} {old}, not {new}: leave the flag out, or begin a new run")
     return check(replace(config, out=resume))
+
+
+def _check_prepared(config: TrainConfig) -> None:
+    """Presets look for bins where lte-prepare puts them: where they are not, say how they come there."""
+    folder = Path(config.data_dir)
+    name = folder.name.replace("_", "-")
+    if folder.parent == Path("data") and not folder.exists() and name in DATASETS:
+        raise UserError(f"{folder} does not exist: lte-prepare {name} makes it, or name another folder with --data-dir")
 
 
 def train(argv: Sequence[str]) -> None:

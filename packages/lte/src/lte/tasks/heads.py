@@ -79,7 +79,8 @@ def check_world(config: TrainConfig, world: World) -> None:
         heads = config.lte_heads if config.method == "lte" else 1
         if config.batch_size % (heads * world.size):
             raise UserError(
-                f"--batch-size {config.batch_size} must be divisible by --lte-heads {heads} times {world.size} processes"
+                f"--batch-size {config.batch_size} must be divisible by --lte-heads {heads} times {world.size} "
+                "processes"
             )
         return
     if config.lte_mode == "sequential":

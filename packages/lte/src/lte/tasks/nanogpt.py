@@ -1,8 +1,8 @@
 """nanoGPT's way of giving configurations: ``--key=value`` by its names, and files of assignments. No torch here.
 
 nanoGPT runs a positional ``config/x.py`` as code. Here such a file is **read**, never run: top-level assignments of
-numbers, strings, True and False, arithmetic on them, and names assigned before. Imports are passed over. Anything else is
-refused with its line, but for a ``wandb_run_name`` that is computed (nanoGPT's own example does), which is left out.
+numbers, strings, True and False, arithmetic on them, and names assigned before. Imports are passed over. Anything else
+is refused with its line, but for a ``wandb_run_name`` that is computed (nanoGPT's own example does), which is left out.
 """
 
 import ast
@@ -31,6 +31,8 @@ _ONLY = {
     "skip_logit": ("True", "the output layer is tied to the embedding and cannot have heads"),
     "lora_dropout": ("0.0", "heads have no dropout of their own"),
 }
+
+_MODES = {"mhlora": "sequential", "ddp": "parallel", "dmp": "parallel"}  # nanoGPT-LTE's words
 
 
 @dataclasses.dataclass
@@ -110,6 +112,8 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
         elif flag.key == "wandb_log":
             if value == "True":
                 out.append(Flag("tracker", ["wandb"]))
+        elif flag.key == "lte_mode" and value in _MODES:
+            out.append(Flag("lte_mode", [_MODES[value]]))
         elif flag.key == "wrap_lte":
             out.append(Flag("method", ["full" if value == "False" else "lte"]))
         else:

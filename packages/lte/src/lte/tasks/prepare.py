@@ -1,4 +1,4 @@
-"""``lte-prepare``: a data set to nanoGPT's token bins. The flags and data sets; the work is in ``preparing``. No torch."""
+"""``lte-prepare``: a data set to nanoGPT's token bins. Flags and data sets are here; ``preparing`` does the work."""
 
 import sys
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from memtrain_common.errors import UserError
 PROG = "lte-prepare"
 DESCRIPTION = """Turn a data set into token bins: train.bin and val.bin (uint16, as nanoGPT reads them) and meta.json.
 
-The first word is a data set, or a folder of text, CSV, JSON Lines or parquet. A command that was killed goes on when it is
-given again. Without --data-dir a data set comes from the hub."""
+The first word is a data set, or a folder of text, CSV, JSON Lines or parquet. A command that was killed goes on when it
+is given again. Without --data-dir a data set comes from the hub."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class PrepareConfig:
     tokenizer: Literal["", "gpt2", "chars", "bytes"] = ""
     """What a token is; empty takes the data set's, or gpt2."""
     tokenizer_dir: str = ""
-    """Folder with GPT-2's encoder.json and vocab.bpe, which are copied beside the bins; empty lets tiktoken download them."""
+    """Folder with GPT-2's encoder.json and vocab.bpe, which are copied beside the bins; empty lets tiktoken download
+    them."""
     separator: Literal["", "eot", "newline", "nothing"] = ""
     """What follows each document: <|endoftext|>, a newline or nothing. Empty: nothing after a single text, else eot
     (newline where the tokenizer has no such token)."""

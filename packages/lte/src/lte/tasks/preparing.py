@@ -1,9 +1,9 @@
 """The work of ``lte-prepare``: documents in, bins out; in parallel, and going on where a kill left it.
 
 Documents are gathered into pieces of about a million characters. Threads tokenize pieces (tiktoken lets go of Python's
-lock), and their tokens are appended in order to the bins in ``OUT/.preparing``, where a journal says how many pieces are
-in the files and how long these are then. Whoever goes on cuts the files to those lengths and skips those pieces, so the
-bins come out as if nothing had happened. When all is there, files are moved into place, ``meta.json`` last.
+lock), and their tokens are appended in order to the bins in ``OUT/.preparing``, where a journal says how many pieces
+are in the files and how long these are then. Whoever goes on cuts the files to those lengths and skips those pieces, so
+the bins come out as if nothing had happened. When all is there, files are moved into place, ``meta.json`` last.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import shlex
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -170,14 +169,15 @@ def _tokenize(
     config: PrepareConfig, plan: dict[str, Any], coder: Tokenizer, cutting: Cutting, work: Path, console: Console
 ) -> Counts:
     """Every piece into ``work``'s bins: -> tokens, documents and bytes of text by split."""
-    journal = {"pieces": 0, "counts": {}}
+    journal: dict[str, Any] = {"pieces": 0, "counts": {}}
     path = work / JOURNAL
     if path.exists():
         journal = json.loads(path.read_text())
         way_out = f"give what it was begun with, or remove {work} to begin anew"
         _compare(journal["plan"], plan, f"{work.parent} holds a preparation that was begun", way_out)
         console.say(f"going on with {work.parent} after {journal['pieces']} pieces")
-    done, counts = journal["pieces"], journal["counts"]
+    done: int = journal["pieces"]
+    counts: Counts = journal["counts"]
     files = {}
     for split in SPLITS:
         files[split] = (work / f"{split}.bin").open("ab")
@@ -240,8 +240,8 @@ def _tokenize(
         if not counts[split]["tokens"]:
             shutil.rmtree(work)
             raise UserError(
-                f"{cutting.documents} documents leave none for {what} at --val-fraction {config.val_fraction}: use more "
-                "documents or another fraction"
+                f"{cutting.documents} documents leave none for {what} at --val-fraction {config.val_fraction}: use "
+                "more documents or another fraction"
             )
     if cutting.skipped:
         console.say(f"{cutting.skipped:,} rows without text were passed over")

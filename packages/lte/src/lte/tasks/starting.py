@@ -1,11 +1,10 @@
-"""Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours with its heads merged."""
+"""Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours, its heads merged."""
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from memtrain_common.checkpoint import load, verify
 from memtrain_common.errors import UserError
 from memtrain_common.gpt import GPT, GPTConfig
@@ -54,8 +53,8 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     if init_from in GPT2_NAMES and not path.exists():
         return read_gpt2(download_gpt2(init_from)), None
     raise UserError(
-        f"--init-from {init_from} is neither scratch, resume, {', '.join(GPT2_NAMES)}, nor a folder with a run, a GPT-2 "
-        "or nanoGPT's ckpt.pt"
+        f"--init-from {init_from} is neither scratch, resume, {', '.join(GPT2_NAMES)}, nor a folder with a run, a "
+        "GPT-2 or nanoGPT's ckpt.pt"
     )
 
 
@@ -76,7 +75,7 @@ def read_run(folder: Path) -> Trained:
     run = RunFolder.open(folder, writes=False)
     content = run.read_config()
     try:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
         config, data = TrainConfig(**values), content["data"]
         config = replace(config, vocab_size=config.vocab_size or padded(data["vocab_size"]))
     except (TypeError, KeyError) as error:
@@ -121,7 +120,7 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
         UserError: if the weights do not fit the corpus, the block or the frozen blocks.
     """
     vocab = corpus.tokenizer.vocab_size
-    config = replace(config, tokenizer=corpus.tokenizer.name)
+    config = replace(config, tokenizer=corpus.tokenizer.name)  # type: ignore[arg-type]
     if config.init_from == "scratch" or config.resume:
         if 0 < config.vocab_size < vocab:
             raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
@@ -131,8 +130,8 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None
     if tokenizer not in (None, corpus.tokenizer.name):
         raise UserError(
-            f"{config.init_from} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the text "
-            f"for it (--tokenizer {tokenizer}, or lte-prepare)"
+            f"{config.init_from} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the "
+            f"text for it (--tokenizer {tokenizer}, or lte-prepare)"
         )
     if data and data.get("characters") != corpus.describe().get("characters"):
         raise UserError(f"{config.init_from} was trained on other characters than {corpus.name} has: its tokens differ")
@@ -165,7 +164,6 @@ def freeze(model: nn.Module, blocks: int) -> None:
             model.get_submodule(name).requires_grad_(False)
 
 
-@torch.no_grad()
 def plain_model(name: str) -> tuple[GPT, dict[str, Any] | None]:
     """A plain GPT in eval mode with the weights that a word names, and its corpus where that is known."""
     plain, data = find_weights(name)

@@ -14,7 +14,7 @@ SUMMARY = "summary.json"
 
 
 def write_summary(run: RunFolder, result: FitResult, *, trained: int, total: int) -> None:
-    """Write ``summary.json``: steps, losses, parameters, seconds, bytes at the peak, joules (null where unavailable)."""
+    """Write ``summary.json``: steps, losses, parameters, seconds, peak bytes, joules (null where unavailable)."""
     content: dict[str, Any] = {
         "steps": result.step,
         "evaluation": result.evaluation,

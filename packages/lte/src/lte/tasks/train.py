@@ -1,7 +1,7 @@
 """The composition behind ``lte-train``: corpus, GPT, heads, optimizer, the shared loop, and the summary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,7 @@ def train_one(
     rank: int = 0,
     *,
     full: bool,
+    each_step: Callable[[], Any] | None = None,
 ) -> Trained:
     """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule.
 
@@ -133,6 +134,7 @@ def train_one(
         run: where it goes; None keeps no files.
         rank: this process's, under torchrun.
         full: train all parameters, without heads.
+        each_step: called after each optimizer step, and after the merge that may follow it.
     """
     seed_all(config.seed)
     config = with_architecture(config, corpus)
@@ -158,6 +160,8 @@ def train_one(
         with averaged(unwrap(m), ranks) if heads is not None else nullcontext():
             return mean_loss(m, next_token_loss, crops.validation(config.eval_iters))
 
+    options = heads.fit_options() if heads is not None else {}
+    options["after_step"] = _one_after_the_other(options.get("after_step"), each_step)
     result = fit(
         model if ranks is not None else parallelize(model, "ddp", device),
         crops,
@@ -182,7 +186,7 @@ def train_one(
         ),
         evaluate=evaluate,
         lr_factor=lr_factor(config),
-        **(heads.fit_options() if heads is not None else {}),
+        **options,
         run=run,
         resume=bool(config.resume),
         resume_path=Path(config.out) if run is not None else None,
@@ -198,6 +202,11 @@ def train_one(
         facts = sent_facts(heads, run, tokens, full_parameters)
     total = trainable + sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return Trained(unwrap(model), result, trainable, total, plain, facts)
+
+
+def _one_after_the_other(*calls: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    there = [call for call in calls if call is not None]
+    return (lambda: [call() for call in there]) if there else None
 
 
 def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
