@@ -75,8 +75,9 @@ CHOOSE = {
     "outer rate": [Arm(outer_lr=2.0)],
     "warm start": [Arm(warm=100)],
     "outer momentum": [Arm(outer_momentum=0.5)],
-    "scale": [Arm(scale=8.0), Arm(scale=2.0)],
-    "scale by rank": [Arm(rank=128, scale=2.83), Arm(rank=128, scale=2.0)],  # α/√r, and α, kept from the base's 64
+    "scale": [Arm(scale=8.0)],
+    "combined": [Arm(rank=128, outer_lr=2.0)],
+    "scale by rank": [Arm(rank=128, scale=2.83)],  # α/√r kept from the base's rank of 64
     "merge interval": [Arm(T=10), Arm(T=10, outer_momentum=0.9, outer_lr=0.7)],
 }
 REPORT = {

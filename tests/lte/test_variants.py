@@ -20,6 +20,7 @@ from lte import (
     param_groups,
 )
 from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.loop import FitConfig, fit
 from torch import nn
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -319,6 +320,57 @@ def test_outer_momentum_is_nesterov_over_merges():
             torch.testing.assert_close(after[name], value.detach(), **EXACT)
     x = batch()[0]
     torch.testing.assert_close(model.train()(x), model.eval()(x), **EXACT)
+
+
+# -- torch.compile, gradient accumulation
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"replicas": ("embeddings",), "vectors": ("norms",)}, {"base": "4bit"}],
+    ids=["copies and vectors", "4bit"],
+)
+def test_compiles_whole_and_neither_merges_nor_evaluations_compile_again(variant):
+    """One graph for training and one for evaluation (eager kernels, for speed), with the eager results."""
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(block_size=6, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+    inject(model, LTEConfig(heads=2, rank=2, alpha=4.0, **variant))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=0.01, rest_lr=0.01, weight_decay=0.1))
+    merger = Merger(model, 1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        data = batch()
+        loss = next_token_loss(compiled.train(), data)
+        torch.testing.assert_close(loss, next_token_loss(model, data))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        merger.step()
+        with torch.no_grad(), averaged(model):
+            torch.testing.assert_close(next_token_loss(compiled.eval(), data), next_token_loss(model, data))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_accumulated_gradients_are_one_step_of_the_merge_clock():
+    """Two micro-batches a step in the shared loop are one batch whose chunks are twice as long, and T counts steps."""
+    x, y = batch(rows=16)
+    rows = torch.arange(16).view(2, 2, 4)  # micro-batch, head, rows
+    losses = []
+    for micro in (1, 2):
+        torch.manual_seed(0)
+        model = inject(small_gpt(), LTEConfig(heads=2, rank=3, alpha=5.0))
+        optimizer = torch.optim.AdamW(param_groups(model, lr=0.02, rest_lr=0.02, weight_decay=0.1))
+        merger = Merger(model, 2)
+        order = rows.transpose(0, 1).reshape(1, 16) if micro == 1 else rows.reshape(2, 8)
+        fit(
+            model, lambda i, order=order: (x[order[i % len(order)]], y[order[i % len(order)]]), next_token_loss,
+            optimizer, FitConfig(max_iters=5, gradient_accumulation_steps=micro, grad_clip=0.5),
+            after_step=merger.step, clip=lambda limit, model=model: clip_grad_norm_per_head(model, limit),
+        )  # fmt: skip
+        assert (merger.steps, merger.merges) == (5, 2)
+        losses.append(next_token_loss(model.eval(), (x, y)))
+    torch.testing.assert_close(*losses, **EXACT)
 
 
 # -- refusals
