@@ -223,6 +223,8 @@ def test_two_processes_give_the_loss_curve_of_one(text, tmp_path, words):
         assert sent["bytes_per_token"] == pytest.approx(training / sent["tokens"], abs=1e-3)
         assert f"{sent['bytes_per_token']:,.1f} bytes a token" in log
         assert ("shared" in sent["bytes_sent"]) == ("--lte-replicas" not in words)
+        run_ranks(2, train, ["--resume", str(tmp_path / "two"), "--max-iters", "64"])
+        assert rows(tmp_path / "two")[-1]["step"] == 64
 
 
 def test_processes_that_cannot_share_the_heads_are_refused(text, tmp_path):
