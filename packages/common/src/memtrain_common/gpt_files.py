@@ -22,7 +22,7 @@ from .gpt import GPT, GPTConfig
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB = 50257  # the last one is <|endoftext|>
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASKS = ("attn.bias", "attn.masked_bias")  # buffers of older files
+_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
 @dataclass(frozen=True)

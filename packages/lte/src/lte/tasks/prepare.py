@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from memtrain_common.cli import parse, run_command
+from memtrain_common.cli import flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
 PROG = "lte-prepare"
@@ -90,6 +90,8 @@ def resolve(argv: Sequence[str]) -> PrepareConfig:
         if name in DATASETS:
             words.append(f"--dataset={name}")
         elif Path(first).exists():
+            if flag_value(words, "--data-dir") is not None:
+                raise UserError(f"{first} and --data-dir name the files twice: drop one of them")
             words.append(f"--data-dir={first}")
         else:
             raise UserError(f"{first} is neither a folder nor one of {', '.join(DATASETS)}")

@@ -47,8 +47,7 @@ def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
     finished = (out / META).exists()
     if not finished and not work.exists() and any((out / f"{s}.bin").exists() for s in SPLITS):
         raise UserError(f"{out} holds bins that {PROG} did not make: choose another --out")
-    made = [p for p in (work, out) if not p.exists()]  # innermost first
-    began_here = not work.exists()
+    made = [p for p in (work, *work.parents) if not p.exists()]  # innermost first
     if not finished:
         work.mkdir(parents=True, exist_ok=True)
         lock_folder(work)
@@ -63,9 +62,8 @@ def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
             counts = _tokenize(config, plan, coder, cutting, work, console)
             _describe(config, plan, coder, counts, work, words)
     except UserError:
-        if began_here and not (work / JOURNAL).exists():
-            for folder in made:
-                shutil.rmtree(folder, ignore_errors=True)
+        if made and not (work / JOURNAL).exists():
+            shutil.rmtree(made[-1], ignore_errors=True)
         raise
     _publish(work, out)
     _report(json.loads((out / META).read_text()), out, console)
