@@ -106,7 +106,7 @@ def main() -> None:
     if alone:
         with socket.socket() as s:  # the new namespace's loopback is down: SIOCSIFFLAGS with IFF_UP | IFF_RUNNING
             fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for way in WAYS:
         with tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
