@@ -8,7 +8,7 @@ import pytest
 from memtrain_common.documents import Source, find_sources, split_of
 from memtrain_common.errors import UserError
 
-TEXTS = ["One.\nTwo, \"three\"", "naïve — 日本\r\n", "x" * 200_000, ""]
+TEXTS = ['One.\nTwo, "three"', "naïve — 日本\r\n", "x" * 200_000, ""]
 
 
 def write_all(folder):
@@ -42,7 +42,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
 
 
 def test_text_files_are_documents(tmp_path):
-    (tmp_path / "b.txt").write_bytes("two\r\n".encode())
+    (tmp_path / "b.txt").write_bytes(b"two\r\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.md").write_text("one")
     (tmp_path / ".hidden.txt").write_text("no")

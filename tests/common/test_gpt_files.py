@@ -101,7 +101,7 @@ class Evil:
 
 
 def test_a_bad_checkpoint_is_one_sentence_and_never_run(tmp_path):
-    ours, model = plain(False)
+    _, model = plain(False)
     weights = dict(model.state_dict())
     args = {**SHAPE, "bias": False}
     short = {k: v for k, v in weights.items() if k != "transformer.h.1.mlp.c_fc.weight"}

@@ -36,9 +36,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             and not asks_for_help
         ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
-        config = check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
-        _check_prepared(config)
-        return config
+        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
     from memtrain_common.run_folder import RunFolder
 
     if not argv[0].startswith("-"):
@@ -87,6 +85,7 @@ def train(argv: Sequence[str]) -> None:
         draw(argv)
         return
     config = configure(argv)
+    _check_prepared(config)
     from .tasks.train import run_training
 
     run_training(config, argv)

@@ -46,6 +46,8 @@ class Flag:
         name = self.key.replace("_", "-")
         if self.key in booleans and self.values in (["True"], ["False"]):
             return [f"--{name}" if self.values == ["True"] else f"--no-{name}"]
+        if self.key in booleans and self.values:
+            raise UserError(f"--{name} takes True or False, got {' '.join(self.values)}")
         if len(self.values) == 1:
             return [f"--{name}={self.values[0]}"]
         return [f"--{name}", *self.values]
@@ -67,14 +69,14 @@ def translate(argv: Sequence[str], config_type: type) -> tuple[list[str], list[s
     files = [word for word in leading if word.endswith(".py")]
     presets = [word for word in leading if not word.endswith(".py")]
     notes: list[str] = []
-    given = _flags(rest)
+    given = _mapped(_flags(rest), notes)
     keys = {flag.key.removeprefix("no_") for flag in given}
     from_files: dict[str, Flag] = {}
     for file in files:
         values = read_assignments(Path(file), notes)
         from_files.update({key: Flag(key, [str(value)]) for key, value in values.items()})
-    flags = [flag for key, flag in from_files.items() if _RENAMED.get(key, key) not in keys and key not in keys] + given
-    flags = _mapped(flags, notes)
+    in_files = [flag for flag in _mapped(list(from_files.values()), notes) if flag.key not in keys]
+    flags = _resumed(in_files + given)  # the command line comes after the files, as in nanoGPT
     booleans = {f.name for f in dataclasses.fields(config_type) if f.type in (bool, "bool")}
     words = [word for flag in flags for word in flag.words(booleans)]
     if files and not presets and not any(flag.key == "resume" for flag in flags):
@@ -118,11 +120,16 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
             out.append(Flag("method", ["full" if value == "False" else "lte"]))
         else:
             out.append(flag)
-    start = next((f for f in reversed(out) if f.key == "init_from"), None)
-    if start is not None and start.values == ["resume"]:  # nanoGPT goes on with what lies in out_dir
-        folders = [f.values[0] for f in out if f.key == "out" and f.values] or ["out"]
-        out = [f for f in out if f.key not in ("init_from", "out")] + [Flag("resume", folders[-1:])]
     return out
+
+
+def _resumed(flags: list[Flag]) -> list[Flag]:
+    """nanoGPT's ``init_from=resume``, which goes on with what lies in ``out_dir``, as our ``--resume``."""
+    start = next((f for f in reversed(flags) if f.key == "init_from"), None)
+    if start is None or start.values != ["resume"]:
+        return flags
+    folders = [f.values[0] for f in flags if f.key == "out" and f.values] or ["out"]
+    return [f for f in flags if f.key not in ("init_from", "out")] + [Flag("resume", folders[-1:])]
 
 
 def read_assignments(path: Path, notes: list[str]) -> dict[str, Any]:
