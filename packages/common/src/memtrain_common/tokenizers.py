@@ -1,6 +1,7 @@
 """Text to integers and back: bytes, characters, and GPT-2's byte-pair encoding (by tiktoken)."""
 
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,23 +68,33 @@ class GPT2Tokenizer:
 
     name = "gpt2"
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, vocab_size: int | None = None) -> None:
+        """``vocab_size``, where it is known already, puts off reading the files until something is encoded."""
+        self._folder = folder
+        self.vocab_size = self._encoding.n_vocab if vocab_size is None else vocab_size
+
+    @cached_property
+    def _encoding(self) -> Any:
         import tiktoken
 
-        if folder is None:
-            try:
-                self._encoding = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # requests' exceptions, which tiktoken lets through
-                raise UserError(
-                    f"tiktoken could not download the GPT-2 vocabulary ({type(error).__name__}): put encoder.json and "
-                    "vocab.bpe into a folder and name it with --tokenizer-dir"
-                ) from None
-        else:
-            self._encoding = tiktoken.Encoding("gpt2-local", **_local_gpt2(folder))
-        self.vocab_size = self._encoding.n_vocab
+        if self._folder is not None:
+            return tiktoken.Encoding("gpt2-local", **_local_gpt2(self._folder))
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # requests' exceptions, which tiktoken lets through
+            raise UserError(
+                f"tiktoken could not download the GPT-2 vocabulary ({type(error).__name__}): put encoder.json and "
+                "vocab.bpe into a folder and name it with --tokenizer-dir"
+            ) from None
+
+    @property
+    def end_of_text(self) -> int:
+        """The token ``<|endoftext|>``, which no text encodes to."""
+        return int(self._encoding.eot_token)
 
     def encode(self, raw: bytes) -> Tokens:
-        return np.array(self._encoding.encode_ordinary(raw.decode()), np.uint16)
+        """Text to tokens; "<|endoftext|>" in it is text like any other. Threads encode at the same time."""
+        return self._encoding.encode_to_numpy(raw.decode(), disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Tokens) -> bytes:
         return self._encoding.decode_bytes([int(t) for t in tokens])
