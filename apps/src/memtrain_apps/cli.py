@@ -31,6 +31,20 @@ def _pretrain(argv: Sequence[str]) -> None:
     run_pretrain(config, argv)
 
 
+def _ablate(argv: Sequence[str]) -> None:
+    from .ablate_config import configure
+
+    request = configure(argv)
+    from .ablate import run_ablation
+
+    run_ablation(request, argv)
+
+
+def ablate() -> None:
+    """The console script."""
+    sys.exit(run_command(_ablate, prog="ablate"))
+
+
 def finetune() -> None:
     """The console script."""
     sys.exit(run_command(_finetune, prog="finetune"))
