@@ -131,7 +131,9 @@ class _Runner:
                 record = self._record(arm, job, outcome)
                 write_json(self._result(arm), record)
                 if outcome["status"] in ("out of memory", "killed"):
-                    return [dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))]
+                    return [
+                        dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))
+                    ]
             else:
                 return []
             self.written += 1
@@ -378,7 +380,7 @@ def configure_finetune(words: Sequence[str]) -> Any:
 
 
 def with_device(job: Job) -> list[str]:
-    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any machine's cores."""
+    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any number of cores."""
     alone = ["--threads", "1"] if job.device == "cpu" and "--threads" not in job.words else []
     return [*job.words, "--device", job.device, *alone]
 

@@ -205,7 +205,9 @@ def _panels(trained: Sequence[Summary]) -> list[tuple[str, Markup, list[tuple[st
             lines.append(Line(css, xs, ys, low, high, [(x, y) for x, _, y, _ in val]))
             keys.append((css, s))
         if lines:
-            ends = ", ".join(f"{s.label} {line.ys[-1]:.3g}" for line, (_, s) in zip(lines, keys, strict=True) if line.ys)
+            ends = ", ".join(
+                f"{s.label} {line.ys[-1]:.3g}" for line, (_, s) in zip(lines, keys, strict=True) if line.ys
+            )
             figure = curves(
                 lines, width=344, height=230, x_high=x_high, y_limits=limits, title=f"loss curves of train {train}",
                 describe=f"Training loss at the end: {ends}.",

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from galore_vit.tasks.intervals import mean_and_ci
 from memtrain_common.errors import UserError
+from memtrain_common.intervals import mean_and_ci
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
 LOWER_IS_BETTER = ("loss", "perplexity")
