@@ -380,7 +380,7 @@ def configure_finetune(words: Sequence[str]) -> Any:
 
 
 def with_device(job: Job) -> list[str]:
-    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any number of cores."""
+    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any machine."""
     alone = ["--threads", "1"] if job.device == "cpu" and "--threads" not in job.words else []
     return [*job.words, "--device", job.device, *alone]
 

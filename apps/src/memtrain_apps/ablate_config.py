@@ -70,7 +70,7 @@ class AblateConfig:
     report: str = ""
     """Folder of an ablation: only write its report again."""
     devices: tuple[str, ...] = ("auto",)
-    """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or a place a core."""
+    """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one a core."""
     memory_limit: str = ""
     """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory."""
     keep_checkpoints: bool = False

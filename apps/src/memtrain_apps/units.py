@@ -20,7 +20,7 @@ def parse_bytes(text: str, flag: str) -> int:
         flag: named in messages.
 
     Raises:
-        UserError: if it has no unit, an ambiguous one ("8G": both readings are named) or bits ("8Gb"), or is not above 0.
+        UserError: if it has no unit, an ambiguous one ("8G": both readings are named) or bits ("8Gb"), or is 0.
     """
     match = re.fullmatch(r"\s*([+-]?[0-9][0-9_,]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     if match is None:
