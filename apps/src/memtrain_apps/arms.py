@@ -31,8 +31,7 @@ from typing import Any
 from memtrain_common.errors import DivergedError, Stopped, UserError
 from memtrain_common.files import write_json
 
-PRELOAD = ("torch", "transformers.models.vit.modeling_vit", "peft", "sklearn.datasets", "matplotlib.figure")
-"""What the server loads before the first arm: what arms share."""
+PRELOAD = "memtrain_apps.preload"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def server() -> Any:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
     return context
 
