@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from image_files import image_folder, random_file
+from memtrain_common.data_order import stratified
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageBatches, fold, load_images, stratified, to_pixels
+from memtrain_common.images import ImageBatches, fold, load_images, to_pixels
 from memtrain_common.medmnist import Split
 
 

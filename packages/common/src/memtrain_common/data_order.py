@@ -73,3 +73,16 @@ def rank_share(rows: npt.NDArray[np.int64], rank: int, world_size: int) -> npt.N
     if len(rows) % world_size:
         raise ValueError(f"a batch of {len(rows)} cannot be shared equally by {world_size} processes")
     return rows[rank::world_size]
+
+
+def stratified(labels: npt.NDArray[np.int64], parts: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which of ``parts`` parts each sample falls into, (N,): every class is spread evenly, shuffled by the seed.
+
+    Of a multi-label set every combination of labels counts as a class.
+    """
+    keys = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    order = epoch_order(seed, 0, len(keys))
+    by_class = order[np.argsort(keys[order], kind="stable")]
+    out = np.empty(len(keys), np.int64)
+    out[by_class] = np.arange(len(keys)) % parts
+    return out

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .data_order import epoch_batch, epoch_order, random_bits, rank_share
+from .data_order import epoch_batch, epoch_order, random_bits, rank_share, stratified
 from .errors import UserError
+from .image_tree import picture_folder
 from .medmnist import SPLITS, Split, file_name, read_npz
 from .medmnist_sets import SETS
+from .pictures import MULTI_LABEL, PictureSplit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MULTI_LABEL = "multi-label, binary-class"
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 Augment = Literal["none", "flip", "flip-shift"]
 
 
@@ -106,70 +106,20 @@ def digits() -> ImageSet:
 
 
 def image_folder(folder: Path, size: int) -> ImageSet:
-    """``folder/train/CLASS/*.png``, likewise val and test; or ``folder/CLASS/*.png``, cut 8 : 1 : 1.
+    """The pictures of a folder or a zip, as :func:`memtrain_common.image_tree.picture_folder` finds them, in memory.
 
-    Where there is train and test but no val, a tenth of train validates. Pictures become RGB, their shorter side is
-    scaled to ``size`` (bilinear) and the middle is cut out.
+    Pictures become RGB, their shorter side is scaled to ``size`` (bilinear) and the middle is cut out.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: --data-dir must name one of pictures, in folders by class")
-    inside = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir()}
-    roots = {split: inside[split] for split in SPLITS if split in inside}
-    if not roots:
-        roots = {"all": folder}
-    elif not {"train", "test"} <= roots.keys():
-        raise UserError(f"{folder} has {' and '.join(roots)}, and needs train and test (val may be cut from train)")
-    names = {split: sorted(p.name for p in root.iterdir() if p.is_dir()) for split, root in roots.items()}
-    classes = next(iter(names.values()))
-    for split, found in names.items():
-        if found != classes:
-            other = sorted(set(found) ^ set(classes))
-            raise UserError(f"{roots[split]} and {next(iter(roots.values()))} differ in the class {other[0]!r}")
-    if len(classes) < 2:
-        raise UserError(f"{folder} holds {len(classes)} folders of pictures, and a class each, two at least, is needed")
-    splits = {split: _pictures(root, classes, size) for split, root in roots.items()}
-    if "all" in splits:
-        parts = stratified(splits["all"].labels, 10, seed=0)
-        splits = {"train": _rows(splits["all"], parts > 1), "val": _rows(splits["all"], parts == 0),
-                  "test": _rows(splits["all"], parts == 1)}  # fmt: skip
-    elif "val" not in splits:
-        parts = stratified(splits["train"].labels, 10, seed=0)
-        splits["val"] = _rows(splits["train"], parts == 0)
-        splits["train"] = _rows(splits["train"], parts > 0)
-    task = "binary-class" if len(classes) == 2 else "multi-class"
-    return ImageSet(folder.resolve().name, task, tuple(classes), splits, folder.resolve().name.replace("_", "-"))
+    found = picture_folder(folder)
+    splits = {name: Split(_fitted(split, size), split.labels) for name, split in found.splits.items()}
+    return ImageSet(found.name, found.task, found.classes, splits, found.name.replace("_", "-"))
 
 
-def _pictures(root: Path, classes: list[str], size: int) -> Split:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _fitted(split: PictureSplit, size: int) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
 
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        paths = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in PICTURES)
-        if not paths:
-            raise UserError(f"{root / name} holds no picture ({', '.join(PICTURES)})")
-        for path in paths:
-            try:
-                with Image.open(path) as picture:
-                    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            except (UnidentifiedImageError, OSError) as error:
-                raise UserError(f"{path} is not a picture that can be read: {error}") from None
-            images.append(np.asarray(fitted))
-            labels.append(label)
-    return Split(np.stack(images), np.array(labels, np.int64))
-
-
-def stratified(labels: NDArray[np.int64], parts: int, seed: int) -> NDArray[np.int64]:
-    """Which of ``parts`` parts each sample falls into, (N,): every class is spread evenly, shuffled by the seed.
-
-    Of a multi-label set every combination of labels counts as a class.
-    """
-    keys = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
-    order = epoch_order(seed, 0, len(keys))
-    by_class = order[np.argsort(keys[order], kind="stable")]
-    out = np.empty(len(keys), np.int64)
-    out[by_class] = np.arange(len(keys)) % parts
-    return out
+    fit, way = ImageOps.fit, Image.Resampling.BILINEAR
+    return np.stack([np.asarray(fit(Image.fromarray(split.pictures[i]), (size, size), way)) for i in range(len(split))])
 
 
 def fold(images: ImageSet, k: int, folds: int, seed: int = 0) -> ImageSet:
@@ -222,21 +172,23 @@ class ImageBatches:
         rows = epoch_batch(self.seed, number, batch=self.batch_size, size=len(self.split.images))
         chance = random_bits(self.seed, number, 1, size=3 * self.batch_size).reshape(3, -1)
         share = rank_share(np.arange(self.batch_size), self.rank, self.world_size)
-        images = self._augmented(self.split.images[rows[share]], chance[:, share])
+        images = flip_and_shift(self.split.images[rows[share]], chance[:, share], self.augment)
         labels = torch.from_numpy(self.split.labels[rows[share]])
         return to_pixels(images, self.size), labels.float() if self.multi_label else labels
 
-    def _augmented(self, images: NDArray[np.uint8], chance: NDArray[np.uint64]) -> NDArray[np.uint8]:
-        if self.augment == "none":
-            return images
-        out = images.copy()
-        mirrored = (chance[0] >> np.uint64(63)).astype(bool)
-        out[mirrored] = out[mirrored, :, ::-1]
-        if self.augment == "flip-shift":
-            reach = max(1, images.shape[1] // 8)
-            moves = (chance[1:] >> np.uint64(11)) % np.uint64(2 * reach + 1)  # (2, B)
-            padded = np.pad(out, [(0, 0), (reach, reach), (reach, reach)] + [(0, 0)] * (images.ndim - 3))
-            side = images.shape[1]
-            for i, (down, right) in enumerate(moves.T.astype(int)):
-                out[i] = padded[i, down : down + side, right : right + side]
-        return out
+
+def flip_and_shift(images: NDArray[np.uint8], chance: NDArray[np.uint64], augment: Augment) -> NDArray[np.uint8]:
+    """Images (B, S, S) or (B, S, S, 3), augmented by random bits (3, B)."""
+    if augment == "none":
+        return images
+    out = images.copy()
+    mirrored = (chance[0] >> np.uint64(63)).astype(bool)
+    out[mirrored] = out[mirrored, :, ::-1]
+    if augment == "flip-shift":
+        reach = max(1, images.shape[1] // 8)
+        moves = (chance[1:] >> np.uint64(11)) % np.uint64(2 * reach + 1)  # (2, B)
+        padded = np.pad(out, [(0, 0), (reach, reach), (reach, reach)] + [(0, 0)] * (images.ndim - 3))
+        side = images.shape[1]
+        for i, (down, right) in enumerate(moves.T.astype(int)):
+            out[i] = padded[i, down : down + side, right : right + side]
+    return out

@@ -26,7 +26,8 @@ def plot_loss(
         train = [(r["step"], r["loss"]) for r in rows if r["split"] == "train"]
         val = [(r["step"], r["loss"]) for r in rows if r["split"] == "val"]
         if train:
-            axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.45)
+            label = "" if val else f"{name}: training"
+            axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.45, label=label)
         if val:
             label = f"{name}: validation {val[-1][1]:.3f} (line: training)"
             axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.4, label=label)

@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     if path.suffix == ".npz" and path.is_file():
         return _from_google(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return timm_tensors(_safetensors(path))
+        return timm_tensors(read_safetensors(path))
     raise UserError(
         f"{path} holds no ViT: give a folder of transformers with config.json, Google's .npz or timm's .safetensors"
     )
@@ -138,13 +138,13 @@ def _from_folder(path: Path) -> tuple[dict[str, Tensor], int]:
         raise UserError(f"{path} holds a {settings.get('model_type')!r} model, and a 'vit' is needed")
     tensors: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        tensors |= _safetensors(file)
+        tensors |= read_safetensors(file)
     if not tensors:
         raise UserError(f"{path} has no safetensors file: save the model with save_pretrained")
     return {_renamed(n): t for n, t in tensors.items() if ".pooler." not in n}, int(settings["num_attention_heads"])
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

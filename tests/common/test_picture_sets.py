@@ -1,0 +1,345 @@
+"""Sets of pictures in their publishers' form: what is read, and what is refused."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from image_files import image_folder, random_file
+from memtrain_common.errors import UserError
+from memtrain_common.picture_sets import NAMES, fetch, load_pictures
+from PIL import Image
+from scipy.io import savemat
+from torchvision import datasets
+
+DRAW = np.random.default_rng(0)
+
+
+def picture(path, value):
+    """A small JPEG whose grey says which it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (value, value, value)).save(path)
+
+
+def shades(split):
+    return [int(split.pictures[i].mean().round()) for i in range(len(split))]
+
+
+# -- CIFAR -----------------------------------------------------------------------------------------------------------
+
+
+def cifar_records(n, label_bytes, classes):
+    labels = DRAW.integers(0, classes, (n, label_bytes)).astype(np.uint8)
+    return np.concatenate([labels, DRAW.integers(0, 256, (n, 3072)).astype(np.uint8)], axis=1)
+
+
+def cifar10(folder):
+    folder.mkdir(parents=True)
+    parts = {f"data_batch_{i}.bin": cifar_records(20, 1, 10) for i in range(1, 6)}
+    parts["test_batch.bin"] = cifar_records(7, 1, 10)
+    for name, table in parts.items():
+        (folder / name).write_bytes(table.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
+    return parts
+
+
+@pytest.mark.parametrize("form", ["folder", "around", "archive", "folder with the archive"])
+def test_cifar10_binary(tmp_path, form):
+    inner = tmp_path / "cifar-10-batches-bin"
+    parts = cifar10(inner)
+    place = {"folder": inner, "around": tmp_path}.get(form)
+    if place is None:
+        place = tmp_path / "there" / "cifar-10-binary.tar.gz"
+        place.parent.mkdir()
+        with tarfile.open(place, "w:gz") as tar:
+            tar.add(inner, "cifar-10-batches-bin")
+        place = place.parent if "folder" in form else place
+    found = load_pictures("cifar10", str(place))
+    assert {k: len(s) for k, s in found.splits.items()} == {"train": 90, "val": 10, "test": 7}
+    assert found.classes == tuple("abcdefghij")
+    record = parts["test_batch.bin"][3]
+    assert found.splits["test"].labels[3] == record[0]
+    red_green_blue = [record[1 + c * 1024 + 5 * 32 + 9] for c in range(3)]  # row 5, column 9
+    assert found.splits["test"].pictures[3][5, 9].tolist() == red_green_blue
+    everything = load_pictures("cifar10", str(place), validate="none")
+    assert {k: len(s) for k, s in everything.splits.items()} == {"train": 100, "test": 7}
+    rows = np.concatenate([parts[f"data_batch_{i}.bin"] for i in range(1, 6)])
+    assert sorted(p.tobytes() for p in everything.splits["train"].pictures.images) == sorted(
+        np.ascontiguousarray(r[1:].reshape(3, 32, 32).transpose(1, 2, 0)).tobytes() for r in rows
+    )
+
+
+def test_cifar100_has_its_fine_labels(tmp_path):
+    table = cifar_records(40, 2, 20)
+    table[:, 1] = DRAW.integers(0, 100, 40)
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / name).write_bytes(table.tobytes())
+    found = load_pictures("cifar100", str(tmp_path))
+    assert found.splits["test"].labels.tolist() == table[:, 1].tolist()
+    assert len(found.classes) == 100
+
+
+def test_cifar_as_pictures_in_a_zip(tmp_path):
+    path = tmp_path / "cifar10_jpeg.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for split in ("train", "test"):
+            for c in range(10):
+                for i in range(10):
+                    content = io.BytesIO()
+                    Image.new("RGB", (32, 32), (25 * c, 0, 0)).save(content, "png")
+                    archive.writestr(f"{split}/class{c}/{i:04d}.png", content.getvalue())
+    for place in (path, tmp_path):
+        found = load_pictures("cifar10", str(place))
+        assert {k: len(s) for k, s in found.splits.items()} == {"train": 90, "val": 10, "test": 100}
+        assert all((found.splits["test"].pictures[i][..., 0] == 25 * y).all() for i, y in
+                   enumerate(found.splits["test"].labels))  # fmt: skip
+
+
+def test_cifar_refusals(tmp_path):
+    with pytest.raises(UserError, match=r"holds no data_batch_1\.bin"):
+        load_pictures("cifar10", str(tmp_path))
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="is a pickle, which may run anything"):
+        load_pictures("cifar10", str(tmp_path))
+    parts = cifar10(tmp_path / "bin")
+    (tmp_path / "bin" / "data_batch_2.bin").write_bytes(parts["data_batch_2.bin"].tobytes()[:-1])
+    with pytest.raises(UserError, match=r"data_batch_2\.bin has 61459 bytes, which are not records of 3073"):
+        load_pictures("cifar10", str(tmp_path / "bin"))
+    (tmp_path / "bin" / "data_batch_2.bin").unlink()
+    with pytest.raises(UserError, match=r"has no data_batch_2\.bin"):
+        load_pictures("cifar10", str(tmp_path / "bin"))
+    (tmp_path / "no.tar.gz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged or no tar archive"):
+        load_pictures("cifar10", str(tmp_path / "no.tar.gz"))
+
+
+# -- the sets of photographs ------------------------------------------------------------------------------------------
+
+
+def make_aircraft(root):
+    base = root / "fgvc-aircraft-2013b" / "data"
+    for i in range(90):
+        picture(base / "images" / f"{i:07d}.jpg", i)
+    (base / "variants.txt").write_text("707-320\nA340 600\nMD-11\n")
+    for level in ("families", "manufacturers"):
+        (base / f"{level}.txt").write_text("x\n")
+    for k, split in enumerate(("train", "val", "test")):
+        lines = [f"{i:07d} {('707-320', 'A340 600', 'MD-11')[i % 3]}\n" for i in range(30 * k, 30 * k + 30)]
+        (base / f"images_variant_{split}.txt").write_text("".join(lines))
+
+
+def make_cars(root):
+    base = root / "stanford_cars"
+    kind = np.dtype([("bbox_x1", object), ("class", object), ("fname", object)])
+    for k, split in enumerate(("train", "test")):
+        rows = [(1, 1 + i % 2, f"{i:05d}.jpg") for i in range(30 * k, 30 * k + 30)]
+        for _, _, name in rows:
+            picture(base / f"cars_{split}" / name, int(name[:5]))
+        path = base / ("devkit/cars_train_annos.mat" if k == 0 else "cars_test_annos_withlabels.mat")
+        path.parent.mkdir(exist_ok=True)
+        savemat(path, {"annotations": np.array(rows, kind)[None]})
+    savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([["Audi A3", "VW Golf"]], object)})
+
+
+def make_flowers102(root):
+    base = root / "flowers-102"
+    for i in range(1, 61):
+        picture(base / "jpg" / f"image_{i:05d}.jpg", i)
+    savemat(base / "imagelabels.mat", {"labels": (np.arange(60) % 3 + 1)[None].astype(np.uint8)})
+    ids = {"trnid": np.arange(1, 21), "valid": np.arange(21, 31), "tstid": np.arange(31, 61)[::-1]}
+    savemat(base / "setid.mat", {k: v[None].astype(np.uint16) for k, v in ids.items()})
+
+
+def make_food101(root):
+    base = root / "food-101"
+    (base / "meta").mkdir(parents=True)
+    (base / "meta" / "classes.txt").write_text("apple_pie\nramen\n")
+    for k, split in enumerate(("train", "test")):
+        names = [f"{('apple_pie', 'ramen')[i % 2]}/{i}" for i in range(30 * k, 30 * k + 30)]
+        (base / "meta" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        (base / "meta" / f"{split}.json").write_text(json.dumps({"apple_pie": names[::2], "ramen": names[1::2]}))
+        for name in names:
+            picture(base / "images" / f"{name}.jpg", int(name.split("/")[1]))
+
+
+def make_pets(root):
+    base = root / "oxford-iiit-pet"
+    (base / "annotations").mkdir(parents=True)
+    for k, split in enumerate(("trainval", "test")):
+        names = [f"{('Abyssinian', 'great_pyrenees')[i % 2]}_{i}" for i in range(30 * k, 30 * k + 30)]
+        lines = [f"{name} {1 + i % 2} {1 + i % 2} 1\n" for i, name in enumerate(names)]
+        (base / "annotations" / f"{split}.txt").write_text("".join(lines))
+        for name in names:
+            picture(base / "images" / f"{name}.jpg", int(name.rpartition("_")[2]))
+
+
+def make_cub200(root):
+    base = root / "CUB_200_2011"
+    names = [f"{1 + i % 2:03d}.{('Albatross', 'Auklet')[i % 2]}/bird_{i}.jpg" for i in range(60)]
+    for i, name in enumerate(names):
+        picture(base / "images" / name, i)
+    write = {
+        "images.txt": [f"{i + 1} {n}" for i, n in enumerate(names)],
+        "image_class_labels.txt": [f"{i + 1} {1 + i % 2}" for i in range(60)],
+        "train_test_split.txt": [f"{i + 1} {int(i < 30)}" for i in range(60)],
+        "classes.txt": ["1 001.Albatross", "2 002.Auklet"],
+    }
+    for name, lines in write.items():
+        (base / name).write_text("\n".join(lines) + "\n")
+
+
+SETS = {
+    "aircraft": (make_aircraft, "FGVCAircraft", ("train", "val", "test"), 3),
+    "cars": (make_cars, "StanfordCars", ("train", "test"), 2),
+    "cub200": (make_cub200, None, ("train", "test"), 2),
+    "flowers102": (make_flowers102, "Flowers102", ("train", "val", "test"), 3),
+    "food101": (make_food101, "Food101", ("train", "test"), 2),
+    "pets": (make_pets, "OxfordIIITPet", ("trainval", "test"), 2),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_of_photographs_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, name):
+    """The same pictures with the same labels; torchvision knows no CUB-200, of which the labels are known here."""
+    make, theirs, splits, classes = SETS[name]
+    make(tmp_path)
+    found = load_pictures(name, str(tmp_path))
+    inner = next(p for p in tmp_path.iterdir())
+    assert load_pictures(name, str(inner)).sha256 == found.sha256
+    assert len(found.classes) == classes
+    monkeypatch.setattr(datasets.Flowers102, "_check_integrity", lambda self: True)  # made-up files, other MD5s
+    for split in splits:
+        ours = [found.splits["train" if split == "trainval" else split]]
+        if split.startswith("train") and "val" not in splits:
+            ours = [found.splits["train"], found.splits["val"]]
+        pairs = sorted(p for part in ours for p in zip(shades(part), part.labels.tolist(), strict=True))
+        if theirs is None:
+            start = 30 * (split == "test")
+            assert pairs == [(i, i % 2) for i in range(start, start + 30)]
+            continue
+        oracle = getattr(datasets, theirs)(str(tmp_path), split)
+        assert pairs == sorted((int(np.asarray(x).mean().round()), y) for x, y in oracle)
+        if hasattr(oracle, "classes") and name in ("aircraft", "food101", "cars"):
+            assert list(found.classes) == list(oracle.classes)
+    if "val" not in splits:
+        assert {k: len(s) for k, s in found.splits.items()} == {"train": 27, "val": 3, "test": 30}
+
+
+def test_refused_sets(tmp_path):
+    for name in SETS:
+        with pytest.raises(UserError, match="--data-dir must be the folder of"):
+            load_pictures(name, str(tmp_path))
+        with pytest.raises(UserError, match="needs --data-dir"):
+            load_pictures(name)
+    make_food101(tmp_path)
+    (tmp_path / "food-101" / "images" / "ramen" / "3.jpg").unlink()
+    with pytest.raises(UserError, match=r"ramen/3\.jpg is not there, though the train list of food101 names it"):
+        load_pictures("food101", str(tmp_path))
+    make_flowers102(tmp_path)
+    (tmp_path / "flowers-102" / "setid.mat").write_bytes(b"no matrix at all")
+    with pytest.raises(UserError, match=r"setid\.mat is damaged or no MATLAB file"):
+        load_pictures("flowers102", str(tmp_path))
+    make_aircraft(tmp_path)
+    path = tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_val.txt"
+    path.write_text("0000003 Concorde\n")
+    with pytest.raises(UserError, match=r"'Concorde', which .*variants\.txt lacks"):
+        load_pictures("aircraft", str(tmp_path))
+    path.write_text("0000003\n")
+    with pytest.raises(UserError, match="line 1: '0000003' has 1 words instead of 2"):
+        load_pictures("aircraft", str(tmp_path))
+    make_cars(tmp_path)
+    kind = np.dtype([("bbox_x1", object), ("fname", object)])
+    unlabelled = np.array([(1, "00030.jpg"), (1, "00031.jpg")], kind)[None]
+    savemat(tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat", {"annotations": unlabelled})
+    with pytest.raises(UserError, match="the one with labels is needed"):
+        load_pictures("cars", str(tmp_path))
+    with pytest.raises(UserError, match="no known set"):
+        load_pictures("mnist", str(tmp_path))
+
+
+def test_downloads_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="knows no source of cars"):
+        fetch("cars", str(tmp_path))
+    with pytest.raises(UserError, match="needs --data-dir"):
+        fetch("pets", "")
+
+
+# -- folders, zips and damaged files ----------------------------------------------------------------------------------
+
+
+def zipped(folder, path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, f"{prefix}{file.relative_to(folder)}")
+
+
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "test"), ("all",)])
+def test_a_zip_holds_what_its_folder_holds(tmp_path, splits):
+    folder = image_folder(tmp_path / "pets", 20, splits=splits)
+    zipped(folder, tmp_path / "pets.zip", "pets-1.0/")
+    plain, packed = (load_pictures("folder", str(tmp_path / n)) for n in ("pets", "pets.zip"))
+    assert plain.classes == packed.classes == ("cat", "dog")
+    for name, split in plain.splits.items():
+        other = packed.splits[name]
+        assert np.array_equal(split.labels, other.labels)
+        assert all(np.array_equal(split.pictures[i], other.pictures[i]) for i in range(len(split)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_damaged_pictures_are_named_and_refused_or_left_out(tmp_path, kind):
+    folder = image_folder(tmp_path / "pets", 12)
+    whole = (folder / "train" / "cat" / "3.png").read_bytes()
+    (folder / "train" / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "dog" / "7.png").write_bytes(b"no picture")
+    noise = Image.fromarray(DRAW.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    noise.save(folder / "test" / "dog" / "x.jpg")
+    content = (folder / "test" / "dog" / "x.jpg").read_bytes()
+    (folder / "test" / "dog" / "x.jpg").write_bytes(content[: len(content) * 2 // 3])
+    place = folder
+    if kind == "zip":
+        place = tmp_path / "pets.zip"
+        zipped(folder, place)
+    with pytest.raises(UserError, match=r"3\.png is not a picture .*\(3 such files\).*--bad-images skip"):
+        load_pictures("folder", str(place))
+    said = []
+    left = load_pictures("folder", str(place), bad="skip", say=said.append)
+    assert {k: len(s) for k, s in left.splits.items()} == {"train": 22, "val": 24, "test": 24}
+    assert (np.bincount(left.splits["train"].labels) == 11).all()
+    assert "left out 3 damaged pictures" in said[0]
+    assert all(name in said[0] for name in ("cat/3.png", "dog/7.png", "dog/x.jpg"))
+    unseen = load_pictures("folder", str(place), bad="unchecked")
+    with pytest.raises(UserError, match=r"3\.png is not a picture that can be read: image file is truncated"):
+        [unseen.splits["train"].pictures[i] for i in range(24)]
+
+
+def test_a_damaged_zip(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK no zip")
+    with pytest.raises(UserError, match="damaged or no zip"):
+        load_pictures("folder", str(tmp_path / "a.zip"))
+
+
+def test_only_train_is_refused_and_not_cut(tmp_path):
+    image_folder(tmp_path / "pets", 4, splits=("train",))
+    with pytest.raises(UserError, match="has train, and needs train and test"):
+        load_pictures("folder", str(tmp_path / "pets"))
+
+
+def test_the_names(tmp_path):
+    random_file(tmp_path, "bloodmnist", 30)
+    found = load_pictures("bloodmnist", str(tmp_path), verify=False)
+    assert found.size == 28
+    assert found.splits["val"].pictures[0].shape == (28, 28, 3)
+    digits = load_pictures("digits")
+    assert digits.splits["test"].pictures[5].shape == (8, 8, 3)
+    assert len(set(NAMES)) == 22
+
+
+def test_the_real_cifar10(real_data):
+    """Not decoded here: tests/common/test_classifiers.py looks at some of its pictures."""
+    (path,) = (real_data / "cifar10").glob("*.zip")
+    found = load_pictures("folder", str(path), bad="unchecked")
+    assert {k: len(s) for k, s in found.splits.items()} == {"train": 45000, "val": 5000, "test": 10000}
+    assert found.classes[:3] == ("airplane", "automobile", "bird")
+    assert (np.bincount(found.splits["val"].labels) == 500).all()
