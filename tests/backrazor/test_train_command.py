@@ -152,7 +152,7 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
 
 
 def test_sigterm_saves_and_resumes_in_the_comparison_too(tmp_path, pictures):
-    words = [PROG, *words_for(pictures, "--compare-dense", "--epochs", "40", "--out", "run")]
+    words = [PROG, *words_for(pictures, "--compare-dense", "--epochs", "12", "--out", "run")]
     process = Command(words, tmp_path, before=no_pictures)
     while process.poll() is None and not (tmp_path / "run" / "dense" / "metrics.jsonl").exists():
         time.sleep(0.002)
@@ -206,7 +206,7 @@ def test_medmnist_with_several_labels(tmp_path):
 
 
 def test_all_of_train_without_validation(tmp_path, pictures):
-    done = train(tmp_path, pictures, "--validate", "none", "--out", "run")
+    done = train(tmp_path, pictures, "--validate", "none", "--epochs", "1", "--out", "run")
     assert done.returncode == 0, done.stderr
     assert "pictures: 48 train, 24 test" in done.stdout
     assert not [r for r in rows(tmp_path / "run") if r["split"] == "val"]
@@ -218,7 +218,7 @@ def test_damaged_pictures(tmp_path):
     (folder / "train" / "dog" / "3.png").write_bytes(b"no picture")
     assert_refused(train(tmp_path, folder), "dog/3.png is not a picture", "--bad-images skip")
     assert not (tmp_path / "runs").exists()
-    done = train(tmp_path, folder, "--bad-images", "skip", "--out", "run")
+    done = train(tmp_path, folder, "--bad-images", "skip", "--epochs", "1", "--out", "run")
     assert done.returncode == 0, done.stderr
     assert "left out 1 damaged picture: " in done.stdout
     assert "pictures: 23 train" in done.stdout
@@ -232,7 +232,7 @@ def test_the_real_breastmnist(tmp_path, real_data):
     where = ["--data", "breastmnist", "--data-dir", str(real_data / "medmnist")]
     model = ["--model", "resnet20", "--weights", str(weights_file), "--image-size", "28"]
     done = razor(
-        tmp_path, *where, *model, "--max-iters", "6", "--batch-size", "32", "--tracker", "none", "--out", "run"
+        tmp_path, *where, *model, "--max-iters", "2", "--batch-size", "32", "--tracker", "none", "--out", "run"
     )
     assert done.returncode == 0, done.stderr
     assert "546 train, 78 val, 156 test" in done.stdout
@@ -318,7 +318,7 @@ def test_the_accuracy_is_of_the_whole_split():
 
 
 @pytest.mark.parametrize("model", ["vit-mini", "resnet20", "mobilenet_v2"])
-def test_the_dense_activations_is_what_dense_training_saves_and_touches_nothing(model):
+def test_dense_activations_are_what_dense_training_saves_and_finding_them_touches_nothing(model):
     made = build_classifier(model, 10, image_size=32)
     state = {n: t.clone() for n, t in made.model.state_dict().items()}
     batch = (torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.utils.import_utils  # noqa: F401  # fake_step tells it something, which it must find loaded
+import transformers  # fake_step tells it something, so it must be loaded by then
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
@@ -45,6 +45,7 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     """Everything that ``backrazor-memory`` does; -> what is saved dense, and by Back Razor."""
     if config.dtype == "bfloat16" and config.measure:
         avoid_broken_amx()
+    transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
     razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
     model = shaped(config)
     dense, order = saved(config, model, nullcontext)
