@@ -30,7 +30,9 @@ class EvalConfig:
     resume: bool = False
     """Go on with the predictions that --out already has."""
     official_metric: bool = False
-    """Read and compare answers as the official code does, bugs included, to compare with published numbers."""
+    """Ask, read and compare as the official code does, bugs included, to compare with published numbers."""
+    prompt: Literal["auto", "alpaca", "commonsense"] = "auto"
+    """How to ask; auto asks as the adapter was trained, or else as the official runs do for such data."""
     num_beams: int = 0
     """Beams; 1 is greedy. 0 takes the official number: 1 for gsm8k and math, 4 for commonsense."""
     max_new_tokens: int = 0

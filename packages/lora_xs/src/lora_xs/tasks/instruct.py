@@ -24,6 +24,7 @@ from ..injection import inject
 from .configure import MAY_CHANGE
 from .instruct_flags import PROG, InstructConfig
 from .models import load_causal_lm, load_tokenizer, write_task
+from .prompts import PROMPTS, training_prompt
 from .schedules import schedule, warmup_steps
 from .training import Job, open_run, save, summary, train
 
@@ -94,7 +95,8 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     if config.batch_size % world.size:
         raise UserError(f"--batch-size {config.batch_size} must be divisible by the {world.size} processes")
     pair = (config.fields[0], config.fields[1]) if config.fields else None
-    pairs = examples(load_rows(config), pair)
+    prompt = training_prompt(config.prompt, config.data)
+    pairs = examples(load_rows(config), pair, PROMPTS[prompt])
     tokenizer = load_tokenizer(config.model)
     rows = [tokenize(e, tokenizer, config.max_length) for e in pairs]
     kept = [r for r in rows if len(r.ids) > r.prompt]
@@ -165,7 +167,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     if world.is_main:
         sizes = save(model, run.path / "adapter")
         source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-        write_task(run.path / "adapter", command="instruct", data=config.data, model=source)
+        write_task(run.path / "adapter", command="instruct", data=config.data, prompt=prompt, model=source)
         scores = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
         if result.best is not None:
             scores.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))

@@ -27,6 +27,8 @@ class InstructConfig:
     """Folder with MetaMathQA-395K.json or commonsense_170k.json (or that file); empty reads them from the hub."""
     fields: tuple[str, ...] = ()
     """The two fields of a row, instruction and response; empty finds a known pair in the first row."""
+    prompt: Literal["auto", "alpaca", "commonsense"] = "auto"
+    """What instructions are put into; auto takes the official one: commonsense's own, and Alpaca's for the rest."""
     model: str = ""
     """Folder of a transformers language model with its tokenizer, or its name on the hub."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
