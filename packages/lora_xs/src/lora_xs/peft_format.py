@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import files
-from .adapters import active, check_known, check_not_merged
+from .adapters import chosen
 from .bases import Progress, Request, default_cache, make_bases
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
@@ -62,11 +62,7 @@ def export_peft(
         base_model: name or folder of the base model, for tools that load it from the adapter's configuration.
         dtype: of the file. B·R is multiplied in float32 and rounded once.
     """
-    check_not_merged(model, "export_peft")
-    name = active(model) if name is None else name
-    if name is None:
-        raise LoRAXSError("no adapter is active; say which one to export.")
-    check_known(model, name)
+    name = chosen(model, name, "export_peft")
     tensors: dict[str, Tensor] = {}
     pairs = layers(model)
     for module, layer in pairs:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from memtrain_common.cli import changed_fields, flag_value, parse
 from memtrain_common.errors import UserError
 
+from .shared_flags import TrainingFlags
+
 Config = TypeVar("Config")
 
 # What a resumed run may do otherwise than it began.
@@ -69,6 +71,13 @@ def below_one(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) < 1:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
+
+
+def check_training(config: TrainingFlags) -> None:
+    """What holds of the flags that glue and instruct share."""
+    at_least(config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1)
+    positive(config, "learning_rate", "epochs")
+    below_one(config, "warmup_ratio")
 
 
 def required(config: Any, **why: str) -> None:

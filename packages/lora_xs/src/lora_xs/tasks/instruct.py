@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from memtrain_common.console import Console
-from memtrain_common.data_order import epoch_batch, rank_share
-from memtrain_common.distributed import launch
+from memtrain_common.data_order import epoch_batch
+from memtrain_common.distributed import World, launch
 from memtrain_common.errors import UserError
 from memtrain_common.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
 from memtrain_common.loop import FitConfig
@@ -82,9 +82,24 @@ def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def scored_tokens(labels: Tensor) -> int:
+    """How many labels (rows×tokens) the loss looks at: each is scored by the token before it."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def shared_batch(rows: Sequence[Tokens], pad_id: int, world: World) -> dict[str, Tensor]:
+    """This process's rows of a micro-batch, and the "weight" that makes the processes' mean the micro-batch's own."""
+    parts = [collate(rows[r :: world.size], pad_id) for r in range(world.size)]
+    counts = [scored_tokens(part["labels"]) for part in parts]
+    return {**parts[world.rank], "weight": torch.tensor(counts[world.rank] * world.size / sum(counts))}
+
+
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross entropy over the responses' tokens (those of the whole micro-batch weigh alike)."""
-    return model(**batch, use_cache=False).loss
+    """Mean cross entropy over the responses' tokens: those of a whole micro-batch weigh alike, on any number of
+    processes."""
+    inputs = {name: value for name, value in batch.items() if name != "weight"}
+    loss = model(**inputs, use_cache=False).loss
+    return loss * batch["weight"] if "weight" in batch else loss
 
 
 def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
@@ -126,14 +141,14 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     steps = max(1, math.ceil(config.epochs * size / (config.batch_size * micro)))
 
     def batches(i: int) -> dict[str, Tensor]:
-        order = rank_share(epoch_batch(config.seed, i, batch=config.batch_size, size=size), world.rank, world.size)
-        return collate([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id)
+        order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
+        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world)
 
     def evaluate(m: nn.Module) -> dict[str, float]:
         total = count = 0.0
         for start in range(0, len(validation), config.batch_size):
             batch = collate(validation[start : start + config.batch_size], tokenizer.pad_token_id)
-            n = float((batch["labels"][:, 1:] != IGNORED).sum())  # a token's label is scored by the one before it
+            n = scored_tokens(batch["labels"])
             total += float(loss_of(m, {k: v.to(device) for k, v in batch.items()})) * n
             count += n
         return {"loss": total / count}
