@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from lora_xs import (
+    CAUSAL_LM_TARGETS,
     ROBERTA_TARGETS,
     LoRAXSConfig,
     LoRAXSError,
@@ -79,6 +80,40 @@ def test_same_logits_in_a_new_process(train_r, tmp_path):
     # As many threads as here: the order of a sum depends on them.
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], env=threads, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
+
+
+FRESH_MISTRAL = """
+import sys
+import torch
+import transformers
+from lora_xs import load_adapter
+base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base", dtype=torch.bfloat16)
+ids = torch.arange(40).view(2, 20)
+torch.save(load_adapter(base, sys.argv[1] + "/adapter", cache=False)(ids).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+def test_the_small_file_of_a_bf16_model_loses_nothing(train_r, tmp_path):
+    """R is rounded to bf16 before it meets bf16 activations, so that a file in bf16 gives the same logits, as long as
+    α/r is a power of two (1 in the official runs)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(
+        vocab_size=60, hidden_size=64, intermediate_size=224, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = inject(base, LoRAXSConfig(16, targets=CAUSAL_LM_TARGETS), cache=False)
+    plain = model(torch.arange(40).view(2, 20)).logits
+    train_r(model)
+    save_adapter(model, tmp_path / "adapter", dtype=torch.bfloat16)
+    want = model(torch.arange(40).view(2, 20)).logits
+    assert not torch.equal(want, plain)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", FRESH_MISTRAL, str(tmp_path)]
+    done = subprocess.run(command, env=threads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
 
