@@ -1,8 +1,8 @@
 """LoRA-XS on GLUE's real files, with a small encoder that is pretrained here: CoLA, SST-2 and RTE.
 
-1. An encoder of BERT-tiny's shape (2 layers, width 128): word embeddings from the co-occurrences of two million tokens
-   (the training sentences of the three tasks, and news), then masked language modelling on the same text. BERT saw three
-   billion words, so expect what such an encoder can do and no more.
+1. An encoder of BERT-tiny's shape (2 layers, width 128): word embeddings from the co-occurrences of two million
+   tokens (the training sentences of the three tasks, and news), then masked language modelling on the same text. BERT
+   saw three billion words, so expect what such an encoder can do and no more.
 2. From it, with several seeds: LoRA-XS with SVD bases and with random ones (both by `lora-xs glue` itself), the head
    alone, and full fine-tuning. Every method trains pooler and classifier too.
 
