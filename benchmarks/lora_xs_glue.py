@@ -281,7 +281,7 @@ def main(seeds: int = 3, epochs: float = 1.0, vocabulary: int = 8_192, encoder: 
             how = {"task": "sst2", "data_dir": str(tuning), "epochs": 1.0, "max_train_samples": TUNING_ROWS}
             rates[method] = {rate: run(method, rate, seed=TUNING_SEED, **how)[0]["accuracy"] for rate in grid}
             console.say(f"{method}: accuracy on training rows held out, by rate: {rates[method]}")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for task, (passes, limit) in LENGTHS.items():
             for method in RATES:
                 rate = max(rates[method], key=lambda r: rates[method][r])

@@ -89,7 +89,8 @@ def starts(repeats: int) -> dict[str, Any]:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     config = LoRAXSConfig(16, alpha=16, targets=ROBERTA_TARGETS)
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             for times in (cold, warm):
