@@ -2,9 +2,9 @@
 
     uv run python benchmarks/lte_prepare.py TOKENIZER_DIR
 
-TOKENIZER_DIR holds GPT-2's encoder.json and vocab.bpe. The text is four times the source of Python's standard library, in
-documents of 6,000 characters, as JSON Lines. Two threads and one are timed alternately, and one thread against tiktoken's
-own call for each document.
+TOKENIZER_DIR holds GPT-2's encoder.json and vocab.bpe. The text is four times the source of Python's standard library,
+in documents of 6,000 characters, as JSON Lines. Two threads and one are timed alternately, and one thread against
+tiktoken's own call for each document.
 """
 
 import argparse
