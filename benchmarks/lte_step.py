@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def main() -> None:
             dense, batched, loop = blocks(width, heads, 32)
             x = torch.randn(BATCH, 64, width, requires_grad=True)
             torch.testing.assert_close(batched(x), loop(x), rtol=0, atol=1e-4)
-            row = {"width": width, "heads": heads, "rank": 32, "batch": BATCH, "tokens": BATCH * 64}
+            row: dict[str, Any] = {"width": width, "heads": heads, "rank": 32, "batch": BATCH, "tokens": BATCH * 64}
             for name, other in (("over_dense", dense), ("loop_over_lte", loop)):
                 way, second = (batched, other) if name == "over_dense" else (other, batched)
                 ratio = pairwise(step(way, x), step(second, x), pairs=options.pairs)

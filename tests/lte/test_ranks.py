@@ -137,9 +137,9 @@ def single(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("size", "name"), [(2, "shared"), (4, "frozen"), (4, "copies")])
+@pytest.mark.parametrize(("size", "name"), [(2, "shared"), (4, "copies")])
 def test_any_number_of_processes_is_one_process(tmp_path, single, name, size):
-    policy = {"frozen": FROZEN, "shared": SHARED, "copies": COPIES}[name]
+    policy = {"shared": SHARED, "copies": COPIES}[name]
     one = single(name, policy)
     out = tmp_path / "many"
     run_ranks(size, train, out, policy)

@@ -165,4 +165,5 @@ def speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no narrower kind
-        raise ConnectionAbortedError(f"another process is lost ({str(error).splitlines()[0]})") from error
+        how = "it does not answer" if "timed out" in str(error).lower() else "its connection broke"
+        raise ConnectionAbortedError(f"another process is lost ({how})") from error

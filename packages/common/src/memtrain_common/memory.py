@@ -1,4 +1,4 @@
-"""The memory ledger: bytes by category and by layer, measured on a real training step.
+"""The memory ledger: bytes by category and by layer, measured on a training step.
 
 Categories (design: weights, gradients, optimizer state, saved activations, buffers) are counted as unique storages:
 a tied weight, a view, or a tensor that several operations save is counted once, with its whole storage, because
@@ -75,7 +75,7 @@ class SavedActivations:
         self._model = model
         self._hook_layers = by_layer
         self._stack = ["(model)"]
-        self._seen: dict[int, tuple[StorageWeakRef, str]] = {}  # storage's address -> (reference, bytes, layer)
+        self._seen: dict[int, tuple[StorageWeakRef, str]] = {}  # a storage's key -> (reference, layer)
         self._handles: list[Any] = []
         self._hooks: Any = None
 
@@ -101,18 +101,17 @@ class SavedActivations:
 
     def _note(self, packed: Any) -> Any:
         for tensor in _tensors_in(packed):
-            for storage in _storages(tensor):
-                known = self._seen.get(storage.data_ptr())
-                if known is None or known[0].expired():  # an expired one's address was given to another tensor
-                    self._seen[storage.data_ptr()] = (StorageWeakRef(storage), self._stack[-1])
+            for storage in storages_of(tensor):
+                if _key(storage) not in self._seen:
+                    self._seen[_key(storage)] = (StorageWeakRef(storage), self._stack[-1])
         return packed
 
     def by_layer(self) -> dict[str, int]:
         """Bytes by layer of what is still held, without parameters and buffers; call it before ``backward``."""
-        own = {s.data_ptr() for t in _model_tensors(self._model) for s in _storages(t)}
+        own = {_key(s) for t in _model_tensors(self._model) for s in storages_of(t)}
         layers: dict[str, int] = {}
-        for address, (reference, layer) in self._seen.items():
-            if address not in own and not reference.expired():
+        for key, (reference, layer) in self._seen.items():
+            if key not in own and not reference.expired():
                 # Read now, not when it was saved: FSDP2 empties a layer's gathered weights after its forward.
                 n_bytes = torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
                 layers[layer] = layers.get(layer, 0) + n_bytes
@@ -149,9 +148,9 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None, activatio
 def _count(tensors: Iterable[tuple[str, Tensor]], seen: set[int]) -> dict[str, int]:
     layers: dict[str, int] = {}
     for layer, tensor in tensors:
-        for storage in _storages(tensor):
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+        for storage in storages_of(tensor):
+            if storage.nbytes() and _key(storage) not in seen:
+                seen.add(_key(storage))
                 layers[layer] = layers.get(layer, 0) + storage.nbytes()
     return layers
 
@@ -176,19 +175,25 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages behind a tensor; a wrapper subclass (DTensor, a quantised tensor) has those of its parts."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             part = getattr(tensor, name)
             if isinstance(part, Tensor):  # a DTensor also names its device mesh
-                yield from _storages(part)
+                yield from storages_of(part)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     else:  # sparse: its values and indices are ordinary tensors
         parts = (tensor._values(), tensor._indices()) if tensor.layout == torch.sparse_coo else ()
         for part in parts:
-            yield from _storages(part)
+            yield from storages_of(part)
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from every other: the address of its record, which a weak reference keeps from being given
+    away, and which a storage without memory (of a fake tensor) has too."""
+    return storage._cdata
 
 
 def _model_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -1,9 +1,11 @@
 """Any training state as JSON plus named tensors, and back: what safetensors can hold, and nothing that is executed.
 
 ``encode`` turns nested dicts, lists, tuples, numbers, strings and tensors into a JSON-able tree in which a tensor is
-``{"__tensor__": name}``. Tensors that are the same memory (a tied weight) are stored once under one name.
+``{"__tensor__": name}``. Tensors that are the same memory (a tied weight) are stored once under one name. A quantised
+tensor of torchao is taken apart into its plain tensors, and only a class in ``PARTED`` is put together again.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Json = Any  # what json.dumps takes
+
+# Tensor subclasses that are saved as their parts: class -> its module. The state of torchao's optimizers.
+PARTED = {
+    "OptimState8bit": "torchao.optim.subclass_8bit",
+    "OptimState4bit": "torchao.optim.subclass_4bit",
+    "OptimStateFp8": "torchao.optim.subclass_fp8",
+}
+_DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def encode(state: Any) -> tuple[Json, dict[str, Tensor]]:
@@ -38,6 +48,8 @@ def decode(tree: Json, tensors: dict[str, Tensor]) -> Any:
             return {decode(k, tensors): decode(v, tensors) for k, v in tree["__dict__"]}
         if "__float__" in tree:
             return float(tree["__float__"])
+        if "__parts__" in tree:
+            return _join(tree, tensors)
         return {k: decode(v, tensors) for k, v in tree.items()}
     return tree
 
@@ -49,6 +61,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple
         return value if value - value == 0 else {"__float__": repr(value)}
     if isinstance(value, Tensor):
         wrapped = is_traceable_wrapper_subclass(value)
+        if type(value).__name__ in PARTED:
+            return _part(value, path, tensors, names)
         if wrapped and not hasattr(value, "full_tensor"):  # a DTensor has it; a quantised tensor is not one tensor
             raise TypeError(f"a checkpoint cannot hold {path.lstrip('.')}, which is a {type(value).__name__}")
         alone = wrapped or value.numel() == 0
@@ -68,6 +82,26 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple
         items = [_encode(item, f"{path}.{i}", tensors, names) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"__tuple__": items}
     raise TypeError(f"a checkpoint cannot hold {path.lstrip('.') or 'the state'}, which is a {type(value).__name__}")
+
+
+def _part(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Json:
+    """A quantised tensor as its parts and what else its class needs: flags, sizes and the dtype that it shows."""
+    attributes, context = value.__tensor_flatten__()
+    parts = {a: _encode(getattr(value, a), f"{path}.{a}", tensors, names) for a in attributes}
+    plain = [{"__dtype__": str(c)} if isinstance(c, torch.dtype) else _encode(c, path, tensors, names) for c in context]
+    return {"__parts__": parts, "class": type(value).__name__, "context": plain}
+
+
+def _join(tree: Json, tensors: dict[str, Tensor]) -> Tensor:
+    name = tree["class"]
+    if name not in PARTED:
+        raise ValueError(f"a checkpoint may hold {', '.join(PARTED)}, not {name}")
+    cls = getattr(import_module(PARTED[name]), name)
+    context = [
+        _DTYPES[c["__dtype__"]] if isinstance(c, dict) and "__dtype__" in c else decode(c, tensors)
+        for c in tree["context"]
+    ]
+    return cls.__tensor_unflatten__({a: decode(t, tensors) for a, t in tree["__parts__"].items()}, context)
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
     folder = Path(resume)
     if folder.name == "full" and (folder.parent / "config.json").exists():
         raise UserError(f"{resume} is the comparison within a run: --resume {folder.parent}")
-    saved = RunFolder.open(folder).read_config()["config"]
+    saved = RunFolder.open(folder, writes=False).read_config()["config"]
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         before = TrainConfig(**values)

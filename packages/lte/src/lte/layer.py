@@ -103,7 +103,7 @@ class HeadedLinear(torch.autograd.Function):
         both_A, both_B = _with_offset(A, B, A0, B0)  # (H, 2r, n), (H, m, 2r); r where there is no offset
         u = x @ both_A.mT  # (H, t, 2r)
         W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), merged_scale)
-        y = torch.baddbmm(F.linear(x, W, bias), u, both_B.mT, alpha=scale)  # (H, t, m)
+        y = F.linear(x, W, bias).baddbmm_(u, both_B.mT, alpha=scale)  # (H, t, m)
         ctx.save_for_backward(x, weight, A, B, A0, B0, u[..., : A.shape[1]].contiguous(), *kept)
         ctx.scale, ctx.head_gradient, ctx.merged_scale = scale, head_gradient, merged_scale
         return y
@@ -122,7 +122,7 @@ class HeadedLinear(torch.autograd.Function):
                 dA = (v[..., :r].mT @ x).mul_(c)  # (H, r, n)
             if needs_x:
                 W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), ctx.merged_scale)
-                dx = torch.baddbmm(g @ W, v, both_A)  # (H, t, n)
+                dx = (g @ W).baddbmm_(v, both_A)  # (H, t, n)
         if needs_B:
             dB = (g.mT @ u).mul_(c * ctx.scale)  # (H, m, r)
         if needs_weight:

@@ -118,7 +118,8 @@ def _mean_copies(model: nn.Module, ranks: Ranks, purpose: str) -> dict[str, dict
 def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
     """While entered, evaluation uses weights computed once, over the heads of all processes; enter it on every one.
 
-    In a single process it only saves computing the mean delta at each forward pass.
+    It takes a copy of every weight meanwhile. In a single process it only saves computing the mean delta at each
+    forward pass.
     """
     layers, copies = headed(model), replicas(model)
     with torch.no_grad():

@@ -139,4 +139,5 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's only kind
-        raise ConnectionAbortedError(f"another process is lost ({str(error).splitlines()[0]})") from error
+        how = "it does not answer" if "timed out" in str(error).lower() else "its connection broke"
+        raise ConnectionAbortedError(f"another process is lost ({how})") from error
