@@ -109,6 +109,9 @@ def test_tokens_are_tiktokens_and_special_words_are_text(real_data):
     text = "before <|endoftext|> after, naïve 日本\n"
     assert coder.encode(text.encode()).tolist() == coder._encoding.encode_ordinary(text)
     assert END not in coder.encode(text.encode())
+    for texts in (["one", "two\n", "three"], ["with " + text, "without"]):
+        expected = [t for one in texts for t in (*coder._encoding.encode_ordinary(one), END)]
+        assert coder.encode_documents(texts).tolist() == expected
     assert coder.end_of_text == END
 
 

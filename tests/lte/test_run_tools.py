@@ -183,6 +183,16 @@ def test_the_exports_have_the_runs_loss(place, tmp_path, capsys):
     assert rows(tmp_path / "again")[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_exports_lie_in_the_run_by_default_and_do_not_hide_it(place, capsys):
+    run = str(place / "full")
+    for format, name in (("nanogpt", "ckpt.pt"), ("transformers", "gpt2")):
+        export([run, "--format", format])
+        assert (place / "full" / name).exists()
+    capsys.readouterr()
+    sample([run, "--num_samples=1", "--max_new_tokens=5"])  # by the run's own vocabulary
+    assert len(capsys.readouterr().out.split("---------------")[0]) == 1 + 5 + 1
+
+
 def test_an_export_never_replaces_anything(place, tmp_path):
     (tmp_path / "ckpt.pt").write_text("mine")
     run = str(place / "attn")

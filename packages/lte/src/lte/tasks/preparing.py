@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from memtrain_common.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.documents import Source, find_sources, is_table
@@ -180,11 +179,7 @@ def _tokenize(
     for split in SPLITS:
         files[split] = (work / f"{split}.bin").open("ab")
         files[split].truncate(2 * counts.setdefault(split, {"tokens": 0, "documents": 0, "text_bytes": 0})["tokens"])
-    end = (
-        np.array([coder.end_of_text], "<u2")
-        if isinstance(coder, GPT2Tokenizer) and plan["separator"] == "eot"
-        else None
-    )
+    ends = plan["separator"] == "eot"
     bar = console.progress(cutting.size, label="tokenizing", scale=True)
     workers = config.workers or os.cpu_count() or 1
     flushed = time.monotonic()
@@ -197,12 +192,11 @@ def _tokenize(
         write_json(path, {"plan": plan, "pieces": done, "counts": counts})
         flushed = time.monotonic()
 
-    def write(piece: Piece, tokens: dict[str, list[Tokens]]) -> None:
+    def write(piece: Piece, tokens: dict[str, Tokens]) -> None:
         nonlocal done
-        for split, arrays in tokens.items():
-            for array in arrays:
-                files[split].write(array.data)
-            counts[split]["tokens"] += sum(map(len, arrays))
+        for split, array in tokens.items():
+            files[split].write(array.data)
+            counts[split]["tokens"] += len(array)
         for part in piece.parts:
             counts[part.split]["documents"] += part.ends_document
             counts[part.split]["text_bytes"] += len(part.text.encode())
@@ -212,7 +206,7 @@ def _tokenize(
         if time.monotonic() - flushed > _FLUSH_SECONDS:
             flush()
 
-    pending: deque[tuple[Piece, Future[dict[str, list[Tokens]]]]] = deque()
+    pending: deque[tuple[Piece, Future[dict[str, Tokens]]]] = deque()
     with StopSignals() as stop, ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as closing:
         for file in files.values():
             closing.callback(file.close)
@@ -223,7 +217,7 @@ def _tokenize(
                 continue
             if stop.received:
                 break
-            pending.append((piece, pool.submit(_encode, piece, coder, end)))
+            pending.append((piece, pool.submit(_encode, piece, coder, ends)))
             if len(pending) > 2 * workers:
                 first, tokens = pending.popleft()
                 write(first, tokens.result())
@@ -246,14 +240,20 @@ def _tokenize(
     return counts
 
 
-def _encode(piece: Piece, coder: Tokenizer, end: Tokens | None) -> dict[str, list[Tokens]]:
-    """A piece's tokens by split, in order."""
-    tokens: dict[str, list[Tokens]] = {}
-    for part in piece.parts:
-        arrays = tokens.setdefault(part.split, [])
-        arrays.append(coder.encode(part.text.encode()).astype("<u2"))
-        if end is not None and part.ends_document:
-            arrays.append(end)
+def _encode(piece: Piece, coder: Tokenizer, ends: bool) -> dict[str, Tokens]:
+    """A piece's tokens by split, in order; with ``ends``, <|endoftext|> behind each document."""
+    tokens: dict[str, Tokens] = {}
+    for split in SPLITS:
+        parts = [part for part in piece.parts if part.split == split]
+        if not parts:
+            continue
+        if isinstance(coder, GPT2Tokenizer):
+            all_tokens = coder.encode_documents([part.text for part in parts])
+            kept = all_tokens != coder.end_of_text
+            kept[~kept] = [ends and part.ends_document for part in parts]
+            tokens[split] = all_tokens[kept].astype("<u2")
+        else:
+            tokens[split] = coder.encode("".join(part.text for part in parts).encode()).astype("<u2")
     return tokens
 
 

@@ -43,12 +43,12 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     path = Path(init_from)
     if path.is_file():
         return read_nanogpt(path), None
+    if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
+        trained = read_run(path)
+        return trained.plain, trained.data
     if (path / "ckpt.pt").is_file():
         return read_nanogpt(path / "ckpt.pt"), None
     if (path / "config.json").is_file():
-        if _is_run(path / "config.json"):
-            trained = read_run(path)
-            return trained.plain, trained.data
         return read_gpt2(path), None
     if init_from in GPT2_NAMES and not path.exists():
         return read_gpt2(download_gpt2(init_from)), None
