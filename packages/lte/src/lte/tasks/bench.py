@@ -44,7 +44,7 @@ def configure(argv: Sequence[str]) -> BenchConfig:
     """The flags, checked as lte-train's."""
     if "--real_data=True" in argv and not any(w.startswith(("--data-dir", "--data_dir", "--dataset")) for w in argv):
         raise UserError("real_data=True needs the data: name it with --data-dir")
-    bench_py = {"--real_data=True": [], "--real_data=False": [], "--profile=False": []}
+    bench_py: dict[str, list[str]] = {"--real_data=True": [], "--real_data=False": [], "--profile=False": []}
     bench_py["--profile=True"] = ["--profile=trace.json"]
     argv, notes = translate([word for w in argv for word in bench_py.get(w, [w])], BenchConfig)
     for note in notes:
