@@ -142,7 +142,7 @@ def test_a_browser_draws_it_without_a_scroll_bar_or_a_complaint(whole, tmp_path,
 
 def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
     words = ["ablate", "--train", "full", "head", "--seeds", "1", "--memory-limit", "150MiB", "--devices", "cpu"]
-    arm = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "240", "--image-size", "64"]
+    arm = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "240", "--image-size", "96"]
     done = run_command([*words, "--out", "abl", *arm], tmp_path)
     assert done.returncode == 0, done.stderr
     by_train = {r["axes"]["train"]: r for r in results(tmp_path / "abl").values()}

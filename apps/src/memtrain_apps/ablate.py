@@ -182,7 +182,8 @@ class _Runner:
                 del self.arms[Arm(combination, seed).name]
             self.console.say(f"refused: {combination.name}: {why}")
             words = [*combination.words, *flag_words(self.grid.finetune)]
-            write_json(self._result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
+            if not self._result(arm).exists():
+                write_json(self._result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
 
     def _pretrain(self) -> None:
         """The run before all arms, unless it is finished or there is none."""
