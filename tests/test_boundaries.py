@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT
 
-PACKAGES = {p.parent.parent.name: p for p in sorted(ROOT.glob("packages/*/src/*")) if (p / "__init__.py").exists()}
-MODULES = {p.name: p for p in PACKAGES.values()}
+SOURCES = (*ROOT.glob("packages/*/src/*"), *ROOT.glob("apps/src/*"))
+MODULES = {p.name: p for p in sorted(SOURCES) if (p / "__init__.py").exists()}
 COMMON = "memtrain_common"
-METHODS = [name for name in MODULES if name != COMMON]
 APPS = "memtrain_apps"
+METHODS = [name for name in MODULES if name not in (COMMON, APPS)]
 
 
 def imported(path, *, package_root):
