@@ -1,14 +1,14 @@
-"""Every operation: plain autograd at keep = 1, the formulas with a slowly pruned x̂ below, few-bit derivatives within bounds."""
+"""Every operation: plain autograd at keep = 1, the formulas with a slowly pruned x̂ below, few-bit derivatives within
+bounds."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from slow import paper_pruned, pruned
-
 from backrazor import OPERATIONS, Razor, describe
 from backrazor.ops.pointwise import ACTIVATIONS
+from slow import paper_pruned, pruned
 
 D = torch.float64
 

@@ -1,4 +1,5 @@
-"""Normalisations: x̂ is pruned, mean and rstd are exact, and the output's next user shares x̂ instead of storing it again.
+"""Normalisations: x̂ is pruned, mean and rstd are exact, and the output's next user shares x̂ instead of storing it
+again.
 
 With x̂ = (x − μ) r and y = x̂ γ + β; the sums below run over the M normalised elements:
 
@@ -138,8 +139,8 @@ class BatchNorm(Function):
         held = None
         if training or ctx.needs_input_grad[1]:
             at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
-            affine = (t.view(shape) if t is not None else None for t in (weight, bias))
-            held = _hold_normalised(razor, x, lambda: (x - at[0]).mul_(at[1]), *affine, y)
+            gamma, beta = (t.view(shape) if t is not None else None for t in (weight, bias))
+            held = _hold_normalised(razor, x, lambda: (x - at[0]).mul_(at[1]), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, mean=batch_mean if ctx.paper else None, weight=weight)
         return y
 
