@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backrazor import Razor, RazorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from backrazor import Razor, RazorError
 
 
 def mlp():
