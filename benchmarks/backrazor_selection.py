@@ -1,4 +1,4 @@
-"""Which elements should be kept? Gradient error on real activations: groups of the default, blocks, samples, whole tensors.
+"""Which elements should be kept? Gradient error on real activations: groups, blocks, samples, whole tensors.
 
 A trained ResNet-20 on CIFAR-10's test pictures (nothing is trained or tuned on them: one backward pass) and a trained
 language model on text. The error is that of all weight gradients together, ‖ĝ − g‖ / ‖g‖, beside their cosine.
@@ -154,9 +154,8 @@ def main() -> None:
         for way, keep, settings in arms:
             found = mean([error(model, batch(i), context(way, keep, **settings)) for i in range(args.batches)])
             rows.append({"model": name, "way": way, "keep": keep, **settings, **found})
-            print(
-                f"{name:28} {way:18} keep {keep:<5} {settings!s:28} error {found['error']:.3f}  cosine {found['cosine']:.3f}"
-            )
+            what = f"{name:28} {way:18} keep {keep:<5} {settings!s:28}"
+            print(f"{what} error {found['error']:.3f}  cosine {found['cosine']:.3f}")
     write_results(RESULTS, argv=sys.argv, device=torch.device("cpu"), seeds=[0], batches=args.batches, rows=rows)
 
 

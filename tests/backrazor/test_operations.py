@@ -1,4 +1,4 @@
-"""Every operation: plain autograd at keep = 1, the formulas with a slowly pruned x̂ below, few-bit derivatives within bounds."""
+"""Every operation: plain autograd at keep = 1, below it the formulas with a slowly pruned x̂."""
 
 import math
 

@@ -24,8 +24,8 @@ ATTENTION = ("pruned", "exact")
 class Razor(TorchFunctionMode):
     """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves the largest tenth of each activation.
 
-    The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it for
-    every micro-batch. :func:`.table.describe` lists what each operation keeps.
+    The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it
+    for every micro-batch. :func:`.table.describe` lists what each operation keeps.
 
     Args:
         keep: fraction of each activation's elements that are kept, in (0, 1]; 1 keeps all, and is plain autograd.
@@ -33,7 +33,8 @@ class Razor(TorchFunctionMode):
             functions' inputs dense in float16, nothing shared.
         attention: "pruned" as in the paper, or "exact" to leave softmax, products of activations and
             scaled_dot_product_attention to PyTorch.
-        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode "paper" has
+        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode
+        "paper" has
             float16, and float32 for norms and convolutions.
         derivative_bits: bits for the derivative of an activation function: 2, 3 or 4.
 

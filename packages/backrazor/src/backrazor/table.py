@@ -1,6 +1,7 @@
 """The specification: every operation that is met, what of it is exact, what is approximated, what is kept, and why.
 
-x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this table is
+x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this
+table is
 PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are left.
 """
 

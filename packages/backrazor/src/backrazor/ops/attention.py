@@ -5,8 +5,8 @@ With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V, and hats on w
     dV = D̂ᵀ g        dD = g V̂ᵀ        dP = dropout'(dD)        dS = P̂ ∘ (dP − Σ_row dP ∘ P̂)
     dQ = s dS K̂      dK = s dSᵀ Q̂     dmask = dS
 
-P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the forward
-pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
+P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the
+forward pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
 """
 
 import math
@@ -145,7 +145,7 @@ class Attention(Function):
                 assert q is not None
                 dk[at] = _fold(ds.mT @ q[at], kv_heads).mul_(scale)
             if needs[3]:
-                shape, dtype = ctx.mask_like
+                shape, _ = ctx.mask_like
                 if dmask is None:
                     dmask = g.new_zeros(shape)
                 own = dmask[at] if len(shape) == 4 and shape[0] == batch > 1 else dmask

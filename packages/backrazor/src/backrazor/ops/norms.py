@@ -1,4 +1,4 @@
-"""Normalisations: x̂ is pruned, mean and rstd are exact, and the output's next user shares x̂ instead of storing it again.
+"""Normalisations: x̂ is pruned, mean and rstd are exact, and the output's next user shares x̂, stored once.
 
 With x̂ = (x − μ) r and y = x̂ γ + β; the sums below run over the M normalised elements:
 
@@ -6,9 +6,10 @@ With x̂ = (x − μ) r and y = x̂ γ + β; the sums below run over the M norma
 
 RMSNorm has μ = 0 and no mean(γ g). With a batch norm's frozen statistics dx = r γ g is exact and needs no x̂.
 
-A batch norm's x̂ is kept in 4 bits instead: its output goes through a ReLU before it is multiplied, so pruning it would serve
-nobody else, and x̂, near normal by construction, errs by a tenth in 4 bits where its largest tenth errs by three quarters.
-In the mode "paper" the pruned x itself is kept, so that an element left out becomes x̂ = −μ r.
+A batch norm's x̂ is kept in 4 bits instead: its output goes through a ReLU before it is multiplied, so pruning it
+would serve
+nobody else, and x̂, near normal by construction, errs by a tenth in 4 bits where its largest tenth errs by three
+quarters. In the mode "paper" the pruned x itself is kept, so that an element left out becomes x̂ = −μ r.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,8 @@ class BatchNorm(Function):
         held = None
         if training or ctx.needs_input_grad[1]:
             at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
-            affine = (t.view(shape) if t is not None else None for t in (weight, bias))
-            held = _share(razor, razor.hold_coded((x - at[0]).mul_(at[1]), NORMAL), *affine, y)
+            gamma, beta = (t.view(shape) if t is not None else None for t in (weight, bias))
+            held = _share(razor, razor.hold_coded((x - at[0]).mul_(at[1]), NORMAL), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
         return y
 
