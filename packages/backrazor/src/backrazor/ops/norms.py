@@ -202,7 +202,7 @@ def layer_norm(
     if not _needs_grad(input, weight, bias) or input.numel() == 0:
         return NotImplemented
     shape = list(normalized_shape)
-    return LayerNorm.apply(input, weight, bias, shape, eps, False, razor)  # type: ignore[no-any-return]
+    return LayerNorm.apply(input, weight, bias, shape, eps, False, razor)
 
 
 def rms_norm(
@@ -217,7 +217,7 @@ def rms_norm(
         return NotImplemented
     if eps is None:
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
-    return LayerNorm.apply(input, weight, None, list(normalized_shape), eps, True, razor)  # type: ignore[no-any-return]
+    return LayerNorm.apply(input, weight, None, list(normalized_shape), eps, True, razor)
 
 
 def batch_norm(
@@ -237,7 +237,7 @@ def batch_norm(
     if training and input.numel() == input.shape[1]:
         return NotImplemented  # one value a channel: PyTorch says so
     running = (running_mean, running_var)
-    return BatchNorm.apply(input, weight, bias, running, training, momentum, eps, razor)  # type: ignore[no-any-return]
+    return BatchNorm.apply(input, weight, bias, running, training, momentum, eps, razor)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
