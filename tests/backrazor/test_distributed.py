@@ -1,10 +1,9 @@
 """DDP and FSDP2 on two processes: the gradients of one process on the whole batch."""
 
 import torch
+from backrazor import Razor
 from support import run_ranks
 from torch import nn
-
-from backrazor import Razor
 
 
 def build():

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from backrazor import Razor
 from memtrain_common.gpt import GPT, GPTConfig
 from memtrain_common.memory import SavedActivations
 from torch import nn
@@ -19,8 +20,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-
-from backrazor import Razor
 
 IDS = torch.arange(3 * 40).view(3, 40) % 17
 CLASSES = torch.tensor([0, 1, 1])

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from slow import entropy, pruned
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from backrazor import bits, packing
 from backrazor.groups import Groups, groups_for, rank, unrank
-from backrazor.packing import Layout, layout_of
+from backrazor.packing import layout_of
 from backrazor.saved import Geometry, prune
 from backrazor.values import decode, encode
+from slow import entropy, pruned
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9, 12, 16])

@@ -1,7 +1,8 @@
 """Which elements are kept: exactly k of every group of n, for a fraction ``keep``, and how their places are written.
 
 The elements of one group stand m apart in memory (m columns, n rows), so that a group's maximum is a maximum over
-contiguous rows. The k places of a group are one number, their rank among the C(n, k) subsets (combinatorial number system):
+contiguous rows. The k places of a group are one number, their rank among the C(n, k) subsets (combinatorial number
+system):
 
     rank = C(p_1, 1) + C(p_2, 2) + … + C(p_k, k)        p_1 < p_2 < … < p_k
 

@@ -1,7 +1,8 @@
 """The official code's packing, for comparison: a threshold a sample, everything that reaches it, and a bitmask.
 
 With ratio = 1 − keep and n elements a sample, k = int(clip(n · ratio, 1, n)); the threshold is the k-th smallest |x| of
-the sample, and |x| ≥ threshold is kept: n − k + 1 elements, and all that tie with the threshold. Sizes depend on the data.
+the sample, and |x| ≥ threshold is kept: n − k + 1 elements, and all that tie with the threshold. Sizes depend on the
+data.
 """
 
 import torch

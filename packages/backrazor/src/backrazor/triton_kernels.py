@@ -1,8 +1,8 @@
 """CUDA: selection, gathering and casting in one pass over x, and the scatter back; the same numbers as on the CPU.
 
 A program has some columns of one span in registers, n rows each, and finds the k largest of every column by k times
-"maximum over the rows, strike it out", with the keys of :mod:`.packing`. Row r that was selected as the i-th of its group
-(rows rising) adds C(r, i) to the group's rank. Checked against the CPU path under Triton's interpreter.
+"maximum over the rows, strike it out", with the keys of :mod:`.packing`. Row r that was selected as the i-th of its
+group (rows rising) adds C(r, i) to the group's rank. Checked against the CPU path under Triton's interpreter.
 """
 
 import torch

@@ -15,7 +15,7 @@ def stored_bits(values: str) -> float:
 
 
 def float_type(values: str) -> torch.dtype:
-    """The type that selected values are gathered in: the format's own, float32 for int8 and where clamping may be due."""
+    """The type that selected values are gathered in: the format's own, or float32 for int8 and fp16 (clamped)."""
     return _DTYPES[values] if values in ("bf16", "fp32") else torch.float32
 
 
