@@ -1,9 +1,10 @@
 """The default packing: the k largest of every group of n, found without sorting, at sizes that depend on shapes alone.
 
-A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost dimension),
-or several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n)
-columns, each column one group. Selection is k times "maximum over the rows, strike it out", over 32-bit keys that
-order by magnitude:
+A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost
+dimension), or
+several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n) columns,
+each
+column one group. Selection is k times "maximum over the rows, strike it out", over 32-bit keys that order by magnitude:
 
     key = (bits of |x| as float32, without the lowest place_bits) | row
 

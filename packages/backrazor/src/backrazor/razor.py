@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .coded import Levels, code
 from .errors import RazorError
 from .groups import groups_for
 from .ops.chains import Chains
@@ -32,8 +33,9 @@ class Razor(TorchFunctionMode):
             functions' inputs dense in float16, nothing shared.
         attention: "pruned" as in the paper, or "exact" to leave softmax, products of activations and
             scaled_dot_product_attention to PyTorch.
-        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode "paper"
-            has float16, and float32 for norms and convolutions.
+        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode
+        "paper" has
+            float16, and float32 for norms and convolutions.
         derivative_bits: bits for the derivative of an activation function: 2, 3 or 4.
 
     Raises:
@@ -147,6 +149,11 @@ class Razor(TorchFunctionMode):
         if self.keep == 1:
             return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
         return self._store.hold(x, "8 bits", lambda: eight_bit(x))
+
+    def hold_coded(self, x: Tensor, levels: Levels) -> Held:
+        """``x``, every element rounded to one of a few levels; ``x`` itself at keep = 1. Not remembered."""
+        saved = Saved((x,), Dense(Geometry.of(x))) if self.keep == 1 else code(x, lambda _, part: part.clone(), levels)
+        return Held(Holder(saved), None)
 
     def find(self, x: Tensor) -> Held | None:
         """What stands for ``x``, pruned, if it is stored."""

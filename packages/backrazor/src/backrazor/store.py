@@ -39,8 +39,8 @@ class Held:
 class Store:
     """From a tensor (its memory and version) to what stands for it.
 
-    An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new version,
-    and memory given to another tensor is another storage: neither is mistaken for what was stored.
+    An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new
+    version, and memory given to another tensor is another storage: neither is mistaken for what was stored.
     """
 
     def __init__(self) -> None:
@@ -65,10 +65,10 @@ class Store:
             return Held(holder, None)
         entries = self._entries
 
-        def drop(_: object) -> None:
+        def gone(_: Any) -> None:
             entries.pop(key, None)
 
-        forget = weakref.ref(holder, drop)
+        forget = weakref.ref(holder, gone)
         # The weak reference to the storage keeps its address from being used again while the entry stands.
         self._entries[key] = (StorageWeakRef(x.untyped_storage()), forget)
         return Held(holder, geometry)

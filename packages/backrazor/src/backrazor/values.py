@@ -15,8 +15,8 @@ def stored_bits(values: str) -> float:
 
 
 def float_type(values: str) -> torch.dtype:
-    """The type that selected values are gathered in: the format's own, float32 for int8 and where clamping may be
-    due.""" return _DTYPES[values] if values in ("bf16", "fp32") else torch.float32
+    """The type that selected values are gathered in: the format's own, or float32 for int8 and fp16 (clamped)."""
+    return _DTYPES[values] if values in ("bf16", "fp32") else torch.float32
 
 
 def encode(x: Tensor, values: str) -> tuple[Tensor, ...]:

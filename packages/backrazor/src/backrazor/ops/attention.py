@@ -183,7 +183,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale
         s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
     if mask is not None:
         s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
-    return torch.ops.aten._safe_softmax(s, -1)  # type: ignore[no-any-return]
+    return torch.ops.aten._safe_softmax(s, -1)
 
 
 def softmax(
@@ -196,7 +196,7 @@ def softmax(
     """``F.softmax``, ``torch.softmax``."""
     if not input.requires_grad or dim is None or razor.attention == "exact" or input.numel() == 0:
         return NotImplemented
-    return Softmax.apply(input, dim, dtype, razor)  # type: ignore[no-any-return]
+    return Softmax.apply(input, dim, dtype, razor)
 
 
 def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
@@ -206,11 +206,11 @@ def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
     if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == 0 or other.numel() == 0:
         return NotImplemented
     if isinstance(other, torch.nn.Parameter) and other.dim() == 2 and other.requires_grad:
-        return Linear.apply(input, other, None, True, razor)  # type: ignore[no-any-return]
+        return Linear.apply(input, other, None, True, razor)
     both = input.requires_grad and other.requires_grad
     if not both or razor.attention == "exact" or input.dim() < 2 or other.dim() < 2:
         return NotImplemented
-    return Matmul.apply(input, other, razor)  # type: ignore[no-any-return]
+    return Matmul.apply(input, other, razor)
 
 
 def scaled_dot_product_attention(
