@@ -84,10 +84,8 @@ CHOOSE = {
 }
 REPORT = {
     "full": [Arm(full_lr=4e-3)],  # the best of those tried
-    "base": [Arm()],
     "scale": [Arm(scale=8.0)],  # what came nearest with four heads
-    "nanoGPT's rate": [Arm(full_lr=1e-3)],
-    "outer rate": [Arm(outer_lr=2.0)],  # a close second
+    "base": [Arm()],
 }
 
 
