@@ -31,7 +31,7 @@ def is_bins(folder: Path) -> bool:
 def read_bins(folder: Path, tokenizer_dir: Path | None = None) -> dict[str, Any]:
     """The fields of a :class:`memtrain_common.text.Corpus`.
 
-    All tokens are read once, for their largest and their SHA-256: 10 GB take about 10 s.
+    All tokens are read once, for their largest and their SHA-256.
 
     Args:
         tokenizer_dir: GPT-2's ``encoder.json`` and ``vocab.bpe``; None takes those beside the bins, or tiktoken's.

@@ -8,11 +8,10 @@ methods are, it does not know.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,72 +21,15 @@ from .console import Console, format_bytes, format_count
 from .distributed import any_rank, mean_over_ranks, unwrap, world
 from .energy import EnergyMeter
 from .errors import DivergedError, LostRankError, Stopped, UserError
+from .evaluation import mean_loss as mean_loss
+from .fit_config import DTYPES, FitConfig, FitResult
 from .heartbeat import Heartbeat
-from .memory import Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from .memory import PeakMeter, SavedActivations, measure, memory_in_use
 from .rng import rng_state, set_rng_state
 from .run_folder import RunFolder
 from .stop_signals import LeaveEvaluation, StopSignals
 from .trackers import Tracker, open_tracker
 from .training_state import Parts, Stateful, all_finite, capture, check_identity, put_back
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How long to train and when to look; every interval is in optimizer steps."""
-
-    max_iters: int
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step: step s uses batches s·g … s·g + g − 1, and the mean of their losses."""
-    grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; float16 adds a gradient scaler."""
-    compile: bool = False
-    """Run the model through torch.compile."""
-    eval_interval: int = 100
-    log_interval: int = 10
-    checkpoint_interval: int = 0
-    """0: as often as evaluation. A new best evaluation is saved besides."""
-    best_metric: str = "loss"
-    """The evaluation's number that decides which checkpoint is the best and stays."""
-    higher_is_better: bool = False
-    workers: int = 0
-    """Processes that prepare batches ahead; 0 prepares them in the loop."""
-    units_per_step: int = 0
-    """Tokens or samples in an optimizer step over all processes, for the rate."""
-    unit: str = "samples"
-    tracker: str = "none"
-    """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
-    tracker_project: str = "memtrain"
-    """W&B's and trackio's project."""
-    tracker_name: str = ""
-    """The run's name there; empty takes the run folder's."""
-    agree_interval: int = 1
-    """With ``parts``: steps between two times that the processes ask each other whether a signal came."""
-    patience_s: float = 0.0
-    """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
-
-
-@dataclass
-class FitResult:
-    """What a finished run has to tell."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Seconds of training, evaluation and saving left out; earlier parts of a resumed run included."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The last evaluation."""
-    best: tuple[int, float] | None = None
-    """Step and value of the best evaluation."""
-    units_per_second: float = 0.0
-    """Mean over the steps of this process after the first (which measures memory, and compiles)."""
-    ledger: Ledger | None = None
-    peak_bytes: dict[str, int | None] = field(default_factory=dict)
-    """Of "training" and "evaluation", apart."""
-    joules: float | None = None
-    energy_source: str = "unavailable"
 
 
 def fit(
@@ -206,14 +148,9 @@ class _Trainer:
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
         if self.run and self.run.writes:
-            self.tracker = open_tracker(
-                config.tracker,
-                self.run.path,
-                self.identity,
-                resume_step=result.step if resume else None,
-                project=config.tracker_project,
-                name=config.tracker_name,
-            )
+            since = result.step if resume else None
+            names = {"project": config.tracker_project, "name": config.tracker_name}
+            self.tracker = open_tracker(config.tracker, self.run.path, self.identity, resume_step=since, **names)
         bar = self.console.progress(config.max_iters, initial=result.step, label=label)
         micro = config.gradient_accumulation_steps
         source = numbered(self.batches, range(result.step * micro, config.max_iters * micro), config.workers)
@@ -508,12 +445,3 @@ class _Trainer:
         result.best, self.evaluated, self.saved_step = progress["best"], progress["evaluated"], step
         self.run.truncate_metrics(progress["metrics_bytes"])
         say(f"resumed from {where}")
-
-
-def mean_loss(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch]
-) -> dict[str, float]:
-    """An ``evaluate`` for :func:`fit`: {"loss": mean of the batches' losses}, batches of equal size."""
-    device = next(model.parameters()).device
-    losses = [loss_fn(model, to_device(batch, device)).item() for batch in batches]
-    return {"loss": sum(losses) / len(losses)}
