@@ -29,7 +29,7 @@ def plot_loss(
             label = "" if val else f"{name}: training"
             axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.45, label=label)
         if val:
-            label = f"{name}: validation {val[-1][1]:.3f} (line: training)"
+            label = f"{name}: validation {val[-1][1]:.3f}{' (line: training)' if train else ''}"
             axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.4, label=label)
     for name, level in (levels or {}).items():
         axes.axhline(level, color="#666666", linestyle="--", linewidth=0.9)
