@@ -204,7 +204,7 @@ def questions(config: EvalConfig) -> tuple[str, list[Question]]:
         kind = _kind_of(rows[0])
     trained_with = read_task(Path(config.adapter)).get("prompt") if config.adapter else None
     prompt = evaluation_prompt(config.prompt, kind, trained_with, config.official_metric)
-    make: Callable[[Row, Prompt], Question] = {
+    make: dict[str, Callable[[Row, Prompt], Question]] = {
         "gsm8k": _gsm8k,
         "math": partial(_math, official=config.official_metric),
         "commonsense": partial(_commonsense, name=name),
