@@ -12,6 +12,7 @@ import torch
 import transformers
 from lora_xs import load_adapter
 from lora_xs.tasks.answers import gsm8k_answer, gsm8k_correct
+from lora_xs.tasks.evaluate import wilson
 from lora_xs.tasks.instruct import IGNORED, collate, loss_of, shared_batch, tokenize
 from lora_xs.tasks.models import load_tokenizer
 from memtrain_common.distributed import World
@@ -109,7 +110,7 @@ def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
         assert p["answer"] == gsm8k_answer(p["output"])
         assert p["correct"] == gsm8k_correct(p["answer"], p["expected"])
     share = sum(p["correct"] for p in predictions) / 16
-    assert re.search(rf"accuracy +{100 * share:.2f} ± ", done.stdout)
+    assert re.search(rf"accuracy +{100 * share:.2f} \\(", done.stdout)
     assert_refused(run_command(words, tmp_path), "p.jsonl exists", "--resume")
     (tmp_path / "p.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # killed while writing
     again = run_command([*words, "--resume"], tmp_path)
@@ -117,6 +118,16 @@ def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
     assert (tmp_path / "p.jsonl").read_text().splitlines() == lines
     other = run_command([*words, "--resume", "--official-metric"], tmp_path)
     assert_refused(other, "other predictions")
+
+
+def test_the_interval_of_a_share():
+    """Against the definition: the shares p whose z-test does not reject what was seen."""
+    for right, n in ((0, 100), (7, 16), (16, 16)):
+        low, high = wilson(right, n)
+        for p in (low, high):
+            assert p in (0.0, 1.0) or abs(right / n - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5)
+        assert 0 <= low <= right / n <= high <= 1
+        assert high - low > 0.03
 
 
 def test_eval_of_commonsense_by_beams_and_base_model(language_model, tmp_path):

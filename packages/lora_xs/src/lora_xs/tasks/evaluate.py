@@ -94,10 +94,18 @@ def run_eval(config: EvalConfig) -> None:
             bar.update(len(batch))
             bar.set_postfix_str(f"accuracy {100 * sum(right) / len(right):.1f}", refresh=False)
     bar.close()
-    p, n = sum(right) / len(right), len(right)
-    table = [("accuracy", f"{100 * p:.2f} ± {100 * 1.96 * math.sqrt(p * (1 - p) / n):.2f}"), ("questions", f"{n:,}")]
-    console.say(format_table(table))
+    n = len(right)
+    low, high = wilson(sum(right), n)
+    accuracy = f"{100 * sum(right) / n:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+    console.say(format_table([("accuracy", accuracy), ("questions", f"{n:,}")]))
     console.say(f"predictions {out}")
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): it has a width where all or none are right, too."""
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def scored(index: int, question: Question, text: str, kind: str, official: bool) -> dict[str, Any]:
