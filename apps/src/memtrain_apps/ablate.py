@@ -131,7 +131,9 @@ class _Runner:
                 record = self._record(arm, job, outcome)
                 write_json(self._result(arm), record)
                 if outcome["status"] in ("out of memory", "killed"):
-                    return [dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))]
+                    return [
+                        dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))
+                    ]
             else:
                 return []
             self.written += 1
@@ -180,7 +182,8 @@ class _Runner:
                 del self.arms[Arm(combination, seed).name]
             self.console.say(f"refused: {combination.name}: {why}")
             words = [*combination.words, *flag_words(self.grid.finetune)]
-            write_json(self._result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
+            if not self._result(arm).exists():
+                write_json(self._result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
 
     def _pretrain(self) -> None:
         """The run before all arms, unless it is finished or there is none."""
@@ -378,7 +381,7 @@ def configure_finetune(words: Sequence[str]) -> Any:
 
 
 def with_device(job: Job) -> list[str]:
-    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any machine's cores."""
+    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any machine."""
     alone = ["--threads", "1"] if job.device == "cpu" and "--threads" not in job.words else []
     return [*job.words, "--device", job.device, *alone]
 

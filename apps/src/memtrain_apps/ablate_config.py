@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from memtrain_common.cli import flag_value, parse
+from memtrain_common.cli import parse
 from memtrain_common.configure import flag
 from memtrain_common.errors import UserError
 
@@ -70,7 +70,7 @@ class AblateConfig:
     report: str = ""
     """Folder of an ablation: only write its report again."""
     devices: tuple[str, ...] = ("auto",)
-    """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one place a core."""
+    """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one a core."""
     memory_limit: str = ""
     """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory."""
     keep_checkpoints: bool = False
@@ -167,7 +167,8 @@ def _saved_grid(folder: Path, config: AblateConfig) -> Grid:
 def _with_words(grid: Grid, words: Sequence[str]) -> Grid:
     """The grid with flags of finetune from the command line, which go before the file's.
 
-    Another model leaves out [pretrain] and [lr], which were meant for the file's own; other data leave out [finetune] too.
+    Another model leaves out [pretrain] and [lr], which were meant for the file's own; other data leave out [finetune]
+    too.
     """
     given = flags_of(words)
     if "data" in given:

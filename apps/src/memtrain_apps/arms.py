@@ -32,6 +32,9 @@ from memtrain_common.errors import DivergedError, Stopped, UserError
 from memtrain_common.files import write_json
 from tqdm import tqdm
 
+PRELOAD = "memtrain_apps.preload"
+
+
 @dataclass(frozen=True)
 class Job:
     """One process's work. Everything in it is pickled."""
@@ -104,7 +107,7 @@ def server() -> Any:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memtrain_apps.preload"])
+    context.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
     return context
 

@@ -180,12 +180,16 @@ def scatter(
         steps.append(f"H{plot.x + plot.width:.1f}")
         out.append(f'<path class="front" d="{"".join(steps)}"/>')
     anchors = [(sx(p.x), sy(p.y)) for p in points]
-    for p, (x, y) in zip(points, anchors, strict=True):
+    for p, (x, _) in zip(points, anchors, strict=True):
         if p.half:
             ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
-            out.append(f'<line class="interval {p.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>')
+            out.append(
+                f'<line class="interval {p.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+            )
     for p, (x, y) in zip(points, anchors, strict=True):
-        out.append(f"<g><title>{escape(p.title)}</title>{mark(p.shape, x, y, p.css + (' best' if p.on_front else ''))}</g>")
+        out.append(
+            f"<g><title>{escape(p.title)}</title>{mark(p.shape, x, y, p.css + (' best' if p.on_front else ''))}</g>"
+        )
     order = sorted(range(len(points)), key=lambda i: (not points[i].on_front, points[i].x))
     texts = [
         [f"{points[i].number} {points[i].label}", str(points[i].number)]

@@ -1,4 +1,4 @@
-"""``finetune``, ``pretrain``, ``ablate`` and ``plan``. torch is imported after the flags are parsed and checked."""
+"""``finetune``, ``pretrain`` and ``ablate``. torch is imported after the flags are parsed and checked."""
 
 import sys
 from collections.abc import Sequence

@@ -224,7 +224,8 @@ def _all_read(own: Mapping[str, Any], product: Mapping[str, list[Any]], where: s
         if not _reads(name, product):
             axis, users = USED_BY[name]
             raise UserError(
-                f"{name}{where} would do nothing: it belongs to {axis} {', '.join(users)}, and the grid has none of them"
+                f"{name}{where} would do nothing: it belongs to {axis} {', '.join(users)}, and the grid has none of "
+                "them"
             )
 
 
@@ -258,7 +259,9 @@ def _flags(content: Mapping[str, Any], table: str) -> dict[str, Any] | None:
     if table == "finetune":
         for name in given:
             if name in LISTED:
-                raise UserError(f"{name} in [finetune] is compared, not fixed: list it above the tables, or in [[grid]]")
+                raise UserError(
+                    f"{name} in [finetune] is compared, not fixed: list it above the tables, or in [[grid]]"
+                )
     for name in given:
         if name not in known:
             near = nearest(name, sorted(known))

@@ -186,7 +186,7 @@ def _scatters(trained: Sequence[Summary]) -> list[tuple[str, Markup]]:
 def _legend(trained: Sequence[Summary]) -> list[tuple[Markup, str]]:
     trains = [t for t in TRAIN if any(s.axes["train"] == t for s in trained)]
     saves = [v for v in SAVE if any(s.axes["save"] == v for s in trained)]
-    out = [(swatch("circle", f"t-{t}"), t) for t in trains]
+    out: list[tuple[Markup, str]] = [(swatch("circle", f"t-{t}"), t) for t in trains]
     out += [(swatch(SHAPES[v], "t-none"), f"save {v}") for v in saves]
     if any(s.axes["optim"] != "adamw" for s in trained):
         out.append((swatch("circle", "t-none hollow"), "optim other than adamw"))
@@ -202,9 +202,10 @@ def _panels(trained: Sequence[Summary]) -> list[tuple[str, Markup, list[tuple[st
     # the highest few are the first steps of what begins badly: they would flatten all else
     limits = (0.0 if values[0] >= 0 else values[0], values[min(len(values) - 1, int(0.985 * len(values)))] * 1.05)
     x_high = max(rows[-1][0] for _, a, b in every for rows in (a, b) if rows)
-    out = []
+    out: list[tuple[str, Markup, list[tuple[str, Summary]]]] = []
     for train in TRAIN:
-        lines, keys = [], []
+        lines: list[Line] = []
+        keys: list[tuple[str, Summary]] = []
         for s, fit, val in every:
             if s.axes["train"] != train:
                 continue
@@ -213,7 +214,9 @@ def _panels(trained: Sequence[Summary]) -> list[tuple[str, Markup, list[tuple[st
             lines.append(Line(css, xs, ys, low, high, [(x, y) for x, _, y, _ in val]))
             keys.append((css, s))
         if lines:
-            ends = ", ".join(f"{s.label} {line.ys[-1]:.3g}" for line, (_, s) in zip(lines, keys, strict=True) if line.ys)
+            ends = ", ".join(
+                f"{s.label} {line.ys[-1]:.3g}" for line, (_, s) in zip(lines, keys, strict=True) if line.ys
+            )
             figure = curves(
                 lines, width=344, height=230, x_high=x_high, y_limits=limits, title=f"loss curves of train {train}",
                 describe=f"Training loss at the end: {ends}.",

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.intervals import mean_and_ci
 from memtrain_common.errors import UserError
+from memtrain_common.intervals import mean_and_ci
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -84,8 +84,8 @@ class Summary:
 
     def mean(self, key: str) -> float | None:
         """Of a number over seeds; None where a run does not know it."""
-        values = [r.get(key) for r in self.runs]
-        return statistics.fmean(values) if values and None not in values else None  # type: ignore[type-var]
+        values = [r[key] for r in self.runs if r.get(key) is not None]
+        return statistics.fmean(values) if values and len(values) == len(self.runs) else None
 
     @cached_property
     def measured(self) -> dict[str, float]:
