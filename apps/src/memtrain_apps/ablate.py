@@ -5,12 +5,14 @@
     DIR/
       config.json          the grid, command, versions, commit, device
       pretrained/          the run before all arms, where the grid has one; model/ is what they start from
+      pretrained.json      its result, once it has ended
       results/NAME.json    one an arm: status, numbers, ledger measured and predicted, loss curve, command
       runs/NAME/           finetune's run folder
       logs/NAME.txt        its console
       report.html          everything in one file
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -76,7 +78,8 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        draw(run.path, Console(quiet=True))
+        with contextlib.suppress(UserError):  # nothing has a result yet
+            draw(run.path, Console(quiet=True))
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         left = len(runner.left())
         raise Stopped(
@@ -127,15 +130,15 @@ class _Runner:
                 record = json.loads(self._result(arm).read_text())
                 record.update(outcome.get("content") or {"predicted": None})
                 write_json(self._result(arm), record)
-            elif outcome["status"] != "stopped":
+            else:
+                if outcome["status"] == "stopped":  # this arm alone: where all are stopped, nobody is told of ends
+                    outcome = {**outcome, "status": "killed"}
                 record = self._record(arm, job, outcome)
                 write_json(self._result(arm), record)
                 if outcome["status"] in ("out of memory", "killed"):
                     return [
                         dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))
                     ]
-            else:
-                return []
             self.written += 1
             bar.update()
             self._row(record)
@@ -187,7 +190,8 @@ class _Runner:
 
     def _pretrain(self) -> None:
         """The run before all arms, unless it is finished or there is none."""
-        if self.grid.pretrain is None or (self._pretrained / "model").exists():
+        ended = self.folder / "pretrained.json"
+        if self.grid.pretrain is None or ended.exists():
             return
         words = flag_words({"tracker": "none", **self.grid.pretrain})
         self.console.say(f"pretraining: {shlex.join(['finetune', *words])}")
@@ -213,6 +217,7 @@ class _Runner:
         if end["status"] != "done":
             raise UserError(f"the pretraining did not end: {end['why']}")
         content = end["content"]
+        write_json(ended, content)
         self.console.say(
             f"pretrained in {format_seconds(content['seconds'])}: {content['metric']} {content['val']:.4f} on its "
             f"validation split"

@@ -142,6 +142,7 @@ def _process(job: Job) -> None:
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # whole lines, whatever ends the process
     tqdm.set_lock(threading.RLock())  # its own kind is a semaphore of the system, which outlives os._exit
     end_with_the_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,6 @@
 """Figures as inline SVG: scales, ticks, labels that keep clear of each other. Colours are the page's CSS classes."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,6 @@ def scatter(
     title: str,
     describe: str,
     long_labels: bool,
-    higher_is_better: bool = True,
 ) -> Markup:
     """A score against bytes, with confidence intervals and the Pareto front.
 
@@ -174,7 +174,11 @@ def scatter(
         out.append(_text(plot.x - 8, sy(value) + 4, y_text(value), "end"))
     out += _x_ticks(byte_ticks(low, high, max(3, width // 110), log), sx, plot, x_text)
     front = sorted((p for p in points if p.on_front), key=lambda p: p.x)
+    taken = []
     if front:
+        corners = [(sx(p.x), sy(p.y)) for p in front] + [(plot.x + plot.width, sy(front[-1].y))]
+        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+            taken += [Box(x0, y0 - 1, x1 - x0, 2), Box(x1 - 1, min(y0, y1), 2, abs(y1 - y0))]
         steps = [f"M{sx(front[0].x):.1f} {sy(front[0].y):.1f}"]
         steps += [f"H{sx(p.x):.1f}V{sy(p.y):.1f}" for p in front[1:]]
         steps.append(f"H{plot.x + plot.width:.1f}")
@@ -197,7 +201,7 @@ def scatter(
         else [str(points[i].number)]
         for i in order
     ]
-    placed = place_labels([anchors[i] for i in order], texts, plot)
+    placed = place_labels([anchors[i] for i in order], texts, plot, taken=taken)
     for i, (box, text) in zip(order, placed, strict=True):
         x, y = anchors[i]
         cx, cy = box.x + box.width / 2, box.y + box.height / 2

@@ -36,6 +36,7 @@ def render(found: Sequence[Summary], config: dict[str, Any]) -> str:
     Args:
         config: the ablation's config.json: command, date, device, versions, grid.
     """
+    config = {**dict.fromkeys(("command", "date", "device", "versions", "git_commit", "places")), **config}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("memtrain_apps"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -89,8 +90,8 @@ def facts(trained: Sequence[Summary]) -> list[tuple[str, str, str]]:
             f"{least.metric} {least.score_text}",
         ))  # fmt: skip
     plain = next((s for s in trained if list(s.axes.values()) == ["full", "all", "adamw"]), None)
-    if plain is not None:
-        smallest = min(trained, key=lambda s: s.memory_bytes)
+    smallest = min(trained, key=lambda s: s.memory_bytes)
+    if plain is not None and smallest not in (least, plain):
         ratio = plain.memory_bytes / smallest.memory_bytes
         out.append((
             "least memory of all", format_bytes(smallest.memory_bytes),
@@ -156,7 +157,6 @@ def _scatters(trained: Sequence[Summary]) -> list[tuple[str, Markup]]:
     if not trained:
         return []
     accuracy = trained[0].metric == "accuracy"
-    higher = trained[0].metric not in LOWER_IS_BETTER
     points = [
         Point(
             s.memory_bytes, s.score, s.interval[1], s.number, s.label, SHAPES[s.axes["save"]],  # type: ignore[index]
@@ -170,7 +170,7 @@ def _scatters(trained: Sequence[Summary]) -> list[tuple[str, Markup]]:
         (
             css,
             scatter(
-                points, width=width, height=height, long_labels=css == "wide", higher_is_better=higher,
+                points, width=width, height=height, long_labels=css == "wide",
                 x_text=lambda v: format_bytes(v).replace(".0 ", " "),
                 y_text=(lambda v: f"{100 * v:g} %") if accuracy else (lambda v: f"{v:g}"),
                 x_name="memory of a training step", y_name=f"{trained[0].metric} on the test split",
