@@ -34,7 +34,8 @@ def test_a_run_says_what_it_cost_and_keeps_it(whole):
     assert result["settings"] == {
         "rank": 4, "alpha": 0.0, "adapt": "all", "dropout": 0.0, "keep": 0.2, "razor_mode": "default",
     }  # fmt: skip
-    assert result["predicted"] == result["measured"]
+    for category, n_bytes in result["measured"].items():
+        assert abs(result["predicted"][category] - n_bytes) <= 0.002 * n_bytes
     assert result["test"] == result["scores"]["test"]["accuracy"]
     assert 0 < result["trained_parameters"] < 0.2 * result["parameters"]
     assert f"test  {result['test']:.4f}" in done.stdout

@@ -110,7 +110,7 @@ def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
         assert p["answer"] == gsm8k_answer(p["output"])
         assert p["correct"] == gsm8k_correct(p["answer"], p["expected"])
     share = sum(p["correct"] for p in predictions) / 16
-    assert re.search(rf"accuracy +{100 * share:.2f} \\(", done.stdout)
+    assert re.search(rf"accuracy +{100 * share:.2f} \(", done.stdout)
     assert_refused(run_command(words, tmp_path), "p.jsonl exists", "--resume")
     (tmp_path / "p.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # killed while writing
     again = run_command([*words, "--resume"], tmp_path)
