@@ -7,6 +7,8 @@ byte stand ``ceil(n / (8/p))`` apart, so that packing is shifts of whole contigu
 import torch
 from torch import Tensor
 
+from . import cpu_kernels
+
 PIECES = (8, 4, 2, 1)
 
 
@@ -35,6 +37,9 @@ def pack(codes: Tensor, width: int) -> Tensor:
     Returns:
         uint8 (..., :func:`packed_bytes` (n, width)).
     """
+    quick = cpu_kernels.pack_codes(codes, width, packed_bytes(codes.shape[-1], width))
+    if quick is not None:
+        return quick
     planes, shift = [], 0
     for piece in _pieces(width):
         part = codes if shift == 0 else codes >> shift
@@ -62,6 +67,9 @@ def _pack_piece(codes: Tensor, piece: int) -> Tensor:
 
 def unpack(packed: Tensor, n: int, width: int) -> Tensor:
     """What :func:`pack` packed: (..., n), uint8 for codes of at most 8 bits, otherwise int32."""
+    quick = cpu_kernels.unpack_codes(packed, n, width)
+    if quick is not None:
+        return quick
     dtype = torch.uint8 if width <= 8 else torch.int32
     out, start, shift = None, 0, 0
     for piece in _pieces(width):

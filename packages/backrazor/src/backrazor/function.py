@@ -67,6 +67,11 @@ class Kept:
         tensors, recipe, _ = self._parts[name]
         return tensors, recipe
 
+    def times(self, name: str, g: Tensor) -> Tensor:
+        """The levels that are kept as ``name`` (:class:`.coded.Coded`), times g."""
+        tensors, recipe, _ = self._parts[name]
+        return recipe.times(tensors, g)
+
     def dense(self, name: str, dtype: torch.dtype, *, own: bool = False) -> Tensor:
         """The dense tensor in ``dtype``; ``own`` copies what is kept by reference, for work in place."""
         tensors, recipe, geometry = self._parts[name]

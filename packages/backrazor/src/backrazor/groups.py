@@ -68,7 +68,7 @@ def groups_for(keep: float) -> Groups | None:
 
 
 @functools.cache
-def _binomials(n: int, k: int, device: torch.device) -> Tensor:
+def binomials(n: int, k: int, device: torch.device) -> Tensor:
     """C(p, j) for j = 1 … k: int32 (k, n)."""
     rows = [[math.comb(p, j) for p in range(n)] for j in range(1, k + 1)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
@@ -81,11 +81,17 @@ def _subsets(n: int, k: int, device: torch.device) -> Tensor:
     return torch.tensor(colex, dtype=torch.int64, device=device).T.contiguous()
 
 
+@functools.cache
+def short_subsets(groups: Groups) -> Tensor:
+    """The same table in uint16, for the CPU's kernels."""
+    return _subsets(groups.n, groups.k, torch.device("cpu")).to(torch.uint16)
+
+
 def rank(places: list[Tensor], groups: Groups) -> Tensor:
     """Ranks of subsets: k tensors of places in rising order, each int32 (...), to int32 (...)."""
     out = places[0]
     for j in range(1, groups.k):
-        column = _binomials(groups.n, groups.k, out.device)[j]
+        column = binomials(groups.n, groups.k, out.device)[j]
         out = out + column.index_select(0, places[j].reshape(-1)).view_as(out)
     return out
 

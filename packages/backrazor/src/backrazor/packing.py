@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import bits
+from . import bits, cpu_kernels
 from .fake import is_fake
-from .groups import Groups, rank, rank_bytes, unrank
+from .groups import Groups, binomials, rank, rank_bytes, short_subsets, unrank
 from .values import decode, encode, float_type, stored_bits
 
 SHORTEST_SPAN = 1 << 14
@@ -67,6 +67,12 @@ def pack(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         ranks = x.new_empty((layout.spans, rank_bytes(groups, layout.columns)), dtype=torch.uint8)
         return (*encode(kept, layout.values), ranks)
     x = x.detach().reshape(layout.spans, layout.size)
+    quick = cpu_kernels.pack(
+        x, layout, float_type(layout.values), binomials(groups.n, groups.k, x.device), rank_bytes(groups, layout.columns)
+    )
+    if quick is not None:
+        kept, packed = quick
+        return (*encode(kept.view(layout.spans, -1), layout.values), packed)
     if x.is_cuda:
         from .triton_kernels import pack_cuda
 
@@ -163,7 +169,12 @@ def unpack(tensors: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype) -> T
     spans, size, m, groups = layout.spans, layout.size, layout.columns, layout.groups
     if is_fake(tensors[0]):
         return tensors[0].new_empty((spans * size,), dtype=dtype)
-    values = decode(tensors[:-1], layout.values, layout.kept, dtype).view(spans, groups.k, m)
+    as_kept = layout.values == "bf16"  # the kernel widens those itself
+    values = tensors[0] if as_kept else decode(tensors[:-1], layout.values, layout.kept, dtype)
+    quick = cpu_kernels.unpack(values, tensors[-1], layout, dtype, short_subsets(groups))
+    if quick is not None:
+        return quick
+    values = values.to(dtype).view(spans, groups.k, m)
     ranks = bits.unpack(tensors[-1], m, groups.rank_bits)
     if values.is_cuda:
         from .triton_kernels import unpack_cuda

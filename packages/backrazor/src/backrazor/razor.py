@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .coded import Levels, code
+from .coded import Levels, code, rounding
 from .errors import RazorError
 from .groups import groups_for
 from .ops.chains import Chains
@@ -152,7 +152,7 @@ class Razor(TorchFunctionMode):
 
     def hold_coded(self, x: Tensor, levels: Levels) -> Held:
         """``x``, every element rounded to one of a few levels; ``x`` itself at keep = 1. Not remembered."""
-        saved = Saved((x,), Dense(Geometry.of(x))) if self.keep == 1 else code(x, lambda _, part: part.clone(), levels)
+        saved = Saved((x,), Dense(Geometry.of(x))) if self.keep == 1 else code(x, rounding(levels), levels)
         return Held(Holder(saved), None)
 
     def find(self, x: Tensor) -> Held | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import bits, packing, paper_packing
+from . import packing, paper_packing
 from .groups import Groups
 from .packing import Layout
 from .values import decode, encode
@@ -140,23 +140,12 @@ class Dropped(Recipe):
     geometry: Geometry
     base: Recipe
     base_tensors: int
-    mask: "MaskBits"
+    mask: Recipe
     scale: float
 
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         x = self.base.rebuild(tensors[: self.base_tensors], dtype)
         return x * self.mask.rebuild(tensors[self.base_tensors :], dtype) * self.scale
-
-
-@dataclass(frozen=True)
-class MaskBits(Recipe):
-    """A mask, 1 bit an element; rebuilt as zeros and ones."""
-
-    geometry: Geometry
-
-    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        flat = bits.unpack(tensors[0], math.prod(self.geometry.shape), 1)
-        return self.geometry.restore(flat.to(dtype))
 
 
 def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
@@ -186,10 +175,3 @@ def eight_bit(x: Tensor) -> Saved:
     if x.numel() < 64 or x.element_size() == 1:
         return Saved((x,), Dense(Geometry.of(x)))
     return Saved(encode(geometry.in_memory_order(x.detach()).view(1, -1), "int8"), EightBit(geometry))
-
-
-def mask_bits(mask: Tensor) -> Saved:
-    """A bool tensor in 1 bit an element."""
-    geometry = Geometry.of(mask)
-    flat = geometry.in_memory_order(mask).view(-1).view(torch.uint8)
-    return Saved((bits.pack(flat, 1),), MaskBits(geometry))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groups import _binomials, _subsets
+from .groups import _subsets, binomials
 from .packing import Layout
 from .values import float_type
 
@@ -88,7 +88,7 @@ def pack_cuda(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         x,
         kept.view(torch.int16) if kept.dtype == torch.bfloat16 else kept,
         ranks,
-        _binomials(groups.n, groups.k, x.device),
+        binomials(groups.n, groups.k, x.device),
         x.shape[1],
         m,
         groups.n,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from . import cpu_kernels
+
 FORMATS = ("bf16", "fp32", "fp16", "int8")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 BLOCK = 128
@@ -31,11 +33,14 @@ def encode(x: Tensor, values: str) -> tuple[Tensor, ...]:
     if values == "int8":
         spans, n = x.shape
         blocks = -(-n // BLOCK)
+        quick = cpu_kernels.encode8(x, blocks)
+        if quick is not None:
+            return quick
         x = torch.nn.functional.pad(x.float(), (0, blocks * BLOCK - n)).view(spans, blocks, BLOCK)
         scale = (x.abs().amax(-1) / 127).bfloat16()
         divisor = scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         codes = (x / divisor).round_().clamp_(-127, 127).to(torch.int8)
-        return codes.view(spans, -1)[:, :n].contiguous(), scale
+        return codes.view(spans, -1)[:, :n].clone(memory_format=torch.contiguous_format), scale
     if values == "fp16":
         x = x.clamp(-65504, 65504)
     return (x.to(_DTYPES[values]),)
@@ -45,6 +50,9 @@ def decode(tensors: tuple[Tensor, ...], values: str, n: int, dtype: torch.dtype)
     """What :func:`encode` wrote, as (spans, n) in ``dtype``."""
     if values == "int8":
         codes, scale = tensors
+        quick = cpu_kernels.decode8(codes, scale, dtype)
+        if quick is not None:
+            return quick
         spans, blocks = scale.shape
         x = torch.nn.functional.pad(codes.to(dtype), (0, blocks * BLOCK - n)).view(spans, blocks, BLOCK)
         return (x * scale.to(dtype).unsqueeze(-1)).view(spans, -1)[:, :n]

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..coded import mask_bits
 from ..function import Function, Kept, save
-from ..saved import Saved, mask_bits
+from ..saved import Saved
 from ..store import Held, Holder
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import bits
+from ..coded import mask_bits
 from ..function import Function, Kept, save
-from ..saved import Dropped, Saved, mask_bits
+from ..saved import Dropped, Saved
 from ..store import Held, Holder
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Dropout(Function):
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return Kept(ctx).dense("mask", g.dtype).mul_(g).mul_(ctx.scale), None, None
+        return Kept(ctx).times("mask", g).mul_(ctx.scale), None, None
 
 
 def dropout(razor: "Razor", input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ The levels are evenly spaced, and 0 and 1 are among them, so that units which ar
 gradient exactly. Where a derivative takes two or three values (ReLU), 1 or 2 bits hold it without loss.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ..coded import Levels, code
+from ..coded import Levels, Steps, code, mask_bits, steps_of
 from ..function import Function, Kept, save
-from ..saved import mask_bits
 from ..store import Held, Holder
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ QUARTER = {b: Levels(b, 0.0, 1 / 4 / ((1 << b) - 1)) for b in (2, 3, 4)}
 """For derivatives within [0, 1/4]: a quarter of the errors for [0, 1]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Activation:
     """An activation function: its derivative times g, and the levels that its derivative is rounded to."""
 
@@ -64,6 +65,17 @@ ACTIVATIONS: dict[Any, Activation] = {
 }
 
 
+@functools.cache
+def derivative_steps(activation: Activation, settings: tuple[tuple[str, Any], ...], levels: Levels) -> Steps:
+    """From x to the code of f'(x)."""
+
+    def derivative(x: Tensor) -> Tensor:
+        return activation.backward(torch.ones_like(x), x, **dict(settings))
+
+    with _disable_current_modes():  # fake tensors have no numbers
+        return steps_of(derivative, levels)
+
+
 class Pointwise(Function):
     """y = f(x), dx = g · level of f'(x). In the mode "paper" x is kept in float16 and f' is exact there."""
 
@@ -75,8 +87,8 @@ class Pointwise(Function):
             ctx.by_x = lambda g, x: activation.backward(g, x, **settings)
             save(ctx, x=x if razor.keep == 1 else x.detach().half())
         else:
-            derivative = lambda ones, part: activation.backward(ones, part, **settings)  # noqa: E731
-            saved = code(x, derivative, activation.levels[razor.derivative_bits])
+            levels = activation.levels[razor.derivative_bits]
+            saved = code(x, derivative_steps(activation, tuple(settings.items()), levels), levels)
             save(ctx, derivative=Held(Holder(saved), None))
         return y
 
@@ -86,7 +98,7 @@ class Pointwise(Function):
         if ctx.by_x is not None:
             dx = ctx.by_x(g, kept.dense("x", g.dtype))
         else:
-            dx = kept.dense("derivative", g.dtype).mul_(g)
+            dx = kept.times("derivative", g)
         return dx.to(ctx.dtype), None, None, None, None
 
 
@@ -109,10 +121,11 @@ class Piecewise(Function):
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        mask = Kept(ctx).dense("mask", g.dtype)
-        if ctx.slope:
-            mask = mask.mul_(1 - ctx.slope).add_(ctx.slope)
-        return mask.mul_(g), None, None, None, None, None
+        kept = Kept(ctx)
+        if not ctx.slope:
+            return kept.times("mask", g), None, None, None, None, None, None
+        mask = kept.dense("mask", g.dtype)
+        return mask.mul_(1 - ctx.slope).add_(ctx.slope).mul_(g), None, None, None, None, None
 
 
 def activation(call: Any) -> Any:

@@ -1,0 +1,283 @@
+/* The CPU's packing, each pass in one: the same numbers as the vectorised torch of packing.py, bits.py and values.py,
+ * which are the specification (tests compare them bit by bit). Built and called by cpu_kernels.py.
+ *
+ * Everything is handled W columns at a time, so that what a pass needs stays in the first-level cache. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define W 256
+#define BLOCK 128
+#define MOST_KEPT 64
+#define INLINE static inline __attribute__((always_inline))
+#define PARALLEL _Pragma("omp parallel for schedule(static)")
+
+typedef int64_t i64;
+typedef int32_t i32;
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+
+enum { F32 = 0, BF16 = 1 };
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+INLINE float as_float(u32 bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE u32 as_bits(float f) {
+  u32 bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+INLINE u16 to_bf16(float f) {
+  u32 bits = as_bits(f);
+  u32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (u16)rounded;
+}
+
+/* Codes (bits.py): pieces of 8, 4, 2 and 1 bits from the lowest bits up; the codes of a byte stand a stretch apart. */
+
+/* codes from ... to of n codes of `width` bits. */
+INLINE void decode_range(const u8 *packed, i64 n, int width, i64 from, i64 to, i32 *out) {
+  int shift = 0;
+  for (i64 i = from; i < to; i++) out[i - from] = 0;
+  for (int piece = 8; piece; piece >>= 1)
+    for (; width >= piece; width -= piece, shift += piece) {
+      i64 lanes = 8 / piece, stretch = (n + lanes - 1) / lanes;
+      for (i64 i = from; i < to;) {
+        i64 lane = i / stretch, end = least(to, (lane + 1) * stretch);
+        int down = (int)lane * piece, mask = (1 << piece) - 1;
+        const u8 *part = packed - lane * stretch;
+        for (i64 j = i; j < end; j++) out[j - from] |= ((part[j] >> down) & mask) << shift;
+        i = end;
+      }
+      packed += (n * piece + 7) / 8;
+    }
+}
+
+/* Bytes from ... to of one piece, from codes that `code(first, count, out)` gives. */
+#define ENCODE_PIECES(n, width, out, CODES)                                              \
+  do {                                                                                   \
+    int left = (width), shift = 0;                                                       \
+    u8 *plane = (out);                                                                   \
+    for (int piece = 8; piece; piece >>= 1)                                              \
+      for (; left >= piece; left -= piece, shift += piece) {                             \
+        i64 lanes = 8 / piece, stretch = ((n) + lanes - 1) / lanes;                      \
+        i64 bytes = ((n) * piece + 7) / 8;                                               \
+        PARALLEL for (i64 at = 0; at < bytes; at += W) {                                 \
+          u8 sum[W] = {0};                                                               \
+          i32 codes[W];                                                                  \
+          i64 here = least(W, bytes - at);                                               \
+          for (i64 lane = 0; lane < lanes; lane++) {                                     \
+            i64 first = lane * stretch + at, count = least(here, (n) - first);           \
+            if (count <= 0) break;                                                       \
+            CODES(first, count, codes);                                                  \
+            int mask = (1 << piece) - 1, up = (int)lane * piece;                         \
+            for (i64 i = 0; i < count; i++) sum[i] |= (u8)(((codes[i] >> shift) & mask) << up); \
+          }                                                                              \
+          memcpy(plane + at, sum, (size_t)here);                                         \
+        }                                                                                \
+        plane += bytes;                                                                  \
+      }                                                                                  \
+  } while (0)
+
+void br_pack_bytes(const u8 *codes_in, i64 n, int width, u8 *out) {
+#define FROM_BYTES(first, count, codes) \
+  for (i64 i = 0; i < (count); i++) codes[i] = codes_in[(first) + i]
+  ENCODE_PIECES(n, width, out, FROM_BYTES);
+}
+
+static void pack_ranks(const i32 *ranks, i64 n, int width, u8 *out) {
+#define FROM_INTS(first, count, codes) memcpy(codes, ranks + (first), (size_t)(count) * 4)
+  ENCODE_PIECES(n, width, out, FROM_INTS);
+}
+
+void br_unpack_bytes(const u8 *packed, i64 n, int width, u8 *out) {
+  PARALLEL for (i64 at = 0; at < n; at += W) {
+    i32 codes[W];
+    i64 count = least(W, n - at);
+    decode_range(packed, n, width, at, at + count, codes);
+    for (i64 i = 0; i < count; i++) out[at + i] = (u8)codes[i];
+  }
+}
+
+/* code = first + sum of steps[j] over the points[j] that x exceeds (coded.py). */
+void br_code(const float *x, i64 n, const float *points, const i32 *steps, int n_points, int first_code, int width,
+             u8 *out) {
+#define FROM_POINTS(first, count, codes)                                               \
+  do {                                                                                 \
+    for (i64 i = 0; i < (count); i++) codes[i] = first_code;                           \
+    for (int p = 0; p < n_points; p++) {                                               \
+      float point = points[p];                                                         \
+      i32 step = steps[p];                                                             \
+      for (i64 i = 0; i < (count); i++) codes[i] += x[(first) + i] > point ? step : 0; \
+    }                                                                                  \
+  } while (0)
+  ENCODE_PIECES(n, width, out, FROM_POINTS);
+}
+
+/* code * step + first, times `factor` if there is one. */
+void br_decode(const u8 *packed, i64 n, int width, float first, float step, const float *factor, float *out) {
+  PARALLEL for (i64 at = 0; at < n; at += W) {
+    i32 codes[W];
+    i64 count = least(W, n - at);
+    decode_range(packed, n, width, at, at + count, codes);
+    if (factor)
+      for (i64 i = 0; i < count; i++) out[at + i] = ((float)codes[i] * step + first) * factor[at + i];
+    else
+      for (i64 i = 0; i < count; i++) out[at + i] = (float)codes[i] * step + first;
+  }
+}
+
+/* Selection (packing.py): keys = magnitude bits | row; `top` holds each column's k largest, falling. */
+
+INLINE void select_row(const void *x, int kind, i64 at, i64 count, i32 mask, i32 row, int k, i32 top[][W]) {
+  const u32 *wide = (const u32 *)x + at;
+  const u16 *half = (const u16 *)x + at;
+  for (i64 c = 0; c < count; c++) {
+    u32 bits = kind == F32 ? wide[c] : (u32)half[c] << 16;
+    i32 key = (i32)(bits & 0x7FFFFFFF & ~(u32)mask) | row;
+    for (int j = 0; j < k; j++) {
+      i32 had = top[j][c];
+      top[j][c] = had > key ? had : key;
+      key = had > key ? key : had;
+    }
+  }
+}
+
+INLINE void select_rows(const void *x, int kind, i64 start, i64 m, i64 n, i64 end, i64 count, i32 mask, int k,
+                        i32 top[][W]) {
+  for (int j = 0; j < k; j++)
+    for (i64 c = 0; c < count; c++) top[j][c] = -1;
+  for (i64 row = 0; row < n - 1; row++) select_row(x, kind, start + row * m, count, mask, (i32)row, k, top);
+  select_row(x, kind, start + (n - 1) * m, end, mask, (i32)(n - 1), k, top);
+}
+
+INLINE void select_any(const void *x, int kind, i64 start, i64 m, i64 n, i64 end, i64 count, i32 mask, int k,
+                       i32 top[][W]) {
+  switch (k) { /* a constant k is unrolled */
+  case 1: select_rows(x, kind, start, m, n, end, count, mask, 1, top); break;
+  case 2: select_rows(x, kind, start, m, n, end, count, mask, 2, top); break;
+  case 3: select_rows(x, kind, start, m, n, end, count, mask, 3, top); break;
+  case 4: select_rows(x, kind, start, m, n, end, count, mask, 4, top); break;
+  default: select_rows(x, kind, start, m, n, end, count, mask, k, top);
+  }
+}
+
+/* Places rising in every column: odd-even transposition. */
+INLINE void sort_places(i32 place[][W], int k, i64 count) {
+  for (int round = 0; round < k; round++)
+    for (int i = round % 2; i < k - 1; i += 2)
+      for (i64 c = 0; c < count; c++) {
+        i32 a = place[i][c], b = place[i + 1][c];
+        place[i][c] = a < b ? a : b;
+        place[i + 1][c] = a < b ? b : a;
+      }
+}
+
+/* x (spans, size) -> kept (spans, k, m) and packed ranks (spans, rank_bytes). Returns 0, or 1 without memory. */
+int br_pack(const void *x, int kind, i64 spans, i64 size, i64 n, int k, i64 m, int place_bits, const i32 *binomials,
+            void *kept, int kept_kind, int rank_bits, i64 rank_bytes, u8 *ranks_out) {
+  i64 blocks = (m + W - 1) / W, last_row = size - (n - 1) * m;
+  i32 mask = (1 << place_bits) - 1;
+  i32 *ranks = malloc((size_t)(spans * m) * sizeof(i32));
+  if (!ranks) return 1;
+  PARALLEL for (i64 job = 0; job < spans * blocks; job++) {
+    i32 place[MOST_KEPT][W], rank[W];
+    i64 span = job / blocks, a = job % blocks * W, count = least(W, m - a), start = span * size + a;
+    i64 end = last_row - a < 0 ? 0 : least(count, last_row - a);
+    if (kind == F32)
+      select_any(x, F32, start, m, n, end, count, mask, k, place);
+    else
+      select_any(x, BF16, start, m, n, end, count, mask, k, place);
+    for (int j = 0; j < k; j++)
+      for (i64 c = 0; c < count; c++) place[j][c] &= mask;
+    sort_places(place, k, count);
+    for (i64 c = 0; c < count; c++) rank[c] = place[0][c];
+    for (int j = 1; j < k; j++)
+      for (i64 c = 0; c < count; c++) rank[c] += binomials[j * n + place[j][c]];
+    memcpy(ranks + span * m + a, rank, (size_t)count * 4);
+    for (int j = 0; j < k; j++) {
+      i64 to = (span * k + j) * m + a;
+      for (i64 c = 0; c < count; c++) {
+        i64 from = start + place[j][c] * m + c;
+        if (kind == BF16 && kept_kind == BF16)
+          ((u16 *)kept)[to + c] = ((const u16 *)x)[from];
+        else {
+          float value = kind == F32 ? ((const float *)x)[from] : as_float((u32)((const u16 *)x)[from] << 16);
+          if (kept_kind == F32)
+            ((float *)kept)[to + c] = value;
+          else
+            ((u16 *)kept)[to + c] = to_bf16(value);
+        }
+      }
+    }
+  }
+  for (i64 span = 0; span < spans; span++) pack_ranks(ranks + span * m, m, rank_bits, ranks_out + span * rank_bytes);
+  free(ranks);
+  return 0;
+}
+
+/* values (spans, k, m) at the places of the packed ranks, zeros elsewhere: out (spans, size), float. */
+void br_unpack(const void *values, int kind, const u8 *packed, const u16 *subsets, i64 n_subsets, i64 spans, i64 size,
+               i64 n, int k, i64 m, int rank_bits, i64 rank_bytes, float *out) {
+  i64 blocks = (m + W - 1) / W, last_row = size - (n - 1) * m;
+  PARALLEL for (i64 job = 0; job < spans * blocks; job++) {
+    i32 rank[W];
+    i64 span = job / blocks, a = job % blocks * W, count = least(W, m - a);
+    i64 end = last_row - a < 0 ? 0 : least(count, last_row - a);
+    float *to = out + span * size + a;
+    decode_range(packed + span * rank_bytes, m, rank_bits, a, a + count, rank);
+    for (i64 row = 0; row < n - 1; row++) memset(to + row * m, 0, (size_t)count * 4);
+    memset(to + (n - 1) * m, 0, (size_t)end * 4);
+    for (int j = 0; j < k; j++) {
+      i64 from = (span * k + j) * m + a;
+      const u16 *places = subsets + j * n_subsets;
+      for (i64 c = 0; c < count; c++) {
+        float value = kind == F32 ? ((const float *)values)[from + c]
+                                  : as_float((u32)((const u16 *)values)[from + c] << 16);
+        to[places[rank[c]] * m + c] = value;
+      }
+    }
+  }
+}
+
+/* int8 with a bfloat16 scale for every 128 values of a span (values.py). */
+void br_encode8(const float *x, i64 spans, i64 n, int8_t *codes, u16 *scales) {
+  i64 blocks = (n + BLOCK - 1) / BLOCK;
+  PARALLEL for (i64 job = 0; job < spans * blocks; job++) {
+    i64 span = job / blocks, a = job % blocks * BLOCK, count = least(BLOCK, n - a);
+    const float *from = x + span * n + a;
+    int8_t *to = codes + span * n + a;
+    u32 largest = 0; /* of magnitudes as integers: NaN is the largest */
+    for (i64 i = 0; i < count; i++) {
+      u32 bits = as_bits(from[i]) & 0x7FFFFFFF;
+      largest = largest > bits ? largest : bits;
+    }
+    u16 scale = to_bf16(as_float(largest) / 127);
+    float divisor = as_float((u32)scale << 16);
+    scales[job] = scale;
+    if (divisor < 1.17549435e-38f) divisor = 1.17549435e-38f;
+    for (i64 i = 0; i < count; i++) {
+      float q = rintf(from[i] / divisor);
+      q = q > -127 ? q : -127;
+      to[i] = (int8_t)(q < 127 ? q : 127);
+    }
+  }
+}
+
+void br_decode8(const int8_t *codes, const u16 *scales, i64 spans, i64 n, float *out) {
+  i64 blocks = (n + BLOCK - 1) / BLOCK;
+  PARALLEL for (i64 job = 0; job < spans * blocks; job++) {
+    i64 span = job / blocks, a = job % blocks * BLOCK, count = least(BLOCK, n - a);
+    float scale = as_float((u32)scales[job] << 16);
+    for (i64 i = 0; i < count; i++) out[span * n + a + i] = (float)codes[span * n + a + i] * scale;
+  }
+}
