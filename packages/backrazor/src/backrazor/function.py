@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .errors import RazorError
-from .saved import Dense
-from .store import Held, seen_as
+from .saved import Affine, Dense, Pruned, Recipe
+from .store import Held, Rebuilt, seen_as
 
 
 class Function(torch.autograd.Function):
@@ -40,7 +40,8 @@ def save(ctx: Any, **named: Held | Tensor | None) -> None:
         if isinstance(value, Held):
             parts = value.saved.tensors
             ctx.plan.append((name, len(parts), value.saved.recipe, value.geometry))
-            ctx.holders.append(value.holder)
+            ctx.holders.append((name, value.holder))
+            value.holder.rebuilt.users += 1
             tensors += parts
         elif value is not None:
             ctx.plan.append((name, 1, None, None))
@@ -53,6 +54,10 @@ class Kept:
 
     def __init__(self, ctx: Any) -> None:
         tensors = ctx.saved_tensors
+        self._rebuilt: dict[str, Rebuilt] = {}
+        for name, holder in ctx.holders:
+            self._rebuilt[name] = holder.rebuilt
+            holder.rebuilt.users -= 1
         ctx.holders = []
         self._parts, start = {}, 0
         for name, count, recipe, geometry in ctx.plan:
@@ -73,9 +78,30 @@ class Kept:
         return recipe.times(tensors, g)
 
     def dense(self, name: str, dtype: torch.dtype, *, own: bool = False) -> Tensor:
-        """The dense tensor in ``dtype``; ``own`` copies what is kept by reference, for work in place."""
+        """The dense tensor in ``dtype``; ``own`` copies what others use too, for work in place."""
         tensors, recipe, geometry = self._parts[name]
         if recipe is None:
             return tensors[0].to(dtype, copy=own)
-        out = seen_as(recipe.rebuild(tensors, dtype), geometry)
-        return out.clone() if own and isinstance(recipe, Dense) else out
+        x, alone = self._made(name, recipe, tensors, dtype)
+        x = seen_as(x, geometry)
+        return x.clone() if own and not alone else x
+
+    def affine(self, name: str, dtype: torch.dtype, features: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x̂, γ, β) where x̂ γ + β, with weights over the last ``features``, is what is kept; otherwise x and None."""
+        tensors, recipe, geometry = self._parts[name]
+        if not isinstance(recipe, Affine) or not all(t.shape == (features,) for t in tensors[recipe.base_tensors :]):
+            return self.dense(name, dtype), None, None
+        same = geometry is None or geometry.shape == recipe.geometry.shape
+        if not same or recipe.geometry.shape[-1] != features:
+            return self.dense(name, dtype), None, None
+        x, _ = self._made(name, recipe.base, tensors[: recipe.base_tensors], dtype)
+        return seen_as(x, geometry), *recipe.weights(tensors, dtype)
+
+    def _made(self, name: str, recipe: Recipe, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """A recipe's tensor, and whether the caller alone has it."""
+        if isinstance(recipe, Affine) and isinstance(recipe.base, Pruned):
+            x, alone = self._made(name, recipe.base, tensors[: recipe.base_tensors], dtype)
+            return recipe.apply(x, tensors, alone), True
+        if isinstance(recipe, Pruned) and name in self._rebuilt:
+            return self._rebuilt[name].get(recipe, tensors, dtype)
+        return recipe.rebuild(tensors, dtype), not isinstance(recipe, Dense)

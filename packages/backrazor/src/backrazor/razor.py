@@ -161,7 +161,7 @@ class Razor(TorchFunctionMode):
 
     def share(self, y: Tensor, saved: Saved, base: Held) -> None:
         """Let the next operation that saves ``y`` make it from ``saved``, which uses the tensors of ``base``."""
-        base.holder.shared.append(self._store.put(y, "pruned", saved).holder)
+        base.holder.shared.append(self._store.put(y, "pruned", saved, base.holder.rebuilt).holder)
 
     def same_geometry(self, held: Held, *tensors: Tensor) -> bool:
         """Whether what is kept is rebuilt with the shape and strides that all these tensors have."""

@@ -125,12 +125,24 @@ class Affine(Recipe):
     has_weight: bool
     has_bias: bool
 
+    def weights(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """γ and β."""
+        rest = [t.to(dtype) for t in tensors[self.base_tensors :]]
+        weight = rest.pop(0) if self.has_weight else None
+        return weight, rest.pop(0) if self.has_bias else None
+
+    def apply(self, x: Tensor, tensors: tuple[Tensor, ...], alone: bool) -> Tensor:
+        """From x̂, which is used up if it is the caller's ``alone``."""
+        weight, bias = self.weights(tensors, x.dtype)
+        if weight is not None:
+            x, alone = (x.mul_(weight) if alone else x * weight), True
+        if bias is not None:
+            x = x.add_(bias) if alone else x + bias
+        return x
+
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         x = self.base.rebuild(tensors[: self.base_tensors], dtype)
-        rest = [t.to(dtype) for t in tensors[self.base_tensors :]]
-        if self.has_weight:
-            x = x * rest.pop(0) if isinstance(self.base, Dense) else x.mul_(rest.pop(0))
-        return x + rest.pop(0) if self.has_bias else x
+        return self.apply(x, tensors, alone=not isinstance(self.base, Dense))
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,51 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saved import Dense, Geometry, Saved
+from .saved import Dense, Geometry, Recipe, Saved
 
 
 class Holder:
     """Keeps one stored tensor in the store; every graph node that needs it holds this object, until its backward."""
 
-    __slots__ = ("__weakref__", "saved", "shared")
+    __slots__ = ("__weakref__", "rebuilt", "saved", "shared")
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: Saved, rebuilt: "Rebuilt | None" = None) -> None:
         self.saved = saved
         self.shared: list[Holder] = []
         """What is made from the same tensors, and stays in the store as long as they do."""
+        self.rebuilt = rebuilt if rebuilt is not None else Rebuilt()
+        """Common to what is made from the same tensors."""
+
+
+class Rebuilt:
+    """What was made dense again of one stored tensor, while graph nodes are left that need it.
+
+    q, k and v, or a norm and the layer after it, run their backward passes one after the other and are served by one
+    dense tensor. At most one such tensor is kept at a time.
+    """
+
+    __slots__ = ("__weakref__", "dense", "users")
+    _last: "weakref.ref[Rebuilt] | None" = None
+
+    def __init__(self) -> None:
+        self.users = 0
+        """Graph nodes that have yet to run."""
+        self.dense: Tensor | None = None
+
+    def get(self, recipe: Recipe, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """The dense tensor, and whether the caller alone has it."""
+        x, alone = self.dense, self.users == 0
+        if x is None or x.dtype != dtype:
+            x = recipe.rebuild(tensors, dtype)
+            if not alone:
+                last = Rebuilt._last() if Rebuilt._last is not None else None
+                if last is not None:
+                    last.dense = None
+                Rebuilt._last = weakref.ref(self)
+                self.dense = x
+        if alone:
+            self.dense = None
+        return x, alone
 
 
 @dataclass(frozen=True)
@@ -57,10 +90,10 @@ class Store:
         holder = entry[1]() if entry is not None else None
         return Held(holder, geometry) if holder is not None else None
 
-    def put(self, x: Tensor, kind: str, saved: Saved) -> Held:
+    def put(self, x: Tensor, kind: str, saved: Saved, rebuilt: Rebuilt | None = None) -> Held:
         """Remember that ``saved`` stands for ``x``."""
         key, geometry = _key(x, kind)
-        holder = Holder(saved)
+        holder = Holder(saved, rebuilt)
         if isinstance(saved.recipe, Dense):  # PyTorch's own saving shares what is saved by reference
             return Held(holder, None)
         entries = self._entries

@@ -33,17 +33,25 @@ class Linear(Function):
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         shape, dtype = ctx.x_like
         flat = g.reshape(-1, g.shape[-1])  # (rows, out)
-        dx = dweight = dbias = None
+        dx = dweight = dbias = total = None
         kept = Kept(ctx)
         if ctx.needs_input_grad[1]:
-            x = kept.dense("x", g.dtype).reshape(-1, shape[-1])  # (rows, in)
-            dweight = (x.T @ flat if ctx.rows_in else flat.T @ x).to(ctx.weight_dtype)
+            x, gamma, beta = kept.affine("x", g.dtype, shape[-1])
+            x = x.reshape(-1, shape[-1])  # (rows, in)
+            dweight = x.T @ flat if ctx.rows_in else flat.T @ x
             del x
+            per_input = dweight if not ctx.rows_in else dweight.T  # (out, in)
+            if gamma is not None:  # gᵀ (x̂ γ + β): cheaper done after the product
+                per_input.mul_(gamma)
+            if beta is not None:
+                total = flat.sum(0)
+                per_input.addr_(total, beta)
+            dweight = dweight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[0]:
             weight = kept.dense("weight", g.dtype)
             dx = (flat @ (weight.T if ctx.rows_in else weight)).view(shape).to(dtype)
         if ctx.needs_input_grad[2]:
-            dbias = flat.sum(0).to(ctx.bias_dtype)
+            dbias = (total if total is not None else flat.sum(0)).to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None
 
 
