@@ -23,11 +23,10 @@ class AdamW8bit(_AdamW8bit):
     and logs want numbers. Between steps they are numbers. On the CPU the step runs uncompiled: compiling needs a C++
     compiler, which a machine may lack.
 
-    A second moment never rounds to zero. torchao's codes hold V down to 3·10⁻⁷ of its block's largest, so where a gradient is
-    below 1/1800 of the block's largest V becomes 0 while M does not, and the next step is up to (1 - β₁)/√(1 - β₂) = 3
-    times, in later steps up to 30 times the rate: a small ViT did not learn at all. Li et al., 2023 (arXiv:2309.01507,
-    Section 3.2) name it the zero-point problem and leave zero out of V's codes, as is done here: codes of 0 become the
-    least that is not 0.
+    A second moment never rounds to zero. torchao's codes hold V down to 3·10⁻⁷ of its block's largest: where a gradient
+    is below 1/1800 of the block's largest, V becomes 0 while M does not, and steps grow to (1 - β₁)/√(1 - β₂) = 3 times
+    the rate and more; a small ViT did not learn at all. Li et al., 2023 (arXiv:2309.01507, Section 3.2) call it the
+    zero-point problem and leave zero out of V's codes, as is done here: codes of 0 become the least above.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
