@@ -63,8 +63,8 @@ def load_tokenizer(name: str) -> Any:
 
 def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) -> tuple[nn.Module, tuple[str, ...]]:
     """A sequence classifier, and the modules that must be trained in full: its task head, and whatever else the folder
-    lacks and starts at random (the pooler of an encoder that was saved without one). The model is in training mode, which
-    transformers' loading leaves: its dropout is on.
+    lacks and starts at random (the pooler of an encoder that was saved without one). The model is in training mode,
+    which transformers' loading leaves: its dropout is on.
 
     Args:
         num_labels: 1 is a regression.
