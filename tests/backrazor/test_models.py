@@ -4,6 +4,7 @@ import contextlib
 import warnings
 
 import pytest
+import timm
 import torch
 import torchvision
 from backrazor import Razor
@@ -67,6 +68,10 @@ def _images(model):
     return Classifier(model(num_classes=4)), {"x": torch.randn(3, 3, 64, 64)}
 
 
+def _timm(name, **settings):
+    return _images(lambda num_classes: timm.create_model(name, num_classes=num_classes, **settings))
+
+
 def _encoder(_):
     layer = nn.TransformerEncoderLayer(48, 4, 96, activation="gelu", batch_first=True, norm_first=True)
     return Classifier(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), {"x": torch.randn(3, 40, 48)}
@@ -97,6 +102,11 @@ MODELS = {
     "llama sdpa": (lambda: _llama("sdpa"), 5),
     "torchvision resnet18": (lambda: _images(torchvision.models.resnet18), 10),
     "torchvision mobilenet_v2": (lambda: _images(torchvision.models.mobilenet_v2), 10),
+    "torchvision mobilenet_v3": (lambda: _images(torchvision.models.mobilenet_v3_small), 7),
+    "timm vit": (lambda: _timm("vit_tiny_patch16_224", img_size=64, depth=2), 8),
+    "timm convnext": (lambda: _timm("convnext_atto"), 4),
+    "timm efficientnet": (lambda: _timm("efficientnet_b0"), 5),
+    "timm resnetv2, group norm": (lambda: _timm("resnet26t", norm_layer="groupnorm"), 4),
     "nn.TransformerEncoder": (lambda: _encoder(None), 8),
     "nanoGPT": (lambda: _nanogpt(None), 8),
 }

@@ -32,6 +32,15 @@ CASES = {
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, 1, 2), lambda: (leaf(2, 4, 7, 6), leaf(6, 2, 3, 3), leaf(6))),
     "conv2d same": (lambda x, w: F.conv2d(x, w, padding="same"), lambda: (leaf(4, 7, 6), leaf(6, 4, 4, 3))),
     "conv3d": (F.conv3d, lambda: (leaf(2, 2, 4, 5, 4), leaf(3, 2, 2, 3, 2))),
+    "conv_transpose1d": (
+        lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1),
+        lambda: (leaf(2, 4, 9), leaf(4, 6, 3), leaf(6)),
+    ),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1, (1, 0), 2, 2),
+        lambda: (leaf(2, 4, 7, 6), leaf(4, 3, 3, 3), leaf(6)),
+    ),
+    "conv_transpose3d": (F.conv_transpose3d, lambda: (leaf(2, 4, 3, 4), leaf(2, 3, 2, 3, 2))),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (7,), w, b), lambda: (leaf(3, 5, 7), leaf(7), leaf(7))),
     "layer_norm plain": (lambda x: F.layer_norm(x, (5, 7)), lambda: (leaf(3, 5, 7),)),
     "rms_norm": (lambda x, w: F.rms_norm(x, (7,), w), lambda: (leaf(3, 5, 7), leaf(7))),
@@ -43,11 +52,18 @@ CASES = {
         lambda x, w, b: F.batch_norm(x, torch.full((4,), 0.3, dtype=D), torch.full((4,), 2.0, dtype=D), w, b, False),
         lambda: (leaf(3, 4, 5), leaf(4), leaf(4)),
     ),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), lambda: (leaf(3, 6, 5, 2), leaf(6), leaf(6))),
+    "group_norm plain": (lambda x: F.group_norm(x, 3), lambda: (leaf(3, 6, 5),)),
     "softmax": (lambda x: F.softmax(x, 1), lambda: (leaf(3, 5, 7),)),
     "matmul": (torch.matmul, lambda: (leaf(2, 3, 5, 4), leaf(3, 4, 6))),
     "gelu": (F.gelu, lambda: (leaf(40),)),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), lambda: (leaf(40),)),
     "silu": (F.silu, lambda: (leaf(40),)),
+    "silu in place": (lambda x: F.silu(x * 2.0, inplace=True), lambda: (leaf(40),)),
+    "hardswish": (lambda x: F.hardswish(3 * x), lambda: (leaf(40),)),
+    "hardswish in place": (lambda x: F.hardswish(3 * x, True), lambda: (leaf(40),)),
+    "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), lambda: (leaf(40),)),
+    "hardsigmoid in place": (lambda x: F.hardsigmoid(3 * x, inplace=True), lambda: (leaf(40),)),
     "mish": (F.mish, lambda: (leaf(40),)),
     "softplus": (lambda x: F.softplus(x, 2.0), lambda: (leaf(40),)),
     "sigmoid": (torch.sigmoid, lambda: (leaf(40),)),
@@ -286,6 +302,7 @@ UNIT = {2: 1 / 6, 3: 1 / 14, 4: 1 / 30}
         (F.gelu, BOUNDS),
         (F.silu, BOUNDS),
         (F.mish, BOUNDS),
+        (F.hardswish, {2: 1 / 6, 3: 1 / 6, 4: 1 / 14}),
         (F.softplus, UNIT),
         (torch.tanh, UNIT),
         (torch.sigmoid, {b: e / 4 for b, e in UNIT.items()}),
@@ -300,7 +317,7 @@ def test_derivative_codes_stay_within_their_bound(call, bounds, bits):
     assert (coded - true).abs().max() <= bounds[bits] + 1e-9
     assert (coded - true).abs().max() > 0.5 * bounds[bits]  # the bound is not idle
     assert coded[0].abs() < 1e-9  # switched off
-    assert len(coded.unique()) <= 1 << bits
+    assert len(coded.unique()) <= 1 << (max(bits, 3) if call is F.hardswish else bits)
 
 
 def test_dropout_keeps_the_same_units_and_one_bit_each():

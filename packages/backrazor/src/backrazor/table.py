@@ -112,6 +112,11 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("conv1d", (torch.conv1d,), conv.conv1d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
     Operation("conv2d", (torch.conv2d,), conv.conv2d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
     Operation("conv3d", (torch.conv3d,), conv.conv3d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
+    *(
+        Operation(name, (getattr(torch, name),), getattr(conv, name), "y, dx, db", "dW of x̂",
+                  "x̂; nothing if W is frozen", "as linear")
+        for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+    ),  # fmt: skip
     Operation(
         "layer_norm",
         (F.layer_norm,),
@@ -139,8 +144,18 @@ OPERATIONS: tuple[Operation, ...] = (
         "x̂ in 4 bits (shared with a convolution right after); nothing with frozen statistics and weights",
         "a ReLU follows, so no product shares x̂; near normal, it errs by 0.1 in 4 bits and by 0.75 pruned to a tenth",
     ),
+    Operation(
+        "group_norm",
+        (F.group_norm,),
+        norms.group_norm,
+        "y, dβ",
+        "dγ = Σ g x̂, and the term of dx along x̂",
+        "x̂ in 4 bits (shared with a convolution right after)",
+        "as batch_norm",
+    ),
     _coded("gelu", F.gelu, (F.gelu,), _OVERSHOOT),
     _coded("silu", F.silu, (F.silu,), _OVERSHOOT),
+    _coded("hardswish", F.hardswish, (F.hardswish,), "1/6 (in 3 bits), 1/6, 1/14"),
     _coded("mish", F.mish, (F.mish,), _OVERSHOOT),
     _coded("softplus", F.softplus, (F.softplus,), "1/6, 1/14, 1/30"),
     _coded(
@@ -159,6 +174,9 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("relu6", (F.relu6,), pointwise.relu6, "y, dx", "nothing", "0 < x < 6 in 1 bit", _MASK_WHY),
     Operation("hardtanh", (F.hardtanh,), pointwise.hardtanh, "y, dx", "nothing", "a < x < b in 1 bit", _MASK_WHY),
+    Operation(
+        "hardsigmoid", (F.hardsigmoid,), pointwise.hardsigmoid, "y, dx", "nothing", "|x| < 3 in 1 bit", _MASK_WHY
+    ),
     Operation("leaky_relu", (F.leaky_relu,), pointwise.leaky_relu, "y, dx", "nothing", "x > 0 in 1 bit", _MASK_WHY),
     Operation(
         "dropout",
@@ -224,7 +242,8 @@ DENSE: dict[str, str] = {
     "add, cat, reshape, transpose, mean, sum": "keep nothing, or sizes",
     "rotary embedding": "its factors cos and sin need no gradient: kept by reference, once for all layers",
     "exp, log, pow, div, sqrt outside a known chain": "rare in models, and an error in them may grow",
-    "einsum, baddbmm, conv_transpose, group_norm, LSTM, GRU": "not met yet: PyTorch keeps what it keeps",
+    "einsum, baddbmm": "any contraction may be meant, of which some are no product of matrices: write it as matmul",
+    "LSTM, GRU": "one fused call, which keeps its own states",
     "attention='exact'": "softmax, product and scaled_dot_product_attention keep what PyTorch keeps",
 }
 

@@ -182,6 +182,42 @@ class BatchNorm(Function):
         return dx, dweight, dbias, None, None, None, None, None
 
 
+class GroupNorm(Function):
+    """``F.group_norm``: statistics over the channels of one group of one sample; x̂ in 4 bits, as of a batch norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, razor: "Razor"
+    ) -> Tensor:
+        n, c = x.shape[:2]
+        ctx.sizes = (n, c, x.numel() // (n * c), groups)
+        ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
+        x = x.contiguous()
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        shape = [n, groups, -1]
+        normal = (x.view(shape) - mean.view(n, groups, 1)).mul_(rstd.view(n, groups, 1)).view(x.shape)
+        gamma, beta = (t.view(_channels(x)) if t is not None else None for t in (weight, bias))
+        held = _share(razor, razor.hold_coded(normal, NORMAL), gamma, beta, y)
+        save(ctx, x=held, rstd=rstd, weight=weight)
+        return y
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept = Kept(ctx)
+        n, _, _, groups = ctx.sizes
+        wide = torch.promote_types(g.dtype, torch.float32)
+        g, x, rstd = g.to(wide).contiguous(), kept.dense("x", wide), kept.dense("rstd", wide)
+        weight = kept.dense("weight", wide) if "weight" in kept else None
+        needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        mask = [needs_x, needs_weight, needs_bias]
+        at = (torch.zeros_like(rstd), torch.ones_like(rstd))
+        grads = torch.ops.aten.native_group_norm_backward(g, x, *at, weight, *ctx.sizes, mask)
+        if needs_x:
+            grads[0].view(n, groups, -1).mul_(rstd.view(n, groups, 1))
+        dx, dweight, dbias = (t.to(d) if m else None for t, d, m in zip(grads, ctx.dtypes, mask, strict=True))
+        return dx, None, dweight, dbias, None, None
+
+
 def _channels(x: Tensor) -> list[int]:
     return [1, x.shape[1]] + [1] * (x.dim() - 2)
 
@@ -238,6 +274,22 @@ def batch_norm(
         return NotImplemented  # one value a channel: PyTorch says so
     running = (running_mean, running_var)
     return BatchNorm.apply(input, weight, bias, running, training, momentum, eps, razor)
+
+
+def group_norm(
+    razor: "Razor",
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.group_norm``."""
+    if not _needs_grad(input, weight, bias) or input.numel() == 0 or razor.mode == "paper":
+        return NotImplemented
+    if input.dim() < 2 or input.shape[1] % num_groups:
+        return NotImplemented  # PyTorch says so
+    return GroupNorm.apply(input, num_groups, weight, bias, eps, razor)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -29,6 +29,12 @@ UNIT = {b: Levels(b, 0.0, 1 / ((1 << b) - 1)) for b in (2, 3, 4)}
 QUARTER = {b: Levels(b, 0.0, 1 / 4 / ((1 << b) - 1)) for b in (2, 3, 4)}
 """For derivatives within [0, 1/4]: a quarter of the errors for [0, 1]."""
 
+WIDE = {2: Levels(3, -2 / 3, 1 / 3), 3: Levels(3, -2 / 3, 1 / 3), 4: Levels(4, -4 / 7, 1 / 7)}
+"""For derivatives within [-1/2, 3/2], as hardswish's: errors at most 1/6, 1/6 and 1/14, in 3 bits at least."""
+
+SIXTH = torch.tensor(1 / 6).item()
+"""In float32, as PyTorch has it in every type."""
+
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Activation:
@@ -57,6 +63,7 @@ ACTIVATIONS: dict[Any, Activation] = {
         lambda g, x, approximate="none": aten.gelu_backward(g, x, approximate=approximate), OVERSHOOTING
     ),
     F.silu: Activation(lambda g, x: aten.silu_backward(g, x), OVERSHOOTING),
+    F.hardswish: Activation(lambda g, x: aten.hardswish_backward(g, x), WIDE),
     F.mish: Activation(lambda g, x: aten.mish_backward(g, x), OVERSHOOTING),
     F.softplus: Activation(lambda g, x, beta=1, threshold=20: aten.softplus_backward(g, x, beta, threshold), UNIT),
     torch.sigmoid: Activation(_sigmoid_backward, QUARTER),
@@ -80,17 +87,27 @@ class Pointwise(Function):
     """y = f(x), dx = g · level of f'(x). In the mode "paper" x is kept in float16 and f' is exact there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Any, settings: dict[str, Any], activation: Activation, razor: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        call: Any,
+        settings: dict[str, Any],
+        activation: Activation,
+        razor: "Razor",
+        inplace: bool = False,
+    ) -> Tensor:
         ctx.dtype, ctx.by_x = x.dtype, None
-        y: Tensor = call(x, **settings)
         if razor.keep == 1 or razor.mode == "paper":
             ctx.by_x = lambda g, x: activation.backward(g, x, **settings)
-            save(ctx, x=x if razor.keep == 1 else x.detach().half())
+            save(ctx, x=x if razor.keep == 1 else x.detach().to(torch.float16, copy=inplace))
         else:
             levels = activation.levels[razor.derivative_bits]
             saved = code(x, derivative_steps(activation, tuple(settings.items()), levels), levels)
             save(ctx, derivative=Held(Holder(saved), None))
-        return y
+        if inplace:
+            ctx.mark_dirty(x)
+            return call(x, **settings, inplace=True)
+        return call(x, **settings)
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,17 +116,23 @@ class Pointwise(Function):
             dx = ctx.by_x(g, kept.dense("x", g.dtype))
         else:
             dx = kept.times("derivative", g)
-        return dx.to(ctx.dtype), None, None, None, None
+        return dx.to(ctx.dtype), None, None, None, None, None
 
 
 class Piecewise(Function):
-    """ReLU and its kin, without loss: the derivative is one of two values, told by 1 bit."""
+    """ReLU and its kin, without loss: the derivative is one of two ``slopes``, told by 1 bit."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, call: Any, where: Callable[[Tensor], Tensor], slope: float, inplace: bool, razor: Any
+        ctx: Any,
+        x: Tensor,
+        call: Any,
+        where: Callable[[Tensor], Tensor],
+        slopes: tuple[float, float],
+        inplace: bool,
+        razor: Any,
     ) -> Tensor:
-        ctx.slope = slope
+        ctx.slopes = slopes
         mask = where(x)
         saved = mask_bits(mask)
         del mask
@@ -122,21 +145,28 @@ class Piecewise(Function):
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
-        if not ctx.slope:
-            return kept.times("mask", g), None, None, None, None, None, None
+        low, high = ctx.slopes
+        if low == 0:
+            dx = kept.times("mask", g)
+            return dx if high == 1 else dx.mul_(high), None, None, None, None, None, None
         mask = kept.dense("mask", g.dtype)
-        return mask.mul_(1 - ctx.slope).add_(ctx.slope).mul_(g), None, None, None, None, None
+        return mask.mul_(high - low).add_(low).mul_(g), None, None, None, None, None
 
 
 def activation(call: Any) -> Any:
     """The rule of one activation function."""
 
     def rule(razor: "Razor", input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inplace = kwargs.pop("inplace", bool(args and args[0] is True))
-        if inplace or not input.requires_grad or not input.is_floating_point():
-            return NotImplemented
-        names = {F.softplus: ("beta", "threshold"), F.gelu: ("approximate",)}.get(call, ())
+        names = {F.softplus: ("beta", "threshold"), F.gelu: ("approximate",)}.get(call, ("inplace",))
         settings = {**dict(zip(names, args, strict=False)), **kwargs}
+        inplace = settings.pop("inplace", False)
+        if not input.requires_grad or not input.is_floating_point():
+            return NotImplemented
+        if inplace:
+            if input._is_view() or input.is_leaf or razor.keep == 1:
+                return NotImplemented
+            changed: Tensor = Pointwise.apply(input, call, settings, ACTIVATIONS[call], razor, True)
+            return changed
         y: Tensor = Pointwise.apply(input, call, settings, ACTIVATIONS[call], razor)
         return razor.chains.label(y, input, ("activation", call, tuple(settings.items())))
 
@@ -144,17 +174,17 @@ def activation(call: Any) -> Any:
 
 
 def _piecewise(
-    razor: "Razor", x: Tensor, call: Any, in_place_call: Any, where: Any, slope: float, inplace: bool
+    razor: "Razor", x: Tensor, call: Any, in_place_call: Any, where: Any, slopes: tuple[float, float], inplace: bool
 ) -> Tensor:
     if not x.requires_grad or not x.is_floating_point() or (inplace and (x._is_view() or x.is_leaf)):
         return NotImplemented
-    y: Tensor = Piecewise.apply(x, in_place_call if inplace else call, where, slope, inplace, razor)
+    y: Tensor = Piecewise.apply(x, in_place_call if inplace else call, where, slopes, inplace, razor)
     return y
 
 
 def relu(razor: "Razor", input: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``, ``torch.relu``."""
-    return _piecewise(razor, input, torch.relu, torch.relu_, lambda x: x > 0, 0.0, inplace)
+    return _piecewise(razor, input, torch.relu, torch.relu_, lambda x: x > 0, (0.0, 1.0), inplace)
 
 
 def relu_(razor: "Razor", input: Tensor) -> Tensor:
@@ -177,7 +207,7 @@ def hardtanh(
         lambda x: F.hardtanh(x, min_val, max_val),
         lambda x: torch._C._nn.hardtanh_(x, min_val, max_val),
         lambda x: (x > min_val) & (x < max_val),
-        0.0,
+        (0.0, 1.0),
         inplace,
     )
 
@@ -190,6 +220,13 @@ def leaky_relu(razor: "Razor", input: Tensor, negative_slope: float = 0.01, inpl
         lambda x: F.leaky_relu(x, negative_slope),
         lambda x: torch._C._nn.leaky_relu_(x, negative_slope),
         lambda x: x > 0,
-        negative_slope,
+        (negative_slope, 1.0),
         inplace,
+    )
+
+
+def hardsigmoid(razor: "Razor", input: Tensor, inplace: bool = False) -> Tensor:
+    """``F.hardsigmoid``."""
+    return _piecewise(
+        razor, input, F.hardsigmoid, torch._C._nn.hardsigmoid_, lambda x: (x > -3) & (x < 3), (0.0, SIXTH), inplace
     )

@@ -1,0 +1,125 @@
+"""What a forward pass saves for the backward pass: plain, by Back Razor, and by the official code's storage.
+
+Unique bytes a sample, masks and codes included, parameters aside; a tensor that several operations save counts once. Each
+is predicted (on fake tensors: shapes alone) and measured (a real step, whose backward pass is run too).
+
+    uv run python benchmarks/backrazor_memory.py
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import tyro
+from backrazor import Razor
+from backrazor.groups import groups_for
+from backrazor.packing import layout_of, pack
+from backrazor.tasks.memory import saved
+from backrazor.tasks.memory_flags import MemoryConfig
+from backrazor.tasks.shapes import Shaped, shaped
+from memtrain_common.bench import write_results
+from memtrain_common.console import Console, format_table
+from torch import nn
+
+OUT = Path(__file__).parent / "results" / "backrazor_memory.json"
+KEEPS = (0.1, 0.03)
+ARMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "dense": nullcontext,
+    **{f"keep {k:g}": lambda k=k: Razor(k) for k in KEEPS},
+    **{f"paper, keep {k:g}": lambda k=k: Razor(k, mode="paper") for k in KEEPS},
+    "keep 0.1, exact attention": lambda: Razor(0.1, attention="exact"),
+}
+MODELS: dict[str, tuple[MemoryConfig, float]] = {
+    "ViT-S/16, eager": (MemoryConfig("vit-s-16", eager=True), 0.0),
+    "ViT-S/16, SDPA": (MemoryConfig("vit-s-16"), 0.0),
+    "ViT-B/16, eager": (MemoryConfig("vit-b-16", eager=True), 0.0),
+    "ViT-B/16, eager, dropout": (MemoryConfig("vit-b-16", eager=True), 0.1),
+    "ViT-B/16, SDPA": (MemoryConfig("vit-b-16"), 0.0),
+    "ResNet-18": (MemoryConfig("resnet18"), 0.0),
+    "ResNet-50": (MemoryConfig("resnet50"), 0.0),
+    "BERT-base, 128 tokens": (MemoryConfig("bert-base"), 0.0),
+    "GPT-2 small, 128 tokens": (MemoryConfig("gpt2"), 0.0),
+}
+
+
+def with_dropout(model: Shaped, p: float) -> Shaped:
+    """The same model, whose dropout modules (none of them within the attention) drop at the rate ``p``."""
+
+    def build() -> nn.Module:
+        made = model.build()
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+        return made
+
+    return replace(model, build=build)
+
+
+def compare(config: MemoryConfig, dropout: float, batch: int) -> dict[str, dict[str, float]]:
+    """Bytes a sample of every arm."""
+    config = replace(config, batch_size=batch)
+    model = shaped(config)
+    if dropout:
+        model = with_dropout(model, dropout)
+    found: dict[str, dict[str, float]] = {}
+    for arm, saving in ARMS.items():
+        predicted, measured = (
+            sum(saved(replace(config, measure=real), model, saving)[0].values()) / batch for real in (False, True)
+        )
+        found[arm] = {"predicted": predicted, "measured": measured}
+    return found
+
+
+def stored_bits() -> list[dict[str, float]]:
+    """Bits an element of a large tensor takes, beside the limit for the same fraction."""
+    rows = []
+    for keep in KEEPS:
+        groups = groups_for(keep)
+        assert groups is not None
+        x = torch.randn(8, 151_296)
+        bits = 8 * sum(t.nbytes for t in pack(x, layout_of(*x.shape, groups, "bf16"))) / x.numel()
+        limit = groups.shannon_bits(16)
+        rows.append({"keep": keep, "stored_bits": bits, "shannon_bits": limit, "ratio": bits / limit})
+    return rows
+
+
+def main(batch: int = 2, threads: int = 1, out: Path = OUT) -> None:
+    """
+    Args:
+        batch: samples.
+        threads: of torch.
+        out: where the results go.
+    """
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    console = Console()
+    results = {}
+    for name, (config, dropout) in MODELS.items():
+        torch.manual_seed(0)
+        results[name] = found = compare(config, dropout, batch)
+        dense = found["dense"]["measured"]
+        rows = [["", "MB a sample", "less", "predicted"]]
+        for arm, n in found.items():
+            same = "the same" if n["predicted"] == n["measured"] else f"{n['predicted'] / 1e6:.3f} MB"
+            rows.append([arm, f"{n['measured'] / 1e6:.3f}", f"{dense / n['measured']:.1f}×", same])
+        console.say(f"\n{name}\n{format_table(rows)}")
+    write_results(
+        out,
+        argv=["python", "benchmarks/backrazor_memory.py", *sys.argv[1:]],
+        device=torch.device("cpu"),
+        seeds=[0],
+        unit="bytes a sample",
+        batch=batch,
+        models=results,
+        stored=stored_bits(),
+    )
+    console.say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,182 @@
+"""Time and memory of a full training step: dense, Back Razor and ``torch.utils.checkpoint``, in one process.
+
+Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours. Then,
+for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors, the most that
+one encoder layer holds for a moment beside what it keeps.
+
+    uv run python benchmarks/backrazor_step.py
+    uv run python benchmarks/backrazor_step.py --models vit-s-16 bert-base --no-memory --pairs 6 \
+        --out benchmarks/results/backrazor_step_small.json
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+import tyro
+from backrazor import Razor
+from backrazor.cpu_kernels import library
+from backrazor.tasks.memory_flags import MemoryConfig
+from backrazor.tasks.shapes import shaped
+from memtrain_common.bench import pairwise, write_results
+from memtrain_common.console import Console, format_bytes
+from memtrain_common.memory import PeakMeter, memory_in_use
+from memtrain_common.prediction import fake_step
+from torch import nn
+
+Way = Literal["dense", "razor", "checkpoint"]
+OUT = Path(__file__).parent / "results" / "backrazor_step.json"
+RETURN_FREED = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc gives freed memory back at once, so that the resident set is what is in use."""
+
+
+class Trainer:
+    """A model, the way it saves activations, and an optimizer."""
+
+    def __init__(self, name: str, way: Way, keep: float, batch: int, model: nn.Module | None = None) -> None:
+        self.shaped = shaped(MemoryConfig(name, batch_size=batch))
+        self.model = model if model is not None else self.shaped.build()
+        if way == "checkpoint":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.saving = Razor(keep) if way == "razor" else nullcontext()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def backward(self) -> None:
+        with self.saving:
+            loss = self.shaped.loss(self.model)
+        loss.backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def times(name: str, keep: float, batch: int, pairs: int) -> dict[str, Any]:
+    """Step time of Back Razor and of checkpointing over dense."""
+    torch.manual_seed(0)
+    dense = Trainer(name, "dense", keep, batch)
+    found: dict[str, Any] = {"model": name, "batch": dense.shaped.sample, "keep": keep}
+    for way in ("razor", "checkpoint"):
+        other = Trainer(name, way, keep, batch, copy.deepcopy(dense.model))
+        found[f"{way}_over_dense"] = dataclasses.asdict(pairwise(other.step, dense.step, pairs=pairs, warmup=1))
+        del other
+    return found
+
+
+def peak(name: str, way: Way, keep: float, batch: int) -> None:
+    """Print the resident bytes that a forward and backward pass needs above weights and gradients."""
+    small = Trainer(name, way, keep, 1)
+    small.backward()  # gradients exist from here on, and all code is loaded
+    trainer = Trainer(name, way, keep, batch, small.model)
+    device = torch.device("cpu")
+    before, meter = memory_in_use(device), PeakMeter(device)
+    meter.begin("step")
+    trainer.backward()
+    meter.end()
+    most = meter.peak("step")
+    assert most is not None, "this system does not tell a process's peak"
+    print(json.dumps(most - before))
+
+
+def peak_alone(name: str, way: Way, keep: float, batch: int) -> int:
+    """:func:`peak` in a process of its own."""
+    command = [sys.executable, __file__, "--models", name, "--peak-of", way, "--keep", str(keep), "--batch", str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **RETURN_FREED})
+    return int(done.stdout.splitlines()[-1])
+
+
+def layer_bytes(name: str, way: Way, keep: float, batch: int) -> dict[str, int]:
+    """Of the worst encoder layer: bytes that its forward pass keeps, and the most it holds beside that in each pass."""
+    found = {"kept": 0, "forward_transient": 0, "backward_transient": 0}
+    with fake_step() as live:
+        trainer = Trainer(name, way, keep, batch)
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        lists = [m for m in trainer.model.modules() if isinstance(m, nn.ModuleList)]
+        for layer in max(lists, key=len):
+            start = [0]
+
+            def begin(*_: Any, start: list[int] = start) -> None:
+                start[0] = live.peak_bytes = live.bytes
+
+            def forward_end(*_: Any, start: list[int] = start) -> None:
+                found["kept"] = max(found["kept"], live.bytes - start[0])
+                found["forward_transient"] = max(found["forward_transient"], live.peak_bytes - live.bytes)
+
+            def backward_end(*_: Any, start: list[int] = start) -> None:
+                found["backward_transient"] = max(found["backward_transient"], live.peak_bytes - start[0])
+
+            layer.register_forward_pre_hook(begin)
+            layer.register_forward_hook(forward_end)
+            layer.register_full_backward_pre_hook(begin)
+            layer.register_full_backward_hook(backward_end)
+        trainer.backward()
+    return found
+
+
+def main(
+    models: tuple[str, ...] = ("vit-b-16",),
+    keep: float = 0.1,
+    batch: int = 8,
+    pairs: int = 4,
+    threads: int = 2,
+    memory: bool = True,
+    peak_of: Way | None = None,
+    out: Path = OUT,
+) -> None:
+    """
+    Args:
+        models: as backrazor-memory names them; memory is measured on the first.
+        keep: part of each activation that Back Razor keeps.
+        batch: samples.
+        pairs: of steps.
+        threads: of torch.
+        memory: measure it too.
+        peak_of: print this way's peak for the first model, and nothing else.
+        out: where the results go.
+    """
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    if peak_of is not None:
+        peak(models[0], peak_of, keep, batch)
+        return
+    console = Console()
+    ways: tuple[Way, ...] = get_args(Way)
+    found: dict[str, Any] = {}
+    if memory:
+        peaks = {way: peak_alone(models[0], way, keep, batch) for way in ways}
+        console.say(f"peak above weights and gradients: { {w: format_bytes(n) for w, n in peaks.items()} }")
+        layers = {way: layer_bytes(models[0], way, keep, batch) for way in ways[:2]}
+        console.say(f"one layer: {layers}")
+        found["peak_bytes_above_weights_and_gradients"] = {"model": models[0], "batch": batch, **peaks}
+        found["bytes_of_one_encoder_layer"] = {"model": models[0], "batch": batch, **layers}
+    runs = []
+    for name in models:
+        runs.append(times(name, keep, batch, pairs))
+        console.say(f"{name}: " + ", ".join(f"{k} {v['median']:.3f}" for k, v in runs[-1].items() if "_over_" in k))
+    write_results(
+        out,
+        argv=["python", "benchmarks/backrazor_step.py", *sys.argv[1:]],
+        device=torch.device("cpu"),
+        seeds=[0],
+        threads=threads,
+        cpu_kernels=library() is not None,
+        runs=runs,
+        **found,
+    )
+    console.say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
