@@ -1,11 +1,12 @@
 """What a forward pass saves for the backward pass: plain, by Back Razor, and by the official code's storage.
 
-Unique bytes a sample, masks and codes included, parameters aside; a tensor that several operations save counts once. Each
-is predicted (on fake tensors: shapes alone) and measured (a real step, whose backward pass is run too).
+Unique bytes a sample, masks and codes included, parameters aside; a tensor that several operations save counts once.
+Each is predicted (on fake tensors: shapes alone) and measured (a real step, whose backward pass is run too).
 
     uv run python benchmarks/backrazor_memory.py
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,8 +31,8 @@ OUT = Path(__file__).parent / "results" / "backrazor_memory.json"
 KEEPS = (0.1, 0.03)
 ARMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "dense": nullcontext,
-    **{f"keep {k:g}": lambda k=k: Razor(k) for k in KEEPS},
-    **{f"paper, keep {k:g}": lambda k=k: Razor(k, mode="paper") for k in KEEPS},
+    **{f"keep {k:g}": functools.partial(Razor, k) for k in KEEPS},
+    **{f"paper, keep {k:g}": functools.partial(Razor, k, mode="paper") for k in KEEPS},
     "keep 0.1, exact attention": lambda: Razor(0.1, attention="exact"),
 }
 MODELS: dict[str, tuple[MemoryConfig, float]] = {
@@ -82,7 +83,7 @@ def stored_bits() -> list[dict[str, float]]:
         groups = groups_for(keep)
         assert groups is not None
         x = torch.randn(8, 151_296)
-        bits = 8 * sum(t.nbytes for t in pack(x, layout_of(*x.shape, groups, "bf16"))) / x.numel()
+        bits = 8 * sum(t.nbytes for t in pack(x, layout_of(8, 151_296, groups, "bf16"))) / x.numel()
         limit = groups.shannon_bits(16)
         rows.append({"keep": keep, "stored_bits": bits, "shannon_bits": limit, "ratio": bits / limit})
     return rows

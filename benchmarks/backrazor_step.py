@@ -1,8 +1,8 @@
 """Time and memory of a full training step: dense, Back Razor and ``torch.utils.checkpoint``, in one process.
 
-Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours. Then,
-for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors, the most that
-one encoder layer holds for a moment beside what it keeps.
+Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours.
+Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
+the most that one encoder layer holds for a moment beside what it keeps.
 
     uv run python benchmarks/backrazor_step.py
     uv run python benchmarks/backrazor_step.py --models vit-s-16 bert-base --no-memory --pairs 6 \

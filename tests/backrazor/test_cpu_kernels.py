@@ -1,7 +1,5 @@
 """The C kernels: the same bits as the vectorised torch, threads or none, and words where there is no compiler."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -22,16 +20,15 @@ def by_torch(monkeypatch, call):
         return call()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.2, 0.1, 0.03, 0.004])
+@pytest.mark.parametrize(("keep", "threads"), [(0.9, 1), (0.5, 1), (0.2, 1), (0.1, 1), (0.03, 1), (0.004, 1), (0.1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_is_the_same_to_the_bit(monkeypatch, keep, dtype, threads):
     groups = groups_for(keep)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for spans, size in ((1, groups.n), (3, 7 * groups.n - 1), (2, 61_003), (5, groups.n * (groups.n + 300) - 5)):
-            for written in ("bf16", "fp32", "int8", "fp16"):
+        for spans, size in ((1, groups.n), (3, 7 * groups.n - 1), (2, 20_003), (5, groups.n * (groups.n + 260) - 5)):
+            for written in ("bf16", "fp32", "int8", "fp16") if keep == 0.1 else ("bf16",):
                 layout = Layout(spans, size, groups, written)
                 x = torch.randn(spans, size).to(dtype)
                 x[0, : size // 3] = 1.0  # ties
@@ -115,11 +112,17 @@ def test_without_a_compiler_a_warning_says_so_once_and_torch_packs(monkeypatch):
     assert torch.equal(w.grad, slow)
 
 
-def test_the_library_is_built_into_the_cache_and_can_be_asked_not_to(tmp_path):
-    code = "from backrazor import cpu_kernels; print(cpu_kernels.library() is not None)"
-    for setting, expected in (("off", "False"), ("on", "True")):
-        env = {"XDG_CACHE_HOME": str(tmp_path), "BACKRAZOR_KERNELS": setting, "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
-        assert done.stdout.strip() == expected, done.stderr
-        assert len(list(tmp_path.glob("backrazor/*.so"))) == (setting == "on")
+def test_the_library_is_built_into_the_cache_and_can_be_asked_not_to(monkeypatch, tmp_path):
+    def built(setting):
+        monkeypatch.setenv("BACKRAZOR_KERNELS", setting)
+        cpu_kernels.library.cache_clear()
+        return cpu_kernels.library() is not None, len(list(tmp_path.glob("backrazor/*")))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert built("off") == (False, 0)
+        assert built("on") == (True, 1)
+    finally:
+        monkeypatch.undo()
+        cpu_kernels.library.cache_clear()
     assert (tmp_path / "backrazor").stat().st_mode & 0o077 == 0

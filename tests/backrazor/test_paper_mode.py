@@ -1,7 +1,8 @@
 """The mode "paper": for every operation of the table, gradients by an independent slow reference, to 1e-5.
 
-The references are the official code's formulas: what a product needs of an activation is pruned by a threshold a sample,
-in float16 (float32 for norms and convolutions), probabilities too; activation functions keep their input in float16.
+The references are the official code's formulas: what a product needs of an activation is pruned by a threshold a
+sample, in float16 (float32 for norms and convolutions), probabilities too; activation functions keep their input in
+float16.
 """
 
 import functools
@@ -114,7 +115,9 @@ def attention(_, inputs, g, mask=None, causal=False, scale=0.5):
     """dV = P̂ᵀ g, dP = g V̂ᵀ, dS = P̂ ∘ (dP − Σ dP ∘ P̂), dQ = s dS K̂, dK = s dSᵀ Q̂; all of four dimensions."""
     q, k, v = (t.detach() for t in inputs[:3])
     shapes = [q.shape, k.shape, v.shape]
-    q, k, v, g = (t.reshape(-1, *((1,) * (3 - t.dim())), *t.shape[-3:]) if t.dim() != 3 else t[None] for t in (q, k, v, g))
+    q, k, v, g = (
+        t.reshape(-1, *((1,) * (3 - t.dim())), *t.shape[-3:]) if t.dim() != 3 else t[None] for t in (q, k, v, g)
+    )
     times = q.shape[1] // k.shape[1]
     wide = lambda t: t.repeat_interleave(times, 1)  # noqa: E731
     s = scale * q @ wide(k).mT

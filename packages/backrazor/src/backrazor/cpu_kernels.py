@@ -1,11 +1,11 @@
 """The CPU's packing in C (cpu_kernels.c): built once with the system's C compiler, as Triton builds for a GPU.
 
 Each function gives the same numbers as the vectorised torch of :mod:`.packing`, :mod:`.bits`, :mod:`.coded` and
-:mod:`.values`, several times faster, or None where it does not apply (another dtype, a GPU's tensor). Without a compiler
-a warning says so once and the vectorised torch is used; ``BACKRAZOR_KERNELS=off`` asks for that.
+:mod:`.values`, several times faster, or None where it does not apply (another dtype, a GPU's tensor). Without a
+compiler a warning says so once and the vectorised torch is used; ``BACKRAZOR_KERNELS=off`` asks for that.
 
-The library stands in ``$XDG_CACHE_HOME/backrazor`` (``~/.cache/backrazor``) under a name that depends on its source, the
-compiler and the processor. ``CC`` names another compiler. Its threads are those of torch (one OpenMP runtime).
+The library stands in ``$XDG_CACHE_HOME/backrazor`` (``~/.cache/backrazor``) under a name that depends on its source,
+the compiler and the processor. ``CC`` names another compiler. Its threads are those of torch (one OpenMP runtime).
 """
 
 import ctypes
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-TUNED = (["-march=native", "-mprefer-vector-width=512", "-fopenmp"], ["-march=native", "-fopenmp"], ["-fopenmp"], [])
+TUNED: tuple[list[str], ...] = (
+    ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
+    ["-march=native", "-fopenmp"],
+    ["-fopenmp"],
+    [],
+)
 """Tried in turn: the first that the compiler takes and that loads is used."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -58,8 +63,8 @@ def library() -> Any:
         except (OSError, subprocess.SubprocessError) as error:
             reasons.append(getattr(error, "stderr", None) or str(error))
     warnings.warn(
-        f"Back Razor's CPU kernels could not be built with {shlex.join(compiler)!r}, so packing is done by torch, which "
-        f"is several times slower: install a C compiler or name one in CC ({reasons[-1].strip().splitlines()[-1]})",
+        f"Back Razor's CPU kernels could not be built with {shlex.join(compiler)!r}, so packing is done by torch, several "
+        f"times slower: install a C compiler or name one in CC ({reasons[-1].strip().splitlines()[-1]})",
         stacklevel=2,
     )
     return None

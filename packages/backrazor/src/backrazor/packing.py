@@ -68,7 +68,11 @@ def pack(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         return (*encode(kept, layout.values), ranks)
     x = x.detach().reshape(layout.spans, layout.size)
     quick = cpu_kernels.pack(
-        x, layout, float_type(layout.values), binomials(groups.n, groups.k, x.device), rank_bytes(groups, layout.columns)
+        x,
+        layout,
+        float_type(layout.values),
+        binomials(groups.n, groups.k, x.device),
+        rank_bytes(groups, layout.columns),
     )
     if quick is not None:
         kept, packed = quick

@@ -113,10 +113,17 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("conv2d", (torch.conv2d,), conv.conv2d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
     Operation("conv3d", (torch.conv3d,), conv.conv3d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
     *(
-        Operation(name, (getattr(torch, name),), getattr(conv, name), "y, dx, db", "dW of x̂",
-                  "x̂; nothing if W is frozen", "as linear")
+        Operation(
+            name,
+            (getattr(torch, name),),
+            getattr(conv, name),
+            "y, dx, db",
+            "dW of x̂",
+            "x̂; nothing if W is frozen",
+            "as linear",
+        )
         for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-    ),  # fmt: skip
+    ),
     Operation(
         "layer_norm",
         (F.layer_norm,),

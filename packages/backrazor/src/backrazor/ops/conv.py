@@ -17,8 +17,8 @@ TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpo
 class Conv(Function):
     """y = W ∗ x + b in one, two or three dimensions; (dx, dW, db) are those of x̂, the pruned x.
 
-    x (N, C, …), W (C_out, C / groups, …), of a transposed one (C, C_out / groups, …). dx and db do not depend on x, so they
-    are exact.
+    x (N, C, …), W (C_out, C / groups, …), of a transposed one (C, C_out / groups, …). dx and db do not depend on
+    x, so they are exact.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ class Dropout(Function):
         before = razor.find(x)
         if before is not None and razor.same_geometry(before, x, y):
             base = before.saved  # y's next user makes it from what is kept of x
-            recipe = Dropped(base.recipe.geometry, base.recipe, len(base.tensors), saved.recipe, ctx.scale)  # type: ignore[arg-type]
+            recipe = Dropped(base.recipe.geometry, base.recipe, len(base.tensors), saved.recipe, ctx.scale)
             razor.share(y, Saved((*base.tensors, *saved.tensors), recipe), before)
         return y
 

@@ -193,7 +193,7 @@ class GroupNorm(Function):
         ctx.sizes = (n, c, x.numel() // (n * c), groups)
         ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
         x = x.contiguous()
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, x.numel() // (n * c), groups, eps)
         shape = [n, groups, -1]
         normal = (x.view(shape) - mean.view(n, groups, 1)).mul_(rstd.view(n, groups, 1)).view(x.shape)
         gamma, beta = (t.view(_channels(x)) if t is not None else None for t in (weight, bias))

@@ -112,10 +112,7 @@ class Pointwise(Function):
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
-        if ctx.by_x is not None:
-            dx = ctx.by_x(g, kept.dense("x", g.dtype))
-        else:
-            dx = kept.times("derivative", g)
+        dx = ctx.by_x(g, kept.dense("x", g.dtype)) if ctx.by_x is not None else kept.times("derivative", g)
         return dx.to(ctx.dtype), None, None, None, None, None
 
 
