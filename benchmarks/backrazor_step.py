@@ -1,12 +1,14 @@
 """Time and memory of a full training step: dense, Back Razor and ``torch.utils.checkpoint``, in one process.
 
-Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours.
+Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours, in
+CPU seconds of the process, which other processes disturb least.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps.
 
-    uv run python benchmarks/backrazor_step.py
-    uv run python benchmarks/backrazor_step.py --models vit-s-16 bert-base --no-memory --pairs 6 \
+    uv run python benchmarks/backrazor_step.py --no-memory
+    uv run python benchmarks/backrazor_step.py --models vit-s-16 bert-base --no-memory \
         --out benchmarks/results/backrazor_step_small.json
+    uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
 """
 
 import copy
@@ -15,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,7 +71,7 @@ def times(name: str, keep: float, batch: int, pairs: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "batch": dense.shaped.sample, "keep": keep}
     for way in ("razor", "checkpoint"):
         other = Trainer(name, way, keep, batch, copy.deepcopy(dense.model))
-        found[f"{way}_over_dense"] = dataclasses.asdict(pairwise(other.step, dense.step, pairs=pairs, warmup=1))
+        found[f"{way}_over_dense"] = dataclasses.asdict(pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=time.process_time))
         del other
     return found
 
@@ -128,8 +131,8 @@ def main(
     models: tuple[str, ...] = ("vit-b-16",),
     keep: float = 0.1,
     batch: int = 8,
-    pairs: int = 4,
-    threads: int = 2,
+    pairs: int = 3,
+    threads: int = 1,
     memory: bool = True,
     peak_of: Way | None = None,
     out: Path = OUT,
@@ -139,7 +142,7 @@ def main(
         models: as backrazor-memory names them; memory is measured on the first.
         keep: part of each activation that Back Razor keeps.
         batch: samples.
-        pairs: of steps.
+        pairs: of steps; 0 measures memory alone.
         threads: of torch.
         memory: measure it too.
         peak_of: print this way's peak for the first model, and nothing else.
@@ -162,7 +165,7 @@ def main(
         found["peak_bytes_above_weights_and_gradients"] = {"model": models[0], "batch": batch, **peaks}
         found["bytes_of_one_encoder_layer"] = {"model": models[0], "batch": batch, **layers}
     runs = []
-    for name in models:
+    for name in models if pairs else ():
         runs.append(times(name, keep, batch, pairs))
         console.say(f"{name}: " + ", ".join(f"{k} {v['median']:.3f}" for k, v in runs[-1].items() if "_over_" in k))
     write_results(
@@ -171,6 +174,7 @@ def main(
         device=torch.device("cpu"),
         seeds=[0],
         threads=threads,
+        clock="CPU seconds of the process",
         cpu_kernels=library() is not None,
         runs=runs,
         **found,

@@ -106,7 +106,7 @@ MODELS = {
     "timm vit": (lambda: _timm("vit_tiny_patch16_224", img_size=64, depth=2), 8),
     "timm convnext": (lambda: _timm("convnext_atto"), 4),
     "timm efficientnet": (lambda: _timm("efficientnet_b0"), 5),
-    "timm resnetv2, group norm": (lambda: _timm("resnet26t", norm_layer="groupnorm"), 4),
+    "timm resnet, group norm": (lambda: _timm("resnet18", norm_layer="groupnorm"), 4),
     "nn.TransformerEncoder": (lambda: _encoder(None), 8),
     "nanoGPT": (lambda: _nanogpt(None), 8),
 }

@@ -34,15 +34,22 @@ class Ratio:
         return f"{self.median:.3f} (quartiles {self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
 
 
-def pairwise(way: Callable[[], Any], other: Callable[[], Any], *, pairs: int, warmup: int = 2) -> Ratio:
-    """Time ``way`` against ``other`` alternately, the order swapped from pair to pair."""
+def pairwise(
+    way: Callable[[], Any],
+    other: Callable[[], Any],
+    *,
+    pairs: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
+    """Time ``way`` against ``other`` alternately, the order swapped from pair to pair; ``clock`` counts seconds."""
     for _ in range(warmup):
         way()
         other()
     ratios = []
     for i in range(pairs):
         first, second = (way, other) if i % 2 == 0 else (other, way)
-        a, b = _seconds(first), _seconds(second)
+        a, b = _seconds(first, clock), _seconds(second, clock)
         ratios.append(a / b if i % 2 == 0 else b / a)
     return ratio_of(ratios)
 
@@ -53,10 +60,10 @@ def ratio_of(ratios: Sequence[float]) -> Ratio:
     return Ratio(median, low, high, len(ratios), min(ratios), max(ratios))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def write_results(path: Path, *, argv: Sequence[str], device: Any, seeds: Sequence[int], **content: Any) -> None:
