@@ -5,8 +5,8 @@ CPU seconds of the process, which other processes disturb least.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps.
 
-    uv run python benchmarks/backrazor_step.py --no-memory
-    uv run python benchmarks/backrazor_step.py --models vit-s-16 bert-base --no-memory \
+    uv run python benchmarks/backrazor_step.py --batch 4 --no-memory
+    uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory \
         --out benchmarks/results/backrazor_step_small.json
     uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
 """
@@ -71,7 +71,9 @@ def times(name: str, keep: float, batch: int, pairs: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "batch": dense.shaped.sample, "keep": keep}
     for way in ("razor", "checkpoint"):
         other = Trainer(name, way, keep, batch, copy.deepcopy(dense.model))
-        found[f"{way}_over_dense"] = dataclasses.asdict(pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=time.process_time))
+        found[f"{way}_over_dense"] = dataclasses.asdict(
+            pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=time.process_time)
+        )
         del other
     return found
 
