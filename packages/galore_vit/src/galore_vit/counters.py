@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 COUNTERS = ("step", "refresh_at", "gap")
@@ -10,6 +11,13 @@ COUNTERS = ("step", "refresh_at", "gap")
 def count(counter: Tensor) -> int:
     """The counter's value; 1 of a fake or meta tensor, so that a prediction of memory sees a refresh."""
     return 1 if has_no_numbers(counter) else int(counter)
+
+
+def counts(counters: list[Tensor]) -> list[int]:
+    """The values of many counters, read at once; they are alike in type."""
+    if not counters or has_no_numbers(counters[0]):
+        return [1] * len(counters)
+    return [int(c) for c in torch.stack(counters).tolist()]
 
 
 def has_no_numbers(x: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.galore import GaLore, Item
+from galore_vit.galore import GaLore
 from galore_vit.projection import Bases, project
 
 SKETCH = 16
@@ -152,8 +152,7 @@ class InBackward:
                     if p.grad is not None:
                         items.append(self.optimizer.item(p))
                 elif (R := self._compact[p].grad) is not None:
-                    R = -R if group["maximize"] else R
-                    items.append(Item(p, group, self.optimizer.layout(p), R, self._new_bases.get(p)))
+                    items.append(self.optimizer.compact_item(p, R, self._new_bases.get(p)))
         self.optimizer.apply(items)
         return loss
 

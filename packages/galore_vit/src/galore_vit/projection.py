@@ -61,6 +61,8 @@ class Layout:
 
     def matrices(self, x: Tensor) -> Tensor:
         """x, shaped like the weight, as (m, n) or (k, m, n); a view where x is contiguous."""
+        if self.k == 1 and x.ndim == 2:
+            return x
         return x.reshape(self.stacked(self.m, self.n))
 
 
