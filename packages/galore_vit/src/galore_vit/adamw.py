@@ -40,7 +40,7 @@ from galore_vit.settings import Refresh
 
 RESIDUAL_GROWTH = 1.01
 """Fira's norm-growth limit γ."""
-FUSED_NUMBERS = 2**20
+FUSED_NUMBERS = 2**18
 """Numbers of compact gradients handed to one call of the fused kernel, about."""
 
 
@@ -132,10 +132,10 @@ class GaLoreAdamW(GaLore):
         for batch, fused in self._batches(group, items):
             moments = [self._moments(i.param) for i in batch]
             R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
-            steps = [i.step for i in batch]
+            counters = [i.state["step"] for i in batch]  # raised already
             if fused and batch[0].layout is None:
                 params = [i.param for i in batch]
-                _fused_adam(params, R, M, V, steps, group, group["lr"], group["weight_decay"])
+                _fused_adam(params, R, M, V, counters, group, group["lr"], group["weight_decay"])
                 continue
             if fused:
                 # One piece of memory for every batch's N: fresh pages would cost more than the arithmetic.
@@ -144,9 +144,9 @@ class GaLoreAdamW(GaLore):
                     scratch = R[0].new_empty(sum(sizes))
                 used = scratch[: sum(sizes)].zero_()
                 N = [n.view(r.shape) for n, r in zip(used.split(sizes), R, strict=True)]
-                _fused_adam(N, R, M, V, steps, group, -1.0, 0.0)  # a step of size −1 from zero
+                _fused_adam(N, R, M, V, counters, group, -1.0, 0.0)  # a step of size −1 from zero
             else:
-                N = _adam(R, M, V, steps, group)
+                N = _adam(R, M, V, [i.step for i in batch], group)
             for item, n, (m, v) in zip(batch, N, moments, strict=True):
                 self._keep_moments(item.param, m, v)
                 self._move_as_published(item, n) if group["paper"] else self._move(item, n)
@@ -230,15 +230,16 @@ def check_adam(group: dict[str, Any]) -> None:
 
 
 def _fused_adam(
-    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int],
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[Tensor],
     group: dict[str, Any], lr: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """W ← (1 − lr·λ)W − lr·N, with M and V moved by R in place, by torch's kernel."""
     beta1, beta2 = group["betas"]
-    counts = torch.tensor([float(t) for t in steps], device=R[0].device).unbind()
+    if R[0].device.type != "cpu":
+        steps = list(torch.stack(steps).to(R[0].device).unbind())
     # what torch.optim.AdamW(fused=True) calls once it has raised its counters
     torch._fused_adamw_(
-        W, R, M, V, [], list(counts), amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+        W, R, M, V, [], steps, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
         lr=lr, weight_decay=weight_decay, eps=group["eps"],
     )  # fmt: skip
 

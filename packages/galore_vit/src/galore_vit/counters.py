@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 COUNTERS = ("step", "refresh_at", "gap")
@@ -14,10 +13,10 @@ def count(counter: Tensor) -> int:
 
 
 def counts(counters: list[Tensor]) -> list[int]:
-    """The values of many counters, read at once; they are alike in type."""
+    """The values of many counters, all of them real or none."""
     if not counters or has_no_numbers(counters[0]):
         return [1] * len(counters)
-    return [int(c) for c in torch.stack(counters).tolist()]
+    return [int(c.item()) for c in counters]
 
 
 def has_no_numbers(x: Tensor) -> bool:
