@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +239,7 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
             f"{BY_NAME}{name} needs the package timm: install it (pip install timm), or give the path of a file"
         ) from None
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # of many libraries: no such name, no such weights, no network
         raise UserError(f"timm gives no weights named {name}: {str(error).splitlines()[0]}") from None
     tensors, _ = timm_tensors(model.state_dict())
