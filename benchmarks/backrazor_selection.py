@@ -156,7 +156,8 @@ def main() -> None:
             rows.append({"model": name, "way": way, "keep": keep, **settings, **found})
             what = f"{name:28} {way:18} keep {keep:<5} {settings!s:28}"
             print(f"{what} error {found['error']:.3f}  cosine {found['cosine']:.3f}")
-    write_results(RESULTS, argv=sys.argv, device=torch.device("cpu"), seeds=[0], batches=args.batches, rows=rows)
+    argv = ["DATA" if word == str(args.data_dir) else word for word in sys.argv]
+    write_results(RESULTS, argv=argv, device=torch.device("cpu"), seeds=[0], batches=args.batches, rows=rows)
 
 
 if __name__ == "__main__":
