@@ -57,6 +57,8 @@ class Arm:
     T: int = 1
     outer_momentum: float = 0.0
     outer_lr: float = 1.0
+    mode: str = "parallel"
+    """sequential: each head sees the whole batch."""
     warm: int = 0
     """Steps of full training at the full arm's best rate before the heads begin; they count among all."""
 
@@ -80,6 +82,7 @@ CHOOSE = {
     "warm start": [Arm(warm=100)],
     "outer momentum": [Arm(outer_momentum=0.5)],
     "scale": [Arm(scale=8.0)],
+    "whole batch": [Arm(mode="sequential"), Arm(mode="sequential", scale=8.0)],
     "combined": [Arm(rank=128, outer_lr=2.0)],
     "scale by rank": [Arm(rank=128, scale=2.83)],  # α/√r kept from the base's rank of 64
     "merge interval": [Arm(T=10), Arm(T=10, outer_momentum=0.9, outer_lr=0.7)],
@@ -88,6 +91,7 @@ REPORT = {
     "full": [Arm(full_lr=4e-3)],  # the best of those tried
     "scale": [Arm(scale=8.0)],  # what came nearest with four heads
     "base": [Arm()],
+    "whole batch": [Arm(mode="sequential")],
 }
 
 
@@ -142,6 +146,7 @@ def lte_config(arm: Arm) -> LTEConfig:
         alpha=arm.scale * arm.rank,
         outer_momentum=arm.outer_momentum,
         outer_lr=arm.outer_lr,
+        mode=arm.mode,  # type: ignore[arg-type]
     )
 
 
@@ -186,7 +191,13 @@ def tables() -> None:
     reported = [r for r in rows if r["part"] == "report"]
     arms = list(dict.fromkeys(r["arm"] for r in reported))
     full = {r["seed"]: r["loss"] for r in reported if r["arm"] == Arm(full_lr=FULL_LR).name()}
-    drawn = (Arm(full_lr=FULL_LR), Arm(heads=1), Arm(scale=8.0), Arm(), Arm(T=10, outer_momentum=0.9, outer_lr=0.7))
+    drawn = (
+        Arm(full_lr=FULL_LR),
+        Arm(mode="sequential"),
+        Arm(heads=1),
+        Arm(),
+        Arm(T=10, outer_momentum=0.9, outer_lr=0.7),
+    )
     curves = {
         arm.name(): [{"step": step, "split": "val", "loss": loss} for step, loss in r["curve"] if step]
         for arm in drawn
