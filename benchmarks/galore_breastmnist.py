@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from galore_vit.config import Optim, TrainConfig
-from galore_vit.tasks.intervals import mean_and_ci
 from galore_vit.tasks.train import Trial, train_one
 from memtrain_common.bench import write_results
 from memtrain_common.console import Console
 from memtrain_common.errors import UserError
 from memtrain_common.images import ImageSet, load_images
+from memtrain_common.intervals import mean_and_ci
 from memtrain_common.run_folder import RunFolder
 
 SEEDS = (0, 1, 2)

@@ -1,5 +1,5 @@
-"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it is
-refused in one sentence. None is skipped."""
+"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it
+is refused in one sentence. None is skipped."""
 
 import copy
 
@@ -24,9 +24,6 @@ def tiny_vit():
     return _vit(width=64, blocks=2, heads=2, mlp=96, image=8, patch=4, classes=4)
 
 
-PLAIN = tiny_vit  # built anew in each test: transformers is slow to import, not to build
-
-
 def batch(i):
     """Four patterns that a linear layer can tell apart, with noise; the same for the same number."""
     generator = torch.Generator().manual_seed(i)
@@ -42,7 +39,9 @@ def loss(model, data):
 
 def settings(axes):
     rank, galore = (8, 4) if axes.train != "full" else (8, 8)
-    return Axes(axes.train, axes.save, axes.optim, rank=rank, galore_rank=galore, merge_steps=3, heads=4, keep=0.3, gap=4)
+    return Axes(
+        axes.train, axes.save, axes.optim, rank=rank, galore_rank=galore, merge_steps=3, heads=4, keep=0.3, gap=4
+    )
 
 
 def rate(axes):

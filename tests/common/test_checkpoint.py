@@ -248,3 +248,21 @@ def test_a_quantised_tensor_is_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not save"):
         Checkpoints(tmp_path / "file" / "below").save(1, state_of(1))
+
+
+def test_the_quantised_state_of_torchao_is_kept_as_its_parts(tmp_path):
+    optim = pytest.importorskip("torchao.optim")
+    weight = torch.nn.Parameter(torch.randn(64, 96))
+    optimizer = optim.AdamW8bit([weight], lr=1e-2)
+    weight.grad = torch.randn(64, 96)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    tree, tensors = encode(optimizer.state_dict())
+    back = decode(json.loads(json.dumps(tree)), {name: t.clone() for name, t in tensors.items()})
+    saved, found = optimizer.state[weight]["exp_avg"], back["state"][0]["exp_avg"]
+    assert type(found) is type(saved)
+    assert torch.equal(found.codes, saved.codes)
+    assert torch.equal(found.scale, saved.scale)
+    assert found.dtype == saved.dtype == torch.float32
+    with pytest.raises(ValueError, match="may hold OptimState8bit"):
+        decode({"__parts__": {}, "class": "Popen", "context": []}, {})

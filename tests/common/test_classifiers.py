@@ -155,3 +155,11 @@ def test_resnet20_with_its_published_weights_knows_real_pictures(real_data):
         for x, y in evaluation_batches(part, 32, recipe="none", normalize=found.normalize, batch=250):
             right += int((logits_of(found.model.eval(), x).argmax(-1) == y).sum())
     assert 0.77 < right / 500 < 0.85
+
+
+def test_a_vit_whose_size_is_not_asked_for_has_that_of_its_weights(tmp_path):
+    build_classifier("vit-mini", 3, image_size=12).model.save_pretrained(tmp_path)
+    found = build_classifier("vit-mini", 3, weights=str(tmp_path))
+    assert found.image_size == 12
+    assert found.head_kept
+    assert logits_of(found.model, torch.zeros(2, 3, 12, 12)).shape == (2, 3)

@@ -51,6 +51,18 @@ def frozen_norms():
     return model
 
 
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=53, num_key_value_heads=2, use_cache=False, **sizes))
+
+
+def llama_loss(model):
+    tokens, mask = torch.ones(3, 24).long(), torch.ones(3, 24).long()
+    return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
+
+
 def sgd(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
@@ -92,6 +104,7 @@ def real_step(build, loss, optimizer, saving):
         pytest.param(gpt, in_bf16, adamw, nullcontext, id="gpt-autocast"),
         pytest.param(frozen_norms, gpt_loss, sgd, nullcontext, id="gpt-frozen-norms"),
         pytest.param(gpt, gpt_loss, adamw, offload, id="gpt-offload"),
+        pytest.param(llama, llama_loss, adamw, nullcontext, id="llama-of-transformers"),
         pytest.param(Convolutions, convolution_loss, sgd, nullcontext, id="cnn-checkpoint"),
     ],
 )
@@ -102,6 +115,17 @@ def test_predicted_is_measured_to_the_byte(build, loss, optimizer, saving):
     assert predicted.ledger.total("activations") > 0
     assert predicted.peak_bytes == peak_bytes
     assert predicted.peak_bytes > sum(predicted.ledger.totals[c] for c in ("weights", "optimizer", "buffers"))
+
+
+def test_a_model_that_exists_keeps_its_buffers_and_plain_tensors():
+    def build():
+        model = Convolutions()
+        model.table = torch.arange(9.0)  # no buffer: transformers' rotary embedding has such
+        return model
+
+    model = build()
+    assert predict(lambda: model, convolution_loss, sgd).ledger == predict(build, convolution_loss, sgd).ledger
+    assert predict(lambda: model, convolution_loss, sgd).ledger.total("buffers") > 0
 
 
 def test_a_model_that_exists_is_left_alone_and_predicted_with_its_ties():

@@ -12,7 +12,7 @@ import transformers
 from lora_xs import load_adapter
 from lora_xs.tasks.answers import gsm8k_answer, gsm8k_correct
 from lora_xs.tasks.instruct import IGNORED, collate, tokenize
-from lora_xs.tasks.models import load_tokenizer
+from memtrain_common.encoders import load_tokenizer
 from memtrain_common.instruct import Example
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command

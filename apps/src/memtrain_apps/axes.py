@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from memtrain_common.configure import flag
 from memtrain_common.errors import UserError
 
 Train = Literal["full", "head", "bitfit", "lora", "melo", "lora-xs", "lte"]
@@ -27,14 +28,14 @@ class Axes:
     """One choice on each axis, and the settings of the choices."""
 
     train: Train = "full"
-    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v (melo); r×r
-    adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
+    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v
+    (melo); r×r adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
     save: Save = "all"
     """What is kept for the backward pass: everything; the largest part of each activation (backrazor); block inputs
     (checkpoint); everything, in host memory (offload)."""
     optim: Optim = "adamw"
-    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the projected
-    gradient (galore-…)."""
+    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the
+    projected gradient (galore-…)."""
     # -- train
     rank: int = 8
     """r of lora, melo, lora-xs and lte."""
@@ -163,10 +164,6 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
 def read_settings(axes: Axes) -> dict[str, float | int | str]:
     """The settings that the three choices read, for a record of the run."""
     return {n: getattr(axes, n) for n, (axis, choices) in USED_BY.items() if getattr(axes, axis) in choices}
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""The composition, in plain sight: inject what is trained, make what is kept, build the optimizer. ``fit`` does the rest."""
+"""The composition, in plain sight: inject what is trained, make what is kept, build the optimizer."""
 
 import re
 import warnings
@@ -97,7 +97,7 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
             target_modules=matrices(model, axes.adapt),
             modules_to_save=[head] if head else None,
         )
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
+        return get_peft_model(model, settings)
     if axes.train == "melo":
         from galore_vit.melo import MeLo, add_melo
 
@@ -124,7 +124,6 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
         except lora_xs.LoRAXSError as error:
             raise UserError(f"train lora-xs: {error}") from None
     import lte
-
     from lte.config import REST
 
     rest = tuple(w for w in REST if w != "embeddings") if head else REST
@@ -239,7 +238,9 @@ def _galore_groups(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
 
 def _head_parameters(model: nn.Module) -> set[Tensor]:
     """The task head's, under the names that PEFT's and LoRA-XS's wrappers give it too."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     head = head_name(inner)
     return set(getattr(inner, head).parameters()) if head else set()
 
@@ -259,6 +260,10 @@ def _split(
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained, without what PEFT puts before and between them."""
-    wrapped = re.compile(r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.default(?=\.)")
-    return [wrapped.sub("", n) for n, p in model.named_parameters() if p.requires_grad]
+    """Names of the parameters that are trained."""
+    return [plain_name(n) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without what PEFT puts before it and between its parts."""
+    return re.sub(r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.default(?=\.|$)", "", name)

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from memtrain_common.cli import changed_fields, flag_value, parse
+from memtrain_common import configure as common
 from memtrain_common.errors import UserError
 
-from .axes import Axes, check, flag, names, refuse_unused
+from .axes import Axes, check, names, refuse_unused
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -69,8 +68,8 @@ class FinetuneConfig(RunConfig):
 
     # -- data and model
     data: str = "digits"
-    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder; glue:TASK (glue:rte);
-    metamathqa, commonsense or a JSON(L) file of instructions."""
+    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder;
+    glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
     data_dir: str = ""
     """Folder (or zip) with the data in its public form."""
     size: int = 28
@@ -78,8 +77,8 @@ class FinetuneConfig(RunConfig):
     labels: tuple[int, ...] = ()
     """Only the pictures of these classes, in this order; empty takes all."""
     model: str = ""
-    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty takes
-    vit-mini. Language: folder of a transformers model, or its name on the hub."""
+    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty
+    takes vit-mini. Language: folder of a transformers model, or its name on the hub."""
     weights: str = ""
     """Pictures: pretrained weights (transformers' folder, Google's .npz, timm's .safetensors; a CNN's state dict)."""
     image_size: int = 0
@@ -144,8 +143,9 @@ FINETUNE_PRESETS = {
     "vit-s-lora-backrazor": replace(VIT_S, train="lora", lr=3e-4, save="backrazor", keep=0.2),
     # ltegalorevit.py: LTE with GaLore over its heads' matrices
     "path-lte-galore": FinetuneConfig(
-        train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16, epochs=1,
-        lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant", warmup_ratio=0.0, grad_clip=0.0,
+        train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16,
+        epochs=1, lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant",
+        warmup_ratio=0.0, grad_clip=0.0,
     ),
     "rte-lora-xs-backrazor": FinetuneConfig(
         train="lora-xs", save="backrazor", data="glue:rte", rank=16, batch_size=32, lr=1e-3, head_lr=5e-3, epochs=50,
@@ -155,8 +155,8 @@ PRETRAIN_PRESETS = {
     "default": PretrainConfig(),
     # GaLore with Back Razor on a Llama-shaped model: rank 128, gap 200, scale 0.25, a fifth of each activation
     "llama-galore-backrazor": PretrainConfig(
-        model="llama", save="backrazor", keep=0.2, optim="galore-adamw", galore_rank=128, gap=200, galore_scale=0.25, lr=0.01,
-        n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=32, max_iters=10_000,
+        model="llama", save="backrazor", keep=0.2, optim="galore-adamw", galore_rank=128, gap=200, galore_scale=0.25,
+        lr=0.01, n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=32, max_iters=10_000,
     ),
 }  # fmt: skip
 
@@ -180,30 +180,14 @@ def configure(
     argv: Sequence[str], config_type: type[Config], *, prog: str, description: str, presets: dict[str, Config]
 ) -> Config:
     """Flags, presets and a resumed run's own configuration into a checked configuration."""
-    resume = flag_value(argv, "--resume")
-    if resume is None:
-        config = parse(config_type, argv, prog=prog, description=description, presets=presets)
+
+    def check_all(config: Config, before: Config) -> Config:
         refuse_unused(config, _given(argv))
         return checked(config)
-    before = saved_config(Path(resume), config_type, prog)
-    config = parse(config_type, argv, prog=prog, description=description, default=before)
-    if config.out not in (before.out, resume):
-        raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")
-    for name, (old, new) in changed_fields(before, config).items():
-        if name not in MAY_CHANGE:
-            raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
-    return checked(replace(config, out=resume))
 
-
-def saved_config(run: Path, config_type: type[Config], prog: str) -> Config:
-    """The configuration in a run's folder."""
-    from memtrain_common.run_folder import RunFolder
-
-    content = RunFolder.open(run, writes=False).read_config()["config"]
-    try:
-        return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-    except TypeError as error:
-        raise UserError(f"{run} was not made by this version of {prog}: {error}") from None
+    return common.configure(
+        config_type, argv, prog=prog, description=description, presets=presets, check=check_all, may_change=MAY_CHANGE
+    )
 
 
 def _given(argv: Sequence[str]) -> set[str]:
@@ -220,23 +204,24 @@ def checked(config: Config) -> Config:
     """
     check(config)
     at_least: dict[str, Any] = {
-        "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0, "warmup_ratio": 0,
-        "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0, "max_length": 2, "head_lr": 0,
-        "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1, "eval_interval": 1, "eval_iters": 1,
+        "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0,
+        "warmup_ratio": 0, "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0,
+        "max_length": 2, "head_lr": 0, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1,
+        "eval_interval": 1, "eval_iters": 1,
     }  # fmt: skip
     own = {f.name for f in fields(config)}
     for name, least in at_least.items():
         if name in own and not least <= getattr(config, name) < math.inf:
-            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}")
+            raise UserError(f"{common.flag(name)} must be at least {least}, got {getattr(config, name)}")
     for name in ("epochs", "eval_epochs"):
         if name in own and not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
+            raise UserError(f"{common.flag(name)} must be above 0, got {getattr(config, name)}")
     if not config.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
     if config.train == "lte" and config.batch_size % config.heads:
         raise UserError(
-            f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees its "
-            "own share of a batch"
+            f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees "
+            "its own share of a batch"
         )
     if config.train == "lte" and config.parallel == "fsdp":
         raise UserError("--parallel fsdp does not go with --train lte, which merges into whole weights: choose ddp")

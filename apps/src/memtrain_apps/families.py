@@ -63,7 +63,7 @@ def matrices(model: nn.Module, which: str) -> list[str]:
         inside = tuple(f"{b}." for b in blocks(model))
         chosen = [n for n, m in layers if n.startswith(inside) and getattr(m, "groups", 1) == 1]
     if not chosen:
-        there = ", ".join(sorted({n.rpartition(".")[2] for n, _ in layers})) or "none"
+        there = ", ".join(sorted({n.rpartition(".")[2] for n, _ in layers})) or "none of this kind"
         raise UserError(f"{type(model).__name__} has no matrices of {which} to adapt; its layers are called {there}")
     return chosen
 

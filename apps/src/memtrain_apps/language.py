@@ -6,17 +6,16 @@ import math
 from typing import Any
 
 import torch
-from lora_xs.tasks.glue import evaluation, prepare
-from lora_xs.tasks.glue import loss_of as glue_loss
-from lora_xs.tasks.glue_flags import TASKS, GlueConfig
 from lora_xs.tasks.instruct import IGNORED, collate, load_rows, tokenize
 from lora_xs.tasks.instruct import loss_of as instruct_loss
 from lora_xs.tasks.instruct_flags import InstructConfig
-from lora_xs.tasks.models import load_causal_lm, load_classifier, load_tokenizer
+from lora_xs.tasks.models import load_causal_lm
 from memtrain_common.data_order import epoch_batch, rank_share
 from memtrain_common.distributed import World
+from memtrain_common.encoders import load_classifier, load_tokenizer
 from memtrain_common.errors import UserError
-from memtrain_common.glue import TASKS as SPECIFICATIONS
+from memtrain_common.glue import TASKS
+from memtrain_common.glue_batches import evaluation, model_loss, prepare_glue
 from memtrain_common.instruct import examples
 from torch import Tensor, nn
 
@@ -28,14 +27,14 @@ HELD_OUT = 64
 
 
 def glue_workload(config: FinetuneConfig, world: World) -> Workload:
-    """``--data glue:TASK``: the task's rows and an encoder with a fresh head. GLUE's development set is what is reported."""
+    """``--data glue:TASK``: the task's rows and an encoder with a fresh head; reported is GLUE's development set."""
     task = config.data.removeprefix("glue:")
     if task not in TASKS:
         raise UserError(f"--data glue:{task} is no task of GLUE: choose one of {', '.join(f'glue:{t}' for t in TASKS)}")
     _need_model(config)
-    flags = GlueConfig(task=task, model=config.model, data_dir=config.data_dir, max_length=config.max_length)
-    prepared = prepare(flags)
-    model, _ = load_classifier(config.model, SPECIFICATIONS[task].num_labels, pad_id=prepared.tokenizer.pad_token_id)
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare_glue(task, config.data_dir, tokenizer, max_length=config.max_length)
+    model, _ = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
     rows = len(prepared.ids["train"])
 
     def batches(i: int) -> dict[str, Tensor]:
@@ -48,13 +47,13 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
     return Workload(
         model=model,
         batches=batches,
-        loss=glue_loss,
+        loss=model_loss,
         evaluate=evaluate,
-        metric=SPECIFICATIONS[task].metrics[0],
+        metric=TASKS[task].metrics[0],
         higher_is_better=True,
         about={"name": config.data, "train": rows, "sha256": prepared.sha256},
         splits=("val",),
-        extra={"tokenizer": prepared.tokenizer},
+        extra={"tokenizer": tokenizer},
         **_lengths(config, rows),
     )
 

@@ -22,7 +22,9 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     """The set and the classifier that the flags name; fresh weights come from torch's generator."""
     pictures = with_labels(load_pictures(config.data, config.data_dir, size=config.size), config.labels)
     name = config.model or "vit-mini"
-    size = config.image_size or usual_size(name, config.weights) or pictures.size
+    size = config.image_size or (0 if config.weights else usual_size(name) or pictures.size)
+    if not size and not config.weights:
+        raise UserError(f"--image-size is missing: the pictures have several sizes, and {name} takes any")
     classifier = build_classifier(name, len(pictures.classes), weights=config.weights, image_size=size)
     rows = len(pictures.splits["train"])
     per_epoch = rows / (config.batch_size * config.gradient_accumulation_steps)

@@ -1,6 +1,5 @@
 """One run: a workload under a choice on each axis, through the shared loop, with the memory predicted and measured."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from memtrain_common.files import write_json
 from memtrain_common.loop import DTYPES, FitConfig, FitResult, fit
 from memtrain_common.memory import CATEGORIES, Ledger
 from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.prediction import Prediction, predict
+from memtrain_common.prediction import Prediction, fake_copy, predict
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, default_run_path, device_name
@@ -29,6 +28,7 @@ from .axes import Axes, read_settings
 from .compose import Composed, compose, merged
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .families import blocks
+from .quiet import no_progress_bars, quiet_libraries
 from .workload import Workload
 
 
@@ -36,6 +36,7 @@ def run(
     config: RunConfig, make: Callable[[Any, World], Workload], argv: Sequence[str], prog: str
 ) -> dict[str, Any] | None:
     """Everything that ``finetune`` and ``pretrain`` do once their flags are checked; -> the content of result.json."""
+    quiet_libraries()
     if config.threads:
         torch.set_num_threads(config.threads)
     world, device = launch(config.device)
@@ -62,8 +63,8 @@ def run(
 
     # the composition: inject, wrap, build; then fit enters the saving context around each forward pass
     composed = compose(
-        workload.model, config, **_rates(config, lr), say=console.say,
-        wrap=lambda m: parallelize(m, config.parallel, device, blocks=blocks(m).values()),
+        workload.model, config, lr=lr, head_lr=getattr(config, "head_lr", 0.0), weight_decay=config.weight_decay,
+        say=console.say, wrap=lambda m: parallelize(m, config.parallel, device, blocks=blocks(m).values()),
     )  # fmt: skip
     start = {n: p.detach().clone() for n, p in unwrap(composed.model).state_dict().items()}
     seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
@@ -109,7 +110,7 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     batch = workload.batches(0)
 
     def build() -> nn.Module:
-        made.append(compose(copy.deepcopy(workload.model), axes, **_rates(config, 1e-3), predicting=True))
+        made.append(compose(fake_copy(workload.model), axes, lr=1e-3, predicting=True))
         return made[0].model
 
     def loss(model: nn.Module) -> torch.Tensor:
@@ -126,10 +127,6 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     )
 
 
-def _rates(config: RunConfig, lr: float) -> dict[str, float]:
-    return {"lr": lr, "head_lr": getattr(config, "head_lr", 0.0) or lr, "weight_decay": config.weight_decay}
-
-
 def _open_run(
     config: RunConfig, argv: Sequence[str], prog: str, workload: Workload, device: torch.device, world: World
 ) -> tuple[RunFolder, RunConfig]:
@@ -139,8 +136,8 @@ def _open_run(
         before = folder.read_config()["data"]
         if before["sha256"] != workload.about["sha256"]:
             raise UserError(
-                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the data found "
-                f"now have {workload.about['sha256'][:12]}…: give it the same --data-dir, or begin a new run"
+                f"{config.resume} was trained on {before['name']} (SHA-256 {before['sha256'][:12]}…), and the data "
+                f"found now have {workload.about['sha256'][:12]}…: give it the same --data-dir, or begin a new run"
             )
         config = dataclasses.replace(config, out=str(folder.path))
         folder.add_resume(config, prog=prog, argv=argv)
@@ -253,7 +250,7 @@ def _say(console: Console, content: dict[str, Any], folder: RunFolder) -> None:
     console.say(f"{content['metric']} of the checkpoint of step {content['best_step']}")
     console.say(format_table([(s, f"{n[content['metric']]:.4f}") for s, n in content["scores"].items()]))
     console.say("memory of a training step")
-    rows = [("", "measured", "predicted")]
+    rows: list[tuple[str, ...]] = [("", "measured", "predicted")]
     rows += [(c, format_bytes(content["measured"][c]), format_bytes(content["predicted"][c])) for c in CATEGORIES]
     rows.append(("total", *(format_bytes(sum(content[k].values())) for k in ("measured", "predicted"))))
     console.say(format_table(rows))
@@ -282,7 +279,8 @@ def _save_model(model: nn.Module, config: RunConfig, workload: Workload, path: P
 
     model = merged(model, config).to("cpu")
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(path)
+        no_progress_bars()
+        model.save_pretrained(path)  # type: ignore[operator]
         for part in workload.extra.values():
             part.save_pretrained(path)
     else:

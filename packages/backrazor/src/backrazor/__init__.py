@@ -5,10 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import RazorError as RazorError
     from .razor import Razor as Razor
+    from .table import DENSE as DENSE
+    from .table import OPERATIONS as OPERATIONS
+    from .table import describe as describe
 
 _HOMES = {
+    "DENSE": "table",
+    "OPERATIONS": "table",
     "Razor": "razor",
     "RazorError": "errors",
+    "describe": "table",
 }
 __all__ = sorted(_HOMES)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .errors import RazorError
-from .store import Holder
+from .saved import Dense
+from .store import Held, seen_as
 
 
 class Function(torch.autograd.Function):
@@ -14,52 +15,62 @@ class Function(torch.autograd.Function):
 
     @staticmethod
     def grad(ctx: Any, *grads: Any) -> Any:
+        """dL/d(inputs) from dL/d(outputs)."""
         raise NotImplementedError
-
-    @classmethod
-    def _backward(cls, ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RazorError(
-                "Back Razor has no second derivative: what it keeps of an activation suffices for one backward pass; "
-                "leave create_graph=False, or do not open the Razor around this model"
-            )
-        return cls.grad(ctx, *grads)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.backward = staticmethod(lambda ctx, *grads: cls._backward(ctx, *grads))  # type: ignore[method-assign]
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RazorError(
+                    "Back Razor has no second derivative: what it keeps of an activation suffices for one backward "
+                    "pass; leave create_graph=False, or do not open the Razor around this model"
+                )
+            return cls.grad(ctx, *grads)
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
 
 
-def save(ctx: Any, **named: Holder | Tensor | None) -> None:
-    """Save stored tensors (a :class:`Holder`) and tensors by reference, each under a name; None saves nothing."""
+def save(ctx: Any, **named: Held | Tensor | None) -> None:
+    """Save stored tensors (:class:`.store.Held`) and tensors by reference, each under a name; None saves nothing."""
     tensors: list[Tensor] = []
     ctx.plan, ctx.holders = [], []
     for name, value in named.items():
-        if isinstance(value, Holder):
+        if isinstance(value, Held):
             parts = value.saved.tensors
-            ctx.plan.append((name, len(parts), value.saved.recipe))
-            ctx.holders.append(value)
+            ctx.plan.append((name, len(parts), value.saved.recipe, value.geometry))
+            ctx.holders.append(value.holder)
             tensors += parts
         elif value is not None:
-            ctx.plan.append((name, 1, None))
+            ctx.plan.append((name, 1, None, None))
             tensors.append(value)
     ctx.save_for_backward(*tensors)
 
 
-def saved_parts(ctx: Any) -> dict[str, tuple[tuple[Tensor, ...], Any]]:
-    """What :func:`save` kept: from a name to its tensors and its recipe (None for a tensor by reference)."""
-    tensors = ctx.saved_tensors
-    ctx.holders = []
-    parts, start = {}, 0
-    for name, count, recipe in ctx.plan:
-        parts[name] = (tuple(tensors[start : start + count]), recipe)
-        start += count
-    return parts
+class Kept:
+    """What :func:`save` kept, made dense one by one, so that an operation decides what is there at the same time."""
 
+    def __init__(self, ctx: Any) -> None:
+        tensors = ctx.saved_tensors
+        ctx.holders = []
+        self._parts, start = {}, 0
+        for name, count, recipe, geometry in ctx.plan:
+            self._parts[name] = (tuple(tensors[start : start + count]), recipe, geometry)
+            start += count
 
-def rebuild(ctx: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Dense tensors, in ``dtype``, of everything that :func:`save` kept."""
-    return {
-        name: recipe.rebuild(tensors, dtype) if recipe is not None else tensors[0].to(dtype)
-        for name, (tensors, recipe) in saved_parts(ctx).items()
-    }
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def parts(self, name: str) -> tuple[tuple[Tensor, ...], Any]:
+        """The tensors and the recipe (None: by reference) of ``name``, as they were saved."""
+        tensors, recipe, _ = self._parts[name]
+        return tensors, recipe
+
+    def dense(self, name: str, dtype: torch.dtype, *, own: bool = False) -> Tensor:
+        """The dense tensor in ``dtype``; ``own`` copies what is kept by reference, for work in place."""
+        tensors, recipe, geometry = self._parts[name]
+        if recipe is None:
+            return tensors[0].to(dtype, copy=own)
+        out = seen_as(recipe.rebuild(tensors, dtype), geometry)
+        return out.clone() if own and isinstance(recipe, Dense) else out

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import packing
+from . import bits, packing, paper_packing
+from .groups import Groups
 from .packing import Layout
+from .values import decode, encode
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def _fills_its_memory(x: Tensor) -> bool:
 class Recipe:
     """How to make a dense tensor from the tensors of a :class:`Saved`."""
 
+    geometry: Geometry
+    """Of the tensor that is made."""
+
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
@@ -71,6 +75,8 @@ class Saved:
 class Dense(Recipe):
     """The tensor itself, by reference: autograd checks its version."""
 
+    geometry: Geometry
+
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         return tensors[0].to(dtype)
 
@@ -86,14 +92,104 @@ class Pruned(Recipe):
         return self.geometry.restore(packing.unpack(tensors, self.layout, dtype))
 
 
-def prune(x: Tensor, groups: Any, values: str) -> Saved:
+@dataclass(frozen=True)
+class PaperPruned(Recipe):
+    """What is at least the threshold of its sample (:mod:`.paper_packing`)."""
+
+    geometry: Geometry
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        values, mask = tensors
+        flat = paper_packing.unpack(values, mask, math.prod(self.geometry.shape), dtype)
+        return self.geometry.restore(flat)
+
+
+@dataclass(frozen=True)
+class EightBit(Recipe):
+    """Every element, as int8 with a scale for every 128 (:mod:`.values`)."""
+
+    geometry: Geometry
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        flat = decode(tensors, "int8", tensors[0].shape[1], dtype)
+        return self.geometry.restore(flat.reshape(-1))
+
+
+@dataclass(frozen=True)
+class Affine(Recipe):
+    """x̂ γ + β: a normalisation's output, from its pruned x̂ and its exact weights."""
+
+    geometry: Geometry
+    base: Recipe
+    base_tensors: int
+    has_weight: bool
+    has_bias: bool
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        x = self.base.rebuild(tensors[: self.base_tensors], dtype)
+        rest = [t.to(dtype) for t in tensors[self.base_tensors :]]
+        if self.has_weight:
+            x = x * rest.pop(0) if isinstance(self.base, Dense) else x.mul_(rest.pop(0))
+        return x + rest.pop(0) if self.has_bias else x
+
+
+@dataclass(frozen=True)
+class Dropped(Recipe):
+    """A dropout's output, from what is kept of its input and its exact mask."""
+
+    geometry: Geometry
+    base: Recipe
+    base_tensors: int
+    mask: "MaskBits"
+    scale: float
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        x = self.base.rebuild(tensors[: self.base_tensors], dtype)
+        return x * self.mask.rebuild(tensors[self.base_tensors :], dtype) * self.scale
+
+
+@dataclass(frozen=True)
+class MaskBits(Recipe):
+    """A mask, 1 bit an element; rebuilt as zeros and ones."""
+
+    geometry: Geometry
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        flat = bits.unpack(tensors[0], math.prod(self.geometry.shape), 1)
+        return self.geometry.restore(flat.to(dtype))
+
+
+def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
     """Pack ``x``, or keep it as it is where packing would not make it smaller."""
     if groups is None or x.numel() == 0:
-        return Saved((x,), Dense())
+        return Saved((x,), Dense(Geometry.of(x)))
     geometry = Geometry.of(x)
     flat = geometry.in_memory_order(x.detach())
-    samples = flat.shape[0]
-    layout = packing.layout_of(samples, math.prod(flat.shape[1:]), groups, values)
+    layout = packing.layout_of(flat.shape[0], math.prod(flat.shape[1:]), groups, values)
     if packing.stored_bytes(layout) >= x.numel() * x.element_size():
-        return Saved((x,), Dense())
+        return Saved((x,), Dense(Geometry.of(x)))
     return Saved(packing.pack(flat.view(-1), layout), Pruned(layout, geometry))
+
+
+def prune_as_paper(x: Tensor, keep: float, values: str) -> Saved:
+    """The official code's storage of ``x``."""
+    if keep == 1 or x.numel() == 0:
+        return Saved((x,), Dense(Geometry.of(x)))
+    geometry = Geometry(tuple(x.shape), tuple(torch.empty(x.shape, device="meta").stride()))
+    samples = x.shape[0] if x.dim() > 1 else 1
+    return Saved(paper_packing.pack(x.detach().reshape(samples, -1), keep, values), PaperPruned(geometry))
+
+
+def eight_bit(x: Tensor) -> Saved:
+    """A copy of ``x`` in 8.125 bits an element, or ``x`` itself where that is not smaller."""
+    geometry = Geometry.of(x)
+    if x.numel() < 64 or x.element_size() == 1:
+        return Saved((x,), Dense(Geometry.of(x)))
+    return Saved(encode(geometry.in_memory_order(x.detach()).view(1, -1), "int8"), EightBit(geometry))
+
+
+def mask_bits(mask: Tensor) -> Saved:
+    """A bool tensor in 1 bit an element."""
+    geometry = Geometry.of(mask)
+    flat = geometry.in_memory_order(mask).view(-1).view(torch.uint8)
+    return Saved((bits.pack(flat, 1),), MaskBits(geometry))

@@ -2,25 +2,42 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saved import Saved
+from .saved import Dense, Geometry, Saved
 
 
 class Holder:
     """Keeps one stored tensor in the store; every graph node that needs it holds this object, until its backward."""
 
-    __slots__ = ("__weakref__", "saved")
+    __slots__ = ("__weakref__", "saved", "shared")
 
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
+        self.shared: list[Holder] = []
+        """What is made from the same tensors, and stays in the store as long as they do."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands for a tensor, seen by one operation: it may have been stored in another shape of the same memory."""
+
+    holder: Holder
+    geometry: Geometry | None
+    """Of the tensor that this operation has; None where it has the stored shape."""
+
+    @property
+    def saved(self) -> Saved:
+        return self.holder.saved
 
 
 class Store:
-    """From a tensor (its memory, version and geometry) to what stands for it.
+    """From a tensor (its memory and version) to what stands for it.
 
     An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new version, and
     memory given to another tensor is another storage: neither is mistaken for what was stored.
@@ -29,22 +46,27 @@ class Store:
     def __init__(self) -> None:
         self._entries: dict[Any, tuple[StorageWeakRef, weakref.ref[Holder]]] = {}
 
-    def hold(self, x: Tensor, kind: str, make: Callable[[], Saved]) -> Holder:
+    def hold(self, x: Tensor, kind: str, make: Callable[[], Saved]) -> Held:
         """What stands for ``x``, made only if it is not stored yet. ``kind`` tells formats of one tensor apart."""
         found = self.find(x, kind)
         return found if found is not None else self.put(x, kind, make())
 
-    def find(self, x: Tensor, kind: str) -> Holder | None:
-        entry = self._entries.get(_key(x, kind))
-        return entry[1]() if entry is not None else None
+    def find(self, x: Tensor, kind: str) -> Held | None:
+        key, geometry = _key(x, kind)
+        entry = self._entries.get(key)
+        holder = entry[1]() if entry is not None else None
+        return Held(holder, geometry) if holder is not None else None
 
-    def put(self, x: Tensor, kind: str, saved: Saved) -> Holder:
-        key = _key(x, kind)
+    def put(self, x: Tensor, kind: str, saved: Saved) -> Held:
+        """Remember that ``saved`` stands for ``x``."""
+        key, geometry = _key(x, kind)
         holder = Holder(saved)
+        if isinstance(saved.recipe, Dense):  # PyTorch's own saving shares what is saved by reference
+            return Held(holder, None)
         forget = weakref.ref(holder, lambda _, key=key, entries=self._entries: entries.pop(key, None))
         # The weak reference to the storage keeps its address from being used again while the entry stands.
         self._entries[key] = (StorageWeakRef(x.untyped_storage()), forget)
-        return holder
+        return Held(holder, geometry)
 
     def clear(self) -> None:
         self._entries.clear()
@@ -53,5 +75,18 @@ class Store:
         return len(self._entries)
 
 
-def _key(x: Tensor, kind: str) -> tuple[Any, ...]:
-    return (kind, x.untyped_storage()._cdata, x._version, x.storage_offset(), x.dtype, tuple(x.shape), x.stride())
+def _key(x: Tensor, kind: str) -> tuple[tuple[Any, ...], Geometry | None]:
+    """A key that all shapes of the same stretch of memory share, and the geometry that tells them apart."""
+    geometry = Geometry.of(x)
+    fills = geometry.stride == tuple(x.stride())
+    memory = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.dtype, kind)
+    if fills:
+        return (*memory, x.numel()), geometry
+    return (*memory, tuple(x.shape), tuple(x.stride())), None
+
+
+def seen_as(x: Tensor, geometry: Geometry | None) -> Tensor:
+    """A rebuilt tensor in the shape that an operation had."""
+    if geometry is None or (geometry.shape == tuple(x.shape) and geometry.stride == tuple(x.stride())):
+        return x
+    return torch.as_strided(x, geometry.shape, geometry.stride, x.storage_offset())

@@ -60,7 +60,7 @@ def build_classifier(
         classes: outputs of the head. A head of the weights is kept where it has as many, else it is fresh.
         weights: of a ViT a folder of transformers, Google's ``.npz`` or timm's ``.safetensors``; of a CNN its state
             dict as ``.safetensors`` or ``.pth``, or "imagenet" for torchvision's, which are downloaded.
-        image_size: pixels; 0 takes :func:`usual_size`.
+        image_size: pixels; 0 takes :func:`usual_size`, and of a ViT's weights what they were trained with.
         patch_size: of a ViT with random weights; 0 takes the name's, or what fits the picture.
 
     Raises:
@@ -68,8 +68,8 @@ def build_classifier(
     """
     if name not in MODELS:
         raise UserError(f"{name!r} is no known model: choose one of {', '.join(MODELS)}")
-    image_size = image_size or usual_size(name, weights)
     if name in CNNS:
+        image_size = image_size or usual_size(name)
         model = _cnn(name, classes)
         kept = _load(model, name, weights) if weights else False
         return Classifier(model, image_size, CNNS[name], IMAGENET, kept)
@@ -77,9 +77,11 @@ def build_classifier(
         model, kept = load_vit(Path(weights), image_size=image_size, classes=classes)
     else:
         size, patch = VITS[name]
+        image_size = image_size or usual_size(name)
         patch = patch_size or patch or patch_for(image_size)
         model, kept = build_vit(size, image_size=image_size, patch_size=patch, classes=classes), False
-    return Classifier(model, image_size, "classifier", Normalize(), kept)
+    made: Any = model.config  # of weights whose size was not asked for, their own
+    return Classifier(model, made.image_size, "classifier", Normalize(), kept)
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .files import write_json
@@ -69,13 +70,16 @@ class SavedActivations:
     Args:
         model: whose modules are the layers.
         by_layer: False gives everything to "(model)" and hooks no module: a compiled model has no layers left.
+        by_operation: also note in which operation each tensor was saved, for :meth:`by_operation`.
     """
 
-    def __init__(self, model: nn.Module, *, by_layer: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, by_layer: bool = True, by_operation: bool = False) -> None:
         self._model = model
         self._hook_layers = by_layer
         self._stack = ["(model)"]
-        self._seen: dict[int, tuple[StorageWeakRef, str]] = {}  # a storage's key -> (reference, layer)
+        self._operations = _Operations() if by_operation else None
+        # a storage's key -> (reference, (layer, operation))
+        self._seen: dict[int, tuple[StorageWeakRef, tuple[str, str]]] = {}
         self._handles: list[Any] = []
         self._hooks: Any = None
 
@@ -90,11 +94,15 @@ class SavedActivations:
         pack, unpack = outer if outer is not None else (_same, _same)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._note(pack(tensor)), unpack)
         self._hooks.__enter__()
+        if self._operations is not None:
+            self._operations.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._operations is not None:
+            self._operations.__exit__(kind, error, trace)
         self._hooks.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
@@ -103,19 +111,44 @@ class SavedActivations:
         for tensor in _tensors_in(packed):
             for storage in storages_of(tensor):
                 if _key(storage) not in self._seen:
-                    self._seen[_key(storage)] = (StorageWeakRef(storage), self._stack[-1])
+                    place = self._stack[-1], self._operations.now if self._operations is not None else ""
+                    self._seen[_key(storage)] = (StorageWeakRef(storage), place)
         return packed
 
     def by_layer(self) -> dict[str, int]:
         """Bytes by layer of what is still held, without parameters and buffers; call it before ``backward``."""
-        own = {_key(s) for t in _model_tensors(self._model) for s in storages_of(t)}
         layers: dict[str, int] = {}
-        for key, (reference, layer) in self._seen.items():
+        for (layer, _), n_bytes in self.by_operation().items():
+            layers[layer] = layers.get(layer, 0) + n_bytes
+        return layers
+
+    def by_operation(self) -> dict[tuple[str, str], int]:
+        """The same by (layer, operation): the first that saved a tensor; "" where operations were not noted."""
+        own = {_key(s) for t in _model_tensors(self._model) for s in storages_of(t)}
+        places: dict[tuple[str, str], int] = {}
+        for key, (reference, place) in self._seen.items():
             if key not in own and not reference.expired():
                 # Read now, not when it was saved: FSDP2 empties a layer's gathered weights after its forward.
                 n_bytes = torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
-                layers[layer] = layers.get(layer, 0) + n_bytes
-        return {layer: n_bytes for layer, n_bytes in layers.items() if n_bytes}
+                places[place] = places.get(place, 0) + n_bytes
+        return {place: n_bytes for place, n_bytes in places.items() if n_bytes}
+
+
+class _Operations(TorchFunctionMode):
+    """Knows the name of the function of torch that is running: the outermost one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = "(none)"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.now
+        if before == "(none)":
+            self.now = getattr(func, "__name__", str(func)).strip("_")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.now = before
 
 
 def _same(value: Any) -> Any:

@@ -7,6 +7,7 @@ allocated, and a model of 7 billion weights takes seconds on a laptop.
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -62,8 +63,9 @@ def predict(
     a condition reads True, but False where it is an ``any``: most ask whether something is wrong. A program that goes
     another way on the real numbers is predicted wrongly.
     """
-    with fake_step() as live:
+    with fake_step() as live, ExitStack() as stack:
         model = _as_fake(build())
+        stack.enter_context(_as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
         ledger = Ledger()
         for step in range(2):  # the optimizer makes its state in the first
@@ -102,7 +104,17 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
         # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references that
         # are freed twice.
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
+        stack.enter_context(_as_if_real())
         yield stack.enter_context(live or LiveBytes())
+
+
+def _as_if_real() -> AbstractContextManager[Any]:
+    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since
+    it takes them for a sign that a graph is traced; here they stand for real ones."""
+    utilities = sys.modules.get("transformers.utils.import_utils")
+    if utilities is None:
+        return nullcontext()
+    return mock.patch.object(utilities, "is_fake_tensor", return_value=False)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -148,8 +160,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would be
-    converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would
+    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
 
     def swap(old: Tensor, new: Tensor) -> None:
         if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
@@ -158,7 +170,19 @@ def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tenso
     return swap
 
 
+def fake_copy(model: nn.Module) -> nn.Module:
+    """Within :func:`fake_step`: a copy of the model with fake tensors instead of its real ones; ties stay."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
+            elif isinstance(tensor, Tensor):
+                memo[id(tensor)] = torch.empty_like(tensor)
+    return copy.deepcopy(model, memo)
+
+
 def _as_fake(model: nn.Module) -> nn.Module:
-    """The model itself if it was built fake, otherwise a copy with fake tensors; ties between weights stay."""
     tensors = (*model.parameters(), *model.buffers())
-    return model if all(isinstance(t, FakeTensor) for t in tensors) else copy.deepcopy(model)
+    return model if all(isinstance(t, FakeTensor) for t in tensors) else fake_copy(model)

@@ -27,11 +27,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoints
 from .errors import UserError
 from .files import write_json
+
+if TYPE_CHECKING:
+    from .distributed import World
 
 VERSIONS_OF = ("torch", "numpy", "safetensors", "transformers", "peft", "torchao", "triton")
 
@@ -132,6 +135,43 @@ class RunFolder:
         """Drop the rows that were written after a checkpoint: the resumed run writes them again."""
         if self.writes and self._metrics.exists() and self._metrics.stat().st_size > n_bytes:
             os.truncate(self._metrics, n_bytes)
+
+
+def open_run(
+    config: Any, argv: Sequence[str], *, prog: str, world: "World", device: Any, data: dict[str, Any]
+) -> tuple[RunFolder, Any]:
+    """Make a command's run folder, or open the one that it resumes, and write its config.json.
+
+    Args:
+        config: a dataclass with ``out`` and ``resume``.
+        argv: the words after the command's name.
+        prog: the command's name; "program command" where a program has several.
+        world, device: of :func:`memtrain_common.distributed.launch`.
+        data: what tells the data from other data.
+
+    Returns:
+        The folder, and the configuration with its path as ``out``.
+
+    Raises:
+        UserError: if the folder is taken, or the run that is resumed had other data.
+    """
+    if config.resume:
+        run = RunFolder.open(Path(config.resume), writes=world.is_main)
+        before = run.read_config().get("data")
+        if before != data:
+            raise UserError(
+                f"{config.resume} was trained on other data ({before}, and now {data}): give it the same files, or "
+                "begin a new run"
+            )
+    else:
+        path = Path(config.out) if config.out else default_run_path(prog.replace(" ", "-"))
+        run = RunFolder.create(path, writes=world.is_main)
+    config = dataclasses.replace(config, out=str(run.path))
+    program, *command = prog.split(" ")
+    run.write_config(
+        config, prog=program, argv=[*command, *argv], data=data, device=device_name(device), processes=world.size
+    )
+    return run, config
 
 
 LOCK = ".lock"

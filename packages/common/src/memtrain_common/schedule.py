@@ -14,3 +14,10 @@ def cosine_with_warmup(step: int, *, warmup_iters: int, decay_iters: int, min_ra
         return min_ratio
     progress = (step - warmup_iters) / (decay_iters - warmup_iters)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear_with_warmup(step: int, *, warmup_iters: int, decay_iters: int) -> float:
+    """transformers' schedule as a factor: (t+1)/(w+1) for t < w, then (d−t)/(d−w) down to 0."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    return max(0.0, (decay_iters - step) / max(1, decay_iters - warmup_iters))

@@ -69,6 +69,7 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, b
     """A pretrained ViT, and whether its head fits ``classes`` and was kept; a head that does not is fresh.
 
     Args:
+        image_size: pixels of the input's side; 0 takes the file's own.
         path: a folder of transformers (``config.json``, ``model.safetensors``), Google's ``.npz``, or timm's
             ``.safetensors``.
 
@@ -80,10 +81,11 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, b
         width, _, patch, _ = tensors["vit.embeddings.patch_embeddings.projection.weight"].shape
         mlp = tensors["vit.layers.0.mlp.fc1.weight"].shape[0]
         blocks = 1 + max(int(m[1]) for m in (re.match(r"vit\.layers\.(\d+)\.", n) for n in tensors) if m)
+        positions = "vit.embeddings.position_embeddings"
+        image_size = image_size or patch * round((tensors[positions].shape[1] - 1) ** 0.5)
         if image_size % patch:
             raise UserError(f"{path} has patches of {patch} pixels, which do not fill images of {image_size}")
         model = _vit(width, blocks, heads or max(1, width // 64), mlp, image_size, patch, classes)
-        positions = "vit.embeddings.position_embeddings"
         tensors[positions] = resize_positions(tensors[positions], image_size // patch)
     except KeyError as error:
         raise UserError(f"{path} is not a ViT: it has no {error.args[0]}") from None

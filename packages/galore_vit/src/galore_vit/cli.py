@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.configure import flag, refuse_unused
 from memtrain_common.errors import UserError
 
 from .config import PRESETS, EvalConfig, InfoConfig, TrainConfig
@@ -97,17 +98,6 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
     if config.weights:
         refuse_unused(config, plain, ("model", "patch_size", "dropout"), "--weights brings its own")
     return config
-
-
-def refuse_unused(config: TrainConfig, plain: TrainConfig, names: Sequence[str], why: str) -> None:
-    """Refuse flags that would do nothing beside another one."""
-    for name in names:
-        if getattr(config, name) != getattr(plain, name):
-            raise UserError(f"{flag(name)} {getattr(config, name)} would do nothing: {why}, so leave it out")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_eval(config: EvalConfig) -> EvalConfig:

@@ -7,11 +7,11 @@ from memtrain_common.console import Console, format_table
 from memtrain_common.distributed import launch
 from memtrain_common.errors import UserError
 from memtrain_common.images import load_images
+from memtrain_common.intervals import mean_and_ci
 from memtrain_common.rng import seed_all
 
 from ..cli import PROG, saved_config
 from ..config import EvalConfig
-from .intervals import mean_and_ci
 from .models import check_classes, image_size, make_model
 from .scoring import Score, predict, read_predictions, score, write_all
 from .train import load_checkpoint, trial_folder, trial_images, trials

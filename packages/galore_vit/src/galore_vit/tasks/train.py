@@ -15,6 +15,7 @@ from memtrain_common.console import Console, format_bytes, format_count, format_
 from memtrain_common.distributed import launch, parallelize, unwrap, world
 from memtrain_common.errors import UserError
 from memtrain_common.images import ImageBatches, ImageSet, fold, load_images
+from memtrain_common.intervals import mean_and_ci
 from memtrain_common.loop import FitConfig, FitResult, fit
 from memtrain_common.memory import CATEGORIES, Ledger
 from memtrain_common.plots import plot_loss, plot_memory
@@ -26,7 +27,6 @@ from torch import nn
 
 from ..cli import MAY_CHANGE, PROG
 from ..config import TrainConfig
-from .intervals import mean_and_ci
 from .models import check_classes, image_size, loss_of, make_model
 from .optimizers import make_optimizer
 from .scoring import Score, mean_loss, predict, score, write_all

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from memtrain_common.console import Console, format_bytes, format_table
+from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
 
 from ..adapter_file import describe_adapter
@@ -16,7 +17,7 @@ from ..injection import inject
 from ..merging import merge
 from ..peft_format import export_peft
 from .adapter_flags import ExportConfig, InfoConfig, MergeConfig
-from .models import DTYPES, load_adapted, load_skeleton, load_tokenizer, read_task
+from .models import DTYPES, load_adapted, load_skeleton, read_task
 
 
 def run_merge(config: MergeConfig) -> None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memtrain_common.cli import parse
-
-from .configure import at_least, required
+from memtrain_common.configure import at_least, required
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memtrain_common.cli import parse
+from memtrain_common.configure import at_least, required
 from memtrain_common.errors import UserError
-
-from .configure import at_least, required
 
 PROG = "lora-xs eval"
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")

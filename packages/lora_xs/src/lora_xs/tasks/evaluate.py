@@ -11,6 +11,7 @@ import torch
 import transformers
 from memtrain_common.console import Console, format_table
 from memtrain_common.distributed import launch
+from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
 from memtrain_common.instruct import PROMPT, Row, find_file, instruction_of, read_rows, rows_from_hub
 from memtrain_common.processor import avoid_broken_amx
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .answers import OPTIONS, boxed, gsm8k_expected, rules
 from .eval_flags import EvalConfig
-from .models import load_adapted, load_causal_lm, load_tokenizer
+from .models import load_adapted, load_causal_lm
 
 STEP_BY_STEP = " Let's think step by step."
 STOPS = ("### Instruction", "### Response")

@@ -1,75 +1,48 @@
 """The composition behind ``lora-xs glue``: task, encoder, adapter, the shared loop, the benchmark's metrics."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from memtrain_common.configure import MAY_CHANGE
 from memtrain_common.console import Console
 from memtrain_common.data_order import epoch_batch, rank_share
 from memtrain_common.distributed import World, launch
+from memtrain_common.encoders import load_classifier, load_tokenizer
 from memtrain_common.errors import UserError
-from memtrain_common.glue import TASKS, GlueSplit, glue_metrics, load_glue
+from memtrain_common.glue import TASKS
+from memtrain_common.glue_batches import Prepared, evaluation, model_loss, prepare_glue
 from memtrain_common.loop import FitConfig
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder
+from memtrain_common.run_folder import RunFolder, open_run
 from torch import Tensor, nn
 
 from ..adapter_file import describe_adapter, load_adapter
 from ..config import LoRAXSConfig
 from ..injection import inject
-from .configure import MAY_CHANGE
 from .glue_flags import PROG, GlueConfig
-from .models import load_classifier, load_tokenizer, write_task
+from .models import write_task
 from .schedules import schedule, warmup_steps
-from .training import Job, open_run, save, summary, train
+from .training import Job, save, summary, train
 
 DEFAULT_RANK = 16
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A task's rows as tokens; made once for all cells of a grid."""
-
-    ids: dict[str, list[dict[str, list[int]]]]
-    """What the tokenizer gives for each row (input_ids, token_type_ids where it has them), by split."""
-    labels: dict[str, Any]
-    tokenizer: Any
-    sha256: str
-    """Of texts and labels."""
-
-    def batch(self, split: str, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The rows, padded to the longest of them: every tensor (rows×tokens), labels (rows,)."""
-        picked = [self.ids[split][i] for i in rows]
-        padded = self.tokenizer.pad(picked, return_tensors="pt")
-        return {**padded, "labels": torch.from_numpy(self.labels[split][np.asarray(rows)])}
-
-
 def prepare(config: GlueConfig) -> Prepared:
     """Read and tokenise the task."""
-    data = load_glue(config.task, config.data_dir or None)
-    tokenizer = load_tokenizer(config.model)
-    sha = hashlib.sha256()
-    ids, labels = {}, {}
-    for split, rows in data.items():
-        rows = _first(rows, config.max_train_samples if split == "train" else config.max_eval_samples)
-        sha.update(json.dumps([split, rows.texts, rows.labels.tolist()]).encode())
-        columns = [list(column) for column in zip(*rows.texts, strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=config.max_length)
-        names = [name for name in encoded if name != "attention_mask"]
-        ids[split] = [{name: encoded[name][i] for name in names} for i in range(len(rows))]
-        labels[split] = rows.labels
-    return Prepared(ids, labels, tokenizer, sha.hexdigest())
-
-
-def _first(rows: GlueSplit, n: int) -> GlueSplit:
-    return GlueSplit(rows.texts[:n], rows.labels[:n]) if n else rows
+    return prepare_glue(
+        config.task,
+        config.data_dir,
+        load_tokenizer(config.model),
+        max_length=config.max_length,
+        max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples,
+    )
 
 
 def run_glue(config: GlueConfig, argv: Sequence[str], prepared: Prepared | None = None) -> dict[str, float]:
@@ -117,11 +90,6 @@ def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
     return inject(model, xs)
 
 
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy, or the squared error of a score: the mean over rows, as the model's class has it."""
-    return model(**batch).loss
-
-
 def _job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> Job:
     rows = len(prepared.ids["train"])
     per_epoch = math.ceil(rows / config.batch_size)
@@ -138,7 +106,7 @@ def _job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World)
     return Job(
         model=model,
         batches=batches,
-        loss=loss_of,
+        loss=model_loss,
         learning_rate=config.learning_rate,
         head_learning_rate=config.head_learning_rate,
         weight_decay=config.weight_decay,
@@ -162,26 +130,6 @@ def _job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World)
         keep=config.keep,
         label=config.task,
     )
-
-
-def evaluation(task: str, prepared: Prepared, model: nn.Module, batch_size: int) -> dict[str, float]:
-    """The task's metrics and the mean loss over the development rows, in their order."""
-    device = next(model.parameters()).device
-    outputs: dict[str, Any] = {}
-    loss = 0.0
-    for split in (s for s in prepared.ids if s != "train"):
-        n = len(prepared.ids[split])
-        logits = []
-        for start in range(0, n, batch_size):
-            rows = range(start, min(start + batch_size, n))
-            batch = {k: v.to(device) for k, v in prepared.batch(split, rows).items()}
-            out = model(**batch)
-            logits.append(out.logits.float().cpu())
-            if split == "dev":
-                loss += float(out.loss) * len(rows) / n
-        outputs[split] = torch.cat(logits).numpy()
-    labels = {split: prepared.labels[split] for split in outputs}
-    return {**glue_metrics(task, outputs, labels), "loss": loss}
 
 
 def _finish(

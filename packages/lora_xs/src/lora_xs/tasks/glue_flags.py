@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.configure import at_least, below_one, configure, one_of, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import ROBERTA_TARGETS
-from .configure import at_least, below_one, configure, one_of, positive, required
 
 PROG = "lora-xs glue"
 TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
@@ -136,7 +136,9 @@ Metrics: Matthews correlation (cola), Pearson and Spearman (stsb), accuracy and 
 matched and mismatched), on the rows of the development set.
 
 Presets: scratch (the defaults; official for cola, sst2, qnli), from-mnli (official for mrpc, rte, stsb)."""
-    config = configure(GlueConfig, argv, prog=PROG, description=description, presets=PRESETS, check=check)
+    config = configure(
+        GlueConfig, argv, prog=PROG, description=description, presets=PRESETS, check=lambda c, _: check(c)
+    )
     if config.grid:
         from .glue_grid import run_grid
 

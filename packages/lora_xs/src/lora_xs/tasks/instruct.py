@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memtrain_common.configure import MAY_CHANGE
 from memtrain_common.console import Console
 from memtrain_common.data_order import epoch_batch, rank_share
 from memtrain_common.distributed import launch
+from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
 from memtrain_common.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
 from memtrain_common.loop import FitConfig
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
+from memtrain_common.run_folder import open_run
 from torch import Tensor, nn
 
 from ..config import LoRAXSConfig
 from ..injection import inject
-from .configure import MAY_CHANGE
 from .instruct_flags import PROG, InstructConfig
-from .models import load_causal_lm, load_tokenizer, write_task
+from .models import load_causal_lm, write_task
 from .schedules import schedule, warmup_steps
-from .training import Job, open_run, save, summary, train
+from .training import Job, save, summary, train
 
 IGNORED = -100  # the label that cross entropy passes over
 # data: (file names, hub name, its split)

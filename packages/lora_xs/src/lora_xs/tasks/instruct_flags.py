@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.configure import at_least, below_one, configure, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import CAUSAL_LM_TARGETS
-from .configure import at_least, below_one, configure, positive, required
 
 PROG = "lora-xs instruct"
 
@@ -120,7 +120,9 @@ def main(command: str, argv: Sequence[str], description: str) -> None:
     description += """
 
 Presets: math (the official settings for MetaMathQA: the defaults, with float16), commonsense (for commonsense_170k)."""
-    config = configure(InstructConfig, argv, prog=PROG, description=description, presets=PRESETS, check=check)
+    config = configure(
+        InstructConfig, argv, prog=PROG, description=description, presets=PRESETS, check=lambda c, _: check(c)
+    )
     from .instruct import run_instruct
 
     run_instruct(config, argv)

@@ -4,14 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from memtrain_common.schedule import cosine_with_warmup
-
-
-def linear_with_warmup(step: int, *, warmup_iters: int, decay_iters: int) -> float:
-    """(t+1)/(w+1) for t < w, then (d−t)/(d−w)."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    return max(0.0, (decay_iters - step) / max(1, decay_iters - warmup_iters))
+from memtrain_common.schedule import cosine_with_warmup, linear_with_warmup
 
 
 def schedule(kind: str, warmup_iters: int, decay_iters: int) -> Callable[[int], float]:

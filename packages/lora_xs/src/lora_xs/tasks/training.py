@@ -1,9 +1,8 @@
-"""What glue and instruct share: the run folder, one call of the loop, the adapter that comes out, the summary."""
+"""What glue and instruct share: one call of the loop, the adapter that comes out, the summary."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from memtrain_common.checkpoint import load as load_checkpoint
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import World, parallelize
-from memtrain_common.errors import UserError
+from memtrain_common.distributed import parallelize
 from memtrain_common.loop import FitConfig, FitResult, fit
 from memtrain_common.memory import CATEGORIES, Ledger
-from memtrain_common.run_folder import RunFolder, default_run_path, device_name
+from memtrain_common.run_folder import RunFolder
 from torch import Tensor, nn
 
 from ..adapter_checks import base_digests
@@ -43,29 +41,6 @@ class Job:
     keep: str
     """The weights to end with: "last" or "best"."""
     label: str
-
-
-def open_run(
-    config: Any, argv: Sequence[str], *, prog: str, world: World, device: torch.device, data: dict[str, Any]
-) -> tuple[RunFolder, Any]:
-    """Make the run's folder, or open it, and write its config.json."""
-    if config.resume:
-        run = RunFolder.open(Path(config.resume), writes=world.is_main)
-        before = run.read_config().get("data")
-        if before != data:
-            raise UserError(
-                f"{config.resume} was trained on other data ({before}, and now {data}): give it the same files, or "
-                "begin a new run"
-            )
-    else:
-        path = Path(config.out) if config.out else default_run_path(prog.replace(" ", "-"))
-        run = RunFolder.create(path, writes=world.is_main)
-    config = dataclasses.replace(config, out=str(run.path))
-    program, command = prog.split(" ")
-    run.write_config(
-        config, prog=program, argv=[command, *argv], data=data, device=device_name(device), processes=world.size
-    )
-    return run, config
 
 
 def train(job: Job, run: RunFolder, console: Console, device: torch.device, *, resume: bool) -> FitResult:

@@ -1,12 +1,12 @@
-"""What the commands' flags have in common: a resumed run's own configuration, and checks that name the flag."""
+"""What commands' flags have in common: a resumed run's own configuration, and checks that name the flag. No torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtrain_common.cli import changed_fields, flag_value, parse
-from memtrain_common.errors import UserError
+from .cli import changed_fields, flag_value, parse
+from .errors import UserError
 
 Config = TypeVar("Config")
 
@@ -21,17 +21,27 @@ def configure(
     prog: str,
     description: str,
     presets: Mapping[str, Config],
-    check: Callable[[Config], Config],
+    check: Callable[[Config, Config], Config],
+    may_change: Set[str] = MAY_CHANGE,
 ) -> Config:
     """Flags and presets, or with ``--resume`` the configuration that the run began with, checked.
+
+    Args:
+        config_type: with fields ``resume`` and ``out``.
+        argv, prog, description, presets: as :func:`memtrain_common.cli.parse` has them.
+        check: (the configuration, the preset or the resumed run that flags were laid over) -> the configuration, or a
+            UserError.
+        may_change: fields that a resumed run may have otherwise than it began.
 
     Raises:
         UserError: if a flag contradicts the run that is resumed.
     """
     resume = flag_value(argv, "--resume")
     if resume is None:
-        return check(parse(config_type, argv, prog=prog, description=description, presets=presets))
-    from memtrain_common.run_folder import RunFolder  # imports torch
+        plain = presets.get(argv[0]) if argv else None
+        config = parse(config_type, argv, prog=prog, description=description, presets=presets)
+        return check(config, plain or config_type())
+    from .run_folder import RunFolder
 
     saved = RunFolder.open(Path(resume)).read_config()
     if not saved.get("command", "").startswith(prog + " "):
@@ -43,9 +53,9 @@ def configure(
         raise UserError(f"{resume} was not made by this version of {prog}: {error}") from None
     config = parse(config_type, argv, prog=prog, description=description, default=before)
     for name, (old, new) in changed_fields(before, config).items():
-        if name not in MAY_CHANGE:
+        if name not in may_change:
             raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
-    return check(replace(config, out=resume))  # type: ignore[type-var]
+    return check(replace(config, out=resume), before)  # type: ignore[type-var]
 
 
 def flag(name: str) -> str:
@@ -81,3 +91,24 @@ def required(config: Any, **why: str) -> None:
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def fraction(config: Any, *names: str) -> None:
+    """Refuse fields outside of (0, 1]."""
+    for name in names:
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{flag(name)} must be above 0 and at most 1, got {getattr(config, name)}")
+
+
+def refuse_unused(config: Any, plain: Any, names: Sequence[str], why: str) -> None:
+    """Refuse flags that would do nothing beside another one.
+
+    Args:
+        config: flags over a preset.
+        plain: the preset.
+        names: fields that must be as in the preset.
+        why: what makes them useless.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(plain, name):
+            raise UserError(f"{flag(name)} {getattr(config, name)} would do nothing: {why}, so leave it out")

@@ -1,0 +1,248 @@
+"""Attention: softmax, products of activations, and ``scaled_dot_product_attention`` with everything it takes.
+
+With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V, and hats on what is pruned:
+
+    dV = D̂ᵀ g        dD = g V̂ᵀ        dP = dropout'(dD)        dS = P̂ ∘ (dP − Σ_row dP ∘ P̂)
+    dQ = s dS K̂      dK = s dSᵀ Q̂     dmask = dS
+
+P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the forward
+pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..function import Function, Kept, save
+from ..saved import Saved, mask_bits
+from ..store import Held, Holder
+
+if TYPE_CHECKING:
+    from ..razor import Razor
+
+
+class Softmax(Function):
+    """P = softmax(S); dS = P̂ ∘ (g − Σ g ∘ P̂). The product that follows shares P̂."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, dim: int, dtype: torch.dtype | None, razor: "Razor") -> Tensor:
+        ctx.dim, ctx.dtype = dim, s.dtype
+        p = F.softmax(s, dim, dtype=dtype)
+        save(ctx, p=razor.hold(p.detach(), probabilities=True))
+        return p
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        ds = softmax_backward(g, Kept(ctx).dense("p", g.dtype), ctx.dim)
+        return ds.to(ctx.dtype), None, None, None
+
+
+def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
+    """P ∘ (g − Σ g ∘ P)."""
+    h = g * p
+    return h.sub_(p * h.sum(dim, keepdim=True))
+
+
+class Matmul(Function):
+    """C = A B; dA = g B̂ᵀ, dB = Âᵀ g, with leading dimensions broadcast as in ``torch.matmul``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, razor: "Razor") -> Tensor:
+        ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        save(ctx, a=razor.hold(a) if needs_b else None, b=razor.hold(b) if needs_a else None)
+        return torch.matmul(a, b)
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept = Kept(ctx)
+        a_shape, a_dtype, b_shape, b_dtype = ctx.like
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = (g @ kept.dense("b", g.dtype).mT).sum_to_size(a_shape).to(a_dtype)
+        if ctx.needs_input_grad[1]:
+            db = (kept.dense("a", g.dtype).mT @ g).sum_to_size(b_shape).to(b_dtype)
+        return da, db, None
+
+
+class Attention(Function):
+    """``F.scaled_dot_product_attention`` over (B, H, N, d) queries and (B, H_kv, M, d) keys and values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        p_drop: float,
+        causal: bool,
+        scale: float,
+        gqa: bool,
+        razor: "Razor",
+    ) -> Tensor:
+        ctx.settings = (p_drop, scale, q.shape, k.shape, v.shape)
+        ctx.mask_like = (mask.shape, mask.dtype) if mask is not None else None
+        ctx.dtypes = (q.dtype, k.dtype, v.dtype)
+        needs = ctx.needs_input_grad
+        named: dict[str, Held] = {}
+        outs = []
+        batch = q.shape[0]
+        ctx.step = step = razor.samples_at_once(batch, math.prod(q.shape[1:-1]) * k.shape[-2], q.numel())
+        for i in range(0, batch, step):
+            p = probabilities(q[i : i + step], k[i : i + step], _part(mask, i, step, batch), causal, scale)
+            named[f"p{i}"] = _alone(razor.prune(p, probabilities=True))
+            if p_drop:
+                p, drop = torch.native_dropout(p, p_drop, True)
+                named[f"drop{i}"] = _alone(mask_bits(drop))
+                outs.append(p.to(v.dtype) @ _repeat(v[i : i + step], q.shape[1]))
+        if p_drop:
+            out = torch.cat(outs)
+        else:
+            call = F.scaled_dot_product_attention
+            out = call(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+        save(
+            ctx,
+            q=razor.hold(q) if needs[1] else None,
+            k=razor.hold(k) if needs[0] else None,
+            v=razor.hold(v) if needs[0] or needs[1] or needs[3] else None,
+            **named,
+        )
+        return out
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept = Kept(ctx)
+        p_drop, scale, q_shape, k_shape, v_shape = ctx.settings
+        needs = ctx.needs_input_grad
+        batch, heads, kv_heads = q_shape[0], q_shape[1], k_shape[1]
+        q, k, v = (kept.dense(n, g.dtype) if n in kept else None for n in "qkv")
+        dq = g.new_empty(q_shape) if needs[0] else None
+        dk = g.new_empty(k_shape) if needs[1] else None
+        dv = g.new_empty(v_shape) if needs[2] else None
+        dmask = None
+        for i in range(0, batch, ctx.step):
+            at = slice(i, i + ctx.step)
+            p = kept.dense(f"p{i}", g.dtype)  # (b, H, N, M)
+            gi = g[at]
+            drop = kept.dense(f"drop{i}", g.dtype).mul_(1 / (1 - p_drop)) if p_drop else None
+            if dv is not None:
+                dropped = p * drop if drop is not None else p
+                dv[at] = _fold(dropped.mT @ gi, kv_heads)
+            if v is None:
+                continue
+            dp = gi @ _repeat(v[at], heads).mT
+            if drop is not None:
+                dp = dp.mul_(drop)
+            ds = softmax_backward(dp, p)
+            del dp, p
+            if dq is not None:
+                assert k is not None
+                torch.matmul(ds, _repeat(k[at], heads), out=dq[at]).mul_(scale)
+            if dk is not None:
+                assert q is not None
+                dk[at] = _fold(ds.mT @ q[at], kv_heads).mul_(scale)
+            if needs[3]:
+                shape, dtype = ctx.mask_like
+                if dmask is None:
+                    dmask = g.new_zeros(shape)
+                own = dmask[at] if len(shape) == 4 and shape[0] == batch > 1 else dmask
+                own += ds.sum_to_size(own.shape)
+        grads = (t.to(d) if t is not None else None for t, d in zip((dq, dk, dv), ctx.dtypes, strict=True))
+        return *grads, dmask.to(ctx.mask_like[1]) if dmask is not None else None, None, None, None, None, None
+
+
+def _alone(saved: Saved) -> Held:
+    return Held(Holder(saved), None)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """Grouped queries: each key and value head serves heads / H_kv query heads in a row."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """The transpose of :func:`_repeat`."""
+    b, heads, *rest = x.shape
+    return x if heads == kv_heads else x.view(b, kv_heads, heads // kv_heads, *rest).sum(2)
+
+
+def _part(mask: Tensor | None, i: int, step: int, batch: int) -> Tensor | None:
+    """The mask of samples i … i + step."""
+    return mask[i : i + step] if mask is not None and mask.dim() == 4 and mask.shape[0] == batch > 1 else mask
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask): (b, H, N, M); a row that is masked everywhere is zero."""
+    k = _repeat(k, q.shape[1])
+    s = torch.matmul(q * scale, k.mT)
+    if causal:
+        n, m = s.shape[-2:]
+        s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
+    if mask is not None:
+        s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
+    return torch.ops.aten._safe_softmax(s, -1)  # type: ignore[no-any-return]
+
+
+def softmax(
+    razor: "Razor",
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``F.softmax``, ``torch.softmax``."""
+    if not input.requires_grad or dim is None or razor.attention == "exact" or input.numel() == 0:
+        return NotImplemented
+    return Softmax.apply(input, dim, dtype, razor)  # type: ignore[no-any-return]
+
+
+def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
+    """``torch.matmul``, ``torch.bmm``, ``@``: with a trained weight a linear layer, otherwise two activations."""
+    from .linear import Linear
+
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == 0 or other.numel() == 0:
+        return NotImplemented
+    if isinstance(other, torch.nn.Parameter) and other.dim() == 2 and other.requires_grad:
+        return Linear.apply(input, other, None, True, razor)  # type: ignore[no-any-return]
+    both = input.requires_grad and other.requires_grad
+    if not both or razor.attention == "exact" or input.dim() < 2 or other.dim() < 2:
+        return NotImplemented
+    return Matmul.apply(input, other, razor)  # type: ignore[no-any-return]
+
+
+def scaled_dot_product_attention(
+    razor: "Razor",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention``."""
+    tensors = [t for t in (query, key, value, attn_mask) if t is not None]
+    if not any(t.requires_grad for t in tensors) or any(t.numel() == 0 for t in tensors):
+        return NotImplemented
+    if razor.attention == "exact":
+        return NotImplemented
+    lead = query.shape[:-3]
+    q, k, v = (t.reshape(-1, *t.shape[-3:]) if t.dim() > 4 else t for t in (query, key, value))
+    q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
+    if not q.shape[0] == k.shape[0] == v.shape[0] or (attn_mask is not None and query.dim() > 4):
+        return NotImplemented
+    if k.shape[1] != q.shape[1] and not enable_gqa:
+        return NotImplemented
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out: Tensor = Attention.apply(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, razor)
+    if query.dim() > 4:
+        return out.reshape(*lead, *out.shape[-3:])
+    return out.reshape(out.shape[4 - query.dim() :]) if query.dim() < 4 else out

@@ -1,0 +1,63 @@
+"""Linear layers: the input is pruned; dx and db are exact, dW is approximate and one two-dimensional product."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..function import Function, Kept, save
+
+if TYPE_CHECKING:
+    from ..razor import Razor
+
+
+class Linear(Function):
+    """y = x Wᵀ + b, or y = x W + b with ``rows_in`` (GPT-2's Conv1D stores W as (in, out)).
+
+    x (…, in), W (out, in), b (out,); g = dL/dy (…, out); x̂ the pruned x:
+    dx = g W (exact), dW = gᵀ x̂ (approximate), db = Σ g (exact).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows_in: bool, razor: "Razor") -> Tensor:
+        ctx.x_like, ctx.rows_in = (x.shape, x.dtype), rows_in
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        save(ctx, x=razor.hold(x) if needs_weight else None, weight=weight if needs_x else None)
+        if not rows_in:
+            return F.linear(x, weight, bias)
+        return torch.addmm(bias, x, weight) if bias is not None else torch.matmul(x, weight)
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype = ctx.x_like
+        flat = g.reshape(-1, g.shape[-1])  # (rows, out)
+        dx = dweight = dbias = None
+        kept = Kept(ctx)
+        if ctx.needs_input_grad[1]:
+            x = kept.dense("x", g.dtype).reshape(-1, shape[-1])  # (rows, in)
+            dweight = (x.T @ flat if ctx.rows_in else flat.T @ x).to(ctx.weight_dtype)
+            del x
+        if ctx.needs_input_grad[0]:
+            weight = kept.dense("weight", g.dtype)
+            dx = (flat @ (weight.T if ctx.rows_in else weight)).view(shape).to(dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = flat.sum(0).to(ctx.bias_dtype)
+        return dx, dweight, dbias, None, None
+
+
+def linear(razor: "Razor", input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``. Where the weight is frozen PyTorch itself keeps nothing of x."""
+    razor.chains.forget(input)
+    if not weight.requires_grad or weight.dim() != 2 or input.numel() == 0:
+        return NotImplemented
+    return Linear.apply(input, weight, bias, False, razor)  # type: ignore[no-any-return]
+
+
+def addmm(razor: "Razor", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """``torch.addmm`` as GPT-2's Conv1D calls it: bias + x W."""
+    plain = beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == mat2.shape[-1]
+    if not plain or not mat2.requires_grad or not mat2.is_leaf or mat1.numel() == 0:
+        return NotImplemented
+    return Linear.apply(mat1, mat2, input, True, razor)  # type: ignore[no-any-return]

@@ -1,0 +1,218 @@
+"""Normalisations: x̂ is pruned, mean and rstd are exact, and the output's next user shares x̂ instead of storing it again.
+
+With x̂ = (x − μ) r and y = x̂ γ + β; the sums below run over the M normalised elements:
+
+    dx = r (γ g − mean(γ g) − x̂ mean(γ g x̂)),  dγ = Σ g x̂,  dβ = Σ g
+
+RMSNorm has μ = 0 and no mean(γ g). With a batch norm's frozen statistics dx = r γ g is exact and needs no x̂.
+In the mode "paper" the pruned x itself is kept, so that an element left out becomes x̂ = −μ r.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..function import Function, Kept, save
+from ..saved import Affine, Saved
+
+if TYPE_CHECKING:
+    from ..razor import Razor
+    from ..store import Held
+
+
+def _hold_normalised(razor: "Razor", x: Tensor, normalised: Any, weight: Any, bias: Any, y: Tensor) -> "Held":
+    """Keep x̂; in the default mode what y's next user saves is made from it too."""
+    if razor.mode == "paper":
+        return razor.hold(x, values="fp32", own=True)
+    held = razor.hold(normalised())
+    base = held.saved
+    recipe = Affine(base.recipe.geometry, base.recipe, len(base.tensors), weight is not None, bias is not None)
+    razor.share(y, Saved((*base.tensors, *(t.detach() for t in (weight, bias) if t is not None)), recipe), held)
+    return held
+
+
+class LayerNorm(Function):
+    """``F.layer_norm``; ``rms`` makes it ``F.rms_norm``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: list[int],
+        eps: float,
+        rms: bool,
+        razor: "Razor",
+    ) -> Tensor:
+        ctx.dims, ctx.rms, ctx.paper = len(shape), rms, razor.mode == "paper"
+        ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
+        if torch.is_autocast_enabled(x.device.type):  # it may ask for float32 here: an empty call tells
+            x = x.to(F.layer_norm(x.new_empty((0, *shape)), shape, weight, bias).dtype)
+        mean = None
+        dims = tuple(range(-len(shape), 0))
+        if rms:
+            y = F.rms_norm(x, shape, weight, eps)
+            rstd = torch.rsqrt(_wide(x).square().mean(dims, keepdim=True) + eps)
+            normalised = lambda: F.rms_norm(x, shape, None, eps)  # noqa: E731
+        else:
+            y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+            normalised = lambda: F.layer_norm(x, shape, None, None, eps)  # noqa: E731
+        held = _hold_normalised(razor, x, normalised, weight, bias, y)
+        save(ctx, x=held, rstd=rstd, mean=mean if ctx.paper else None, weight=weight)
+        return y
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept = Kept(ctx)
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wide = torch.promote_types(g.dtype, torch.float32)
+        dims = tuple(range(-ctx.dims, 0))
+        lead = tuple(range(g.dim() - ctx.dims))
+        g = g.to(wide)
+        x = kept.dense("x", wide, own=True)
+        rstd = kept.dense("rstd", wide)
+        if "mean" in kept:
+            x = (x - kept.dense("mean", wide)) * rstd
+        elif ctx.paper:
+            x = x * rstd
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            dweight = (g * x).sum(lead).to(weight_dtype) if lead else (g * x).to(weight_dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = (g.sum(lead) if lead else g).to(bias_dtype)
+        if ctx.needs_input_grad[0]:
+            h = g * kept.dense("weight", wide) if "weight" in kept else g
+            inner = x.mul_((h * x).mean(dims, keepdim=True))
+            if not ctx.rms:
+                inner += h.mean(dims, keepdim=True)
+            dx = torch.sub(h, inner, out=inner).mul_(rstd).to(x_dtype)
+        return dx, dweight, dbias, None, None, None, None
+
+
+class BatchNorm(Function):
+    """``F.batch_norm`` over dimension 1; the running statistics are updated as PyTorch does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        training: bool,
+        momentum: float,
+        eps: float,
+        razor: "Razor",
+    ) -> Tensor:
+        mean, variance = running
+        ctx.training, ctx.paper = training, razor.mode == "paper"
+        ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
+        y, batch_mean, rstd = torch.native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)
+        if not training:
+            assert mean is not None
+            assert variance is not None
+            batch_mean, rstd = mean.clone(), torch.rsqrt(variance + eps)
+        shape = _channels(x)
+        held = None
+        if training or ctx.needs_input_grad[1]:
+            at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
+            affine = (t.view(shape) if t is not None else None for t in (weight, bias))
+            held = _hold_normalised(razor, x, lambda: (x - at[0]).mul_(at[1]), *affine, y)
+        save(ctx, x=held, rstd=rstd, mean=batch_mean if ctx.paper else None, weight=weight)
+        return y
+
+    @staticmethod
+    def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kept = Kept(ctx)
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wide = torch.promote_types(g.dtype, torch.float32)
+        g, shape = g.to(wide), _channels(g)
+        dims = [d for d in range(g.dim()) if d != 1]
+        rstd = kept.dense("rstd", wide).view(shape)
+        dx = dweight = dbias = projection = x = None
+        total = g.sum(dims)  # (C,)
+        if "x" in kept:
+            x = kept.dense("x", wide, own=True)
+            if ctx.paper:
+                x = (x - kept.dense("mean", wide).view(shape)) * rstd
+            projection = (g * x).sum(dims)  # (C,)
+        if ctx.needs_input_grad[1]:
+            assert projection is not None
+            dweight = projection.to(weight_dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = total.to(bias_dtype)
+        if ctx.needs_input_grad[0]:
+            scale = rstd * kept.dense("weight", wide).view(shape) if "weight" in kept else rstd
+            dx = g
+            if ctx.training:
+                assert x is not None
+                assert projection is not None
+                count = g.numel() // max(g.shape[1], 1)
+                dx = g - x.mul_((projection / count).view(shape)).add_((total / count).view(shape))
+            dx = (dx * scale).to(x_dtype)
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+def _channels(x: Tensor) -> list[int]:
+    return [1, x.shape[1]] + [1] * (x.dim() - 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layer_norm(
+    razor: "Razor",
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm``."""
+    if not _needs_grad(input, weight, bias) or input.numel() == 0:
+        return NotImplemented
+    shape = list(normalized_shape)
+    return LayerNorm.apply(input, weight, bias, shape, eps, False, razor)  # type: ignore[no-any-return]
+
+
+def rms_norm(
+    razor: "Razor",
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``F.rms_norm``."""
+    if not _needs_grad(input, weight) or input.numel() == 0:
+        return NotImplemented
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+    return LayerNorm.apply(input, weight, None, list(normalized_shape), eps, True, razor)  # type: ignore[no-any-return]
+
+
+def batch_norm(
+    razor: "Razor",
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.batch_norm``."""
+    if not _needs_grad(input, weight, bias) or input.numel() == 0 or razor.mode == "paper":
+        return NotImplemented
+    if training and input.numel() == input.shape[1]:
+        return NotImplemented  # one value a channel: PyTorch says so
+    running = (running_mean, running_var)
+    return BatchNorm.apply(input, weight, bias, running, training, momentum, eps, razor)  # type: ignore[no-any-return]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)

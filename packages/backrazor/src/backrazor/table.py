@@ -1,0 +1,243 @@
+"""The specification: every operation that is met, what of it is exact, what is approximated, what is kept, and why.
+
+x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this table is
+PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are left.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import attention, chains, conv, linear, lossless, norms, pointwise, products
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the table."""
+
+    name: str
+    calls: tuple[Any, ...]
+    """What is met: functions of torch and methods of ``Tensor``."""
+    rule: Callable[..., Any]
+    exact: str
+    approximate: str
+    keeps: str
+    why: str
+
+
+def _methods(*names: str) -> tuple[Any, ...]:
+    return tuple(getattr(Tensor, name) for name in names)
+
+
+def _either(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(razor: Any, *args: Any, **kwargs: Any) -> Any:
+        result = first(razor, *args, **kwargs)
+        return second(razor, *args, **kwargs) if result is NotImplemented else result
+
+    return rule
+
+
+_CODE_WHY = "f' is bounded and smooth: few levels bound the error of dx, pruning x would set f' of most units to f'(0)"
+
+
+def _coded(
+    name: str, call: Any, calls: tuple[Any, ...], bound: str, first: Callable[..., Any] | None = None
+) -> Operation:
+    rule = pointwise.activation(call)
+    return Operation(
+        name,
+        calls,
+        _either(first, rule) if first else rule,
+        "y",
+        f"dx = g · level of f'(x); |level − f'(x)| ≤ {bound} for 2, 3, 4 bits",
+        "f'(x) in 2 (default), 3 or 4 bits",
+        _CODE_WHY,
+    )
+
+
+_OVERSHOOT = "1/6, 1/10, 1/22"
+_MASK_WHY = "two values of f': one bit tells them apart"
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "linear",
+        (F.linear,),
+        linear.linear,
+        "y, dx, db",
+        "dW = gᵀ x̂",
+        "x̂, once for all layers that take x; after a norm its x̂ (then dW uses x̂ γ + β); nothing if W is frozen",
+        "dW is a sum over rows, in which the largest inputs weigh most",
+    ),
+    Operation(
+        "addmm",
+        (torch.addmm, *_methods("addmm")),
+        linear.addmm,
+        "y, dx, db",
+        "dW = x̂ᵀ g",
+        "x̂",
+        "GPT-2's Conv1D is a linear layer",
+    ),
+    Operation(
+        "matmul",
+        (torch.matmul, torch.bmm, *_methods("matmul", "__matmul__", "bmm")),
+        attention.matmul,
+        "y; with a Parameter as a linear layer",
+        "two activations: dA = g B̂ᵀ, dB = Âᵀ g",
+        "Â, B̂; P̂ once for softmax and product",
+        "the paper's: Q, K, P and V are pruned alike; attention='exact' leaves it to PyTorch",
+    ),
+    Operation(
+        "softmax",
+        (F.softmax, torch.softmax, *_methods("softmax")),
+        attention.softmax,
+        "P",
+        "dS = P̂ ∘ (g − Σ g ∘ P̂)",
+        "P̂, its values in 8 bits",
+        "rows of P are mostly near 0, and a probability needs no exponent",
+    ),
+    Operation(
+        "scaled_dot_product_attention",
+        (F.scaled_dot_product_attention,),
+        attention.scaled_dot_product_attention,
+        "O",
+        "dQ, dK, dV, dmask from P̂, Q̂, K̂, V̂",
+        "P̂ (values in 8 bits), Q̂, K̂, V̂; dropout's mask in 1 bit",
+        "the same as written out; pruning Q and K under a flash backward would exponentiate their error",
+    ),
+    Operation("conv1d", (torch.conv1d,), conv.conv1d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
+    Operation("conv2d", (torch.conv2d,), conv.conv2d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
+    Operation("conv3d", (torch.conv3d,), conv.conv3d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
+    Operation(
+        "layer_norm",
+        (F.layer_norm,),
+        norms.layer_norm,
+        "y, mean, rstd, dβ",
+        "dγ = Σ g x̂, and the term of dx along x̂",
+        "x̂ of the normalised input (shared with the next layer), rstd",
+        "the other two terms of dx need rstd alone",
+    ),
+    Operation(
+        "rms_norm",
+        (F.rms_norm,),
+        norms.rms_norm,
+        "y, rstd",
+        "dγ = Σ g x̂, and the term of dx along x̂",
+        "x̂ of the normalised input (shared with the next layer), rstd",
+        "as layer_norm",
+    ),
+    Operation(
+        "batch_norm",
+        (F.batch_norm,),
+        norms.batch_norm,
+        "y, running statistics, dβ; dx with frozen statistics",
+        "dγ = Σ g x̂, and the term of dx along x̂",
+        "x̂ of the normalised input (shared with the next layer); nothing with frozen statistics and weights",
+        "as layer_norm",
+    ),
+    _coded("gelu", F.gelu, (F.gelu,), _OVERSHOOT),
+    _coded("silu", F.silu, (F.silu,), _OVERSHOOT),
+    _coded("mish", F.mish, (F.mish,), _OVERSHOOT),
+    _coded("softplus", F.softplus, (F.softplus,), "1/6, 1/14, 1/30"),
+    _coded(
+        "sigmoid",
+        torch.sigmoid,
+        (torch.sigmoid, *_methods("sigmoid")),
+        "1/24, 1/56, 1/120",
+        chains.link("sigmoid", torch.sigmoid),
+    ),
+    _coded("tanh", torch.tanh, (torch.tanh, *_methods("tanh")), "1/6, 1/14, 1/30", chains.link("tanh", torch.tanh)),
+    Operation(
+        "relu", (F.relu, torch.relu, *_methods("relu")), pointwise.relu, "y, dx", "nothing", "x > 0 in 1 bit", _MASK_WHY
+    ),
+    Operation(
+        "relu_", (torch.relu_, *_methods("relu_")), pointwise.relu_, "y, dx", "nothing", "x > 0 in 1 bit", _MASK_WHY
+    ),
+    Operation("relu6", (F.relu6,), pointwise.relu6, "y, dx", "nothing", "0 < x < 6 in 1 bit", _MASK_WHY),
+    Operation("hardtanh", (F.hardtanh,), pointwise.hardtanh, "y, dx", "nothing", "a < x < b in 1 bit", _MASK_WHY),
+    Operation("leaky_relu", (F.leaky_relu,), pointwise.leaky_relu, "y, dx", "nothing", "x > 0 in 1 bit", _MASK_WHY),
+    Operation(
+        "dropout",
+        (F.dropout, torch.dropout),
+        lossless.dropout,
+        "y, dx",
+        "nothing",
+        "the mask in 1 bit; the next product makes its input from x̂ and the mask",
+        "a mask is all that dx needs",
+    ),
+    Operation(
+        "max_pool2d",
+        (torch.max_pool2d, F._max_pool2d),
+        lossless.max_pool2d,
+        "y, dx",
+        "nothing",
+        "the winner's place in its window: 2 bits for 2 × 2, 4 for 3 × 3",
+        "PyTorch keeps x and a 64-bit index",
+    ),
+    Operation(
+        "avg_pool2d", (F.avg_pool2d,), lossless.avg_pool2d, "y, dx", "nothing", "nothing", "linear; PyTorch keeps x"
+    ),
+    Operation(
+        "adaptive_avg_pool2d",
+        (F.adaptive_avg_pool2d,),
+        lossless.adaptive_avg_pool2d,
+        "y, dx",
+        "nothing",
+        "nothing",
+        "linear; PyTorch keeps x",
+    ),
+    Operation(
+        "mul",
+        (torch.mul, *_methods("mul", "__mul__", "__rmul__")),
+        products.mul,
+        "y; d big where the other is small; a factor without gradient is kept by reference",
+        "d small = Σ g x̂; two activations: dA = g ~B, dB = g ~A; known chains as one operation",
+        "x̂ for a small factor's gradient; two 8-bit copies for two activations",
+        "an elementwise gradient needs every element, a sum needs the largest",
+    ),
+    *(
+        Operation(
+            f"link: {name}",
+            calls,
+            chains.link(name, calls[0]),
+            "all",
+            "nothing",
+            "what PyTorch keeps, let go when the chain is complete",
+            "links of RMSNorm as Llama writes it, gelu_new, quick_gelu",
+        )
+        for name, calls in {
+            "pow": (torch.pow, *_methods("pow", "__pow__")),
+            "add": (torch.add, *_methods("add", "__add__", "__radd__")),
+            "mean": (torch.mean, *_methods("mean")),
+            "rsqrt": (torch.rsqrt, *_methods("rsqrt")),
+        }.items()
+    ),
+)
+
+DENSE: dict[str, str] = {
+    "cross_entropy, log_softmax": "the loss: an error here would be an error of every gradient",
+    "embedding": "keeps indices alone",
+    "add, cat, reshape, transpose, mean, sum": "keep nothing, or sizes",
+    "rotary embedding": "its factors cos and sin need no gradient: kept by reference, once for all layers",
+    "exp, log, pow, div, sqrt outside a known chain": "rare in models, and an error in them may grow",
+    "einsum, baddbmm, conv_transpose, group_norm, LSTM, GRU": "not met yet: PyTorch keeps what it keeps",
+    "attention='exact'": "softmax, product and scaled_dot_product_attention keep what PyTorch keeps",
+}
+
+
+def rules() -> dict[Any, Callable[..., Any]]:
+    """From a function of torch to its rule."""
+    return {call: operation.rule for operation in OPERATIONS for call in operation.calls}
+
+
+def describe() -> list[dict[str, str]]:
+    """The table as rows of text: name, exact, approximate, keeps, why; then what stays dense."""
+    fields = ("name", "exact", "approximate", "keeps", "why")
+    met = [{f: getattr(operation, f) for f in fields} for operation in OPERATIONS]
+    return met + [
+        {"name": name, "exact": "all", "approximate": "nothing", "keeps": "as PyTorch", "why": why}
+        for name, why in DENSE.items()
+    ]

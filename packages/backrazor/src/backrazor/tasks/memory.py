@@ -1,0 +1,123 @@
+"""The composition behind ``backrazor-memory``: one step dense, one by Back Razor; tables, picture, numbers."""
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_common.console import format_bytes, format_table
+from memtrain_common.errors import UserError
+from memtrain_common.files import write_json
+from memtrain_common.loop import DTYPES
+from memtrain_common.memory import SavedActivations
+from memtrain_common.prediction import fake_step
+from memtrain_common.processor import avoid_broken_amx
+
+from ..razor import Razor
+from .memory_flags import MemoryConfig
+from .memory_picture import plot_saved
+from .shapes import Shaped, shaped
+
+Places = dict[tuple[str, str], int]
+"""(layer, operation) -> bytes saved."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    name: str
+    dense: int
+    """Bytes."""
+    razor: int
+    """Bytes."""
+
+    def cells(self, batch: int) -> list[str]:
+        times = f"{self.dense / self.razor:.1f}×" if self.razor and self.dense else "–"
+        return [self.name, format_bytes(self.dense / batch), format_bytes(self.razor / batch), times]
+
+
+def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
+    """Everything that ``backrazor-memory`` does; -> what is saved dense, and by Back Razor."""
+    if config.dtype == "bfloat16" and config.measure:
+        avoid_broken_amx()
+    razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
+    model = shaped(config)
+    dense = saved(config, model, nullcontext)
+    if not sum(dense.values()):
+        raise UserError(
+            f"{config.model} has nothing to save: no operation of it keeps an activation for the backward pass"
+        )
+    kept = saved(config, model, lambda: razor)
+    layers = rows(dense, kept, lambda layer, _: layer if config.layers == "all" else alike(layer))
+    operations = sorted(rows(dense, kept, lambda _, operation: operation), key=lambda r: -r.dense)
+    total = Row("total", sum(dense.values()), sum(kept.values()))
+    how = "measured on real tensors" if config.measure else "predicted, nothing allocated"
+    print(f"{config.model}, {model.sample}, {config.dtype}, {config.train} training: saved per sample ({how})")
+    head = ["", "dense", f"Back Razor, keep {config.keep:g}", ""]
+    if config.layers != "none":
+        print("\nby layer")
+        print(format_table([head, *(r.cells(config.batch_size) for r in layers)]))
+    print("\nby operation that saved it first (a tensor that several save is stored once)")
+    print(format_table([head, *(r.cells(config.batch_size) for r in [*operations, total])]))
+    if total.razor >= total.dense:
+        print("Back Razor saves nothing here: what this step keeps is already small, or is not pruned")
+    picture = Path(config.out or f"{Path(config.model).name.removesuffix('.npz')}.png")
+    plot_saved(layers, operations, total, picture, title=f"{config.model}, {model.sample}", batch=config.batch_size)
+    print(f"\npicture {picture}")
+    if config.json:
+        write_json(Path(config.json), as_json(config, model, dense, kept))
+        print(f"numbers {config.json}")
+    return dense, kept
+
+
+def saved(config: MemoryConfig, model: Shaped, saving: Callable[[], AbstractContextManager[Any]]) -> Places:
+    """What one forward pass keeps, by layer and operation; the backward pass is run too, to see that it can be."""
+    with nullcontext() if config.measure else fake_step():
+        made = model.build()
+        recording = SavedActivations(made, by_operation=True)
+        with saving(), torch.autocast("cpu", DTYPES[config.dtype], enabled=config.dtype != "float32"), recording:
+            loss = model.loss(made)
+        found = recording.by_operation()
+        loss.backward()
+    return found
+
+
+def rows(dense: Places, kept: Places, name: Callable[[str, str], str]) -> list[Row]:
+    """Both, added up under names, in the order of the forward pass."""
+    sums: dict[str, list[int]] = {}
+    for column, places in enumerate((dense, kept)):
+        for (layer, operation), n_bytes in places.items():
+            sums.setdefault(name(layer, operation), [0, 0])[column] += n_bytes
+    return [Row(label, *values) for label, values in sums.items()]
+
+
+def alike(layer: str) -> str:
+    """A layer's name without its block's number: "vit.layers.3.mlp.fc1" -> "vit.layers.*.mlp.fc1"."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer, count=1)
+
+
+def as_json(config: MemoryConfig, model: Shaped, dense: Places, kept: Places) -> dict[str, Any]:
+    """Everything in bytes of the whole batch."""
+    places = [*dense, *(p for p in kept if p not in dense)]
+    return {
+        "unit": "bytes",
+        "model": config.model,
+        "batch": model.sample,
+        "batch_size": config.batch_size,
+        "keep": config.keep,
+        "razor_mode": config.razor_mode,
+        "attention": config.attention,
+        "values": config.values,
+        "measured": config.measure,
+        "dense": sum(dense.values()),
+        "back_razor": sum(kept.values()),
+        "saved": [
+            {"layer": layer, "operation": operation, "dense": dense.get((layer, operation), 0),
+             "back_razor": kept.get((layer, operation), 0)}
+            for layer, operation in places
+        ],
+    }  # fmt: skip

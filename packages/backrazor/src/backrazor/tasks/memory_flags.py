@@ -1,0 +1,89 @@
+"""``backrazor-memory``: flags and checks. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from memtrain_common.cli import parse
+from memtrain_common.configure import at_least, fraction, refuse_unused
+from memtrain_common.errors import UserError
+
+from .razor_flags import Attention, RazorMode, Values
+
+PROG = "backrazor-memory"
+KNOWN = (
+    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2", "resnet20",
+    "bert-base", "bert-large", "roberta-base", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
+)  # fmt: skip
+DESCRIPTION = f"""What every layer of MODEL saves for the backward pass: dense, and by Back Razor. Table and picture.
+
+MODEL is one of {", ".join(KNOWN)}; a folder of transformers (its config.json decides, no weights are read); or Google's
+ViT as .npz.
+
+usage: {PROG} MODEL [flags]"""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Every flag of backrazor-memory."""
+
+    model: str = ""
+    """The model; the command's first word is the same."""
+    batch_size: int = 8
+    """Samples of a micro-batch."""
+    image_size: int = 0
+    """Pixels of a picture's side; 0 takes the model's usual."""
+    sequence_length: int = 128
+    """Tokens of a sequence, for language models."""
+    classes: int = 100
+    """Outputs of a classifier's head."""
+    train: Literal["full", "bitfit", "head"] = "full"
+    """What is trained: where a weight is frozen, its layer's input is not saved."""
+    eager: bool = False
+    """Attention written out (softmax of a product), where transformers' default is scaled_dot_product_attention."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast's dtype."""
+    keep: float = 0.1
+    """Part of each activation that Back Razor keeps."""
+    razor_mode: RazorMode = "default"
+    """default, or paper: what the official code stores."""
+    attention: Attention = "pruned"
+    """Whether attention's own activations are pruned too, or kept as they are."""
+    values: Values = "bf16"
+    """How kept values are written."""
+    measure: bool = False
+    """Run the step on real tensors, and count what it holds, instead of predicting it."""
+    layers: Literal["alike", "all", "none"] = "alike"
+    """The table's rows: layers that differ in a block's number alone are added up (alike), or all, or none."""
+    out: str = ""
+    """The picture's file; empty names it MODEL.png in the current folder."""
+    json: str = ""
+    """A file for all numbers, in bytes."""
+
+
+def check(config: MemoryConfig) -> MemoryConfig:
+    """The configuration itself.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    if not config.model:
+        raise UserError(f"MODEL is missing: give one of {', '.join(KNOWN)}, or a folder of transformers")
+    at_least(config, batch_size=1, image_size=0, sequence_length=1, classes=2)
+    fraction(config, "keep")
+    if config.model.startswith(("vit", "resnet", "mobilenet")):
+        refuse_unused(config, MemoryConfig(), ("sequence_length",), f"{config.model} sees pictures")
+    if config.model.startswith(("bert", "roberta", "gpt2")):
+        refuse_unused(config, MemoryConfig(), ("image_size",), f"{config.model} sees tokens")
+    return config
+
+
+def main(argv: Sequence[str]) -> None:
+    default = MemoryConfig()
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        default = replace(default, model=words.pop(0))
+    config = check(parse(MemoryConfig, words, prog=PROG, description=DESCRIPTION, default=default))
+    from .memory import run_memory
+
+    run_memory(config)

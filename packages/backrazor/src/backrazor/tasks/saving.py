@@ -1,0 +1,102 @@
+"""What the commands do with Back Razor: the context of a forward pass, what is trained, and the dense ledger beside."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from memtrain_common.errors import UserError
+from memtrain_common.loop import DTYPES
+from memtrain_common.memory import Ledger
+from memtrain_common.prediction import predict
+from memtrain_common.summary import ledger_table
+from torch import Tensor, nn
+
+from ..razor import Razor
+
+NAMES = {"full": "dense", "backrazor": "Back Razor", "bitfit": "bitfit", "head": "head"}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def saving_of(config: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """``saving`` for :func:`memtrain_common.loop.fit`: a Razor with the flags' settings, or nothing."""
+    if config.mode != "backrazor":
+        return nullcontext
+    razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
+    return lambda: razor
+
+
+def train_only(model: nn.Module, head: tuple[str, ...], mode: str, *, freeze_bn: bool = False) -> nn.Module:
+    """The model with ``requires_grad`` set on what the mode trains.
+
+    Args:
+        head: paths of the modules that are trained in every mode.
+        mode: "full" and "backrazor" train all, "bitfit" biases and the head, "head" the head.
+        freeze_bn: not the weights and biases of batch norms.
+    """
+    for name, parameter in model.named_parameters():
+        inside = name.startswith(tuple(f"{h}." for h in head))
+        bias = mode == "bitfit" and name.rpartition(".")[2] == "bias"
+        parameter.requires_grad_(mode in ("full", "backrazor") or inside or bias)
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.requires_grad_(False)
+    return model
+
+
+def fix_statistics(model: nn.Module) -> None:
+    """Batch norms use their running statistics in training too; the loop leaves modules in eval mode as they are."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.eval()
+
+
+def dense_ledger(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, dtype: str) -> Ledger:
+    """What a step saves without Back Razor: predicted, so that neither memory nor the model's state is touched.
+
+    Args:
+        model: as it is trained, not wrapped.
+        loss: as ``fit`` takes it.
+        batch: a micro-batch of this process; its shapes count.
+        dtype: autocast's.
+
+    Raises:
+        UserError: if the model saves nothing.
+    """
+    device = next(model.parameters()).device
+
+    def step(fake: nn.Module) -> Tensor:
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            return loss(fake, _like(batch, device))
+
+    found = predict(lambda: model, step).ledger
+    if not found.total("activations"):
+        raise UserError(
+            f"{type(model).__name__} has nothing to save: no operation of it keeps an activation for the backward "
+            "pass, so there is nothing that Back Razor could make smaller"
+        )
+    return found
+
+
+def _like(batch: Any, device: torch.device) -> Any:
+    """New tensors of the batch's shapes."""
+    if isinstance(batch, Tensor):
+        return torch.zeros(batch.shape, dtype=batch.dtype, device=device)
+    if isinstance(batch, dict):
+        return {k: _like(v, device) for k, v in batch.items()}
+    return tuple(_like(v, device) for v in batch)
+
+
+def side_by_side(config: Any, dense: Ledger, measured: Ledger) -> str:
+    """The measured step as a table; of Back Razor, beside what dense training would have held.
+
+    Args:
+        config: with ``mode`` and ``keep``.
+        dense: :func:`dense_ledger`, which has no optimizer; its state is the same as the measured one's.
+        measured: of the run.
+    """
+    if config.mode != "backrazor":
+        return ledger_table({"measured": measured})
+    without = Ledger({**dense.bytes_by_layer, "optimizer": measured.bytes_by_layer["optimizer"]})
+    return ledger_table({"dense (predicted)": without, f"Back Razor, keep {config.keep:g}": measured})

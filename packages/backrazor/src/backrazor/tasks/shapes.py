@@ -1,0 +1,141 @@
+"""Models by their shapes alone, with a batch for them: known names, folders of transformers, Google's npz."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_common.classifiers import MODELS, build_classifier, classification_loss, usual_size
+from memtrain_common.errors import UserError
+from torch import Tensor, nn
+
+from .memory_flags import KNOWN, MemoryConfig
+from .saving import train_only
+
+# Language models: configuration class, what differs from its defaults, task class
+_LANGUAGE: dict[str, tuple[str, dict[str, int], str]] = {
+    "bert-base": ("BertConfig", {}, "BertForSequenceClassification"),
+    "bert-large": (
+        "BertConfig",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        "BertForSequenceClassification",
+    ),
+    "roberta-base": (
+        "RobertaConfig",
+        {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+        "RobertaForSequenceClassification",
+    ),
+    "gpt2": ("GPT2Config", {}, "GPT2LMHeadModel"),
+    "gpt2-medium": ("GPT2Config", {"n_embd": 1024, "n_layer": 24, "n_head": 16}, "GPT2LMHeadModel"),
+    "gpt2-large": ("GPT2Config", {"n_embd": 1280, "n_layer": 36, "n_head": 20}, "GPT2LMHeadModel"),
+    "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, "GPT2LMHeadModel"),
+}
+HEADS = ("classifier", "score", "head", "fc", "linear", "lm_head")
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A model that can be made any number of times, and the loss of a batch of its own making."""
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], Tensor]
+    sample: str
+    """What a batch holds, in words."""
+
+
+def shaped(config: MemoryConfig) -> Shaped:
+    """The model of the flags, with ``requires_grad`` set, and its loss; random numbers come from torch's generator.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    name, path = config.model, Path(config.model)
+    if name in MODELS:
+        return _pictures(config, lambda size: build_classifier(name, config.classes, image_size=size).model,
+                         usual_size(name) or 32)  # fmt: skip
+    if name in _LANGUAGE:
+        import transformers
+
+        kind, changed, task = _LANGUAGE[name]
+        settings = getattr(transformers, kind)(**changed)
+        if "Classification" in task:
+            settings.num_labels = config.classes
+        return _tokens(config, settings, lambda s: getattr(transformers, task)(s))
+    if path.suffix == ".npz" and path.is_file():
+
+        def load(size: int) -> nn.Module:
+            return build_classifier("vit-b-16", config.classes, weights=name, image_size=size).model
+
+        return _pictures(config, load, 224)
+    if path.is_dir():
+        return _folder(config, path)
+    raise UserError(
+        f"{name!r} is no known model and no folder: give one of {', '.join(KNOWN)}, or a folder of transformers"
+    )
+
+
+def _folder(config: MemoryConfig, path: Path) -> Shaped:
+    import transformers
+    from memtrain_common.encoders import from_pretrained
+
+    settings = from_pretrained(transformers.AutoConfig, str(path), "configuration")
+    images = type(settings) in transformers.AutoModelForImageClassification._model_mapping
+    if images:
+        settings.num_labels = config.classes
+        usual = getattr(settings, "image_size", 224)
+        usual = usual if isinstance(usual, int) else usual[0]
+
+        def build(size: int) -> nn.Module:
+            if hasattr(settings, "image_size"):
+                settings.image_size = size
+            return transformers.AutoModelForImageClassification.from_config(settings)
+
+        return _pictures(config, build, usual)
+    named = (getattr(settings, "architectures", None) or [""])[0]
+    causal = named.endswith(("LMHeadModel", "ForCausalLM"))
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    if not causal:
+        settings.num_labels = config.classes
+    if settings.pad_token_id is None:
+        settings.pad_token_id = 0
+    return _tokens(config, settings, auto.from_config)
+
+
+def _pictures(config: MemoryConfig, build: Callable[[int], nn.Module], usual: int) -> Shaped:
+    size = config.image_size or usual
+
+    def loss(model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        pixels = torch.randn(config.batch_size, 3, size, size, device=device)
+        return classification_loss(model, (pixels, torch.zeros(config.batch_size, dtype=torch.long, device=device)))
+
+    return Shaped(lambda: _chosen(config, build(size)), loss, f"{config.batch_size} pictures of {size}×{size} pixels")
+
+
+def _tokens(config: MemoryConfig, settings: Any, build: Callable[[Any], nn.Module]) -> Shaped:
+    most: int = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None) or 10**9
+    if config.sequence_length > most:
+        raise UserError(f"--sequence-length {config.sequence_length} is beyond the {most} positions of {config.model}")
+
+    def loss(model: nn.Module) -> Tensor:
+        ids = torch.randint(3, settings.vocab_size, (config.batch_size, config.sequence_length))
+        labels = ids if "Classification" not in type(model).__name__ else torch.zeros(config.batch_size).long()
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    words = f"{config.batch_size} sequences of {config.sequence_length} tokens"
+    return Shaped(lambda: _chosen(config, build(settings)), loss, words)
+
+
+def _chosen(config: MemoryConfig, model: nn.Module) -> nn.Module:
+    """Attention and what is trained, by the flags."""
+    if config.eager:
+        if not hasattr(model, "set_attn_implementation"):
+            raise UserError(
+                f"--eager would do nothing: {config.model} is none of transformers' models, so leave it out"
+            )
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    heads = tuple(n for n in HEADS if isinstance(getattr(model, n, None), nn.Module))
+    if config.train != "full" and not heads:
+        raise UserError(f"--train {config.train} needs a task head, and {type(model).__name__} has none")
+    return train_only(model, heads, config.train)

@@ -1,0 +1,236 @@
+"""``backrazor-train``: flags, presets, checks. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
+from memtrain_common.errors import UserError
+
+from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
+
+PROG = "backrazor-train"
+DESCRIPTION = """Fine-tune an image classifier, and keep only the largest part of each activation for the backward pass.
+
+Without flags (the preset digits): a ResNet-20 on scikit-learn's digits, by Back Razor and densely, within 2 minutes."""
+Data = Literal[
+    "digits", "folder", "cifar10", "cifar100", "aircraft", "cars", "cub200", "flowers102", "food101", "pets",
+    "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
+    "tissuemnist", "organamnist", "organcmnist", "organsmnist",
+]  # fmt: skip
+Model = Literal[
+    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2", "resnet20"
+]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every flag of backrazor-train; kept in the run folder's config.json."""
+
+    # -- input and output
+    out: str = ""
+    """Run folder to make; empty names one in runs/ by date and time."""
+    resume: str = ""
+    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
+    data: Data = "digits"
+    """Set of pictures: scikit-learn's digits (no file needed), a published set, or a folder (or zip) by class."""
+    data_dir: str = ""
+    """Folder with the set's files in their published form, or the folder or zip of pictures."""
+    download: bool = False
+    """First download the set into --data-dir (CIFAR, Aircraft, Flowers, Food-101, Pets)."""
+    validate: Literal["auto", "none"] = "auto"
+    """The set's own val, or a tenth of train where it has none; none trains on all of it, as the official runs do."""
+    bad_images: Literal["refuse", "skip", "unchecked"] = "refuse"
+    """Damaged pictures: refuse the set, leave them out and say which, or do not look until they are used."""
+    size: int = 28
+    """Pixels of a MedMNIST file: 28, 64, 128 or 224."""
+    verify: bool = True
+    """Compare a MedMNIST file's MD5 with the published one."""
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl."""
+    # -- model
+    model: Model = "vit-mini"
+    """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, or CIFAR's ResNet-20."""
+    weights: str = ""
+    """Pretrained weights. ViT: a folder of transformers, Google's .npz, timm's .safetensors. CNN: .pth or .safetensors,
+    or imagenet (torchvision's, downloaded). Empty begins at random."""
+    image_size: int = 0
+    """Pixels that the model sees; 0 takes what it was made for, or the pictures' own."""
+    patch_size: int = 0
+    """Of a ViT with random weights: pixels of a patch's side; 0 takes the model's usual."""
+    freeze_bn: bool = False
+    """Do not train the weights of batch norms (official: full_noBN)."""
+    fix_bn_stat: bool = False
+    """Batch norms use their running statistics in training too, and leave them as they are."""
+    # -- what is trained, and what is saved for the backward pass
+    mode: Mode = "backrazor"
+    """full: all weights, dense. bitfit: biases and the head. head: the head alone. backrazor: all weights, with the
+    saved activations sparsified."""
+    keep: float = 0.1
+    """Part of each activation that Back Razor keeps: 1 less the official back_prune_ratio."""
+    razor_mode: RazorMode = "default"
+    """default, or paper: what the official code stores."""
+    attention: Attention = "pruned"
+    """Whether attention's own activations are pruned too, or kept as they are."""
+    values: Values = "bf16"
+    """How kept values are written."""
+    compare_dense: bool = False
+    """Also train the same model on the same batches densely (--mode full), in the folder dense of the run."""
+    # -- optimizer
+    optim: Literal["sgd", "adam"] = "sgd"
+    """SGD with momentum (official for ViTs), or Adam (official for CNNs)."""
+    learning_rate: float = 0.03
+    """Peak learning rate."""
+    head_lr_factor: float = 1.0
+    """The head's learning rate is so many times as high (official HeadLr10times: 10)."""
+    momentum: float = 0.9
+    """SGD's."""
+    weight_decay: float = 0.0
+    """Added to the gradient as weights times it, of every trained weight."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up: half a cosine or a line down to 0, or nothing."""
+    warmup_iters: int = 0
+    """Steps in which the learning rate rises."""
+    max_iters: int = 0
+    """Optimizer steps; 0 takes --epochs."""
+    epochs: float = 10.0
+    """Passes over the training pictures, where --max-iters is 0."""
+    batch_size: int = 64
+    """Pictures a micro-batch, over all processes."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Part of the label that is spread over all classes."""
+    augment: Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"] = "none"
+    """Recipe: vit, cotuning and cnn are the official ones, at random crops; packages/common says what each does."""
+    color_jitter: Literal["none", "torch", "tf"] = "none"
+    """Random colours: torch (all four, strong) or tf (brightness and saturation)."""
+    # -- evaluation
+    select: Literal["last", "best"] = "last"
+    """Weights that are tested: the last, or those of the best validation accuracy."""
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates after each epoch."""
+    eval_batch_size: int = 128
+    """Pictures a batch in evaluation."""
+    log_interval: int = 10
+    """Steps between logged rows."""
+    # -- system
+    seed: int = 0
+    """Seed of the initial weights, the data order, augmentation and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast's dtype; weights stay float32."""
+    workers: int = 0
+    """Processes that prepare batches ahead."""
+
+
+def vit(data: Data, learning_rate: float, max_iters: int, keep: float, **more: object) -> TrainConfig:
+    """What the official ViT commands have in common: ViT-B/16 at 224 pixels, batches of 128, 500 steps of warm-up."""
+    base: dict[str, object] = {"model": "vit-b-16", "batch_size": 128, "warmup_iters": 500, "augment": "vit"}
+    base |= {"eval_interval": 1000, "workers": 4}
+    return TrainConfig(
+        data=data, learning_rate=learning_rate, max_iters=max_iters, keep=keep,
+        **{**base, **more},  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def fork(data: Data, max_iters: int, **more: object) -> TrainConfig:
+    """The LoRA fork's runs: ViT-S/16, batches of 32, learning rate 1e-3."""
+    return vit(data, 1e-3, max_iters, 0.1, model="vit-s-16", batch_size=32, **more)
+
+
+def cnn(data: Data, learning_rate: float, label_smoothing: float, **more: object) -> TrainConfig:
+    """What the official CNN commands have in common: Adam, 50 epochs, batches of 8, batch norms' weights frozen."""
+    base: dict[str, object] = {"model": "mobilenet_v2", "freeze_bn": True, "workers": 4, "eval_batch_size": 100}
+    return TrainConfig(
+        data=data, learning_rate=learning_rate, label_smoothing=label_smoothing, optim="adam", epochs=50.0,
+        batch_size=8, keep=0.1, grad_clip=0.0, augment="cnn",
+        **{**base, **more},  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+PRESETS = {
+    "digits": TrainConfig(
+        model="resnet20", image_size=8, compare_dense=True, learning_rate=0.1, weight_decay=5e-4, warmup_iters=20
+    ),
+    "vit-aircraft": vit("aircraft", 0.03, 6000, 0.2, augment="cotuning", head_lr_factor=10.0),
+    "vit-cub200": vit("cub200", 0.01, 6000, 0.1),
+    "vit-cars": vit("cars", 0.1, 16000, 0.2),
+    "vit-cifar10": vit("cifar10", 0.01, 20000, 0.1),
+    "vit-cifar100": vit("cifar100", 0.01, 20000, 0.1),
+    "vit-food101": vit("food101", 0.01, 30000, 0.2),
+    "vit-flowers102": vit("flowers102", 0.03, 2000, 0.2),
+    "vit-pets": vit("pets", 1e-3, 20000, 0.1, augment="cotuning"),
+    "vit-s-cifar100": fork("cifar100", 15640),
+    "vit-s-flowers102": fork("flowers102", 1564),
+    "vit-s-pets": fork("pets", 2300, augment="cotuning"),
+    "cnn-aircraft": cnn("aircraft", 3e-4, 0.3, color_jitter="torch"),
+    "cnn-cars": cnn("cars", 3e-4, 0.7, color_jitter="torch", freeze_bn=False),
+    "cnn-cub200": cnn("cub200", 1e-4, 0.7),
+    "cnn-food101": cnn("food101", 3e-5, 0.1),
+    "cnn-flowers102": cnn("flowers102", 1e-4, 0.7),
+    "cnn-pets": cnn("pets", 3e-5, 0.3, fix_bn_stat=True),
+    "cnn-cifar10": cnn("cifar10", 3e-5, 0.1, fix_bn_stat=True),
+    "cnn-cifar100": cnn("cifar100", 3e-5, 0.1, fix_bn_stat=True),
+    "resnet18-cifar10": cnn("cifar10", 1e-5, 0.1, fix_bn_stat=True, model="resnet18"),
+}
+
+
+def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
+    """The configuration itself.
+
+    Args:
+        config: flags over a preset.
+        plain: the preset, or the run that is resumed.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    at_least(
+        config, size=4, image_size=0, patch_size=0, momentum=0, weight_decay=0, warmup_iters=0, max_iters=0,
+        batch_size=1, gradient_accumulation_steps=1, grad_clip=0, label_smoothing=0, eval_interval=0,
+        eval_batch_size=1, log_interval=1, workers=0, seed=0,
+    )  # fmt: skip
+    positive(config, "learning_rate", "head_lr_factor", "epochs")
+    below_one(config, "momentum", "label_smoothing")
+    check_razor(config, plain)
+    if config.mode != "backrazor" and config.compare_dense:
+        refuse_unused(config, plain, ("compare_dense",), f"--mode {config.mode} is dense itself")
+        config = replace(config, compare_dense=False)  # the preset's
+    if config.validate == "none" and config.select == "best":
+        raise UserError("--select best needs pictures to validate on: leave --validate none out")
+    if config.data == "digits":
+        refuse_unused(config, plain, ("size", "verify", "download"), "the digits come with scikit-learn")
+    if config.model.startswith("vit"):
+        for name in ("freeze_bn", "fix_bn_stat"):
+            refuse_unused(config, plain, (name,), f"{config.model} has no batch norm")
+    else:
+        refuse_unused(config, plain, ("patch_size",), f"{config.model} has no patches")
+    if config.weights and config.model.startswith("vit"):
+        refuse_unused(config, plain, ("patch_size",), "--weights brings its own")
+    if config.optim == "adam":
+        refuse_unused(config, plain, ("momentum",), "Adam has betas of its own (0.9, 0.999)")
+    return config
+
+
+def needs_weights(argv: Sequence[str], config: TrainConfig) -> None:
+    """A preset for pretrained weights is not run without them by mistake."""
+    if argv and argv[0].startswith(("vit-", "cnn-", "resnet18-")) and not config.weights:
+        usual = "imagenet" if not config.model.startswith("vit") else "ViT-B_16.npz or a folder of transformers"
+        raise UserError(f"the preset {argv[0]} fine-tunes pretrained weights: give --weights ({usual})")
+
+
+def main(argv: Sequence[str]) -> None:
+    argv = argv or ["digits"]
+    config = configure(
+        TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS, check=check,
+        may_change=MAY_CHANGE | {"workers", "download", "bad_images"},
+    )  # fmt: skip
+    if not config.resume:
+        needs_weights(argv, config)
+    from .train import run_training
+
+    run_training(config, argv)

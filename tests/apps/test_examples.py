@@ -1,0 +1,57 @@
+"""Every example runs, and does what it says in its first line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def output(name):
+    words = [sys.executable, "-W", "ignore", str(EXAMPLES / name)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def accuracy(text):
+    return float(re.findall(r"accuracy (\d\.\d+)", text)[-1])
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_an_example_is_short(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) <= 40
+
+
+def test_save_less():
+    text = output("save_less.py")
+    assert float(re.search(r"([\d.]+) times less saved", text)[1]) > 10
+    assert accuracy(text) > 0.85
+
+
+def test_train_less():
+    before, after = map(float, re.search(r"accuracy ([\d.]+) before, ([\d.]+) after", output("train_less.py")).groups())
+    assert before < 0.55
+    assert after > 0.85
+
+
+def test_train_in_parallel():
+    text = output("train_in_parallel.py")
+    trained, plain = re.search(r"accuracy ([\d.]+) after 30 merges; as a plain network ([\d.]+)", text).groups()
+    assert trained == plain
+    assert float(trained) > 0.85
+
+
+def test_remember_less():
+    adam, galore = re.findall(r"accuracy ([\d.]+), +(\d+) KiB", output("remember_less.py"))
+    assert int(adam[1]) > 5 * int(galore[1])
+    assert float(galore[0]) > float(adam[0]) - 0.05
+
+
+def test_compose_two():
+    text = output("compose_two.py")
+    assert accuracy(text) > 0.85
+    assert float(re.search(r"activations +([\d.]+)", text)[1]) < 100

@@ -1,0 +1,237 @@
+"""finetune and pretrain as a person meets them: a run and its files, resume, the saved model, every kind of mistake."""
+
+import json
+import signal
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+from memtrain_apps.axes import USED_BY, Axes
+from memtrain_apps.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
+from memtrain_common.vit import load_vit
+from safetensors.torch import load_file
+from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed
+
+FAST = ["--tracker", "none", "--log-interval", "5", "--threads", "1"]
+DIGITS = ["finetune", "--epochs", "1", "--labels", "5", "6", "7", "--batch-size", "32", *FAST]
+RAZOR = ["--train", "lora", "--save", "backrazor", "--rank", "4", "--keep", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """LoRA with Back Razor, which the fork could not: a run that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    done = run_command([*DIGITS, *RAZOR, "--lr", "3e-3", "--out", "run"], cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "run", done
+
+
+def test_a_run_says_what_it_cost_and_keeps_it(whole):
+    run, done = whole
+    result = json.loads((run / "result.json").read_text())
+    assert result["axes"] == {"train": "lora", "save": "backrazor", "optim": "adamw"}
+    assert result["settings"] == {
+        "rank": 4, "alpha": 0.0, "adapt": "all", "dropout": 0.0, "keep": 0.2, "razor_mode": "default",
+    }  # fmt: skip
+    assert result["predicted"] == result["measured"]
+    assert result["test"] == result["scores"]["test"]["accuracy"]
+    assert 0 < result["trained_parameters"] < 0.2 * result["parameters"]
+    assert f"test  {result['test']:.4f}" in done.stdout
+    assert done.stdout == (run / "log.txt").read_text()
+    assert done.stderr.count("\n") <= 1, done.stderr  # the progress bar, and no library's remarks
+    for picture in ("loss.png", "memory.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_model_is_plain_and_gives_the_tested_accuracy(whole, tmp_path):
+    run, _ = whole
+    again = run_command(
+        [
+            *DIGITS,
+            "--train",
+            "head",
+            "--weights",
+            str(run / "model"),
+            "--lr",
+            "1e-12",
+            "--epochs",
+            "0.01",
+            "--out",
+            "again",
+        ],
+        tmp_path,
+    )
+    assert again.returncode == 0, again.stderr
+    before, after = (json.loads((r / "result.json").read_text()) for r in (run, tmp_path / "again"))
+    assert after["test"] == pytest.approx(before["test"], abs=0.005)
+    assert not any("lora" in name for name in load_file(run / "model" / "model.safetensors"))
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    words = [*DIGITS, *RAZOR, "--lr", "3e-3", "--out", "run", "--eval-epochs", "0.3", "--no-save-model"]
+    words = [w for w in words if w != "7"]  # fewer pictures
+    straight = run_command(["straight" if w == "run" else w for w in words], tmp_path)
+    assert straight.returncode == 0, straight.stderr
+    command = Command(words, tmp_path)
+    while command.poll() is None and not list(tmp_path.glob("run/checkpoints/step-*/manifest.json")):
+        time.sleep(0.02)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    resumed = run_command(["finetune", "--resume", "run"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    keep = ("step", "split", "loss", "accuracy", "lr")
+    assert [{k: r.get(k) for k in keep} for r in rows(tmp_path / "run")] == [
+        {k: r.get(k) for k in keep} for r in rows(tmp_path / "straight")
+    ]
+    a, b = (newest_checkpoint(tmp_path / n) / "model.safetensors" for n in ("run", "straight"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_memory_is_explained_without_training(tmp_path):
+    words = ["pretrain", "--n-layer", "2", "--n-embd", "32", "--n-head", "2", "--train", "lora", "--dropout", "0.1"]
+    done = run_command([*words, "--explain-memory", "--threads", "1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "activations" in done.stdout.split("what dominates: ")[1].split("\n")[0]
+    assert "--save backrazor" in done.stdout
+    assert "--dropout 0 (it keeps a copy of every adapted layer's input)" in done.stdout
+    assert "transformer.h.0" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_pretraining_lowers_the_loss_and_predicts_its_memory(model, tmp_path):
+    words = [
+        "pretrain",
+        "--model",
+        model,
+        "--optim",
+        "galore-adamw",
+        "--save",
+        "backrazor",
+        "--n-layer",
+        "2",
+        "--n-head",
+        "2",
+    ]
+    words += [
+        "--n-embd",
+        "32",
+        "--block-size",
+        "32",
+        "--max-iters",
+        "30",
+        "--lr",
+        "1e-2",
+        "--galore-rank",
+        "8",
+        "--out",
+        "run",
+    ]
+    done = run_command([*words, *FAST], tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = [r["loss"] for r in rows(tmp_path / "run") if r["split"] == "val"]
+    assert losses[-1] < losses[0] - 0.5
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["predicted"] == result["measured"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_glue_and_instructions_run_from_local_files(tmp_path, real_data):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = real_data / "tokenizers" / "bert-base-uncased" / "vocab.txt"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    encoder = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    encoder.save_pretrained(tmp_path / "encoder")
+    transformers.BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path / "encoder")
+    words = [
+        "finetune",
+        "--data",
+        "glue:rte",
+        "--data-dir",
+        str(real_data / "glue"),
+        "--model",
+        "encoder",
+        "--max-length",
+        "16",
+    ]
+    words += ["--train", "lora-xs", "--save", "backrazor", "--rank", "4", "--epochs", "0.05", "--out", "rte", *FAST]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "rte" / "result.json").read_text())["metric"] == "accuracy"
+    assert (tmp_path / "rte" / "model" / "tokenizer.json").is_file()
+
+
+REFUSED = {
+    ("--train", "head", "--optim", "galore-adamw"): ("galore-adamw would project nothing", "choose optim adamw"),
+    ("--train", "lora-xs", "--optim", "galore-adamw", "--rank", "4", "--galore-rank", "4"): ("rank 4", "below it"),
+    ("--train", "bitfit", "--keep", "0.1"): ("--keep would do nothing with --save all", "backrazor"),
+    ("--save", "backrazor", "--keep", "0"): ("--keep must be above 0",),
+    ("--save", "offload", "--device", "cpu"): ("offload would do nothing on the CPU",),
+    ("--train", "lora-xs", "--optim", "adamw8bit"): ("keep nothing in 8 bits", "choose optim adamw"),
+    ("--train", "lte", "--batch-size", "30"): ("--batch-size 30", "--heads 4"),
+    ("--train", "lora", "--rank", "0"): ("--rank must be at least 1",),
+    ("--labels", "3", "3"): ("--labels 3 3", "0 to 9"),
+    ("--labels", "3", "12"): ("0 to 9",),
+    ("--data", "digit"): ("digit",),
+    ("--model", "resnet18", "--train", "lora", "--adapt", "attention"): ("no matrices of attention",),
+    ("--model", "vit"): ("'vit'", "vit-mini"),
+    ("--train", "melo", "--model", "resnet20"): ("melo",),
+    ("--epochs", "0"): ("--epochs must be above 0",),
+    ("--data", "glue:rte"): ("--model",),
+    ("--data", "glue:wnli", "--model", "x"): ("glue:wnli", "glue:rte"),
+    ("--weights", "nowhere"): ("nowhere",),
+    ("--resume", "nowhere"): ("nowhere is not a run",),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_mistakes_are_one_sentence(words, tmp_path):
+    done = run_command(["finetune", *words, *FAST, *(() if "--resume" in words else ("--out", "run"))], tmp_path)
+    assert_refused(done, *REFUSED[words])
+
+
+def test_the_model_decides_what_pretraining_can_do(tmp_path):
+    for words, expected in (
+        (("--train", "head"), "has none"),
+        (("--train", "melo"), "melo"),
+        (("--train", "bitfit"), "no bias"),
+    ):
+        assert_refused(run_command(["pretrain", *words, "--out", words[1], *FAST], tmp_path), expected)
+
+
+@pytest.mark.parametrize("presets", [FINETUNE_PRESETS, PRETRAIN_PRESETS], ids=["finetune", "pretrain"])
+def test_presets_pass_their_own_checks(presets):
+    plain = {f.name: f.default for f in fields(Axes)}
+    for config in presets.values():
+        checked(config)
+        refuse_unused(
+            config, {n for n in USED_BY if getattr(config, n) != plain[n]} - {"rank", "alpha", "adapt", "dropout"}
+        )
+
+
+def test_the_flags_of_the_axes_come_from_one_place():
+    names = {f.name for f in fields(FinetuneConfig)}
+    assert {f.name for f in fields(Axes)} <= names
+    assert {f.name for f in fields(Axes)} - set(USED_BY) == {"train", "save", "optim"}
+
+
+def test_the_installed_commands_show_their_help_without_torch(tmp_path):
+    for name in ("finetune", "pretrain"):
+        done = run_installed([name, "--help"], tmp_path)
+        assert done.returncode == 0
+        assert "--train" in done.stdout
+        assert "torch" not in done.stderr
+
+
+def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
+    words = [*DIGITS, "--train", "lte", "--heads", "2", "--merge-steps", "4", "--lr", "3e-3", "--out", "run"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved, _ = load_vit(tmp_path / "run" / "model", image_size=0, classes=3)
+    state = load_file(newest_checkpoint(tmp_path / "run") / "model.safetensors")
+    name = "vit.layers.0.attention.q_proj"
+    weight = saved.get_parameter(f"{name}.weight")
+    assert weight.shape == state[f"{name}.weight"].shape
+    assert not torch.equal(weight, state[f"{name}.weight"])  # deltas that were not merged yet are in it
+    assert not any("lora" in n for n in load_file(tmp_path / "run" / "model" / "model.safetensors"))
