@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from backrazor.tasks.train import Trained, make_model, train_one
 from backrazor.tasks.train_flags import TrainConfig
@@ -54,10 +53,10 @@ class Study:
 
 
 def part(pictures: PictureSet, split: str, n: int) -> PictureSet:
-    """The set with n of a split's pictures, every class evenly."""
+    """The set with about n of a split's pictures, every class evenly."""
     found = pictures.splits[split]
-    parts = stratified(found.labels, len(found), seed=1)
-    return replace(pictures, splits={**pictures.splits, split: found.take(np.argsort(parts, kind="stable")[:n])})
+    some = found.take(stratified(found.labels, len(found) // n, seed=1) == 0)
+    return replace(pictures, splits={**pictures.splits, split: some})
 
 
 def classes_of(pictures: PictureSet, first: int, last: int) -> PictureSet:
@@ -84,7 +83,7 @@ def resnet20(data: Path) -> Study:
     pictures = part(part(cifar10(data), "train", 4000), "val", 2000)
     config = replace(BASE, data="cifar10", model="resnet20", weights=resnet_weights(data), epochs=3.0, batch_size=50,
                      warmup_iters=20, augment="flip-shift")  # fmt: skip
-    about = "ResNet-20 with CIFAR-10's weights, tuned to CIFAR-10 as JPEG files: 4,000 to train, 2,000 to validate"
+    about = "ResNet-20 with CIFAR-10's weights, tuned to CIFAR-10 as JPEG files: about 4,000 to train"
     return Study(about, pictures, config, (0.003, 0.01, 0.03), (0, 1, 2))
 
 
@@ -109,7 +108,7 @@ def vit(data: Path) -> Study:
     after = part(part(classes_of(everything, 5, 9), "train", 5000), "val", 1000)
     about = (
         "ViT, 96 wide, 4 blocks, patches of 4 in 32 pixels, pretrained densely on CIFAR-10's classes 0 to 4 for 8 "
-        f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to 5,000 pictures of classes 5-9"
+        f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to about 5,000 of classes 5-9"
     )
     moved = replace(config, weights=str(folder), patch_size=0, epochs=4.0, optim="sgd", warmup_iters=20)
     return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2))

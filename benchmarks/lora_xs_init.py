@@ -1,20 +1,15 @@
 """How long the bases of LoRA-XS take, and whether they are the same subspace.
 
-    python -m benchmarks.lora_xs_init --out benchmarks/results/lora_xs_init.json
+1. A 4096×14336 weight at r = 64, float32: scikit-learn's TruncatedSVD(n_iter=10, random_state=42), which the official
+   code calls, over ours, pair by pair. Singular values 10·k^-½ with a gap after the 32nd and the 64th, over Gaussian
+   noise, which closes the second gap.
+2. RoBERTa-base's 48 weights at r = 16: first start over the start from the cache (weights are hashed each time).
 
-1. A 4096×14336 weight at r = 64, float32: ours against scikit-learn's TruncatedSVD(n_iter=10,
-   random_state=42), which the official code calls. Pairs, one after the other in one process, in alternating
-   order; the ratio is that of each pair. Singular values 10·k^-½ with a gap after the 32nd and the 64th, over
-   Gaussian noise.
-2. RoBERTa-base's 48 weights at r = 16: first start, and start from the cache (weights are hashed each time).
+    uv run python benchmarks/lora_xs_init.py
 """
 
-from __future__ import annotations
-
-import argparse
-import datetime
-import json
-import platform
+import dataclasses
+import os
 import statistics
 import sys
 import tempfile
@@ -23,24 +18,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sklearn
 import torch
+import tyro
 from lora_xs import ROBERTA_TARGETS, LoRAXSConfig, inject, remove
 from lora_xs.svd import svd_bases
+from memtrain_common.bench import pairwise, ratio_of, write_results
+from memtrain_common.console import Console
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+SHAPE, RANK = (4096, 14336), 64
+GAPS = {RANK // 2: 1.5, RANK: 2.0}
+NOISE = 0.004
+OUT = Path(__file__).parent / "results" / "lora_xs_init.json"
 
-def planted(out: int, width: int, gaps: dict[int, float], noise: float) -> Tensor:
-    """A matrix (out×width) with σ_k = 10·k^-½, divided by gaps[k] beyond k, plus Gaussian noise."""
+
+def planted() -> Tensor:
+    """A matrix with σ_k = 10·k^-½, divided by GAPS[k] beyond k, plus Gaussian noise."""
     n = 512
     s = 10 * torch.arange(1, n + 1) ** -0.5
-    for k, factor in gaps.items():
+    for k, factor in GAPS.items():
         s[k:] /= factor
-    U = torch.linalg.qr(torch.randn(out, n)).Q
-    V = torch.linalg.qr(torch.randn(width, n)).Q
-    return (U * s) @ V.t() + noise * torch.randn(out, width)
+    U, V = (torch.linalg.qr(torch.randn(size, n)).Q for size in SHAPE)
+    return (U * s) @ V.t() + NOISE * torch.randn(*SHAPE)
 
 
 def sine(X: Tensor, reference: Tensor) -> float:
@@ -49,108 +50,98 @@ def sine(X: Tensor, reference: Tensor) -> float:
     return float(torch.linalg.matrix_norm(X - reference @ (reference.t() @ X), 2))
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    begin = time.perf_counter()
-    result = function()
-    return time.perf_counter() - begin, result
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
-def decompositions(pairs: int, rank: int, shape: tuple[int, int], seed: int) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    gaps = {rank // 2: 1.5, rank: 2.0}
-    W = planted(*shape, gaps=gaps, noise=0.004)
+def decompositions(pairs: int) -> dict[str, Any]:
+    W = planted()
     transposed = W.t().numpy()  # as the official code passes it; a view
+    kept: dict[str, Tensor] = {}
 
-    def theirs() -> Tensor:
-        fitted = TruncatedSVD(rank, n_iter=10, random_state=42).fit(transposed)
-        return torch.from_numpy(fitted.components_.copy()).t()
+    def theirs() -> None:
+        fitted = TruncatedSVD(RANK, n_iter=10, random_state=42).fit(transposed)
+        kept["sklearn"] = torch.from_numpy(fitted.components_.copy()).t()
 
-    def ours() -> Tensor:
-        return svd_bases(W, rank)[1]
+    def ours() -> None:
+        kept["A"], kept["lora_xs"] = svd_bases(W, RANK)
 
-    svd_bases(W[:512, :512].contiguous(), 8)  # loads the libraries
-    times: dict[str, list[float]] = {"lora_xs": [], "sklearn": []}
-    B = S = torch.empty(0)
-    for i in range(pairs):
-        for name in ("lora_xs", "sklearn") if i % 2 == 0 else ("sklearn", "lora_xs"):
-            seconds, bases = timed(ours if name == "lora_xs" else theirs)
-            times[name].append(seconds)
-            B, S = (bases, S) if name == "lora_xs" else (B, bases)
-    _, exact = svd_bases(W, rank, exact=True)
+    speedup = pairwise(theirs, ours, pairs=pairs, warmup=1)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
+    exact_A, exact = svd_bases(W, RANK, exact=True)
+    lost = 1 - torch.linalg.vector_norm(kept["A"], dim=1) / torch.linalg.vector_norm(exact_A, dim=1)
     return {
-        "shape": shape,
-        "rank": rank,
-        "gaps": {str(k): v for k, v in gaps.items()},
-        "seconds": {name: spread(values) for name, values in times.items()},
-        "speedup": spread([b / a for a, b in zip(times["lora_xs"], times["sklearn"], strict=True)]),
+        "shape": SHAPE,
+        "rank": RANK,
+        "gaps": {str(k): v for k, v in GAPS.items()},
+        "time_of_sklearn_over_ours": dataclasses.asdict(speedup),
         "sine_of_largest_angle": {
             f"first {k}": {
-                "lora_xs to LAPACK": sine(B[:, :k], exact[:, :k]),
-                "sklearn to LAPACK": sine(S[:, :k], exact[:, :k]),
-                "lora_xs to sklearn": sine(B[:, :k], S[:, :k]),
+                "lora_xs to LAPACK": sine(kept["lora_xs"][:, :k], exact[:, :k]),
+                "sklearn to LAPACK": sine(kept["sklearn"][:, :k], exact[:, :k]),
             }
-            for k in gaps
+            for k in GAPS
         },
+        "largest_relative_loss_of_a_singular_value": float(lost.max()),
     }
 
 
-def starts(repeats: int, seed: int) -> dict[str, Any]:
-    torch.manual_seed(seed)
+def starts(repeats: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(vocab_size=50265, max_position_embeddings=514))
     model.to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     config = LoRAXSConfig(16, alpha=16, targets=ROBERTA_TARGETS)
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            cold.append(timed(lambda: inject(model, config, cache=folder))[0])
-            remove(model)
-            for p in model.parameters():
-                p.data = p.data.clone()  # elsewhere in memory: no digest from before is taken
-            warm.append(timed(lambda: inject(model, config, cache=folder))[0])
-            remove(model)
+            for times in (cold, warm):
+                for p in model.parameters():
+                    p.data = p.data.clone()  # elsewhere in memory: no digest from before is taken
+                times.append(seconds(lambda: inject(model, config, cache=folder)))
+                remove(model)
     return {
         "model": "RobertaForSequenceClassification, base shape, Gaussian weights",
         "modules": 48,
         "rank": 16,
-        "first_start_seconds": spread(cold),
-        "cached_start_seconds": spread(warm),
+        "first_start_seconds": statistics.median(cold),
+        "cached_start_seconds": statistics.median(warm),
+        "longest_cached_start_seconds": max(warm),
+        "first_over_cached": dataclasses.asdict(ratio_of([a / b for a, b in zip(cold, warm, strict=True)])),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    result = {
-        "benchmark": "lora_xs_init",
-        "command": "python -m benchmarks.lora_xs_init " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.processor() or platform.machine()} CPU, {args.threads} thread(s)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "sklearn": sklearn.__version__,
-        },
-        "seeds": [args.seed],
-        "decomposition": decompositions(args.pairs, 64, (4096, 14336), args.seed),
-        "start": starts(args.pairs, args.seed),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+def seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main(pairs: int = 7, starts_too: int = 5, threads: int = 1, out: Path = OUT) -> None:
+    """
+    Args:
+        pairs: of decompositions.
+        starts_too: pairs of starts.
+        threads: of torch and of scikit-learn.
+        out: where the results go.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    console = Console()
+    decomposition = decompositions(pairs)
+    console.say(f"{decomposition}")
+    torch.set_num_threads(threads)
+    start = starts(starts_too)
+    console.say(f"{start}")
+    write_results(
+        out,
+        argv=["python", "benchmarks/lora_xs_init.py", *sys.argv[1:]],
+        device=torch.device("cpu"),
+        seeds=[0],
+        threads=threads,
+        decomposition=decomposition,
+        start=start,
+    )
+    console.say(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -1,143 +1,120 @@
-"""Time and saved activations of a training step: LoRA-XS beside PEFT's LoRA at the same rank and modules.
+"""Time and saved activations of a training step: LoRA-XS over PEFT's LoRA at the same rank and modules.
 
-    python -m benchmarks.lora_xs_step --out benchmarks/results/lora_xs_step.json
+RoBERTa-base's shape with random weights, a classifier for a task head, AdamW, the paper's four modules a layer. Both
+models live in one process and take steps in turn on the same batch. Saved activations are the bytes that autograd keeps
+for one backward pass, parameters aside, each storage counted once.
 
-RoBERTa-base's shape with random weights, a classifier for a task head, AdamW, the paper's four modules a
-layer. Both models live in one process and take steps in turn on the same batch, in alternating order; the
-ratio is that of each pair. Saved activations are the bytes of all storages that autograd keeps for one
-backward pass, parameters aside, each counted once.
+    uv run python benchmarks/lora_xs_step.py
 """
 
-from __future__ import annotations
-
-import argparse
-import datetime
-import json
-import platform
-import statistics
+import dataclasses
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import peft
 import torch
-import transformers
+import tyro
 from lora_xs import ROBERTA_TARGETS, LoRAXSConfig, inject
+from memtrain_common.bench import pairwise, write_results
+from memtrain_common.console import Console
+from memtrain_common.memory import SavedActivations
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+Method = Literal["lora_xs", "peft_lora"]
+OUT = Path(__file__).parent / "results" / "lora_xs_step.json"
 
-def base(seed: int) -> RobertaForSequenceClassification:
-    torch.manual_seed(seed)
+
+def base() -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514)
     return RobertaForSequenceClassification(config).train()
 
 
-def build(method: str, rank: int, seed: int) -> nn.Module:
-    model = base(seed)
+def build(method: Method, rank: int) -> nn.Module:
     if method == "lora_xs":
-        return inject(model, LoRAXSConfig(rank, alpha=16, targets=ROBERTA_TARGETS), cache=False)
+        return inject(base(), LoRAXSConfig(rank, alpha=16, targets=ROBERTA_TARGETS), cache=False)
     lora = peft.LoraConfig(
         r=rank, lora_alpha=16, lora_dropout=0.0, target_modules=list(ROBERTA_TARGETS), task_type="SEQ_CLS"
     )
-    return peft.get_peft_model(model, lora)
+    return peft.get_peft_model(base(), lora)
 
 
 class Trainer:
     """One model with its optimizer."""
 
-    def __init__(self, method: str, rank: int, seed: int) -> None:
-        self.model = build(method, rank, seed)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+    def __init__(self, method: Method, rank: int, ids: Tensor, labels: Tensor) -> None:
+        self.model = build(method, rank)
+        self.inputs = {"input_ids": ids, "labels": labels}
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
 
-    def step(self, ids: Tensor, labels: Tensor) -> float:
-        """Seconds of one step."""
-        begin = time.perf_counter()
+    def step(self) -> None:
         self.optimizer.zero_grad()
-        self.model(input_ids=ids, labels=labels).loss.backward()
+        self.model(**self.inputs).loss.backward()
         self.optimizer.step()
-        return time.perf_counter() - begin
 
-    def saved_bytes(self, ids: Tensor, labels: Tensor) -> int:
+    def saved_bytes(self) -> int:
         """Bytes that autograd keeps for one backward pass."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage  # held, so that its address is not used again
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.model(input_ids=ids, labels=labels)
-        return sum(storage.nbytes() for storage in kept.values())
+        with SavedActivations(self.model) as saved:
+            out = self.model(**self.inputs)  # held: it is what keeps them
+        size = sum(saved.by_layer().values())
+        del out
+        return size
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
-def compare(rank: int, pairs: int, batch: int, length: int, seed: int) -> dict[str, Any]:
-    trainers = {method: Trainer(method, rank, seed) for method in ("lora_xs", "peft_lora")}
-    ids = torch.randint(5, 50000, (batch, length))
-    labels = torch.randint(0, 2, (batch,))
-    for trainer in trainers.values():
-        trainer.step(ids, labels)
-    times: dict[str, list[float]] = {method: [] for method in trainers}
-    for i in range(pairs):
-        for method in list(trainers) if i % 2 == 0 else list(trainers)[::-1]:
-            times[method].append(trainers[method].step(ids, labels))
-    saved = {method: trainer.saved_bytes(ids, labels) for method, trainer in trainers.items()}
-    head = sum(p.numel() for n, p in base(seed).named_parameters() if n.startswith("classifier"))
+def compare(rank: int, pairs: int, batch: int, length: int) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    ids, labels = torch.randint(5, 50000, (batch, length)), torch.randint(0, 2, (batch,))
+    ours, theirs = (Trainer(method, rank, ids, labels) for method in get_args(Method))
+    time = pairwise(ours.step, theirs.step, pairs=pairs)
+    saved = {"lora_xs": ours.saved_bytes(), "peft_lora": theirs.saved_bytes()}
+    head = sum(p.numel() for n, p in base().named_parameters() if n.startswith("classifier"))
     return {
         "rank": rank,
         "batch": batch,
         "tokens_per_row": length,
         "trained_parameters_without_head": {
-            method: sum(p.numel() for p in trainer.parameters) - head for method, trainer in trainers.items()
+            name: sum(p.numel() for p in t.trained) - head for name, t in (("lora_xs", ours), ("peft_lora", theirs))
         },
-        "seconds_per_step": {method: spread(values) for method, values in times.items()},
-        "time_ratio_lora_xs_to_peft": spread(
-            [a / b for a, b in zip(times["lora_xs"], times["peft_lora"], strict=True)]
-        ),
+        "step_time_of_ours_over_peft": dataclasses.asdict(time),
         "saved_activation_bytes": saved,
-        "saved_ratio_lora_xs_to_peft": saved["lora_xs"] / saved["peft_lora"],
+        "saved_activations_of_ours_over_peft": saved["lora_xs"] / saved["peft_lora"],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    result = {
-        "benchmark": "lora_xs_step",
-        "command": "python -m benchmarks.lora_xs_step " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.processor() or platform.machine()} CPU, {args.threads} thread(s)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "peft": peft.__version__,
-            "transformers": transformers.__version__,
-        },
-        "seeds": [args.seed],
-        "runs": [compare(rank, args.pairs, args.batch, args.length, args.seed) for rank in args.ranks],
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+def main(
+    ranks: tuple[int, ...] = (4, 16),
+    pairs: int = 20,
+    batch: int = 4,
+    length: int = 64,
+    threads: int = 1,
+    out: Path = OUT,
+) -> None:
+    """
+    Args:
+        ranks: of both methods.
+        pairs: of steps.
+        batch: rows.
+        length: tokens of a row.
+        threads: of torch.
+        out: where the results go.
+    """
+    torch.set_num_threads(threads)
+    console = Console()
+    runs = [compare(rank, pairs, batch, length) for rank in ranks]
+    console.say("\n".join(map(str, runs)))
+    write_results(
+        out,
+        argv=["python", "benchmarks/lora_xs_step.py", *sys.argv[1:]],
+        device=torch.device("cpu"),
+        seeds=[0],
+        threads=threads,
+        runs=runs,
+    )
+    console.say(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

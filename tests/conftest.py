@@ -1,6 +1,7 @@
 """Fixtures for every package's tests."""
 
 import os
+import re
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start: tiny models run faster on one thread
@@ -15,6 +16,9 @@ import torch._dynamo  # every optimizer loads it at its first use
 import tqdm
 
 torch.set_num_threads(1)
+# Autograd's threads start at the first backward pass, one for each device. A fake tensor registers eight CUDA devices
+# where there is none; with their threads a process cannot be forked any more. So the first pass is here, without them.
+torch.ones((), requires_grad=True).backward()
 tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at the moment of a fork, which the child then waits for
 
 
@@ -30,3 +34,66 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# -- a small encoder and a task for it ------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def words_tokenizer():
+    """A tokenizer of whole words and single characters, as a function of the texts it must know."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    def make(texts, **special):
+        pattern = Regex(r"\s?[A-Za-z]+|[\s\S]")
+        pieces = sorted({m for text in texts for m in _pieces(text)})
+        vocab = {piece: i for i, piece in enumerate([*special.values(), *pieces])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    return make
+
+
+def _pieces(text):
+    return re.findall(r"\s?[A-Za-z]+|[\s\S]", text)
+
+
+SENTENCES = [(f"the {noun} is {word} {adverb}", label)
+             for noun in ("film", "play", "song", "book", "meal")
+             for word, label in (("good", 1), ("bad", 0), ("fine", 1), ("dull", 0))
+             for adverb in ("today", "again", "indeed", "here")]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory, words_tokenizer):
+    """A folder with a small BERT, saved without a classifier or a pooler."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("encoder")
+    special = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    tokenizer = words_tokenizer([s for s, _ in SENTENCES], **special)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory):
+    """SST-2 and STS-B in GLUE's layout, with sentences that can be told apart."""
+    folder = tmp_path_factory.mktemp("glue")
+    for split, rows in (("train", SENTENCES), ("dev", SENTENCES[::3])):
+        (folder / "SST-2").mkdir(exist_ok=True)
+        lines = ["sentence\tlabel", *(f"{s}\t{label}" for s, label in rows)]
+        (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        (folder / "STS-B").mkdir(exist_ok=True)
+        lines = ["index\tsentence1\tsentence2\tscore", *(f"{i}\t{s}\t{s}\t{5 * y}" for i, (s, y) in enumerate(rows))]
+        (folder / "STS-B" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return str(folder)

@@ -34,3 +34,37 @@ def image_folder(folder, n, classes=("cat", "dog"), splits=("train", "val", "tes
                 pixels = draw.integers(low, low + 50, (size, size + 2, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.png")
     return folder
+
+
+def google_file(path, model, **changed):
+    """A ViT's tensors as Google's JAX code saves them; ``changed`` arrays instead of the model's."""
+    state = {n: t.numpy() for n, t in model.state_dict().items()}
+    heads = model.config.num_attention_heads
+    out = {
+        "cls": state["vit.embeddings.cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["vit.embeddings.position_embeddings"],
+        "embedding/kernel": state["vit.embeddings.patch_embeddings.projection.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["vit.embeddings.patch_embeddings.projection.bias"],
+        "Transformer/encoder_norm/scale": state["vit.layernorm.weight"],
+        "Transformer/encoder_norm/bias": state["vit.layernorm.bias"],
+        "head/kernel": state["classifier.weight"].T,
+        "head/bias": state["classifier.bias"],
+    }
+    for i in range(model.config.num_hidden_layers):
+        ours, theirs = f"vit.layers.{i}", f"Transformer/encoderblock_{i}"
+        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        for a, b in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            weight = state[f"{ours}.attention.{a}.weight"].T
+            out[f"{attention}/{b}/kernel"] = weight.reshape(weight.shape[0], heads, -1)
+            out[f"{attention}/{b}/bias"] = state[f"{ours}.attention.{a}.bias"].reshape(heads, -1)
+        weight = state[f"{ours}.attention.o_proj.weight"].T
+        out[f"{attention}/out/kernel"] = weight.reshape(heads, -1, weight.shape[1])
+        out[f"{attention}/out/bias"] = state[f"{ours}.attention.o_proj.bias"]
+        for a, b in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            out[f"{theirs}/MlpBlock_3/{b}/kernel"] = state[f"{ours}.mlp.{a}.weight"].T
+            out[f"{theirs}/MlpBlock_3/{b}/bias"] = state[f"{ours}.mlp.{a}.bias"]
+        for a, b in (("layernorm_before", "LayerNorm_0"), ("layernorm_after", "LayerNorm_2")):
+            out[f"{theirs}/{b}/scale"] = state[f"{ours}.{a}.weight"]
+            out[f"{theirs}/{b}/bias"] = state[f"{ours}.{a}.bias"]
+    np.savez(path, **{**out, **changed})
+    return path

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-MEMBERS = sorted(p.parent for p in ROOT.glob("packages/*/pyproject.toml"))
+MEMBERS = [*sorted(p.parent for p in ROOT.glob("packages/*/pyproject.toml")), ROOT / "apps"]
 OURS = {tomllib.loads((m / "pyproject.toml").read_text())["project"]["name"] for m in MEMBERS}
 
 
@@ -57,7 +57,7 @@ def test_plain_pip_installs_a_package_alone(member, clone, stocked, tmp_path):
     (site / "stocked.pth").write_text(f"{stocked}\n")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
     done = subprocess.run(
-        [*install, "--no-build-isolation", clone / "packages" / member.name],
+        [*install, "--no-build-isolation", clone / member.relative_to(ROOT)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -65,7 +65,7 @@ def test_plain_pip_installs_a_package_alone(member, clone, stocked, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     installed = {p.name.split("-")[0] for p in site.glob("*.dist-info")}
-    expected = {project["name"], "memtrain-common"} if project["name"] != "memtrain-common" else {"memtrain-common"}
+    expected = OURS if member.name == "apps" else {project["name"], "memtrain-common"}
     assert installed == {n.replace("-", "_") for n in expected}
     module = project["name"].replace("-", "_")
     check = f"import {module}; assert {str(site)!r} in {module}.__file__, {module}.__file__"
@@ -87,10 +87,14 @@ def test_a_member_follows_the_design(member):
     assert (member / "README.md").read_text().startswith("# ")
     names = {re.split(r"[ @>=<\[]", d)[0] for d in project["dependencies"]}
     siblings = names & OURS
-    assert siblings <= {"memtrain-common"}
+    apps = member.name == "apps"
+    assert siblings == OURS - {project["name"]} if apps else siblings <= {"memtrain-common"}
+    folders = {n: p.name for p in ROOT.glob("packages/*") for n in OURS if n.replace("-", "_") == p.name}
     for dependency in project["dependencies"]:
-        if dependency.startswith("memtrain-common"):
-            assert dependency == "memtrain-common @ {root:parent:uri}/common"  # a bare name could be a stranger's
+        name = re.split(r"[ @>=<\[]", dependency)[0]
+        if name in OURS:  # a bare name could be a stranger's
+            folder = "common" if name == "memtrain-common" else folders[name]
+            assert dependency == f"{name} @ {{root:parent:uri}}/{'packages/' if apps else ''}{folder}"
 
 
 def test_the_root_depends_on_every_member():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from image_files import google_file
 from memtrain_common.classifiers import CNNS, MODELS, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.errors import UserError
 from memtrain_common.picture_batches import IMAGENET, Normalize, evaluation_batches
@@ -97,48 +98,15 @@ def test_refused_weights(tmp_path, capsys):
         build_classifier("resnet19", 5)
 
 
-def google(model, **changed):
-    """Google's arrays of a ViT: the inverse of what the reader does."""
-    state = {n: t.numpy() for n, t in model.state_dict().items()}
-    heads = model.config.num_attention_heads
-    out = {
-        "cls": state["vit.embeddings.cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["vit.embeddings.position_embeddings"],
-        "embedding/kernel": state["vit.embeddings.patch_embeddings.projection.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": state["vit.embeddings.patch_embeddings.projection.bias"],
-        "Transformer/encoder_norm/scale": state["vit.layernorm.weight"],
-        "Transformer/encoder_norm/bias": state["vit.layernorm.bias"],
-        "head/kernel": state["classifier.weight"].T,
-        "head/bias": state["classifier.bias"],
-    }
-    for i in range(model.config.num_hidden_layers):
-        ours, theirs = f"vit.layers.{i}", f"Transformer/encoderblock_{i}"
-        attention = f"{theirs}/MultiHeadDotProductAttention_1"
-        for a, b in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            weight = state[f"{ours}.attention.{a}.weight"].T
-            out[f"{attention}/{b}/kernel"] = weight.reshape(weight.shape[0], heads, -1)
-            out[f"{attention}/{b}/bias"] = state[f"{ours}.attention.{a}.bias"].reshape(heads, -1)
-        weight = state[f"{ours}.attention.o_proj.weight"].T
-        out[f"{attention}/out/kernel"] = weight.reshape(heads, -1, weight.shape[1])
-        out[f"{attention}/out/bias"] = state[f"{ours}.attention.o_proj.bias"]
-        for a, b in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
-            out[f"{theirs}/MlpBlock_3/{b}/kernel"] = state[f"{ours}.mlp.{a}.weight"].T
-            out[f"{theirs}/MlpBlock_3/{b}/bias"] = state[f"{ours}.mlp.{a}.bias"]
-        for a, b in (("layernorm_before", "LayerNorm_0"), ("layernorm_after", "LayerNorm_2")):
-            out[f"{theirs}/{b}/scale"] = state[f"{ours}.{a}.weight"]
-            out[f"{theirs}/{b}/bias"] = state[f"{ours}.{a}.bias"]
-    return {**out, **changed}
-
-
 def test_googles_file(tmp_path):
     source = build_vit("mini", image_size=32, patch_size=8, classes=5)
-    np.savez(tmp_path / "a.npz", **google(source))
+    google_file(tmp_path / "a.npz", source)
     found = build_classifier("vit-s-16", 5, weights=str(tmp_path / "a.npz"), image_size=32)
     assert found.head_kept
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(logits_of(found.model.eval(), x), source.eval()(x).logits, atol=1e-6)
     wrong = {"Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel": np.zeros((96, 7), np.float32)}
-    np.savez(tmp_path / "b.npz", **google(source, **wrong))
+    google_file(tmp_path / "b.npz", source, **wrong)
     with pytest.raises(UserError, match=r"vit\.layers\.1\.mlp\.fc1\.weight is \(7, 96\), not \(384, 96\)"):
         build_classifier("vit-s-16", 5, weights=str(tmp_path / "b.npz"), image_size=32)
 

@@ -23,7 +23,7 @@ def test_known_rows(row, prompt, response, form, tmp_path):
     file.write_text(json.dumps(row) + "\n" if form == "jsonl" else json.dumps([row], indent=1))
     (example,) = examples(read_rows(file))
     assert example.prompt == PROMPT.format(instruction=prompt)
-    assert example.response == " " + response
+    assert example.response == response
 
 
 @pytest.mark.parametrize(

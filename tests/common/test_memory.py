@@ -177,3 +177,17 @@ def test_phases_have_their_own_peaks():
     assert meter.peak("training") > meter.peak("evaluation") + (48 << 20)
     assert meter.peak("sleeping") is None
     assert memory_in_use(device) > 10 << 20
+
+
+def test_operations_and_layers_that_saved_are_named():
+    """A linear layer saves its input, GELU its own, a square its base."""
+    model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 4))
+    recording = SavedActivations(model, by_operation=True)
+    with recording:
+        loss = torch.mul(*[model(torch.randn(5, 6))] * 2).sum()
+    expected = {("0", "linear"): 4 * 5 * 6, ("1", "gelu"): 4 * 5 * 10, ("2", "linear"): 4 * 5 * 10,
+                ("(model)", "mul"): 4 * 5 * 4}  # fmt: skip
+    assert recording.by_operation() == expected
+    assert recording.by_layer() == {layer: n for (layer, _), n in expected.items()}
+    del loss
+    assert recording.by_operation() == {}

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from image_files import google_file
 from memtrain_common.errors import UserError
 from memtrain_common.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
 from safetensors.torch import save_file
@@ -30,38 +31,6 @@ def pixels():
 def logits(model, pixels):
     with torch.no_grad():
         return model.eval()(pixel_values=pixels).logits
-
-
-def google_file(path, model):
-    """The model's tensors as Google's JAX code saves them."""
-    state = {name: t.detach() for name, t in model.state_dict().items()}
-    arrays = {
-        "cls": state["vit.embeddings.cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["vit.embeddings.position_embeddings"],
-        "embedding/kernel": state["vit.embeddings.patch_embeddings.projection.weight"].permute(2, 3, 1, 0),
-        "embedding/bias": state["vit.embeddings.patch_embeddings.projection.bias"],
-        "Transformer/encoder_norm/scale": state["vit.layernorm.weight"],
-        "Transformer/encoder_norm/bias": state["vit.layernorm.bias"],
-        "head/kernel": state["classifier.weight"].T,
-        "head/bias": state["classifier.bias"],
-    }
-    for i in range(2):
-        old, new = f"vit.layers.{i}", f"Transformer/encoderblock_{i}"
-        for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            place = f"{new}/MultiHeadDotProductAttention_1/{theirs}"
-            arrays[f"{place}/kernel"] = state[f"{old}.attention.{ours}.weight"].T.reshape(128, 2, 64)
-            arrays[f"{place}/bias"] = state[f"{old}.attention.{ours}.bias"].reshape(2, 64)
-        place = f"{new}/MultiHeadDotProductAttention_1/out"
-        arrays[f"{place}/kernel"] = state[f"{old}.attention.o_proj.weight"].T.reshape(2, 64, 128)
-        arrays[f"{place}/bias"] = state[f"{old}.attention.o_proj.bias"]
-        for j, name in ((0, "fc1"), (1, "fc2")):
-            arrays[f"{new}/MlpBlock_3/Dense_{j}/kernel"] = state[f"{old}.mlp.{name}.weight"].T
-            arrays[f"{new}/MlpBlock_3/Dense_{j}/bias"] = state[f"{old}.mlp.{name}.bias"]
-        for j, name in ((0, "layernorm_before"), (2, "layernorm_after")):
-            arrays[f"{new}/LayerNorm_{j}/scale"] = state[f"{old}.{name}.weight"]
-            arrays[f"{new}/LayerNorm_{j}/bias"] = state[f"{old}.{name}.bias"]
-    np.savez(path, **{name: t.numpy() for name, t in arrays.items()})
-    return path
 
 
 def timm_file(path, model):

@@ -50,10 +50,10 @@ def test_round_trip_is_exact(mixed, inputs, train_r, tmp_path, bases):
 BUILD = """
 import torch
 from torch import nn
-def build():
+def build(dtype):
     torch.manual_seed(3)
     first = nn.Embedding(400, 300), nn.Linear(300, 500), nn.Tanh()
-    return nn.Sequential(*first, nn.Linear(500, 300), nn.Linear(300, 7))
+    return nn.Sequential(*first, nn.Linear(500, 300), nn.Linear(300, 7)).to(dtype)
 """
 
 FRESH = (
@@ -61,24 +61,30 @@ FRESH = (
     + """
 import sys
 from lora_xs import load_adapter
-model = load_adapter(build(), sys.argv[1], cache=False)
+model = load_adapter(build(getattr(torch, sys.argv[2])), sys.argv[1], cache=False)
 torch.save(model(torch.arange(400)), sys.argv[1] + "/logits.pt")
 """
 )
 
 
-def test_same_logits_in_a_new_process(train_r, tmp_path):
-    """R alone is stored: the new process makes the same bases again, without a cache."""
+@pytest.mark.parametrize(("dtype", "alpha"), [("float32", 9), ("bfloat16", 6)])
+def test_same_logits_in_a_new_process(train_r, tmp_path, dtype, alpha):
+    """R alone is stored: the new process makes the same bases again, without a cache.
+
+    A file in bf16 loses nothing beside bf16 weights: there R is rounded before it meets activations anyway. That it is
+    scaled before needs α/r to be a power of two, as in the official runs of language models.
+    """
     scope = {}
     exec(BUILD, scope)
-    config = LoRAXSConfig(6, alpha=9, targets=("0", "1", "3"), head=("4",))
-    model = train_r(inject(scope["build"](), config, cache=False))
+    config = LoRAXSConfig(6, alpha=alpha, targets=("0", "1", "3"), head=("4",))
+    model = train_r(inject(scope["build"](getattr(torch, dtype)), config, cache=False))
     model[4].weight.data.normal_()
-    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, dtype=torch.bfloat16 if dtype == "bfloat16" else None)
     want = model(torch.arange(400))
     # As many threads as here: the order of a sum depends on them.
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], env=threads, capture_output=True, text=True)
+    command = [sys.executable, "-c", FRESH, str(tmp_path), dtype]
+    done = subprocess.run(command, env=threads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
 

@@ -20,6 +20,7 @@ from lora_xs import (
 from lora_xs.kinds import dense
 from lora_xs.layer import layers
 from lora_xs.svd import svd_bases
+from support import run_ranks
 from torch import nn
 
 
@@ -162,6 +163,32 @@ def test_two_processes_share_the_work_and_the_bytes(tmp_path):
         )
     ga, gb = (torch.load(tmp_path / f"grad{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) and float(x.abs().max()) > 0 for x, y in zip(ga, gb, strict=True))
+
+
+def _sharded():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 33), nn.Linear(33, 3))
+    inject(model, LoRAXSConfig(4, targets=("0", "1", "3"), r_std=0.5, head=("4",)), cache=False)
+    whole, ids = copy.deepcopy(model), torch.arange(10)
+    want = whole(ids)
+    want.pow(2).sum().backward()
+    for module in (model[1], model[3], model):
+        fully_shard(module)
+    out = model(ids)
+    out.pow(2).sum().backward()
+    assert torch.equal(out, want)
+    for group, parameters in trained(model).items():
+        for p, q in zip(parameters, trained(whole)[group], strict=True):
+            assert type(p) is not type(q)
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+
+def test_fully_sharded_it_gives_the_same_output_and_gradients():
+    run_ranks(2, _sharded)
 
 
 def quantize(model, bits):

@@ -9,7 +9,7 @@ def test_every_method_stands_in_the_table(tmp_path):
     words = ["lora-xs", "demo", "--ranks", "2", "8", "--seeds", "1", "--pretrain-steps", "30", "--steps", "12"]
     done = run_command([*words, "--out", "demo.json"], tmp_path)
     assert done.returncode == 0, done.stderr
-    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "demo.json").read_text())}
+    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "demo.json").read_text())["arms"]}
     assert list(arms) == ["head alone", "LoRA-XS r=2", "LoRA-XS r=8", "LoRA r=4", "full"]
     # 3 layers of 4 projections of 64×64 and two of 64×128
     assert [arms[f"LoRA-XS r={r}"]["trained"] for r in (2, 8)] == [18 * 4, 18 * 64]
@@ -22,3 +22,4 @@ def test_every_method_stands_in_the_table(tmp_path):
     assert memory["LoRA-XS r=8"] < memory["LoRA r=4"] < memory["full"]
     for name in arms:
         assert f"\n  {name} " in done.stdout
+    assert "Warning" not in done.stderr

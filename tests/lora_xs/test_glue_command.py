@@ -1,6 +1,8 @@
 """lora-xs glue as a person meets it: a run, its folder and metric, kills and signals, a grid, every kind of mistake."""
 
+import hashlib
 import json
+import os
 import re
 import signal
 import time
@@ -9,7 +11,7 @@ import pytest
 import torch
 from lora_xs import describe_adapter
 from safetensors.torch import load_file
-from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed
+from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
 
 TINY = ["lora-xs", "glue", "--task", "sst2", "--tracker", "none", "--rank", "4", "--epochs", "5", "--batch-size", "8",
         "--log-interval", "5", "--eval-interval", "10", "--learning-rate", "3e-2", "--head-learning-rate", "3e-2",
@@ -85,6 +87,38 @@ def test_sigterm_saves_and_resumes(whole, words, tmp_path):
     again = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
     assert again.returncode == 0, again.stderr
     same_run(run, whole[0])
+
+
+def counted(words, folder):
+    """The command in one of several processes; a line a decomposition in a file of the process's own."""
+    import lora_xs.bases
+    from lora_xs.cli import dispatch
+
+    honest, log = lora_xs.bases.svd_bases, folder / f"svd-{os.environ['RANK']}"
+    log.write_text("")
+
+    def svd_bases(W, rank, **options):
+        with log.open("a") as file:
+            file.write(f"{hashlib.sha256(W.numpy().tobytes()).hexdigest()}\n")
+        return honest(W, rank, **options)
+
+    lora_xs.bases.svd_bases = svd_bases
+    dispatch(words[1:])
+
+
+def test_two_processes_give_the_run_of_one(whole, words, tmp_path):
+    """Every weight is decomposed once, by one of the two; the losses, metrics and R are those of one process."""
+    run_ranks(2, counted, [*words, "--out", str(tmp_path / "run")], tmp_path)
+    done = [(tmp_path / f"svd-{rank}").read_text().splitlines() for rank in range(2)]
+    assert [len(d) for d in done] == [4, 4]
+    assert len({*done[0], *done[1]}) == 8
+    one, two = rows(whole[0]), rows(tmp_path / "run")
+    assert [(r["step"], r["split"]) for r in one] == [(r["step"], r["split"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5 if a["step"] <= 5 else 1e-3)
+    a, b = (load_file(p / "adapter" / "adapter.safetensors")["R"] for p in (whole[0], tmp_path / "run"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * float(a.abs().max()))
+    assert (tmp_path / "run" / "log.txt").read_text().count("development rows, in hundredths") == 1
 
 
 def test_the_best_weights_are_kept_on_request(words, tmp_path):

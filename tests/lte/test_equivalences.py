@@ -195,3 +195,25 @@ def test_heads_on_chunks_are_separate_loras():
         if isinstance(layer, LTELinear):
             for h, single in enumerate(singles):
                 torch.testing.assert_close(layer.lora_B[h], single.get_submodule(name).lora_B[0], **EXACT)
+
+
+def test_full_rank_orthogonal_A_with_B_reset_every_step_is_sgd():
+    """As above with A trained: at B = 0 its gradient is 0, so resetting B after every merge leaves it where it is."""
+    n, H, lr = 6, 3, 0.01
+    linear = nn.Linear(n, 5, bias=False, dtype=torch.float64)
+    weight = linear.weight.detach().clone().requires_grad_()
+    model = inject(nn.Sequential(linear), LTEConfig(heads=H, rank=n, alpha=2.0 * n, reset="B"))
+    layer = model[0]
+    gain = (layer.lora_A[0] @ layer.lora_A[0].T)[0, 0].item()
+    ours = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=lr)
+    merger = Merger(model, 1, optimizer=ours)
+    for _ in range(5):
+        x, target = torch.randn(H * 2, n, dtype=torch.float64), torch.randn(H * 2, 5, dtype=torch.float64)
+        ours.zero_grad()
+        nn.functional.mse_loss(model(x), target).backward()
+        ours.step()
+        merger.step()
+        (grad,) = torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight), target), weight)
+        with torch.no_grad():
+            weight -= lr * layer.scale**2 * gain * grad
+        torch.testing.assert_close(layer.weight, weight.detach(), **EXACT)

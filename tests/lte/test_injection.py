@@ -58,7 +58,7 @@ def test_only_what_is_listed_is_trained_besides_the_heads(trainable, expected):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"no linear layer matches.*c_attn, c_fc, c_proj, lm_head"):
+    with pytest.raises(ValueError, match=r"no linear layer or convolution matches.*c_attn, c_fc, c_proj, lm_head"):
         inject(GPT(SMALL), LTEConfig(targets=("q_proj",)))
     with pytest.raises(ValueError, match=r"lm_head shares its weight with transformer\.wte\.weight"):
         inject(GPT(SMALL), LTEConfig(exclude=()))

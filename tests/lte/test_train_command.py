@@ -61,7 +61,7 @@ def test_the_folder_holds_everything(whole):
     names = {p.name for p in run.iterdir()} - {"energy.csv", ".lock"}
     assert names == {
         "config.json", "metrics.jsonl", "log.txt", "memory.json", "loss.png", "memory.png", "tensorboard",
-        "checkpoints", "full",
+        "checkpoints", "full", "summary.json",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["lora_r"] == 4
@@ -199,15 +199,60 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_
     assert weights.read_bytes() == before
 
 
-def test_two_processes_give_the_loss_curve_of_one(text, tmp_path):
-    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--dropout", "0.0", "--out"]
+@pytest.mark.parametrize(
+    "words",
+    [["--parallel", "ddp"], [], ["--lte-replicas", "embeddings", "--lte-vectors", "norms", "--lte-reset", "all"]],
+    ids=["ddp", "heads", "heads with copies, vectors and resets"],
+)
+def test_two_processes_give_the_loss_curve_of_one(text, tmp_path, words):
+    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--dropout", "0.0", *words, "--out"]
     one = run_command([*words, str(tmp_path / "one")], tmp_path)
     assert one.returncode == 0, one.stderr
     run_ranks(2, train, [*words[1:], str(tmp_path / "two")])
     a, b = ([r["loss"] for r in rows(tmp_path / name)] for name in ("one", "two"))
     assert len(a) == len(b)
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
-    assert (tmp_path / "two" / "log.txt").read_text().count("validation loss, nats per byte") == 1
+    log = (tmp_path / "two" / "log.txt").read_text()
+    assert log.count("validation loss, nats per byte") == 1
+    trained = re.compile(r"trained +([\d,]+) of ([\d,]+) parameters")
+    assert trained.search(log)[0] == trained.search((tmp_path / "one" / "log.txt").read_text())[0]
+    if "ddp" not in words:
+        sent = json.loads((tmp_path / "two" / "communication.json").read_text())
+        assert sent["tokens"] == 60 * 4 * 16
+        training = sum(sent["bytes_sent"].get(k, 0) for k in ("merges", "shared"))
+        assert sent["bytes_per_token"] == pytest.approx(training / sent["tokens"], abs=1e-3)
+        assert f"{sent['bytes_per_token']:,.1f} bytes a token" in log
+        assert ("shared" in sent["bytes_sent"]) == ("--lte-replicas" not in words)
+        run_ranks(2, train, ["--resume", str(tmp_path / "two"), "--max-iters", "64"])
+        assert rows(tmp_path / "two")[-1]["step"] == 64
+
+
+def test_processes_that_cannot_share_the_heads_are_refused(text, tmp_path):
+    words = [*TINY[1:], "--data-dir", text, "--max-iters", "4", "--out", str(tmp_path / "run")]
+
+    def refused():
+        with pytest.raises(UserError, match="--lte-heads 2 cannot be shared equally by 3 processes: give a multiple"):
+            train(words)
+        with pytest.raises(UserError, match="--batch-size 4 must be divisible by --lte-heads 2 times 3 processes"):
+            train([*words, "--parallel", "ddp"])
+        with pytest.raises(UserError, match="--lte-mode sequential gives every head the whole batch"):
+            train([*words, "--lte-mode", "sequential"])
+
+    run_ranks(3, refused)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_with_a_multiple_of_its_heads(text, tmp_path):
+    done = run_command([*TINY, "--data-dir", text, "--max-iters", "20", "--out", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_command(["lte-train", "--resume", "run", "--lte-heads", "3"], tmp_path)
+    assert_refused(done, "run was begun with --lte-heads 2, which can become a multiple of it but not 3")
+    done = run_command(["lte-train", "--resume", "run", "--lte-heads", "4", "--max-iters", "40"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(newest_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert weights["transformer.h.0.mlp.c_fc.lora_A"].shape == (4, 4, 16)
+    losses = [r["loss"] for r in rows(tmp_path / "run") if r["split"] == "val"]
+    assert losses[-1] < losses[-2]
 
 
 def test_no_steps_and_a_corpus_of_one_character(tmp_path):
@@ -267,6 +312,10 @@ def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
         (["--lora-alpha", "inf"], ["--lora-alpha must be positive and finite"]),
         (["--min-lr-ratio", "5"], ["--min-lr-ratio must be at most 1"]),
         (["--seed", "99999999999999999999999"], ["--seed must be from 0"]),
+        (["--lte-replicas", "biases"], ["--lte-replicas takes any of embeddings norms skipped, got biases"]),
+        (["--lte-trainable", "norms", "--lte-replicas", "embeddings"], ["take what is trainable: add embeddings"]),
+        (["--lte-outer-momentum", "1"], ["--lte-outer-momentum must be below 1"]),
+        (["--lte-restart-warmup-iters", "5"], ["--lte-restart-warmup-iters 5 must be below --lte-merge-steps 1"]),
         (["--tokenizer-dir", "x"], ["--tokenizer-dir is for --tokenizer gpt2"]),
     ],
 )

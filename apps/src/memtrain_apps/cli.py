@@ -1,4 +1,4 @@
-"""``finetune``, ``pretrain``, ``ablate`` and ``plan``. torch is imported after the flags are parsed and checked."""
+"""``finetune``, ``pretrain`` and ``ablate``. torch is imported after the flags are parsed and checked."""
 
 import sys
 from collections.abc import Sequence
@@ -29,6 +29,20 @@ def _pretrain(argv: Sequence[str]) -> None:
     from .pretrain import run_pretrain
 
     run_pretrain(config, argv)
+
+
+def _ablate(argv: Sequence[str]) -> None:
+    from .ablate_config import configure
+
+    request = configure(argv)
+    from .ablate import run_ablation
+
+    run_ablation(request, argv)
+
+
+def ablate() -> None:
+    """The console script."""
+    sys.exit(run_command(_ablate, prog="ablate"))
 
 
 def finetune() -> None:

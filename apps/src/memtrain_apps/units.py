@@ -20,7 +20,7 @@ def parse_bytes(text: str, flag: str) -> int:
         flag: named in messages.
 
     Raises:
-        UserError: if it has no unit, an ambiguous one ("8G": both readings are named) or bits ("8Gb"), or is not positive.
+        UserError: if it has no unit, an ambiguous one ("8G": both readings are named) or bits ("8Gb"), or is 0.
     """
     match = re.fullmatch(r"\s*([+-]?[0-9][0-9_,]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     if match is None:
@@ -30,13 +30,15 @@ def parse_bytes(text: str, flag: str) -> int:
         raise UserError(f"{flag} must be above 0, got {text}")
     known = {name.lower(): name for name in UNITS}
     if unit == "":
-        raise UserError(f"{flag} {text} has no unit: write {match[1]}GiB, {match[1]}GB, or another of {', '.join(UNITS)}")
+        raise UserError(
+            f"{flag} {text} has no unit: write {match[1]}GiB, {match[1]}GB, or another of {', '.join(UNITS)}"
+        )
     if unit.lower() in ("k", "m", "g", "t", "ki", "mi", "gi", "ti"):
         letter = unit[0].upper()
         decimal, binary = round(number * DECIMAL[f"{letter}B"]), round(number * BINARY[f"{letter}iB"])
         raise UserError(
-            f"{flag} {text} may mean {match[1]}{letter}B ({decimal:,} bytes) or {match[1]}{letter}iB ({binary:,} bytes): "
-            "write which"
+            f"{flag} {text} may mean {match[1]}{letter}B ({decimal:,} bytes) or {match[1]}{letter}iB ({binary:,} "
+            "bytes): write which"
         )
     if unit.lower() not in known:
         raise UserError(f"{flag} {text}: {unit!r} is no unit of memory; choose one of {', '.join(UNITS)}")

@@ -67,10 +67,7 @@ def unpack(packed: Tensor, n: int, width: int) -> Tensor:
     for piece in _pieces(width):
         size = -(-n * piece // 8)
         part = _unpack_piece(packed[..., start : start + size], n, piece)
-        if out is None:
-            out = part.to(dtype)
-        else:
-            out = out + (part.to(dtype) << shift)
+        out = part.to(dtype) if out is None else out + (part.to(dtype) << shift)
         start += size
         shift += piece
     assert out is not None

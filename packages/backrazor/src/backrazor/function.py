@@ -29,7 +29,7 @@ class Function(torch.autograd.Function):
                 )
             return cls.grad(ctx, *grads)
 
-        cls.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
 
 
 def save(ctx: Any, **named: Held | Tensor | None) -> None:

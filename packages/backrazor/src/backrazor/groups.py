@@ -1,7 +1,8 @@
 """Which elements are kept: exactly k of every group of n, for a fraction ``keep``, and how their places are written.
 
 The elements of one group stand m apart in memory (m columns, n rows), so that a group's maximum is a maximum over
-contiguous rows. The k places of a group are one number, their rank among the C(n, k) subsets (combinatorial number system):
+contiguous rows. The k places of a group are one number, their rank among the C(n, k) subsets (combinatorial number
+system):
 
     rank = C(p_1, 1) + C(p_2, 2) + … + C(p_k, k)        p_1 < p_2 < … < p_k
 
@@ -75,9 +76,9 @@ def _binomials(n: int, k: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _subsets(n: int, k: int, device: torch.device) -> Tensor:
-    """The places of every rank: int32 (k, C(n, k))."""
+    """The places of every rank: int64 (k, C(n, k))."""
     colex = sorted(itertools.combinations(range(n), k), key=lambda c: c[::-1])
-    return torch.tensor(colex, dtype=torch.int32, device=device).T.contiguous()
+    return torch.tensor(colex, dtype=torch.int64, device=device).T.contiguous()
 
 
 def rank(places: list[Tensor], groups: Groups) -> Tensor:
@@ -90,9 +91,13 @@ def rank(places: list[Tensor], groups: Groups) -> Tensor:
 
 
 def unrank(ranks: Tensor, groups: Groups) -> Tensor:
-    """Places of subsets: int32 (...) to int32 (k, ...)."""
+    """Places of subsets: int32 (...) to int64 (k, ...)."""
     table = _subsets(groups.n, groups.k, ranks.device)
-    return table.index_select(1, ranks.reshape(-1)).view(groups.k, *ranks.shape)
+    out = torch.empty((groups.k, *ranks.shape), dtype=torch.int64, device=ranks.device)
+    flat = ranks.reshape(-1)
+    for row, places in zip(table, out.view(groups.k, -1), strict=True):
+        torch.index_select(row, 0, flat, out=places)
+    return out
 
 
 def rank_bytes(groups: Groups, columns: int) -> int:

@@ -1,12 +1,15 @@
 """The default packing: the k largest of every group of n, found without sorting, at sizes that depend on shapes alone.
 
-A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost dimension), or
-several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n) columns, each
+A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost
+dimension), or
+several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n) columns,
+each
 column one group. Selection is k times "maximum over the rows, strike it out", over 32-bit keys that order by magnitude:
 
     key = (bits of |x| as float32, without the lowest place_bits) | row
 
-Stored for a span: values (k·m) in ``values`` format, rows rising within a group, and the groups' ranks (:mod:`.groups`).
+Stored for a span: values (k·m) in ``values`` format, rows rising within a group, and the groups' ranks
+(:mod:`.groups`).
 """
 
 import math
@@ -18,11 +21,11 @@ from torch import Tensor
 from . import bits
 from .fake import is_fake
 from .groups import Groups, rank, rank_bytes, unrank
-from .values import decode, encode
+from .values import decode, encode, float_type, stored_bits
 
 SHORTEST_SPAN = 1 << 14
-CHUNK = 1 << 18
-"""Elements handled at a time: their keys (1 MiB) stay in a core's second-level cache."""
+CHUNK = 1 << 19
+"""Elements handled at a time: their keys (2 MiB) stay in a core's second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -63,63 +66,72 @@ def pack(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         kept = x.new_empty((layout.spans, layout.kept), dtype=torch.float32)
         ranks = x.new_empty((layout.spans, rank_bytes(groups, layout.columns)), dtype=torch.uint8)
         return (*encode(kept, layout.values), ranks)
+    x = x.detach().reshape(layout.spans, layout.size)
     if x.is_cuda:
         from .triton_kernels import pack_cuda
 
-        return pack_cuda(x, layout)
-    x = x.detach().reshape(layout.spans, layout.size)
+        kept, ranks = pack_cuda(x, layout)
+    else:
+        kept, ranks = _pack_cpu(x, layout)
+    return (*encode(kept.view(layout.spans, -1), layout.values), bits.pack(ranks, groups.rank_bits))
+
+
+def _pack_cpu(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Values (spans, k, m), already in their type if it is a float's, and ranks int32 (spans, m)."""
+    groups = layout.groups
     if x.dtype == torch.float64:
         x = x.float()
     padded = groups.n * layout.columns
     if layout.columns < groups.n and padded != layout.size:  # short: more than the last row may be missing
         x = torch.nn.functional.pad(x, (0, padded - layout.size))
     size, m, k = x.shape[1], layout.columns, groups.k
-    kept = x.new_empty((layout.spans, k, m))
+    kept = x.new_empty((layout.spans, k, m), dtype=float_type(layout.values))
     ranks = x.new_empty((layout.spans, m), dtype=torch.int32)
     columns = max(1, min(m, CHUNK // groups.n))
-    spans = max(1, CHUNK // (groups.n * columns)) if columns == m else 1
-    for s in range(0, layout.spans, spans):
-        part = x[s : s + spans]
-        for a in range(0, m, columns):
-            b = min(m, a + columns)
-            places = _select(part, a, b, m, groups)  # k of (spans, b - a), rising
+    spans = max(1, min(layout.spans, CHUNK // (groups.n * m)))
+    keys = torch.empty(groups.n * spans * columns, dtype=torch.int32)
+    flat = x.view(-1)
+    for a in range(0, m, columns):
+        b = min(m, a + columns)
+        column = torch.arange(a, b, dtype=torch.int32)
+        for s in range(0, layout.spans, spans):
+            part = x[s : s + spans]
+            chunk = keys[: groups.n * len(part) * (b - a)].view(groups.n, len(part), b - a)
+            places = _select(part, a, b, m, groups, chunk)  # k of (spans, b - a), rising
             ranks[s : s + spans, a:b] = rank(places, groups)
-            at = torch.stack(places, 1).long().mul_(m)  # (spans, k, b - a)
-            at += torch.arange(a, b).view(1, 1, -1)
-            if part.shape[0] > 1:
-                at += (torch.arange(part.shape[0]) * size).view(-1, 1, 1)
-            kept[s : s + spans, :, a:b] = part.reshape(-1).index_select(0, at.view(-1)).view(at.shape)
-    packed = bits.pack(ranks, groups.rank_bits)
-    return (*encode(kept.view(layout.spans, -1), layout.values), packed)
+            at = torch.add(column, torch.stack(places), alpha=m)  # (k, spans, b - a), within a span
+            if len(part) > 1:
+                at += torch.arange(0, len(part) * size, size, dtype=torch.int32).view(-1, 1)
+            values = flat[s * size : (s + len(part)) * size].index_select(0, at.view(-1))
+            kept[s : s + spans, :, a:b] = values.view(at.shape).transpose(0, 1)
+    return kept, ranks
 
 
-def _select(x: Tensor, a: int, b: int, m: int, groups: Groups) -> list[Tensor]:
+def _select(x: Tensor, a: int, b: int, m: int, groups: Groups, keys: Tensor) -> list[Tensor]:
     """Rows of the k largest in columns a … b of (spans, size): k of int32 (spans, b - a), rising."""
     spans, size = x.shape
     n, width = groups.n, b - a
     mask = (1 << groups.place_bits) - 1
-    keys = torch.empty((n, spans, width), dtype=torch.int32)
     end = size - (n - 1) * m  # columns that have a last row
     whole = n if end == m else n - 1
     rows = x.as_strided((whole, spans, width), (m, size, 1), x.storage_offset() + a)
     _magnitudes(rows, keys[:whole], mask)
+    keys[:whole].bitwise_or_(torch.arange(whole, dtype=torch.int32).view(-1, 1, 1))
     if whole < n:
-        keys[n - 1].fill_(-1)
         last = min(b, end)
+        if last < b:
+            keys[n - 1].fill_(-1)  # below every magnitude
         if a < last:
             start = (n - 1) * m
-            _magnitudes(x[:, start + a : start + last], keys[n - 1, :, : last - a], mask)
-    keys.view(n, -1)[:whole].bitwise_or_(torch.arange(whole, dtype=torch.int32).view(-1, 1))
-    if whole < n:
-        keys[n - 1].bitwise_or_(n - 1)  # what is missing is -1 and stays -1
-    rounds = []
-    struck = torch.full((1, spans, width), -1, dtype=torch.int32)
+            there = keys[n - 1, :, : last - a]
+            _magnitudes(x[:, start + a : start + last], there, mask)
+            there.bitwise_or_(n - 1)
+    rounds: list[Tensor] = []
     for j in range(groups.k):
-        best = keys.amax(0)
-        place = best.bitwise_and_(mask)
+        place = keys.amax(0).bitwise_and_(mask)
         rounds.append(place)
         if j + 1 < groups.k:
-            keys.scatter_(0, place.long().unsqueeze(0), struck)
+            keys.scatter_(0, place.long().unsqueeze(0), torch.full_like(place, -1).unsqueeze(0))
     return _rising(rounds)
 
 
@@ -146,42 +158,31 @@ def _rising(places: list[Tensor]) -> list[Tensor]:
     return places
 
 
-def unpack(tensors: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype, first: int = 0, last: int = -1) -> Tensor:
-    """Zeros, with the kept values at their places: (spans · size,) in ``dtype``.
-
-    Args:
-        first, last: only these spans, the last one excluded; -1 is the end.
-    """
-    last = layout.spans if last < 0 else last
-    tensors = tuple(t[first:last] for t in tensors)
-    spans, size, m, k = last - first, layout.size, layout.columns, layout.groups.k
-    device = tensors[0].device
+def unpack(tensors: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Zeros, with the kept values at their places: (spans · size,) in ``dtype``."""
+    spans, size, m, groups = layout.spans, layout.size, layout.columns, layout.groups
     if is_fake(tensors[0]):
         return tensors[0].new_empty((spans * size,), dtype=dtype)
-    if tensors[0].is_cuda:
+    values = decode(tensors[:-1], layout.values, layout.kept, dtype).view(spans, groups.k, m)
+    ranks = bits.unpack(tensors[-1], m, groups.rank_bits)
+    if values.is_cuda:
         from .triton_kernels import unpack_cuda
 
-        return unpack_cuda(tensors, layout, dtype)
-    values = decode(tensors[:-1], layout.values, layout.kept, dtype).view(spans, k, m)
-    ranks = bits.unpack(tensors[-1], m, layout.groups.rank_bits)
-    padded = layout.groups.n * m
-    short = m < layout.groups.n and padded != size
-    out = torch.zeros(spans * (padded if short else size), dtype=dtype, device=device)
-    columns = max(1, CHUNK // layout.groups.n)
-    for s in range(spans):
-        base = s * (padded if short else size)
-        for a in range(0, m, columns):
-            b = min(m, a + columns)
-            at = unrank(ranks[s, a:b].int(), layout.groups).long().mul_(m)  # (k, b - a)
-            at += torch.arange(base + a, base + b)
-            out.scatter_(0, at.view(-1), values[s, :, a:b].reshape(-1))
-    return out.view(spans, padded)[:, :size].reshape(-1) if short else out
+        return unpack_cuda(values, ranks, layout)
+    padded = groups.n * m
+    short = m < groups.n and padded != size
+    stride = padded if short else size
+    # The last row of a span may reach into the next one; nothing is ever kept there.
+    out = torch.zeros((spans - 1) * stride + padded, dtype=dtype)
+    places = unrank(ranks.int(), groups)  # int64 (k, spans, m)
+    out.as_strided((groups.n, spans, m), (m, stride, 1)).scatter_(0, places, values.transpose(0, 1))
+    if short:
+        return out.view(spans, padded)[:, :size].reshape(-1)
+    return out[: spans * size]
 
 
 def stored_bytes(layout: Layout) -> int:
     """Bytes that :func:`pack` keeps."""
-    from .values import stored_bits
-
     return layout.spans * (
         math.ceil(layout.kept * stored_bits(layout.values) / 8) + rank_bytes(layout.groups, layout.columns)
     )

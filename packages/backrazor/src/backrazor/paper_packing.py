@@ -1,7 +1,8 @@
 """The official code's packing, for comparison: a threshold a sample, everything that reaches it, and a bitmask.
 
 With ratio = 1 − keep and n elements a sample, k = int(clip(n · ratio, 1, n)); the threshold is the k-th smallest |x| of
-the sample, and |x| ≥ threshold is kept: n − k + 1 elements, and all that tie with the threshold. Sizes depend on the data.
+the sample, and |x| ≥ threshold is kept: n − k + 1 elements, and all that tie with the threshold. Sizes depend on the
+data.
 """
 
 import torch
@@ -25,8 +26,9 @@ def pack(x: Tensor, keep: float, values: str) -> tuple[Tensor, Tensor]:
         (stored,) = encode(x.new_empty((1, samples * kept)), values)
         return stored.view(-1), x.new_empty(bits.packed_bytes(samples * n, 1), dtype=torch.uint8)
     magnitude = x.abs()
-    threshold = magnitude.float().kthvalue(n - kept + 1, dim=1, keepdim=True).values
-    mask = magnitude >= threshold
+    comparable = magnitude.float() if x.element_size() == 2 else magnitude
+    threshold = comparable.kthvalue(n - kept + 1, dim=1, keepdim=True).values
+    mask = comparable >= threshold
     (stored,) = encode(x[mask].view(1, -1), values)
     return stored.view(-1), bits.pack(mask.view(-1).view(torch.uint8), 1)
 

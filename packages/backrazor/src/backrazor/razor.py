@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .coded import Levels, code
 from .errors import RazorError
 from .groups import groups_for
 from .ops.chains import Chains
@@ -23,8 +24,8 @@ ATTENTION = ("pruned", "exact")
 class Razor(TorchFunctionMode):
     """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves the largest tenth of each activation.
 
-    The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it for
-    every micro-batch. :func:`.table.describe` lists what each operation keeps.
+    The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it
+    for every micro-batch. :func:`.table.describe` lists what each operation keeps.
 
     Args:
         keep: fraction of each activation's elements that are kept, in (0, 1]; 1 keeps all, and is plain autograd.
@@ -32,7 +33,8 @@ class Razor(TorchFunctionMode):
             functions' inputs dense in float16, nothing shared.
         attention: "pruned" as in the paper, or "exact" to leave softmax, products of activations and
             scaled_dot_product_attention to PyTorch.
-        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode "paper" has
+        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode
+        "paper" has
             float16, and float32 for norms and convolutions.
         derivative_bits: bits for the derivative of an activation function: 2, 3 or 4.
 
@@ -67,7 +69,7 @@ class Razor(TorchFunctionMode):
         self._groups = groups_for(self.keep) if keep < 1 else None
         self._store = Store()
         self._rules: dict[Any, Callable[..., Any]] = {}
-        self._outer_hooks: Any = None
+        self._outer_hook: Any = None
 
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in torch.overrides._get_current_function_mode_stack()):
@@ -75,7 +77,8 @@ class Razor(TorchFunctionMode):
         from .table import rules
 
         self._rules = rules()
-        self._outer_hooks = _saved_tensor_hooks()
+        self._outer_hook = _saved_tensor_hook()
+        _refuse_compile(_within_compiled_call())
         super().__enter__()
         return self
 
@@ -88,7 +91,8 @@ class Razor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            _refuse_compile(torch.compiler.is_compiling())
             return func(*args, **kwargs)
         rule = self._rules.get(func)
         if rule is not None:
@@ -112,8 +116,9 @@ class Razor(TorchFunctionMode):
             raise RazorError(
                 "torch.func transforms (vmap, grad, jvp) cannot be used within a Razor: they need plain autograd"
             )
-        hooks = _saved_tensor_hooks()
-        if hooks is not None and hooks is not self._outer_hooks and "checkpoint" in getattr(hooks[0], "__module__", ""):
+        _refuse_compile(_within_compiled_call())
+        hook = _saved_tensor_hook()
+        if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
         return any(isinstance(arg, Tensor) and is_traceable_wrapper_subclass(arg) for arg in args)
 
@@ -128,8 +133,8 @@ class Razor(TorchFunctionMode):
             own: not shared.
         """
         if self.mode == "paper" and not probabilities:
-            found = self._store.find(x, "pruned") if not own else None
-            return found if found is not None else Held(Holder(self.prune(x, values=values)), Geometry.of(x))
+            found = self._store.find(x, "pruned") if not own and x.is_contiguous() else None
+            return found if found is not None else Held(Holder(self.prune(x, values=values)), None)
         return self._store.hold(x, "pruned", lambda: self.prune(x, values=values, probabilities=probabilities))
 
     def prune(self, x: Tensor, *, values: str | None = None, probabilities: bool = False) -> Saved:
@@ -144,6 +149,11 @@ class Razor(TorchFunctionMode):
         if self.keep == 1:
             return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
         return self._store.hold(x, "8 bits", lambda: eight_bit(x))
+
+    def hold_coded(self, x: Tensor, levels: Levels) -> Held:
+        """``x``, every element rounded to one of a few levels; ``x`` itself at keep = 1. Not remembered."""
+        saved = Saved((x,), Dense(Geometry.of(x))) if self.keep == 1 else code(x, lambda _, part: part.clone(), levels)
+        return Held(Holder(saved), None)
 
     def find(self, x: Tensor) -> Held | None:
         """What stands for ``x``, pruned, if it is stored."""
@@ -163,5 +173,22 @@ class Razor(TorchFunctionMode):
         return max(1, min(batch, limit // max(sample_size, 1)))
 
 
-def _saved_tensor_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def _saved_tensor_hook() -> Any:
+    """The innermost hook on what autograd saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None else None
+
+
+def _within_compiled_call() -> bool:
+    """Whether a function made by ``torch.compile`` is running, compiled or fallen back to Python."""
+    from torch._C._dynamo import eval_frame
+
+    return callable(eval_frame.get_eval_frame_callback())
+
+
+def _refuse_compile(compiled: bool) -> None:
+    if compiled:
+        raise RazorError(
+            "torch.compile and Razor do not go together: a compiled graph decides itself what it saves; "
+            "call the model that is not compiled"
+        )

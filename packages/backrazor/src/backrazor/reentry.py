@@ -1,7 +1,7 @@
 """Functions of ``torch.nn.functional`` that are compositions, such as ``multi_head_attention_forward``.
 
-Such a function first asks whether a mode is on, and if so hands itself over to it whole. A copy of it that does not ask runs
-with the mode on, so that the calls within it are met.
+Such a function first asks whether a mode is on, and if so hands itself over to it whole. A copy of it that does not
+ask runs with the mode on, so that the calls within it are met.
 """
 
 import functools

@@ -39,8 +39,8 @@ class Held:
 class Store:
     """From a tensor (its memory and version) to what stands for it.
 
-    An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new version, and
-    memory given to another tensor is another storage: neither is mistaken for what was stored.
+    An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new
+    version, and memory given to another tensor is another storage: neither is mistaken for what was stored.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,12 @@ class Store:
         holder = Holder(saved)
         if isinstance(saved.recipe, Dense):  # PyTorch's own saving shares what is saved by reference
             return Held(holder, None)
-        forget = weakref.ref(holder, lambda _, key=key, entries=self._entries: entries.pop(key, None))
+        entries = self._entries
+
+        def gone(_: Any) -> None:
+            entries.pop(key, None)
+
+        forget = weakref.ref(holder, gone)
         # The weak reference to the storage keeps its address from being used again while the entry stands.
         self._entries[key] = (StorageWeakRef(x.untyped_storage()), forget)
         return Held(holder, geometry)

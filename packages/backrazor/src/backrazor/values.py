@@ -14,11 +14,16 @@ def stored_bits(values: str) -> float:
     return {"bf16": 16, "fp32": 32, "fp16": 16, "int8": 8 + 16 / BLOCK}[values]
 
 
+def float_type(values: str) -> torch.dtype:
+    """The type that selected values are gathered in: the format's own, or float32 for int8 and fp16 (clamped)."""
+    return _DTYPES[values] if values in ("bf16", "fp32") else torch.float32
+
+
 def encode(x: Tensor, values: str) -> tuple[Tensor, ...]:
     """Write (spans, n) values.
 
-    Errors: relative 2^-8 (bf16), 2^-11 (fp16, clamped to ±65504 instead of becoming infinite), 0 (fp32); for int8
-    at most 1/254 + 2^-8 of the largest in its block.
+    Errors: relative 2^-8 (bf16), 2^-11 (fp16, absolute 2^-25 below 2^-14; clamped to ±65504 instead of becoming
+    infinite), 0 (fp32); for int8 at most 1/254 + 2^-8 of the largest in its block.
 
     Returns:
         One tensor (spans, n); int8 adds its scales, bfloat16 (spans, ceil(n / 128)).

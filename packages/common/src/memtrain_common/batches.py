@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .errors import UserError
+
 Batch = Any
 
 
@@ -16,7 +18,14 @@ def numbered(batches: Callable[[int], Batch], numbers: range, workers: int = 0) 
         return map(batches, numbers)
     # A generator of its own: the loader would draw its workers' seed from the global one, and training would notice.
     generator = torch.Generator()
-    return iter(DataLoader(_Numbered(batches, numbers), batch_size=None, num_workers=workers, generator=generator))
+    return _raising(DataLoader(_Numbered(batches, numbers), batch_size=None, num_workers=workers, generator=generator))
+
+
+def _raising(loader: "DataLoader[Batch]") -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 class _Numbered(Dataset[Batch]):
@@ -29,7 +38,10 @@ class _Numbered(Dataset[Batch]):
         return len(self._numbers)
 
     def __getitem__(self, position: int) -> Batch:
-        return self._batches(self._numbers[position])
+        try:
+            return self._batches(self._numbers[position])
+        except UserError as error:  # raised here, it would arrive with the worker's traceback as its message
+            return error
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -27,6 +27,8 @@ class Ratio:
     high: float
     """Third quartile."""
     pairs: int
+    least: float
+    greatest: float
 
     def __str__(self) -> str:
         return f"{self.median:.3f} (quartiles {self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
@@ -48,7 +50,7 @@ def pairwise(way: Callable[[], Any], other: Callable[[], Any], *, pairs: int, wa
 def ratio_of(ratios: Sequence[float]) -> Ratio:
     """Median and quartiles of ratios that were measured elsewhere."""
     low, median, high = statistics.quantiles(ratios, n=4)
-    return Ratio(median, low, high, len(ratios))
+    return Ratio(median, low, high, len(ratios), min(ratios), max(ratios))
 
 
 def _seconds(call: Callable[[], Any]) -> float:

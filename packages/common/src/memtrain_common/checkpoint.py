@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,23 @@ class Checkpoints:
             if old not in kept:
                 shutil.rmtree(self.path(old))
         return final
+
+    def rescue(self, step: int, state: dict[str, Any], *, best: int | None, every: int) -> Path | None:
+        """Save a state that each of several processes could save, once: -> the folder, or None if another did.
+
+        Args:
+            every: processes whose steps lie between the same multiples of it have the same to save.
+        """
+        claim = self.folder / f".rescue-{step // every}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            return None
+        try:
+            return replace(self, writes=True).save(step, state, best=best)
+        finally:
+            claim.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Put the folder in order after a process was killed in the middle of :meth:`save`."""

@@ -32,14 +32,15 @@ class Console:
             with self._log.open("a") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "") -> "tqdm[Any]":
-        """A progress bar on stderr; none where stderr is not a terminal."""
+    def progress(self, total: int, *, initial: int = 0, label: str = "", scale: bool = False) -> "tqdm[Any]":
+        """A progress bar on stderr; none where stderr is not a terminal. ``scale`` shows 1.5M for 1500000."""
         return tqdm(
             total=total,
             initial=initial,
             desc=label,
             dynamic_ncols=True,
             mininterval=0.2,
+            unit_scale=scale,
             disable=True if self._quiet else None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )

@@ -61,18 +61,21 @@ def epoch_batch(seed: int, step: int, *, batch: int, size: int) -> npt.NDArray[n
     return out
 
 
-def rank_share(rows: npt.NDArray[np.int64], rank: int, world_size: int) -> npt.NDArray[np.int64]:
-    """This process's rows of a global batch: every ``world_size``-th one.
+def rank_share(
+    rows: npt.NDArray[np.int64], rank: int, world_size: int, *, contiguous: bool = False
+) -> npt.NDArray[np.int64]:
+    """This process's rows of a global batch: every ``world_size``-th one, or the ``rank``-th of equal chunks.
 
     Strided, so that the h-th of H equal chunks of every share comes from the h-th chunk of the global batch, and
-    LTE's heads see the same rows on any number of processes.
+    LTE's heads see the same rows on any number of processes that each hold them all. Contiguous where each process
+    holds its own heads.
 
     Raises:
         ValueError: if the batch cannot be shared equally.
     """
     if len(rows) % world_size:
         raise ValueError(f"a batch of {len(rows)} cannot be shared equally by {world_size} processes")
-    return rows[rank::world_size]
+    return rows.reshape(world_size, -1)[rank] if contiguous else rows[rank::world_size]
 
 
 def stratified(labels: npt.NDArray[np.int64], parts: int, seed: int) -> npt.NDArray[np.int64]:

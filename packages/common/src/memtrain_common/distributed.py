@@ -3,8 +3,10 @@
 Without torchrun everything here is the single process: rank 0 of 1.
 """
 
+import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,13 @@ class World:
         return self.rank == 0
 
 
-def launch(device: str = "auto") -> tuple[World, torch.device]:
+def launch(device: str = "auto", *, patience_s: float | None = None) -> tuple[World, torch.device]:
     """Read torchrun's environment, join the process group, and choose this process's device.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        patience_s: seconds that a process waits for another before it takes it for lost; None takes torch's own, half
+            an hour with gloo.
 
     Raises:
         UserError: if CUDA is asked for and there is none.
@@ -55,11 +59,23 @@ def launch(device: str = "auto") -> tuple[World, torch.device]:
     else:
         raise UserError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store, rank, size = next(dist.rendezvous("env://"))
+        timeout = datetime.timedelta(seconds=patience_s) if patience_s else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        _stores.append(store)
     return world, chosen
 
 
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+_stores: list[dist.Store] = []
+
+
+def store(name: str) -> dist.Store:
+    """Keys and values that all processes see, with a connection of its own, so that a thread may use it."""
+    return dist.PrefixStore(name, _stores[-1].clone())
 
 
 def world() -> World:
@@ -113,7 +129,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a scalar over all processes."""
     if world().size > 1:
-        dist.all_reduce(value)
+        with speaking():
+            dist.all_reduce(value)
         value = value / world().size
     return value
 
@@ -123,7 +140,8 @@ def any_rank(flag: int) -> int:
     if world().size == 1:
         return flag
     cell = torch.tensor(flag)
-    dist.all_reduce(cell, op=dist.ReduceOp.MAX)
+    with speaking():
+        dist.all_reduce(cell, op=dist.ReduceOp.MAX)
     return int(cell)
 
 
@@ -132,5 +150,20 @@ def gather_objects(value: Any) -> list[Any]:
     if world().size == 1:
         return [value]
     values: list[Any] = [None] * world().size
-    dist.all_gather_object(values, value)
+    with speaking():
+        dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Around a collective call.
+
+    Raises:
+        ConnectionAbortedError: if another process is lost, or does not answer for as long as :func:`launch` was told.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no narrower kind
+        how = "it does not answer" if "timed out" in str(error).lower() else "its connection broke"
+        raise ConnectionAbortedError(f"another process is lost ({how})") from error

@@ -18,6 +18,12 @@ class DivergedError(UserError):
     exit_code = 1
 
 
+class LostRankError(UserError):
+    """Another process of the training is gone. Not bad input, so the exit code is 1."""
+
+    exit_code = 1
+
+
 class Stopped(Exception):
     """Training ended on a signal, after a checkpoint was written; ``message`` says where it is."""
 

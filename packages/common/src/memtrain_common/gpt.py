@@ -5,7 +5,9 @@ readers need no map. Deviation: ``forward`` returns logits only; the loss is :fu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +89,8 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        position = torch.arange(tokens.shape[1], device=tokens.device)
+        # (B, T), not (T,): a layer that treats parts of the batch differently (LTE's copies) finds the batch in dim 0
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.drop(self.wte(tokens) + self.wpe(position))  # (B, T, C)
         for block in self.h:
             x = block(x)
@@ -117,19 +120,35 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, n: int, *, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
+        self,
+        tokens: Tensor,
+        n: int,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+        vocab_size: int | None = None,
+        each: Callable[[], Any] | None = None,
     ) -> Tensor:
-        """Append ``n`` sampled tokens to ``tokens`` (B, T): -> (B, T + n). Leaves the global generator alone."""
+        """Append ``n`` sampled tokens to ``tokens`` (B, T): -> (B, T + n). Leaves the global generator alone.
+
+        Args:
+            top_k: draw among the k most likely tokens only.
+            vocab_size: draw below it only: the padding of a vocabulary means nothing.
+            each: called after each token.
+        """
         was_training = self.training
         self.eval()
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
         for _ in range(n):
-            logits = self(tokens[:, -self.config.block_size :])[:, -1].float() / temperature  # (B, V)
+            logits = self(tokens[:, -self.config.block_size :])[:, -1, :vocab_size].float() / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
             tokens = torch.cat([tokens, drawn], dim=1)
+            if each is not None:
+                each()
         self.train(was_training)
         return tokens
 

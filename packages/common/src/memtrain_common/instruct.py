@@ -7,7 +7,7 @@ Known rows: MetaMathQA's ``query`` and ``response``; Alpaca's and the commonsens
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -131,18 +131,23 @@ def instruction_of(row: Row, column: str) -> str:
     return row.text(column) + (f"\n{more}" if isinstance(more, str) and more else "")
 
 
-def examples(rows: Sequence[Row], pair: tuple[str, str] | None = None) -> list[Example]:
-    """Prompts with responses. GSM8K's ``<<2*3=6>>`` are left out and its ``#### 6`` becomes "The answer is: 6",
-    which is what evaluation looks for.
+def alpaca(row: Row, column: str) -> str:
+    """PROMPT with the row's instruction."""
+    return PROMPT.format(instruction=instruction_of(row, column))
+
+
+def examples(
+    rows: Sequence[Row], pair: tuple[str, str] | None = None, prompt: Callable[[Row, str], str] = alpaca
+) -> list[Example]:
+    """Prompts with responses, which follow one another without a space. GSM8K's ``<<2*3=6>>`` are left out and its
+    ``#### 6`` becomes "The answer is: 6", which is what evaluation looks for.
 
     Args:
         pair: the columns of instruction and response; None finds them in the first row, and every row must have them.
+        prompt: of a row, whose instruction is in the column that is named.
     """
     instruction, response = pair_of(rows) if pair is None else pair
-    return [
-        Example(PROMPT.format(instruction=instruction_of(row, instruction)), " " + _response(row.text(response)))
-        for row in rows
-    ]
+    return [Example(prompt(row, instruction), _response(row.text(response))) for row in rows]
 
 
 def _response(text: str) -> str:

@@ -74,21 +74,58 @@ def _halves(W: Tensor, heads: int) -> Tensor:
     return W.view(heads, -1, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
 
+def save_llama2c(model: Path, vocabulary: Path, folder: Path) -> None:
+    """Write a transformers folder, tokenizer included: what any command's ``--model`` takes."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    llama = load_llama2c(model)
+    llama.config.bos_token_id, llama.config.eos_token_id = 1, 2
+    llama.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2)
+    llama.save_pretrained(folder)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = Llama2cTokenizer(vocabulary, llama.config.vocab_size).pieces
+    vocab = {name: token for token, name in enumerate(names)}
+    vocab |= {piece.decode().replace(" ", "▁"): token for piece, (token, _) in pieces.items() if token >= len(names)}
+    # A pair that makes a piece merges; the better the piece's score, the earlier.
+    merges = [
+        (left, right)
+        for piece, token in sorted(vocab.items(), key=lambda item: -_score(pieces, item[0]))
+        if token >= len(names)
+        for left, right in ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        if left in vocab and right in vocab
+    ]
+    bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _score(pieces: dict[bytes, tuple[int, float]], piece: str) -> float:
+    return pieces.get(piece.replace("▁", " ").encode(), (0, -1e9))[1]
+
+
 class Llama2cTokenizer:
     """llama2.c's vocabulary: an int32, then score (float32), length (int32) and bytes of each piece."""
 
     def __init__(self, path: Path, size: int = 512) -> None:
         raw = path.read_bytes()
         at = 4
-        self._pieces: dict[bytes, tuple[int, float]] = {}
+        self.pieces: dict[bytes, tuple[int, float]] = {}
         for token in range(size):
             score, length = struct.unpack_from("fi", raw, at)
-            self._pieces.setdefault(raw[at + 8 : at + 8 + length], (token, score))
+            self.pieces.setdefault(raw[at + 8 : at + 8 + length], (token, score))
             at += 8 + length
 
     def encode(self, line: str) -> list[int]:
         """Token 1, then pieces: the neighbours whose joint piece scores highest merge, as long as there is one."""
-        pieces = self._pieces
+        pieces = self.pieces
         parts = [c.encode() for c in " " + line]
         while True:
             joint = [a + b for a, b in itertools.pairwise(parts)]

@@ -8,11 +8,10 @@ methods are, it does not know.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,64 +20,16 @@ from .batches import Batch, numbered, to_device
 from .console import Console, format_bytes, format_count
 from .distributed import any_rank, mean_over_ranks, unwrap, world
 from .energy import EnergyMeter
-from .errors import DivergedError, Stopped, UserError
-from .memory import Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from .errors import DivergedError, LostRankError, Stopped, UserError
+from .evaluation import mean_loss as mean_loss
+from .fit_config import DTYPES, FitConfig, FitResult
+from .heartbeat import Heartbeat
+from .memory import PeakMeter, SavedActivations, measure, memory_in_use
 from .rng import rng_state, set_rng_state
 from .run_folder import RunFolder
 from .stop_signals import LeaveEvaluation, StopSignals
 from .trackers import Tracker, open_tracker
-from .training_state import Stateful, all_finite, capture, check_identity, put_back
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How long to train and when to look; every interval is in optimizer steps."""
-
-    max_iters: int
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step: step s uses batches s·g … s·g + g − 1, and the mean of their losses."""
-    grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; float16 adds a gradient scaler."""
-    compile: bool = False
-    """Run the model through torch.compile."""
-    eval_interval: int = 100
-    log_interval: int = 10
-    checkpoint_interval: int = 0
-    """0: as often as evaluation. A new best evaluation is saved besides."""
-    best_metric: str = "loss"
-    """The evaluation's number that decides which checkpoint is the best and stays."""
-    higher_is_better: bool = False
-    workers: int = 0
-    """Processes that prepare batches ahead; 0 prepares them in the loop."""
-    units_per_step: int = 0
-    """Tokens or samples in an optimizer step over all processes, for the rate."""
-    unit: str = "samples"
-    tracker: str = "none"
-    """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
-
-
-@dataclass
-class FitResult:
-    """What a finished run has to tell."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Seconds of training, evaluation and saving left out; earlier parts of a resumed run included."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The last evaluation."""
-    best: tuple[int, float] | None = None
-    """Step and value of the best evaluation."""
-    units_per_second: float = 0.0
-    """Mean over the steps of this process after the first (which measures memory, and compiles)."""
-    ledger: Ledger | None = None
-    peak_bytes: dict[str, int | None] = field(default_factory=dict)
-    """Of "training" and "evaluation", apart."""
-    joules: float | None = None
-    energy_source: str = "unavailable"
+from .training_state import Parts, Stateful, all_finite, capture, check_identity, put_back
 
 
 def fit(
@@ -94,6 +45,7 @@ def fit(
     after_step: Callable[[], Any] | None = None,
     clip: Callable[[float], Tensor] | None = None,
     stateful: Mapping[str, Stateful] | None = None,
+    parts: Parts | None = None,
     run: RunFolder | None = None,
     resume: bool = False,
     resume_path: Path | None = None,
@@ -117,6 +69,10 @@ def fit(
         after_step: called after each optimizer step; not after one that float16's scaler skipped.
         clip: called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm.
         stateful: further states to keep in checkpoints, by name.
+        parts: on several processes, where each holds a part of the model that no wrapper looks after (LTE's heads):
+            how to share gradients, and how checkpoints are put together and cut. ``clip`` then returns this process's
+            part of the norm, and the processes speak at logged steps, evaluations, checkpoints and every
+            ``agree_interval`` steps only.
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
         resume: go on from the newest valid checkpoint of ``run``, if it has one.
         resume_path: the folder that a stopped user is told to resume, if not the run's own.
@@ -127,12 +83,14 @@ def fit(
     Raises:
         Stopped: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
         DivergedError: when the loss or a weight is no longer finite; such weights are never saved.
+        LostRankError: when another process is gone; with ``parts``, after this one's state was saved.
         UserError: if a checkpoint does not fit the model, or cannot be written.
     """
     trainer = _Trainer(model, batches, loss_fn, optimizer, config, console or Console(quiet=True), run)
     trainer.evaluate, trainer.lr_factor, trainer.saving = evaluate, lr_factor, saving
     trainer.after_step, trainer.clip, trainer.stateful = after_step, clip, dict(stateful or {})
-    trainer.identity = dict(identity or {})
+    trainer.identity, trainer.parts = dict(identity or {}), parts
+    trainer.apart = parts is not None and parts.apart
     trainer.resume_path = resume_path or (run.path if run is not None else None)
     return trainer.train(resume, label)
 
@@ -147,6 +105,8 @@ class _Trainer:
     clip: Callable[[float], Tensor] | None
     stateful: dict[str, Stateful]
     identity: dict[str, Any]
+    parts: Parts | None
+    apart: bool
     resume_path: Path | None
 
     def __init__(
@@ -188,22 +148,22 @@ class _Trainer:
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
         if self.run and self.run.writes:
-            self.tracker = open_tracker(
-                config.tracker, self.run.path, self.identity, resume_step=result.step if resume else None
-            )
+            since = result.step if resume else None
+            names = {"project": config.tracker_project, "name": config.tracker_name}
+            self.tracker = open_tracker(config.tracker, self.run.path, self.identity, resume_step=since, **names)
         bar = self.console.progress(config.max_iters, initial=result.step, label=label)
         micro = config.gradient_accumulation_steps
         source = numbered(self.batches, range(result.step * micro, config.max_iters * micro), config.workers)
         first, timed_from = result.step, result.seconds
         lapse = 0.0  # seconds of training since the last logged step
         try:
-            with StopSignals() as stop, meter:
+            with StopSignals() as stop, meter, self._rescuing(), self._heartbeat() as heartbeat:
                 while True:
                     self._look(stop)
-                    if any_rank(stop.received):  # it came while something was saved
-                        self._stop(any_rank(stop.received))
+                    self._agree_to_stop(stop)  # a signal came while something was saved
                     if result.step >= config.max_iters:
                         break
+                    heartbeat.check()
                     self.peaks.begin("training")
                     began = time.perf_counter()
                     loss, norm = self._step(source, measuring=result.ledger is None)
@@ -223,8 +183,7 @@ class _Trainer:
                         steps = result.step - max(first, (result.step - 1) // config.log_interval * config.log_interval)
                         self._log(value, norm, steps * config.units_per_step / lapse, bar)
                         lapse = 0.0
-                    if any_rank(stop.received):
-                        self._stop(any_rank(stop.received))
+                    self._agree_to_stop(stop)
                 result.joules = meter.joules
         except KeyboardInterrupt:
             self._stop_at_once()
@@ -264,6 +223,10 @@ class _Trainer:
             total += loss.detach()
         total = total / config.gradient_accumulation_steps
         norm = None
+        if self.parts is not None and self.apart:
+            self.parts.average_gradients()
+            if self.scaler.is_enabled():
+                self._skip_together()
         if config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
             clip = self.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
@@ -279,6 +242,12 @@ class _Trainer:
             self.after_step()
         self.finite &= total.isfinite()
         return total, norm
+
+    def _skip_together(self) -> None:
+        """Let an overflow in one process's gradients skip the step in all: their clocks must agree."""
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        if any_rank(int(not all(bool(g.isfinite().all()) for g in gradients))):
+            gradients[0].fill_(math.inf)
 
     def _forward(self, batch: Batch, recording: AbstractContextManager[Any]) -> Tensor:
         dtype = DTYPES[self.config.dtype]
@@ -347,7 +316,10 @@ class _Trainer:
         row: dict[str, Any] = {"step": result.step, "split": "train", "loss": loss}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         if norm is not None:
-            row["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            if self.apart:  # the root of the sum of the parts' squares
+                norm = (mean_over_ranks(norm.square()) * world().size).sqrt()
+            row["grad_norm"] = float(norm)
         row[f"{config.unit}_per_second"] = round(rate, 1)
         row["seconds"] = round(result.seconds, 3)
         self._write(row)
@@ -361,7 +333,7 @@ class _Trainer:
             self.tracker.log(row)
 
     def _check_finite(self) -> None:
-        if bool(self.finite):
+        if not any_rank(int(not self.finite)):
             return
         kept = self.run.checkpoints.steps() if self.run is not None else []
         where = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -380,8 +352,12 @@ class _Trainer:
         assert self.run is not None
         self.finite &= all_finite(self.inner)
         self._check_finite()
+        self.saved_step = self.result.step
+        return self.run.checkpoints.save(self.result.step, self._state(), best=self._best_step())
+
+    def _state(self, *, alone: bool = False) -> dict[str, Any]:
+        assert self.run is not None
         result = self.result
-        self.saved_step = result.step
         progress = {
             "step": result.step,
             "evaluated": self.evaluated,
@@ -390,11 +366,47 @@ class _Trainer:
             "best": result.best,
             "metrics_bytes": self.run.metrics_bytes(),
         }
-        state = capture(self.inner, self.optimizer, self._others(), progress=progress, identity=self.identity)
-        return self.run.checkpoints.save(result.step, state, best=result.best[0] if result.best else None)
+        return capture(
+            self.inner, self.optimizer, self._others(), parts=self.parts, alone=alone, progress=progress,
+            identity=self.identity,
+        )  # fmt: skip
+
+    def _best_step(self) -> int | None:
+        return self.result.best[0] if self.result.best else None
 
     def _others(self) -> dict[str, Stateful]:
         return {**self.stateful, "scaler": self.scaler}
+
+    def _agree_to_stop(self, stop: StopSignals) -> None:
+        """Stop if a signal came to any process; asked at every step, or less often where processes seldom speak."""
+        if self.apart and self.result.step % self.config.agree_interval:
+            return
+        signum = any_rank(stop.received)
+        if signum:
+            self._stop(signum)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self.config.patience_s if self.apart else 0.0)
+
+    @contextmanager
+    def _rescuing(self) -> Iterator[None]:
+        """When another process is lost: save what this one can vouch for, and leave."""
+        try:
+            yield
+        except ConnectionAbortedError as error:
+            message = f"stopped at step {self.result.step}: {error}; "
+            if self.run is None:
+                raise LostRankError(message + "nothing was saved, since there is no run folder") from None
+            go_on = f"; go on with --resume {self.resume_path}"
+            if not self.apart or not bool(self.finite & all_finite(self.inner)):
+                kept = self.run.checkpoints.steps()
+                last = f"the last checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
+                raise LostRankError(message + last + go_on) from None
+            saved = self.run.checkpoints.rescue(
+                self.result.step, self._state(alone=True), best=self._best_step(), every=self.config.agree_interval
+            )
+            what = f"checkpoint {saved} holds" if saved else "another process saves"
+            raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None
 
     def _stop(self, signum: int) -> None:
         """Save and leave because of a signal."""
@@ -427,18 +439,9 @@ class _Trainer:
         step, state = found
         where = checkpoints.path(step)
         check_identity(state["identity"], self.identity, where)
-        put_back(state, self.inner, self.optimizer, self._others(), where=where, say=say)
+        put_back(state, self.inner, self.optimizer, self._others(), where=where, say=say, parts=self.parts)
         progress, result = state["progress"], self.result
         result.step, result.seconds, result.evaluation = step, progress["seconds"], progress["evaluation"]
         result.best, self.evaluated, self.saved_step = progress["best"], progress["evaluated"], step
         self.run.truncate_metrics(progress["metrics_bytes"])
         say(f"resumed from {where}")
-
-
-def mean_loss(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch]
-) -> dict[str, float]:
-    """An ``evaluate`` for :func:`fit`: {"loss": mean of the batches' losses}, batches of equal size."""
-    device = next(model.parameters()).device
-    losses = [loss_fn(model, to_device(batch, device)).item() for batch in batches]
-    return {"loss": sum(losses) / len(losses)}

@@ -91,7 +91,8 @@ class SavedActivations:
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # autograd itself applies the innermost only
-        pack, unpack = outer if outer is not None else (_same, _same)
+        # Detached: a node that held its own output with its history would be a cycle, and outlive a graph let go.
+        pack, unpack = outer if outer is not None else (Tensor.detach, _same)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._note(pack(tensor)), unpack)
         self._hooks.__enter__()
         if self._operations is not None:

@@ -131,6 +131,9 @@ class Tree:
             self._files = {i.filename: i for i in infos if not i.is_dir()}
             parents = {"/".join(n.split("/")[:k]) for n in names for k in range(1, n.count("/") + 1)}
             self._folders = parents | {n for n in names if n not in self._files}
+            self._inside: dict[str, list[str]] = {}  # a folder -> the files in it
+            for name in self._files:
+                self._inside.setdefault(name.rpartition("/")[0], []).append(name)
         elif not root.is_dir():
             raise UserError(f"{root} is not a folder or a zip: --data-dir must name one of pictures")
 
@@ -158,7 +161,7 @@ class Tree:
     def pictures(self, prefix: str) -> list[str]:
         """Paths of the pictures in a folder, sorted; not of those in its folders."""
         if self.zipped:
-            names: Iterable[str] = (n for n in self._files if n.rpartition("/")[0] == prefix)
+            names: Iterable[str] = self._inside.get(prefix, ())
         else:
             names = (f"{prefix}/{p.name}" for p in (self.root / prefix).iterdir() if p.is_file())
         return sorted(n for n in names if n.lower().endswith(PICTURES) and not n.rpartition("/")[2].startswith("."))

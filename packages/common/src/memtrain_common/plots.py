@@ -21,14 +21,15 @@ def plot_loss(
         ylabel: what the loss is, with its unit.
         levels: horizontal lines by name: losses to compare with.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
         train = [(r["step"], r["loss"]) for r in rows if r["split"] == "train"]
         val = [(r["step"], r["loss"]) for r in rows if r["split"] == "val"]
         if train:
-            axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.45)
+            label = "" if val else f"{name}: training"
+            axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.45, label=label)
         if val:
-            label = f"{name}: validation {val[-1][1]:.3f} (line: training)"
+            label = f"{name}: validation {val[-1][1]:.3f}{' (line: training)' if train else ''}"
             axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.4, label=label)
     for name, level in (levels or {}).items():
         axes.axhline(level, color="#666666", linestyle="--", linewidth=0.9)
@@ -37,12 +38,12 @@ def plot_loss(
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
     """The ledger as horizontal stacked bars, one a category, its largest layers named; as PNG."""
-    figure, axes = _figure(height=3.6)
+    figure, axes = new_figure(height=3.6)
     biggest = max(ledger.totals.values()) or 1
     for row, category in enumerate(reversed(CATEGORIES)):
         left = 0
@@ -62,17 +63,20 @@ def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
     axes.set_xlim(0, 1.15 * biggest)
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
     axes.set_xlabel(f"bytes in one training step; total {format_bytes(sum(ledger.totals.values()))}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(height: float = 4.2) -> Any:
+def new_figure(height: float = 4.2, width: float = 7.2, rows: int = 1) -> Any:
+    """-> (figure, axes), without upper and right spines; with ``rows``, axes one below another on one x axis."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure = Figure(figsize=(7.2, height), dpi=144, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, (axes[0] if rows == 1 else axes)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """As the picture that the path's suffix names."""
     figure.savefig(path)

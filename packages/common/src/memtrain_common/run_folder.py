@@ -16,7 +16,6 @@
 
 import dataclasses
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoints
 from .errors import UserError
 from .files import write_json
+from .folders import LOCK, lock_folder
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -59,7 +59,7 @@ class RunFolder:
                 raise UserError(f"{path} is a file: --out needs the name of a folder")
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                _lock(path)
+                lock_folder(path)
             except OSError as error:
                 raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
             if (path / "config.json").exists():
@@ -80,7 +80,7 @@ class RunFolder:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run: --resume needs a folder with a config.json, as --out makes it")
         if writes:
-            _lock(path)
+            lock_folder(path)
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
 
     def write_config(self, config: Any, *, prog: str, argv: Sequence[str], **more: Any) -> None:
@@ -125,8 +125,10 @@ class RunFolder:
 
     def metrics_bytes(self) -> int:
         """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""
-        if not self.writes or not self._metrics.exists():
+        if not self._metrics.exists():
             return 0
+        if not self.writes:
+            return self._metrics.stat().st_size
         with self._metrics.open("r+b") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)
@@ -164,37 +166,16 @@ def open_run(
                 "begin a new run"
             )
     else:
+        from .distributed import gather_objects
+
         path = Path(config.out) if config.out else default_run_path(prog.replace(" ", "-"))
-        run = RunFolder.create(path, writes=world.is_main)
+        run = RunFolder.create(gather_objects(path)[0], writes=world.is_main)  # by the first one's clock
     config = dataclasses.replace(config, out=str(run.path))
     program, *command = prog.split(" ")
     run.write_config(
         config, prog=program, argv=[*command, *argv], data=data, device=device_name(device), processes=world.size
     )
     return run, config
-
-
-LOCK = ".lock"
-_held: dict[Path, Any] = {}  # locks live as long as the process
-
-
-def _lock(path: Path) -> None:
-    """Take the folder for this process, which may take it again.
-
-    Raises:
-        UserError: if another process has it. Where the file system knows no locks, nobody is refused.
-    """
-    if path.resolve() in _held:
-        return
-    file = (path / LOCK).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{path} is in use by another process: wait for it, or choose another folder") from None
-    except OSError:
-        pass
-    _held[path.resolve()] = file
 
 
 def _making(prog: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Language-modelling data: a corpus as two token arrays, cut into crops by :mod:`memtrain_common.data_order`.
 
-The corpus is a folder of text files (``--data-dir``), or, with no folder, the source of Python's standard library,
-which every machine has.
+The corpus is a folder of text files or of token bins (``--data-dir``), or, with no folder, the source of Python's
+standard library, which every machine has.
 """
 
 import hashlib
-import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .bins import is_bins, read_bins
 from .data_order import random_offsets, rank_share
 from .errors import UserError
+from .folders import visible_files
 from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -35,15 +36,16 @@ class Corpus:
     val: Tokens  # (n_val,)
     tokenizer: Tokenizer
     n_bytes: int
-    """Size of the text in bytes, both splits."""
+    """Size of the text in bytes, both splits; 0 where bins do not tell."""
     sha256: str
-    """Hash of the text, both splits: a run refuses to resume on another corpus."""
+    """Hash of the text or of the bins, both splits: a run refuses to resume on another corpus."""
 
     @property
     def bytes_per_token(self) -> float:
         return self.n_bytes / (len(self.train) + len(self.val))
 
     def describe(self) -> dict[str, object]:
+        letters = {"characters": self.tokenizer.characters} if isinstance(self.tokenizer, CharTokenizer) else {}
         return {
             "name": self.name,
             "tokenizer": self.tokenizer.name,
@@ -52,6 +54,7 @@ class Corpus:
             "val_tokens": len(self.val),
             "bytes": self.n_bytes,
             "sha256": self.sha256,
+            **letters,
         }
 
 
@@ -59,15 +62,20 @@ def load_corpus(data_dir: str | None = None, tokenizer: str = "bytes", tokenizer
     """Read a corpus and tokenize it.
 
     Args:
-        data_dir: folder of text files, read recursively in the order of their names and split 90/10 at the end;
-            None takes the standard library's source, of which every tenth file (by a hash of its name) is for
-            validation.
+        data_dir: folder of text files, read recursively in the order of their names and split 90/10 at the end; or
+            of bins (:mod:`memtrain_common.bins`), which know their tokenizer; None takes the standard library's source,
+            of which every tenth file (by a hash of its name) is for validation.
         tokenizer: "bytes", "chars" or "gpt2".
         tokenizer_dir: folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
 
     Raises:
         UserError: if the folder is missing or holds no text, or a file is not UTF-8 where characters are needed.
     """
+    if data_dir is not None and is_bins(Path(data_dir)):
+        corpus = Corpus(**read_bins(Path(data_dir), Path(tokenizer_dir) if tokenizer_dir else None))
+        if tokenizer not in ("bytes", corpus.tokenizer.name):  # bytes is what a caller who chose nothing has
+            raise UserError(f"the bins in {data_dir} hold {corpus.tokenizer.name} tokens, not {tokenizer}")
+        return corpus
     if data_dir is None:
         train_raw, val_raw = _standard_library()
         name = "python-stdlib"
@@ -126,7 +134,7 @@ def _read_folder(folder: Path) -> bytes:
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist: --data-dir needs a folder of text files")
     try:
-        found = sorted(_visible_files(folder))
+        found = sorted(visible_files(folder))
         texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
         raw = b"\n".join(p.read_bytes() for p in texts)
     except OSError as error:
@@ -141,17 +149,6 @@ def _read_folder(folder: Path) -> bytes:
     if not raw.strip():
         raise UserError(f"the {len(texts)} text files in {folder} are empty: --data-dir needs some text")
     return raw
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, without those that are hidden or in hidden folders (.git, .venv)."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (Path(place) / n for n in names if not n.startswith(".") and (Path(place) / n).is_file())
 
 
 def _split(raw: bytes, *, whole_characters: bool, where: str) -> tuple[bytes, bytes]:
@@ -176,8 +173,17 @@ class Crops:
     """
 
     def __init__(
-        self, corpus: Corpus, *, batch_size: int, block_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        corpus: Corpus,
+        *,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        contiguous: bool = False,
     ) -> None:
+        """``contiguous``: how the batch is shared out; see :func:`memtrain_common.data_order.rank_share`."""
         shortest = min(len(corpus.train), len(corpus.val))
         if shortest <= block_size:
             raise UserError(
@@ -185,13 +191,13 @@ class Crops:
                 "its target: use more text or a smaller --block-size"
             )
         self.corpus, self.batch_size, self.block_size, self.seed = corpus, batch_size, block_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.contiguous = rank, world_size, contiguous
 
     def __call__(self, i: int) -> "tuple[torch.Tensor, torch.Tensor]":
         rows = random_offsets(
             self.seed, i, size=self.batch_size, high=len(self.corpus.train) - self.block_size
         )  # (batch,)
-        return self._cut(self.corpus.train, rank_share(rows, self.rank, self.world_size))
+        return self._cut(self.corpus.train, rank_share(rows, self.rank, self.world_size, contiguous=self.contiguous))
 
     def validation(self, n_batches: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         """``n_batches`` batches spread evenly over the validation tokens: the same ones at every evaluation.

@@ -22,14 +22,24 @@ def check_tracker(kind: str) -> None:
         raise UserError(f"--tracker {kind} needs the package {kind}: install it, or use tensorboard")
 
 
-def open_tracker(kind: str, folder: Path, config: dict[str, Any], *, resume_step: int | None = None) -> Tracker:
+def open_tracker(
+    kind: str,
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    resume_step: int | None = None,
+    project: str = "memtrain",
+    name: str = "",
+) -> Tracker:
     """A tracker by name; :func:`check_tracker` it first.
 
     Args:
         kind: one of ``TRACKERS``.
-        folder: the run's folder; its name is the run's name.
+        folder: the run's folder.
         config: shown beside the run by W&B and trackio.
         resume_step: events after this step are dropped from TensorBoard: the resumed run writes them again.
+        project: W&B's and trackio's.
+        name: the run's there; empty takes the folder's.
 
     Raises:
         UserError: if the name is unknown.
@@ -37,7 +47,7 @@ def open_tracker(kind: str, folder: Path, config: dict[str, Any], *, resume_step
     if kind == "tensorboard":
         return _TensorBoard(folder / "tensorboard", resume_step)
     if kind in ("wandb", "trackio"):
-        return _Online(kind, folder.name, config)
+        return _Online(kind, project, name or folder.name, config)
     if kind == "none":
         return _Nothing()
     raise UserError(f"unknown tracker {kind!r}: choose {', '.join(TRACKERS)}")
@@ -66,9 +76,9 @@ class _TensorBoard:
 class _Online:
     """W&B, and trackio, which has the same three functions."""
 
-    def __init__(self, library: str, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, library: str, project: str, name: str, config: dict[str, Any]) -> None:
         self._library = importlib.import_module(library)
-        self._library.init(project="memtrain", name=name, config=config)
+        self._library.init(project=project, name=name, config=config)
 
     def log(self, row: dict[str, Any]) -> None:
         self._library.log(_scalars(row), step=row["step"])

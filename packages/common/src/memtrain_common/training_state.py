@@ -24,22 +24,52 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
+class Parts(Protocol):
+    """Processes that each hold a part of the model and its optimizer, which no wrapper keeps together for them."""
+
+    apart: bool
+    """Whether they do: False where this process holds everything, and a state is only converted."""
+
+    def average_gradients(self) -> None:
+        """After the backward pass: parameters that all processes have get the mean of their gradients."""
+
+    def gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The whole state, on the process that writes; collective."""
+
+    def scatter(self, state: dict[str, Any]) -> dict[str, Any]:
+        """This process's part of a whole state; ValueError where it cannot be cut so."""
+
+    def alone(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A whole state from this process's own, when others are lost."""
+
+
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, others: Mapping[str, Stateful], **plain: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    others: Mapping[str, Stateful],
+    *,
+    parts: Parts | None = None,
+    alone: bool = False,
+    **plain: Any,
 ) -> dict[str, Any]:
     """The state as nested dicts. A collective call: every process's random generators are in it.
 
     Args:
         others: further objects with a state, by name.
+        parts: makes the state whole.
+        alone: not collective: others are lost.
         plain: values that need no object: the progress, the run's identity.
     """
-    return {
+    state = {
         "model": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),
         "others": {name: other.state_dict() for name, other in others.items()},
-        "rng": gather_objects(rng_state()),
+        "rng": [rng_state()] if alone else gather_objects(rng_state()),
         **plain,
     }
+    if parts is None:
+        return state
+    return parts.alone(state) if alone else parts.gather(state)
 
 
 def put_back(
@@ -50,16 +80,23 @@ def put_back(
     *,
     where: Path,
     say: Callable[[str], None],
+    parts: Parts | None = None,
 ) -> None:
     """Load what :func:`capture` took.
 
     Args:
+        parts: cuts the whole state.
         where: the checkpoint, for messages.
         say: told when the random generators cannot be restored (another number of processes).
 
     Raises:
         UserError: if the checkpoint is of another model.
     """
+    if parts is not None:
+        try:
+            state = parts.scatter(state)
+        except ValueError as error:
+            raise UserError(f"{where} cannot be gone on with: {error}") from None
     now = model.state_dict()
     difference = same_shapes(state["model"], now)
     if difference is not None:

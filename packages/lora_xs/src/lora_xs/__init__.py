@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .injection import remove as remove
     from .merging import merge as merge
     from .merging import unmerge as unmerge
-    from .peft_format import export_peft as export_peft
-    from .peft_format import import_peft as import_peft
+    from .peft_export import export_peft as export_peft
+    from .peft_import import import_peft as import_peft
 
 _HOME = {
     "AdapterInfo": "adapter_header",
@@ -39,8 +39,8 @@ _HOME = {
     "add": "adapters",
     "describe_adapter": "adapter_file",
     "disable": "adapters",
-    "export_peft": "peft_format",
-    "import_peft": "peft_format",
+    "export_peft": "peft_export",
+    "import_peft": "peft_import",
     "inject": "injection",
     "load_adapter": "adapter_file",
     "merge": "merging",

@@ -39,7 +39,7 @@ from .adapter_header import (
     pack,
     parse_header,
 )
-from .adapters import active, check_known, check_new, check_not_merged
+from .adapters import check_new, check_not_merged, chosen
 from .bases import Progress, Request, default_cache, make_bases
 from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
@@ -68,11 +68,7 @@ def save_adapter(
             imported, or of a quantised weight.
         dtype: of R in the file; None keeps float32, and with it the same logits bit for bit.
     """
-    check_not_merged(model, "save_adapter")
-    name = active(model) if name is None else name
-    if name is None:
-        raise LoRAXSError("no adapter is active; say which one to save.")
-    check_known(model, name)
+    name = chosen(model, name, "save_adapter")
     pairs = layers(model)
     lost = [layer.name for _, layer in pairs if not layer.regenerable]
     if bases is False and lost:

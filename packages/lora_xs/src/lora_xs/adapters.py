@@ -109,6 +109,16 @@ def trained(model: nn.Module, name: str | None = None) -> dict[str, list[nn.Para
     }
 
 
+def chosen(model: nn.Module, name: str | None, what: str) -> str:
+    """The name of the adapter that `what` is for (None: the active one), which must not be merged."""
+    check_not_merged(model, what)
+    name = active(model) if name is None else name
+    if name is None:
+        raise LoRAXSError(f"no adapter is active; say which one is for {what}.")
+    check_known(model, name)
+    return name
+
+
 def check_new(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken, and bases that an adapter trains for itself."""
     check_name(name)

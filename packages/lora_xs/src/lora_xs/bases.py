@@ -125,8 +125,6 @@ def _empty(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     # Bases that are trained take small steps, which bf16 would swallow.
     dtype = torch.promote_types(weight.dtype, torch.float32) if config.train_bases else weight.dtype
     A = torch.empty(request.rank, width, dtype=dtype, device=weight.device)
-    if isinstance(request.module, nn.Embedding):
-        A = torch.empty(width, request.rank, dtype=dtype, device=weight.device).t()  # columns are what is looked up
     return A, torch.empty(out, request.rank, dtype=dtype, device=weight.device)
 
 

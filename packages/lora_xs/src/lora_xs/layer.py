@@ -140,7 +140,8 @@ class XSEmbedding(XSLayer):
     """W (width×vocabulary) is the transposed weight, x a one-hot column: z = A x is a column of A."""
 
     def project(self, module: nn.Module, x: Tensor) -> Tensor:
-        return F.embedding(x, self.A.t())
+        columns = self.A.index_select(1, x.flatten())  # r×tokens; A stays contiguous, as FSDP wants it
+        return columns.t().reshape(*x.shape, self.rank)
 
 
 class XSConv2d(XSLayer):

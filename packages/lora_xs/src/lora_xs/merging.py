@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapters import active, check_known, check_not_merged
+from .adapters import chosen
 from .errors import LoRAXSError
 from .injection import remove
 from .kinds import dense, kind_of
@@ -30,11 +30,7 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
         name: of the adapter; None is the active one.
         keep: keep the old weights, so that `unmerge` can put them back; False removes the adapters instead.
     """
-    check_not_merged(model, "merge")
-    name = active(model) if name is None else name
-    if name is None:
-        raise LoRAXSError("no adapter is active; say which one to merge.")
-    check_known(model, name)
+    name = chosen(model, name, "merge")
     pairs = layers(model)
     shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     # Two passes, so that a failure leaves the model whole and success never holds two copies of it.

@@ -27,6 +27,11 @@ METHOD_VERSION = 1
 def svd_bases(W: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
     """Leading singular bases of W, a pure function of its values: every machine draws the same start.
 
+    Guaranteed to rounding, whatever the spectrum: B is orthonormal and A = BᵀW. Behind a gap of the spectrum the bases
+    span LAPACK's subspace (to 1e-3 behind a gap of 1.5). Without one the last vectors may be turned within a subspace
+    that serves as well: none carries (by ‖A_i‖) more than 10 % less than σ_i on pure noise, the worst there is, and 3 %
+    less where σ_k falls as k^-½. `exact=True` has no such edge.
+
     Args:
         W: (out×in), float32 or float64, on any device.
         rank: r ≤ min(out, in).

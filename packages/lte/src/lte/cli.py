@@ -9,21 +9,34 @@ from typing import Any
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
-from .tasks.train_config import MAY_CHANGE, PRESETS, PROG, TrainConfig, check
+from .tasks.nanogpt import translate
+from .tasks.prepare import DATASETS
+from .tasks.source_presets import SOURCE_PRESETS
+from .tasks.train_config import MAY_CHANGE, PROG, TrainConfig, check
 
 DESCRIPTION = """Pre-train a GPT with many LoRA heads in parallel (LTE), and say what it cost.
 
-Without flags: a byte-level GPT on the source of Python's standard library, 4 heads, within 3 minutes on 2 cores."""
+Without flags: a byte-level GPT on the source of Python's standard library, 4 heads, within 3 minutes on 2 cores.
+nanoGPT's --key=value and its files of assignments (read, never run) are understood.
+--figures RUN RUN ... [--out FOLDER] compares finished runs instead: a table and three pictures."""
 
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """Flags, presets and a resumed run's own configuration into a checked :class:`TrainConfig`."""
+    argv, notes = translate(argv, TrainConfig)
+    for note in notes:
+        print(note)
     asks_for_help = bool({"-h", "--help"} & set(argv))
     resume = None if asks_for_help else flag_value(argv, "--resume")
     if resume is None:
-        if argv and argv[0].startswith("shakespeare") and flag_value(argv, "--data-dir") is None and not asks_for_help:
+        if (
+            argv
+            and argv[0] in ("shakespeare-char", "shakespeare-char-cpu")
+            and flag_value(argv, "--data-dir") is None
+            and not asks_for_help
+        ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
-        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS))
+        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
     from memtrain_common.run_folder import RunFolder
 
     if not argv[0].startswith("-"):
@@ -31,7 +44,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
     folder = Path(resume)
     if folder.name == "full" and (folder.parent / "config.json").exists():
         raise UserError(f"{resume} is the comparison within a run: --resume {folder.parent}")
-    saved = RunFolder.open(folder).read_config()["config"]
+    saved = RunFolder.open(folder, writes=False).read_config()["config"]
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         before = TrainConfig(**values)
@@ -44,6 +57,11 @@ def configure(argv: Sequence[str]) -> TrainConfig:
         raise UserError(
             f"{resume} was begun with --max-iters {before.max_iters}: a resumed run may only go on for longer"
         )
+    if config.lte_heads % before.lte_heads:
+        raise UserError(
+            f"{resume} was begun with --lte-heads {before.lte_heads}, which can become a multiple of it but not "
+            f"{config.lte_heads}: begin a new run"
+        )
     fixed = {"full_learning_rate"} if (folder / "full").exists() else set()
     for name, (old, new) in changed_fields(before, config).items():
         if name not in MAY_CHANGE - fixed:
@@ -52,8 +70,22 @@ def configure(argv: Sequence[str]) -> TrainConfig:
     return check(replace(config, out=resume))
 
 
+def _check_prepared(config: TrainConfig) -> None:
+    """Presets look for bins where lte-prepare puts them: where they are not, say how they come there."""
+    folder = Path(config.data_dir)
+    name = folder.name.replace("_", "-")
+    if folder.parent == Path("data") and not folder.exists() and name in DATASETS:
+        raise UserError(f"{folder} does not exist: lte-prepare {name} makes it, or name another folder with --data-dir")
+
+
 def train(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "--figures":
+        from .tasks.figures import draw
+
+        draw(argv)
+        return
     config = configure(argv)
+    _check_prepared(config)
     from .tasks.train import run_training
 
     run_training(config, argv)

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 REST = ("embeddings", "norms", "biases", "skipped")
+REPLICAS = ("embeddings", "norms", "skipped")
+VECTORS = ("norms", "biases")
 
 
 @dataclass(frozen=True)
 class LTEConfig:
-    """Which layers get heads, how many and how large, and what else is trained."""
+    """Which layers get heads, how many and how large, how they are merged, and what else is trained."""
 
     heads: int = 4
     """H: LoRA heads a layer. In training the batch is cut into H equal chunks, one a head."""
@@ -18,14 +20,35 @@ class LTEConfig:
     """α: a head's product is scaled by s = α/r."""
     init: Literal["paper", "upstream"] = "paper"
     """A is orthogonal, scaled by sqrt(m/n) as the paper says, or by sqrt(n/r) as its published code does (W is m×n)."""
+    mode: Literal["parallel", "sequential"] = "parallel"
+    """"parallel": chunk h of the batch meets head h. "sequential": every head meets all data and their mean is the
+    layer (multi-head LoRA); it cannot be spread over processes."""
     targets: tuple[str, ...] = ()
-    """Name suffixes of the linear layers that get heads, matched at dots ("attn.c_attn"); empty means all."""
+    """Name suffixes of the linear and convolution layers that get heads, matched at dots ("attn.c_attn"); empty
+    means all."""
     exclude: tuple[str, ...] = ("lm_head",)
-    """Name suffixes of linear layers that get none. A head tied to an embedding must be here."""
+    """Name suffixes of layers that get none. A head tied to an embedding must be here."""
     trainable: tuple[str, ...] = REST
     """What is trained besides the heads: "embeddings"; "norms"; "biases" of layers with heads; "skipped" layers
     and standalone parameters. All four is nanoGPT-LTE's choice; none is upstream's strict mode. A tied parameter is
     trained if any of its places is listed."""
+    replicas: tuple[str, ...] = ()
+    """Of what is trainable, what every head has its own copy of, averaged at merges (the paper's rule for embeddings):
+    any of "embeddings", "norms", "skipped". What is trainable and neither here nor in vectors is one for all heads,
+    and its gradient is the mean over the batch."""
+    vectors: tuple[str, ...] = ()
+    """Of what is trainable, what gets heads as vectors, w + s·b·a with one number a (the paper's rule for norms): any
+    of "norms", "biases"."""
+    base: Literal["float32", "bfloat16", "4bit"] = "float32"
+    """How the frozen weights of linear layers are kept; see :mod:`lte.bases`."""
+    reset: Literal["none", "B", "all"] = "none"
+    """What begins anew at a merge: nothing (A' and B' take its place), every B at 0, or every A as well."""
+    reset_optimizer: bool = True
+    """The optimizer forgets its state of what is reset."""
+    outer_momentum: float = 0.0
+    """μ of Nesterov momentum over merges (DiLoCo): v ← μ v + Δ, W ← W + η (Δ + μ v). 0 keeps no v."""
+    outer_lr: float = 1.0
+    """η: how much of the mean delta is merged; 1 is LTE's merge."""
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -34,13 +57,41 @@ class LTEConfig:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive (0 would multiply every head by 0), got {self.alpha}")
-        if self.init not in ("paper", "upstream"):
-            raise ValueError(f"init must be 'paper' or 'upstream', got {self.init!r}")
-        unknown = set(self.trainable) - set(REST)
-        if unknown:
-            raise ValueError(f"trainable takes {', '.join(REST)}; got {', '.join(sorted(unknown))}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(repr(c) for c in choices)
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        for name, allowed in (("trainable", REST), ("replicas", REPLICAS), ("vectors", VECTORS)):
+            unknown = set(getattr(self, name)) - set(allowed)
+            if unknown:
+                raise ValueError(f"{name} takes {', '.join(allowed)}; got {', '.join(sorted(unknown))}")
+        both = set(self.vectors) & set(self.replicas)
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))} cannot be in vectors and in replicas: choose one of the two")
+        frozen = {*self.vectors, *self.replicas} - set(self.trainable)
+        if frozen:
+            raise ValueError(f"vectors and replicas take what is trainable: add {', '.join(sorted(frozen))} to it")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
+        if not self.outer_lr > 0:
+            raise ValueError(f"outer_lr must be positive, got {self.outer_lr}")
+        if self.mode == "sequential" and self.replicas:
+            raise ValueError("sequential heads all see the whole batch and have no replicas: drop one of the two")
 
     @property
     def scale(self) -> float:
         """s = α/r, in floating point: upstream's integer division gives 0 for r > α."""
         return self.alpha / self.rank
+
+    @property
+    def outer(self) -> bool:
+        """Whether a merge is more than adding the mean delta."""
+        return self.outer_momentum > 0 or self.outer_lr != 1
+
+
+_CHOICES = {
+    "init": ("paper", "upstream"),
+    "mode": ("parallel", "sequential"),
+    "base": ("float32", "bfloat16", "4bit"),
+    "reset": ("none", "B", "all"),
+}

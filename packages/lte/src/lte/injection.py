@@ -1,67 +1,152 @@
-"""Give a model's linear layers their heads, decide what is trained, and get a plain model back."""
+"""Give a model's layers their heads, decide what is trained, and get a plain model back."""
 
 from torch import Tensor, nn
 
 from .config import LTEConfig
+from .conv import LTEConv2d
+from .headed import OWN_TENSORS, Headed
 from .layer import LTELinear
+from .ranks import Ranks
+from .replicas import Replicas, stacked
+from .vectors import LTENorm, has_vectors
 
 
-def inject(model: nn.Module, config: LTEConfig) -> nn.Module:
-    """Replace the targeted linear layers by :class:`LTELinear`, in place, and freeze what is not to be trained.
+def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> nn.Module:
+    """Give the targeted linear and convolution layers heads, in place, and freeze what is not to be trained.
 
-    The model's function is unchanged, since every B begins at 0. A is drawn from torch's global generator.
+    The model's function is unchanged, since every B begins at 0 (but for the rounding of a 4-bit base). A is drawn
+    from torch's global generator.
+
+    Args:
+        ranks: the processes that hold the heads; every one must call this with the same generator state. None: all
+            heads are here.
 
     Returns:
         the same model.
 
     Raises:
-        ValueError: if no layer matches, a layer shares its weight with another module, or heads are there already.
+        ValueError: if no layer matches, a layer shares its weight with another module, heads are there already, the
+            heads cannot be shared equally, or a layer cannot have what the configuration gives it.
     """
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    if lte_layers(model):
+    candidates = {name: m for name, m in model.named_modules() if type(m) in _LAYERS}
+    if headed(model) or any(isinstance(m, Replicas) for m in model.modules()):
         raise ValueError("the model has LTE heads already: inject them once, into a plain model")
+    share = None
+    if ranks is not None and ranks.size > 1:
+        share = ranks.share(config.heads)
+        if config.mode == "sequential":
+            raise ValueError("sequential heads see the whole batch and cannot be spread over processes: use parallel")
     chosen = {
-        name: linear
-        for name, linear in linears.items()
+        name: layer
+        for name, layer in candidates.items()
         if (not config.targets or _matches(name, config.targets)) and not _matches(name, config.exclude)
     }
     if not chosen:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise ValueError(f"no linear layer matches targets={config.targets}; the model's linear layers are: {there}")
-    owners: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    for name, linear in chosen.items():
-        if len(owners[linear.weight]) > 1:
-            others = ", ".join(o for o in owners[linear.weight] if o != f"{name}.weight")
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "none"
+        raise ValueError(
+            f"no linear layer or convolution matches targets={config.targets}; the model's layers are: {there}"
+        )
+    owners = _owners(model)
+    for name, layer in chosen.items():
+        if len(owners[layer.weight]) > 1:
+            others = ", ".join(o for o in owners[layer.weight] if o != f"{name}.weight")
             raise ValueError(f"{name} shares its weight with {others} and cannot have heads: add it to exclude")
-    for name, linear in chosen.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LTELinear(linear, config))
+    for name, layer in chosen.items():
+        try:
+            _replace(model, name, _LAYERS[type(layer)](layer, config, share))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if "norms" in config.vectors:
+        for name, module in list(model.named_modules()):
+            if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
+                if not has_vectors(module):
+                    raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
+                _replace(model, name, LTENorm(module, config, share))
+    _replicate(model, config, share)
     _freeze(model, config)
     return model
 
 
-def lte_layers(model: nn.Module) -> dict[str, LTELinear]:
+_LAYERS: dict[type, type[LTELinear] | type[LTEConv2d]] = {nn.Linear: LTELinear, nn.Conv2d: LTEConv2d}
+
+
+def headed(model: nn.Module) -> dict[str, Headed]:
+    """Everything with heads (layers, and vectors of norms and biases), by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Headed)}
+
+
+def lte_layers(model: nn.Module) -> dict[str, LTELinear | LTEConv2d]:
     """The layers with heads, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LTELinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LTELinear | LTEConv2d)}
+
+
+def replicas(model: nn.Module) -> dict[str, Replicas]:
+    """The layers of which every head has a copy, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Replicas)}
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model that evaluation sees: the names from before :func:`inject`, deltas added.
 
-    The model itself is left as it is. Shared parameters stay shared.
+    The model itself is left as it is. Shared parameters stay shared. Where several processes hold the heads, call it
+    within :func:`lte.averaged`.
     """
-    layers = lte_layers(model)
-    own = {"lora_A", "lora_B", "merged_A", "merged_B"}
+    layers, copies = headed(model), replicas(model)
+    means: dict[tuple[int, ...], Tensor] = {}  # of the copies that tied layers share
     plain = {}
-    for name, value in model.state_dict().items():
+    for name, value in model.state_dict(keep_vars=True).items():
         parent, _, leaf = name.rpartition(".")
-        if parent in layers and leaf in own:
-            continue
-        merged = parent in layers and leaf == "weight"
-        plain[name] = layers[parent].effective_weight().detach() if merged else value
+        if parent in layers and (leaf in OWN_TENSORS or leaf == "weight"):
+            if leaf == "lora_A":  # once a layer
+                effective = layers[parent].effective_weight().detach()
+                plain[parent if parent.rpartition(".")[2] in ("weight", "bias") else f"{parent}.weight"] = effective
+        elif parent in copies:
+            if leaf in copies[parent].names():
+                key = (id(value),)
+                if key not in means:
+                    means[key] = copies[parent].means()[leaf].detach()
+                plain[name] = means[key]
+        else:
+            plain[name] = value.detach()
     return plain
+
+
+def _replicate(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> None:
+    """Give every head a copy of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
+    modules = {name: m for name, m in model.named_modules() if not isinstance(m, Headed | LTENorm)}
+    inside = {id(p) for m in model.modules() if isinstance(m, Headed | LTENorm) for p in m.parameters()}
+    wanted = {
+        p
+        for m in modules.values()
+        if kind(m) in config.replicas
+        for p in m.parameters(recurse=False)
+        if id(p) not in inside
+    }
+    stacks: dict[Tensor, nn.Parameter] = {}
+    for name, module in modules.items():
+        own = [p for p in module.parameters(recurse=False) if p in wanted]
+        if not own:
+            continue
+        try:
+            fresh = stacked(module, share[1] if share else config.heads)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from None
+        named = dict(module.named_parameters(recurse=False))
+        tied = frozenset(leaf for leaf in fresh if named[leaf] in stacks)
+        shared = {leaf: stacks.setdefault(named[leaf], parameter) for leaf, parameter in fresh.items()}
+        _replace(model, name, Replicas(module, shared, config, share, tied))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
+    owners: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    return owners
 
 
 def _freeze(model: nn.Module, config: LTEConfig) -> None:
@@ -70,8 +155,10 @@ def _freeze(model: nn.Module, config: LTEConfig) -> None:
         parameter.requires_grad_(False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LTELinear) and name != "bias":
+            if isinstance(module, Headed) and name != "bias":
                 train = name != "weight"  # lora_A and lora_B, never the master
+            elif isinstance(module, Replicas):
+                train = True
             else:
                 train = kind(module) in config.trainable
             if train:
@@ -80,7 +167,7 @@ def _freeze(model: nn.Module, config: LTEConfig) -> None:
 
 def kind(module: nn.Module) -> str:
     """Which word of ``LTEConfig.trainable`` a module's own parameters fall under."""
-    if isinstance(module, LTELinear):
+    if isinstance(module, Headed):
         return "biases"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embeddings"

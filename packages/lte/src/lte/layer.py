@@ -4,10 +4,12 @@ In training, chunk h of the batch meets head h:  ``y_h = W x_h + b + s (B_h A_h 
 the factors at the last merge, whose product is in W already. Both products are one: with Ã = [A; A'] (2r×n) and
 B̃ = [B, −B'] (m×2r), ``y_h = W x_h + b + s B̃_h (Ã_h x_h)``, batched over the heads.
 
-In evaluation there are no chunks and one defined weight: ``W + s·mean_h(B_h A_h − B'_h A'_h)``.
+In sequential mode there are no chunks: ``y = W x + b + s·mean_h(B_h A_h − B'_h A'_h) x``, the heads side by side as one
+LoRA of rank H·r.
+
+In evaluation there is one defined weight: ``W + s·mean_h(B_h A_h − B'_h A'_h)``.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -15,101 +17,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .bases import materialize
 from .config import LTEConfig
+from .headed import Headed, cut
+from .vectors import LTEVector
 
 
-class LTELinear(nn.Linear):
-    """A frozen ``nn.Linear`` and its heads; made by :func:`lte.inject`.
-
-    Parameters and buffers, for W (m, n):
-
-    - ``weight`` (m, n): the frozen master W, float32 at least; :func:`lte.merge` adds to it.
-    - ``bias`` (m,): the layer's own, if it has one.
-    - ``lora_A`` (H, r, n), ``lora_B`` (H, m, r): the heads. B begins at 0, so the layer's function is unchanged.
-    - ``merged_A``, ``merged_B``: buffers of the same shapes, the factors at the last merge.
+class LTELinear(Headed, nn.Linear):
+    """A frozen ``nn.Linear`` and its heads; made by :func:`lte.inject`. Its tensors: see :class:`lte.headed.Headed`.
 
     The loss of a batch is the mean over its chunks, which gives a head 1/H of the gradient of its own chunk's mean
     loss. Here that factor is taken out: **each head's gradient is that of its own mean loss**, as if it trained
     alone, while shared parameters (embeddings, norms) get the gradient of the mean over the batch. This holds for
-    losses that are means over equal chunks.
+    losses that are means over equal chunks. In sequential mode the factor is the same, so that one learning rate
+    means the same in both modes.
     """
 
-    weight: nn.Parameter
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    merged_A: Tensor
-    merged_B: Tensor
-
-    def __init__(self, linear: nn.Linear, config: LTEConfig) -> None:
+    def __init__(self, linear: nn.Linear, config: LTEConfig, share: tuple[int, int] | None = None) -> None:
         nn.Module.__init__(self)  # the linear layer's own parameters are taken over, not made anew
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        master = linear.weight.detach()
-        if master.dtype in (torch.bfloat16, torch.float16):
-            master = master.float()  # merges add small deltas: in bfloat16 a tenth of their sum would be lost
-        self.weight = nn.Parameter(master, requires_grad=False)
-        self.bias = linear.bias
-        self.heads, self.rank, self.scale = config.heads, config.rank, config.scale
-        H, r, (m, n) = config.heads, config.rank, self.weight.shape
-        gain = math.sqrt(m / n) if config.init == "paper" else math.sqrt(n / r)
-        A = self.weight.new_empty(H, r, n)
-        if not A.is_meta:
-            for head in A:
-                nn.init.orthogonal_(head, gain)
-        self.lora_A = nn.Parameter(A)
-        self.lora_B = nn.Parameter(self.weight.new_zeros(H, m, r))
-        self.register_buffer("merged_A", A.detach().clone())
-        self.register_buffer("merged_B", self.weight.new_zeros(H, m, r))
+        self.add_heads(linear.weight, config, share, config.base)
+        self.bias = bias_of(linear, config, share)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, n) -> (N, …, m)
+        biases: Tensor | None = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
         if not self.training:
-            return F.linear(x, self.effective_weight(), self.bias)
-        H = self.heads
-        if x.shape[0] % H:
-            raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {H} equal chunks, one a head")
-        factors: list[Tensor] = [self.lora_A, self.lora_B, self.merged_A, self.merged_B]
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
+            return F.linear(x, self.effective_weight(), self.bias if biases is None else biases[0])
+        bias: Tensor | None = self.bias if biases is None else None
+        factors: list[Tensor | None] = [self.lora_A, self.lora_B, *self.offsets()]
+        weight: Tensor | None = self.weight
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            factors = [f.to(dtype) for f in factors]
-        chunks = x.reshape(H, -1, x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
-        y = HeadedLinear.apply(chunks, weight, bias, *factors, self.scale, float(H))  # (H, t, m)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def mean_delta(self) -> Tensor:
-        """s·mean_h(B_h A_h − B'_h A'_h), (m, n): what is not merged yet, in the master's precision."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # the difference of two sums needs all digits
-            now = _sum_of_products(self.lora_B, self.lora_A)
-            return (self.scale / self.heads) * (now - _sum_of_products(self.merged_B, self.merged_A))
-
-    def effective_weight(self) -> Tensor:
-        """The weight that evaluation uses, (m, n): W plus the mean of all unmerged deltas."""
-        return self.weight + self.mean_delta()
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once."""
-        self.weight.add_(self.mean_delta())
-        self.merged_A.copy_(self.lora_A)
-        self.merged_B.copy_(self.lora_B)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, heads={self.heads}, rank={self.rank}, scale={self.scale:g}"
+            x, weight, bias, *factors = (None if t is None else t.to(dtype) for t in (x, weight, bias, *factors))  # type: ignore[assignment]
+        elif weight is not None:
+            weight = weight.to(x.dtype)  # of a bfloat16 base: the half that forward passes read
+        scale = self.scale
+        if self.config.mode == "sequential":
+            factors, scale = (
+                [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)],
+                scale / self.heads,
+            )
+        chunks = x.reshape(*cut(x, self), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
+        merged_scale = self.scale / self.total_heads
+        y = HeadedLinear.apply(chunks, weight, bias, *factors, scale, float(self.heads), merged_scale, *self.kept())
+        if biases is not None:
+            y = y + biases[:, None]
+        return y.view(*x.shape[:-1], self.out_features)  # (H, t, m) -> (N, …, m)
 
 
-def _sum_of_products(B: Tensor, A: Tensor) -> Tensor:
-    """Σ_h B_h A_h for B (H, m, r), A (H, r, n): one (m, H·r) by (H·r, n) product."""
-    H, m, r = B.shape
-    return B.transpose(0, 1).reshape(m, H * r) @ A.reshape(H * r, -1)
+def bias_of(layer: nn.Linear | nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None) -> Any:
+    """The layer's own bias, with heads where the configuration gives biases some."""
+    return LTEVector(layer.bias, config, share) if "biases" in config.vectors and layer.bias is not None else layer.bias
+
+
+def _side_by_side(factor: Tensor | None, dim: int) -> Tensor | None:
+    """(H, r, n) -> (1, H·r, n) for dim 1, (H, m, r) -> (1, m, H·r) for dim 2."""
+    return None if factor is None else torch.cat(factor.unbind(0), dim - 1)[None]
 
 
 class HeadedLinear(torch.autograd.Function):
     """``y = x Wᵀ + b + s (x Ãᵀ) B̃ᵀ`` for x (H, t, n), with Ã = [A; A'], B̃ = [B, −B'] stacked over the heads.
 
-    Saved for the backward pass: x, the factors, and u = x Aᵀ (H, t, r); nothing of the offset's half.
+    Saved for the backward pass: x, the factors, and u = x Aᵀ (H, t, r); nothing of the offset's half. Of a 4-bit base
+    (``weight`` None, ``kept`` as :func:`lte.bases.materialize` takes it) the codes: W is made again.
     With g = ∂L/∂y and v = s g B̃: dx = g W + v Ã; dA = c·v_Aᵀ x and dB = c·s gᵀ u, where v_A is the half of v that
     belongs to A, and c (``head_gradient``) undoes the mean over the chunks: see :class:`LTELinear`.
     """
@@ -118,41 +89,56 @@ class HeadedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        A0: Tensor,
-        B0: Tensor,
+        A0: Tensor | None,
+        B0: Tensor | None,
         scale: float,
         head_gradient: float,
+        merged_scale: float = 0.0,
+        *kept: Tensor,
     ) -> Tensor:
-        both_A = torch.cat([A, A0], dim=1)  # (H, 2r, n)
-        both_B = torch.cat([B, -B0], dim=2)  # (H, m, 2r)
+        both_A, both_B = _with_offset(A, B, A0, B0)  # (H, 2r, n), (H, m, 2r); r where there is no offset
         u = x @ both_A.mT  # (H, t, 2r)
-        y = torch.baddbmm(F.linear(x, weight, bias), u, both_B.mT, alpha=scale)  # (H, t, m)
-        ctx.save_for_backward(x, weight, A, B, A0, B0, u[..., : A.shape[1]].contiguous())
-        ctx.scale, ctx.head_gradient = scale, head_gradient
+        W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), merged_scale)
+        y = F.linear(x, W, bias).baddbmm_(u, both_B.mT, alpha=scale)  # (H, t, m)
+        ctx.save_for_backward(x, weight, A, B, A0, B0, u[..., : A.shape[1]].contiguous(), *kept)
+        ctx.scale, ctx.head_gradient, ctx.merged_scale = scale, head_gradient, merged_scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, A0, B0, u = ctx.saved_tensors
+        x, weight, A, B, A0, B0, u, *kept = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dx = dweight = dbias = dA = dB = None
         r, c = A.shape[1], ctx.head_gradient
         if needs_x or needs_A:
-            wanted_B = torch.cat([B, -B0], dim=2) if needs_x else B
-            v = (g @ wanted_B).mul_(ctx.scale)  # (H, t, 2r), or (H, t, r) where only dA is wanted
+            both_A, both_B = _with_offset(A, B, A0, B0) if needs_x else (A, B)
+            v = (g @ both_B).mul_(ctx.scale)  # (H, t, 2r), or (H, t, r) where only dA is wanted
             if needs_A:
                 dA = (v[..., :r].mT @ x).mul_(c)  # (H, r, n)
             if needs_x:
-                dx = torch.baddbmm(g @ weight, v, torch.cat([A, A0], dim=1))  # (H, t, n)
+                W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), ctx.merged_scale)
+                dx = (g @ W).baddbmm_(v, both_A)  # (H, t, n)
         if needs_B:
             dB = (g.mT @ u).mul_(c * ctx.scale)  # (H, m, r)
         if needs_weight:
             dweight = g.flatten(0, 1).T @ x.flatten(0, 1)  # (m, n)
         if needs_bias:
             dbias = g.sum((0, 1))  # (m,)
-        return dx, dweight, dbias, dA, dB, None, None, None, None
+        return dx, dweight, dbias, dA, dB, *([None] * (len(ctx.needs_input_grad) - 5))
+
+
+def _with_offset(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> tuple[Tensor, Tensor]:
+    if A0 is None or B0 is None:
+        return A, B
+    return torch.cat([A, A0], dim=1), torch.cat([B, -B0], dim=2)
+
+
+def _weight(
+    x: Tensor, weight: Tensor | None, kept: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], scale: float
+) -> Tensor:
+    return weight if weight is not None else materialize(tuple(kept), shape, scale).to(x.dtype)

@@ -1,23 +1,145 @@
 """Merging: the mean of the heads' deltas goes into the frozen weights, and training continues from there."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .injection import lte_layers
+from .headed import Headed, sum_of_products
+from .injection import headed, replicas
+from .ranks import Ranks
 
 
-def merge(model: nn.Module) -> None:
-    """Merge every layer with heads (:meth:`LTELinear.merge`): A, B and the optimizer's state stay as they are.
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    *,
+    ranks: Ranks | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> None:
+    """Merge every layer with heads and average every layer with copies, then reset what ``LTEConfig.reset`` says.
+
+    The evaluated function does not change (unless there is outer momentum), and afterwards every head trains from it.
+
+    =========  ===================  ======================  =======================================================
+    reset      A, B                 offsets                 optimizer
+    =========  ===================  ======================  =======================================================
+    ``none``   stay                 A', B' ← A, B           its state stays
+    ``B``      B ← 0                none                    forgets B, if ``LTEConfig.reset_optimizer``
+    ``all``    A drawn anew, B ← 0  none                    forgets A and B, if ``LTEConfig.reset_optimizer``
+    =========  ===================  ======================  =======================================================
+
+    Args:
+        ranks: the processes that hold the heads; all of them call this.
+        optimizer: whose state is forgotten.
+        seed: of the new A; the same on all processes, another at each merge.
 
     Raises:
-        ValueError: if the model has no heads.
+        ValueError: if the model has no heads, or resets need the optimizer.
+        ConnectionAbortedError: if a process is lost; then nothing is merged here.
     """
-    layers = lte_layers(model)
+    layers, copies = headed(model), replicas(model)
     if not layers:
         raise ValueError("the model has no LTE heads to merge: call lte.inject first")
-    for layer in layers.values():
-        layer.merge()
+    config = next(iter(layers.values())).config
+    if config.reset != "none" and config.reset_optimizer and optimizer is None:
+        raise ValueError(f"reset={config.reset!r} lets the optimizer forget its state: pass optimizer=")
+    if ranks is None or ranks.size == 1:
+        for layer in layers.values():
+            layer.take(layer.mean_delta(), layer.lora_A, layer.lora_B)
+        for copy in copies.values():
+            copy.take(copy.means())
+    else:  # everything has arrived before anything changes: a lost process leaves a whole model behind
+        arrived = _arrive(layers, ranks, "merges")
+        means = _mean_copies(model, ranks, "merges")
+        for name, layer in layers.items():
+            layer.take(*arrived.pop(name))
+        for name, copy in copies.items():
+            copy.take(means[name])
+    if config.reset != "none":
+        generator = torch.Generator().manual_seed(seed)
+        for layer in layers.values():
+            layer.reset(generator, A=config.reset == "all")
+            if config.reset_optimizer and optimizer is not None:
+                for factor in (layer.lora_A, layer.lora_B)[config.reset == "B" :]:
+                    optimizer.state.pop(factor, None)
+
+
+Arrived = tuple[Tensor, Tensor | None, Tensor | None]  # the mean delta; A and B of all heads where W telescopes
+
+
+def _arrive(layers: Mapping[str, Headed], ranks: Ranks, purpose: str) -> dict[str, Arrived]:
+    """The mean delta of every layer over all heads, from all processes."""
+    by_factors = {name: layer for name, layer in layers.items() if sends_factors(layer)}
+    dense = {name: layer for name, layer in layers.items() if name not in by_factors}
+    out: dict[str, Arrived] = {}
+    own = [t for layer in by_factors.values() for t in _factors_to_send(layer)]
+    whole = iter(ranks.gather(own, purpose))
+    for name, layer in by_factors.items():
+        A, B = next(whole), next(whole)
+        total = sum_of_products(A, B)
+        if layer.telescopes:
+            total -= sum_of_products(layer.all_A, layer.all_B)
+        out[name] = total.mul_(layer.scale / layer.total_heads), *((A, B) if layer.telescopes else (None, None))
+    sums = ranks.sum([layer.own_sum() for layer in dense.values()], purpose)
+    for (name, layer), total in zip(dense.items(), sums, strict=True):
+        out[name] = total.mul_(layer.scale / layer.total_heads), None, None
+    return out
+
+
+def sends_factors(layer: Headed) -> bool:
+    """Whether the factors of a layer travel, and not its dense delta: the rule of :mod:`lte.ranks`."""
+    (m, n), (A, _) = layer.matrix_shape, _factors_to_send(layer)
+    return layer.telescopes or layer.total_heads * A.shape[1] * (m + n) < 2 * m * n
+
+
+def _factors_to_send(layer: Headed) -> tuple[Tensor, Tensor]:
+    """Where W telescopes, everyone has A' and B' of all heads already."""
+    return (layer.lora_A.detach(), layer.lora_B.detach()) if layer.telescopes else layer.factors()
+
+
+def _mean_copies(model: nn.Module, ranks: Ranks, purpose: str) -> dict[str, dict[str, Tensor]]:
+    """The mean of every layer's copies over all heads; tied layers' is sent once."""
+    copies = replicas(model)
+    places: dict[nn.Parameter, Tensor] = {}
+    for copy in copies.values():
+        for name in copy.names():
+            places.setdefault(copy.get_parameter(name), copy.own_sum(name))
+    total = next((copy.total_heads for copy in copies.values()), 1)
+    sums = [t.div_(total) for t in ranks.sum(list(places.values()), purpose)]
+    means = dict(zip(places, sums, strict=True))
+    return {path: {n: means[copy.get_parameter(n)] for n in copy.names()} for path, copy in copies.items()}
+
+
+@contextmanager
+def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
+    """While entered, evaluation uses weights computed once, over the heads of all processes; enter it on every one.
+
+    It takes a copy of every weight meanwhile. In a single process it only saves computing the mean delta at each
+    forward pass.
+    """
+    layers, copies = headed(model), replicas(model)
+    with torch.no_grad():
+        if ranks is None or ranks.size == 1:
+            deltas = {name: layer.mean_delta() for name, layer in layers.items()}
+            means = {name: copy.means() for name, copy in copies.items()}
+        else:
+            deltas = {name: arrived[0] for name, arrived in _arrive(layers, ranks, "evaluation").items()}
+            means = _mean_copies(model, ranks, "evaluation")
+        for name, layer in layers.items():
+            layer.evaluated = layer.in_own_shape(layer.master() + deltas.pop(name))
+        for name, copy in copies.items():
+            copy.evaluated = means[name]
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.evaluated = None
+        for copy in copies.values():
+            copy.evaluated = None
 
 
 class Merger:
@@ -26,12 +148,23 @@ class Merger:
     Args:
         model: with heads.
         every: T, in optimizer steps (not micro-batches); 0 never merges.
+        ranks, optimizer: as :func:`merge` takes them.
+        seed: of what resets draw.
     """
 
-    def __init__(self, model: nn.Module, every: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        *,
+        ranks: Ranks | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
         if every < 0:
             raise ValueError(f"every must be 0 (never) or a number of optimizer steps, got {every}")
-        self._model, self.every = model, every
+        self._model, self._ranks, self._optimizer, self._seed = model, ranks, optimizer, seed
+        self.every = every
         self.steps = 0
         self.merges = 0
 
@@ -40,7 +173,8 @@ class Merger:
         self.steps += 1
         due = self.every > 0 and self.steps % self.every == 0
         if due:
-            merge(self._model)
+            seed = self._seed * 1_000_003 + self.merges
+            merge(self._model, ranks=self._ranks, optimizer=self._optimizer, seed=seed % 2**63)
             self.merges += 1
         return due
 

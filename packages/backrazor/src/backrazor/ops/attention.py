@@ -5,8 +5,8 @@ With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V, and hats on w
     dV = D̂ᵀ g        dD = g V̂ᵀ        dP = dropout'(dD)        dS = P̂ ∘ (dP − Σ_row dP ∘ P̂)
     dQ = s dS K̂      dK = s dSᵀ Q̂     dmask = dS
 
-P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the forward
-pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
+P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the
+forward pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
 """
 
 import math
@@ -42,8 +42,7 @@ class Softmax(Function):
 
 def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
     """P ∘ (g − Σ g ∘ P)."""
-    h = g * p
-    return h.sub_(p * h.sum(dim, keepdim=True))
+    return torch._softmax_backward_data(g, p, dim, g.dtype)
 
 
 class Matmul(Function):
@@ -146,7 +145,7 @@ class Attention(Function):
                 assert q is not None
                 dk[at] = _fold(ds.mT @ q[at], kv_heads).mul_(scale)
             if needs[3]:
-                shape, dtype = ctx.mask_like
+                shape, _ = ctx.mask_like
                 if dmask is None:
                     dmask = g.new_zeros(shape)
                 own = dmask[at] if len(shape) == 4 and shape[0] == batch > 1 else dmask
@@ -184,7 +183,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale
         s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
     if mask is not None:
         s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
-    return torch.ops.aten._safe_softmax(s, -1)  # type: ignore[no-any-return]
+    return torch.ops.aten._safe_softmax(s, -1)
 
 
 def softmax(
@@ -197,7 +196,7 @@ def softmax(
     """``F.softmax``, ``torch.softmax``."""
     if not input.requires_grad or dim is None or razor.attention == "exact" or input.numel() == 0:
         return NotImplemented
-    return Softmax.apply(input, dim, dtype, razor)  # type: ignore[no-any-return]
+    return Softmax.apply(input, dim, dtype, razor)
 
 
 def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
@@ -207,11 +206,11 @@ def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
     if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == 0 or other.numel() == 0:
         return NotImplemented
     if isinstance(other, torch.nn.Parameter) and other.dim() == 2 and other.requires_grad:
-        return Linear.apply(input, other, None, True, razor)  # type: ignore[no-any-return]
+        return Linear.apply(input, other, None, True, razor)
     both = input.requires_grad and other.requires_grad
     if not both or razor.attention == "exact" or input.dim() < 2 or other.dim() < 2:
         return NotImplemented
-    return Matmul.apply(input, other, razor)  # type: ignore[no-any-return]
+    return Matmul.apply(input, other, razor)
 
 
 def scaled_dot_product_attention(

@@ -1,8 +1,9 @@
 """Chains of pointwise operations written in Python, each link of which would save a tensor.
 
-While a chain is computed, each link's result is labelled with the expression that it is, over the tensor x it began with.
-When the last link, a product, completes a known expression, one operation on x takes its place: the forward value is the
-one that the chain computed, and the nodes of the links are let go. Known:
+While a chain is computed, each link's result is labelled with the expression that it is, over the tensor x it began
+with.
+When the last link, a product, completes a known expression, one operation on x takes its place: the forward value is
+the one that the chain computed, and the nodes of the links are let go. Known:
 
     x · rsqrt(mean(x²) + ε)                                        RMSNorm as Llama writes it
     0.5 x · (1 + tanh(√(2/π) (x + 0.044715 x³)))                   transformers' gelu_new
@@ -106,11 +107,11 @@ class Chains:
                 return Normalised.apply(x, right.detach(), razor)
             own = self.of(left)
             if _alike(expression, ONE_PLUS_TANH) and own is not None and own[0] is x and _alike(own[1], HALF_X):
-                y = (a.detach() * b.detach(),)
-                return Pointwise.apply(x, lambda _, **__: y[0], {"approximate": "tanh"}, ACTIVATIONS[F.gelu], razor)
+                y = a.detach() * b.detach()
+                return Pointwise.apply(x, lambda _, y=y, **__: y, {"approximate": "tanh"}, ACTIVATIONS[F.gelu], razor)
             if _alike(expression, QUICK) and left is x:
-                y = (a.detach() * b.detach(),)
-                return Pointwise.apply(x, lambda _, **__: y[0], {}, ACTIVATIONS["quick_gelu"], razor)
+                y = a.detach() * b.detach()
+                return Pointwise.apply(x, lambda _, y=y, **__: y, {}, ACTIVATIONS["quick_gelu"], razor)
             if expression[0] == "activation" and left is not x and left.requires_grad and left.shape == x.shape:
                 call, settings = expression[1:]
                 return Gated.apply(x, left, a.detach() * b.detach(), call, dict(settings), razor)

@@ -28,7 +28,7 @@ class Conv(Function):
         ctx.weight_dtype = weight.dtype
         save(ctx, x=razor.hold(x, values="fp32") if ctx.needs_input_grad[1] else None, weight=weight)
         stride, padding, dilation, groups = settings
-        return call(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return call(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

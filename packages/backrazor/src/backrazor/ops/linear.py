@@ -52,7 +52,7 @@ def linear(razor: "Razor", input: Tensor, weight: Tensor, bias: Tensor | None = 
     razor.chains.forget(input)
     if not weight.requires_grad or weight.dim() != 2 or input.numel() == 0:
         return NotImplemented
-    return Linear.apply(input, weight, bias, False, razor)  # type: ignore[no-any-return]
+    return Linear.apply(input, weight, bias, False, razor)
 
 
 def addmm(razor: "Razor", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -60,4 +60,4 @@ def addmm(razor: "Razor", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: fl
     plain = beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == mat2.shape[-1]
     if not plain or not mat2.requires_grad or not mat2.is_leaf or mat1.numel() == 0:
         return NotImplemented
-    return Linear.apply(mat1, mat2, input, True, razor)  # type: ignore[no-any-return]
+    return Linear.apply(mat1, mat2, input, True, razor)

@@ -42,7 +42,7 @@ def dropout(razor: "Razor", input: Tensor, p: float = 0.5, training: bool = True
     """``F.dropout``, ``torch.dropout``."""
     if not training or inplace or not 0 < p <= 1 or not input.requires_grad or input.numel() == 0:
         return NotImplemented
-    return Dropout.apply(input, p, razor)  # type: ignore[no-any-return]
+    return Dropout.apply(input, p, razor)
 
 
 class MaxPool2d(Function):
@@ -107,7 +107,7 @@ def max_pool2d(
         return NotImplemented
     kernel = _pair(kernel_size)
     stride = kernel if stride is None or stride == [] else _pair(stride)
-    return MaxPool2d.apply(input, kernel, stride, _pair(padding), _pair(dilation), ceil_mode)  # type: ignore
+    return MaxPool2d.apply(input, kernel, stride, _pair(padding), _pair(dilation), ceil_mode)
 
 
 class MeanPool(Function):
@@ -116,7 +116,7 @@ class MeanPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Any, backward: Any) -> Tensor:
         ctx.shape, ctx.pool_backward = x.shape, backward
-        return call(x)  # type: ignore[no-any-return]
+        return call(x)
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,11 +139,11 @@ def avg_pool2d(razor: "Razor", input: Tensor, *args: Any, **kwargs: Any) -> Tens
         kernel = _pair(kernel_size)
         step = kernel if stride is None or stride == [] else _pair(stride)
         rest = (_pair(padding), ceil_mode, count_include_pad, divisor_override)
-        return torch.ops.aten.avg_pool2d_backward(g, x, kernel, step, *rest)  # type: ignore[no-any-return]
+        return torch.ops.aten.avg_pool2d_backward(g, x, kernel, step, *rest)
 
     if not input.requires_grad or input.numel() == 0:
         return NotImplemented
-    return MeanPool.apply(  # type: ignore[no-any-return]
+    return MeanPool.apply(
         input, lambda x: F.avg_pool2d(x, *args, **kwargs), lambda g, x: backward(g, x, *args, **kwargs)
     )
 
@@ -152,6 +152,6 @@ def adaptive_avg_pool2d(razor: "Razor", input: Tensor, output_size: Any) -> Tens
     """``F.adaptive_avg_pool2d``."""
     if not input.requires_grad or input.numel() == 0:
         return NotImplemented
-    return MeanPool.apply(  # type: ignore[no-any-return]
+    return MeanPool.apply(
         input, lambda x: F.adaptive_avg_pool2d(x, output_size), torch.ops.aten._adaptive_avg_pool2d_backward
     )

@@ -12,32 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import bits
-from ..fake import is_fake
+from ..coded import Levels, code
 from ..function import Function, Kept, save
-from ..saved import Geometry, Recipe, Saved
+from ..saved import mask_bits
 from ..store import Held, Holder
 
 if TYPE_CHECKING:
     from ..razor import Razor
 
 aten = torch.ops.aten
-CHUNK = 1 << 17
-
-
-@dataclass(frozen=True)
-class Levels:
-    """2^bits levels first, first + step, …: what a derivative is rounded to."""
-
-    bits: int
-    first: float
-    step: float
-
-    @property
-    def values(self) -> list[float]:
-        return [self.first + i * self.step for i in range(1 << self.bits)]
-
-
 OVERSHOOTING = {2: Levels(2, 0.0, 1 / 3), 3: Levels(3, -1 / 5, 1 / 5), 4: Levels(4, -2 / 11, 1 / 11)}
 """For derivatives within [-0.13, 1.13], as GELU's and SiLU's: errors at most 1/6, 1/10 and 1/22."""
 UNIT = {b: Levels(b, 0.0, 1 / ((1 << b) - 1)) for b in (2, 3, 4)}
@@ -65,7 +48,7 @@ def _tanh_backward(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    return aten.silu_backward(g, 1.702 * x)  # type: ignore[no-any-return]  # x σ(c x) = silu(c x) / c
+    return aten.silu_backward(g, 1.702 * x)  # x σ(c x) = silu(c x) / c
 
 
 ACTIVATIONS: dict[Any, Activation] = {
@@ -81,38 +64,6 @@ ACTIVATIONS: dict[Any, Activation] = {
 }
 
 
-@dataclass(frozen=True)
-class Coded(Recipe):
-    """Derivative codes; rebuilt as the levels."""
-
-    levels: Levels
-    geometry: Geometry
-    size: int
-
-    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        codes = bits.unpack(tensors[0], self.size, self.levels.bits)
-        return self.geometry.restore(codes.to(dtype).mul_(self.levels.step).add_(self.levels.first))
-
-
-def code_derivative(x: Tensor, derivative: Callable[[Tensor, Tensor], Tensor], levels: Levels) -> Saved:
-    """The nearest level of the derivative at each element of ``x``."""
-    geometry = Geometry.of(x)
-    flat = geometry.in_memory_order(x.detach()).view(-1)
-    recipe = Coded(levels, geometry, flat.numel())
-    if is_fake(x):
-        return Saved((x.new_empty(bits.packed_bytes(flat.numel(), levels.bits), dtype=torch.uint8),), recipe)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=x.device)
-    last = (1 << levels.bits) - 1
-    ones = torch.ones(min(CHUNK, flat.numel()), dtype=x.dtype, device=x.device)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        d = derivative(ones[: part.numel()], part)
-        d = d.sub_(levels.first) if levels.first else d
-        d = d.mul_(1 / levels.step).add_(0.5).clamp_(0, last + 0.5)  # cut off below: rounds to the nearest
-        codes[start : start + CHUNK].copy_(d)
-    return Saved((bits.pack(codes, levels.bits),), recipe)
-
-
 class Pointwise(Function):
     """y = f(x), dx = g · level of f'(x). In the mode "paper" x is kept in float16 and f' is exact there."""
 
@@ -125,7 +76,7 @@ class Pointwise(Function):
             save(ctx, x=x if razor.keep == 1 else x.detach().half())
         else:
             derivative = lambda ones, part: activation.backward(ones, part, **settings)  # noqa: E731
-            saved = code_derivative(x, derivative, activation.levels[razor.derivative_bits])
+            saved = code(x, derivative, activation.levels[razor.derivative_bits])
             save(ctx, derivative=Held(Holder(saved), None))
         return y
 
@@ -146,8 +97,6 @@ class Piecewise(Function):
     def forward(
         ctx: Any, x: Tensor, call: Any, where: Callable[[Tensor], Tensor], slope: float, inplace: bool, razor: Any
     ) -> Tensor:
-        from ..saved import mask_bits
-
         ctx.slope = slope
         mask = where(x)
         saved = mask_bits(mask)

@@ -1,8 +1,10 @@
 """Elementwise products, and the chains of pointwise operations that are met as one operation.
 
 * big · small (a weight, a gate of few elements): d small is a sum over the big one, which is pruned; d big is exact.
-* two activations of one size (a gated MLP's gate and up): each is kept in 8.125 bits, since both gradients are elementwise.
-* a factor that needs no gradient (a rotary embedding's cos and sin, a mask): PyTorch keeps that factor by reference only.
+* two activations of one size (a gated MLP's gate and up): each is kept in 8.125 bits, since both gradients are
+  elementwise.
+* a factor that needs no gradient (a rotary embedding's cos and sin, a mask): PyTorch keeps that factor by reference
+  only.
 
 A chain is recognised by what was computed (:class:`.chains.Chains`), not by the name of the module that computed it.
 """

@@ -28,7 +28,7 @@ from memtrain_common.trackers import check_tracker
 from torch import Tensor, nn
 
 from .glue_flags import PROG, GlueConfig
-from .saving import NAMES, dense_ledger, saving_of, side_by_side, train_only
+from .saving import NAMES, dense_activations, saving_of, side_by_side, train_only
 
 
 def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
@@ -44,14 +44,14 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     )  # fmt: skip
     seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
-    train_only(model.to(device), head, config.mode)
+    train_only(model.to(device), head, config.mode).train()  # transformers loads models without their dropout
     data = {"name": config.task, "sha256": prepared.sha256}
     run, config = open_run(config, argv, prog=PROG, world=place, device=device, data=data)
     console = Console(run.path / "log.txt" if place.is_main else None, quiet=not place.is_main)
     n = {split: len(rows) for split, rows in prepared.ids.items()}
     console.say(f"{run.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows")
     batches = partial(_batch, config, prepared, place)
-    dense = dense_ledger(model, model_loss, batches(0), config.dtype)
+    dense = dense_activations(model, model_loss, batches(0), config.dtype)
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
     result = _train(config, prepared, model, batches, run, console, device, place)
     metrics = TASKS[config.task].metrics
@@ -134,12 +134,12 @@ def _report(
     console: Console,
     model: nn.Module,
     result: FitResult,
-    dense: Ledger,
+    dense: dict[str, int],
     found: dict[str, float],
 ) -> None:
     """Say what came out, write result.json, and draw it."""
     content: dict[str, Any] = {"task": config.task, "mode": config.mode, **found, "best": result.best}
-    content["dense_predicted_bytes"] = dense.totals
+    content["dense_activation_bytes"] = sum(dense.values())
     rows = [(name, f"{100 * value:.2f}") for name, value in found.items()]
     console.say()
     console.say(f"{config.task}, development rows, in hundredths")

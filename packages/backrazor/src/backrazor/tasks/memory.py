@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # fake_step tells it something, so it must be loaded by then
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
@@ -44,15 +45,18 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     """Everything that ``backrazor-memory`` does; -> what is saved dense, and by Back Razor."""
     if config.dtype == "bfloat16" and config.measure:
         avoid_broken_amx()
+    transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
     razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
     model = shaped(config)
-    dense = saved(config, model, nullcontext)
+    dense, order = saved(config, model, nullcontext)
     if not sum(dense.values()):
         raise UserError(
             f"{config.model} has nothing to save: no operation of it keeps an activation for the backward pass"
         )
-    kept = saved(config, model, lambda: razor)
-    layers = rows(dense, kept, lambda layer, _: layer if config.layers == "all" else alike(layer))
+    kept, _ = saved(config, model, lambda: razor)
+    named = {layer: layer if config.layers == "all" else alike(layer) for layer in order}
+    places = {name: i for i, name in reversed(list(enumerate(named.values())))}
+    layers = sorted(rows(dense, kept, lambda layer, _: named[layer]), key=lambda r: places[r.name])
     operations = sorted(rows(dense, kept, lambda _, operation: operation), key=lambda r: -r.dense)
     total = Row("total", sum(dense.values()), sum(kept.values()))
     how = "measured on real tensors" if config.measure else "predicted, nothing allocated"
@@ -74,20 +78,27 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     return dense, kept
 
 
-def saved(config: MemoryConfig, model: Shaped, saving: Callable[[], AbstractContextManager[Any]]) -> Places:
-    """What one forward pass keeps, by layer and operation; the backward pass is run too, to see that it can be."""
+def saved(
+    config: MemoryConfig, model: Shaped, saving: Callable[[], AbstractContextManager[Any]]
+) -> tuple[Places, list[str]]:
+    """What one forward pass keeps, by layer and operation; and the layers' names in the model's order.
+
+    On real tensors the backward pass is run too, to see that it can be.
+    """
     with nullcontext() if config.measure else fake_step():
         made = model.build()
         recording = SavedActivations(made, by_operation=True)
         with saving(), torch.autocast("cpu", DTYPES[config.dtype], enabled=config.dtype != "float32"), recording:
             loss = model.loss(made)
         found = recording.by_operation()
-        loss.backward()
-    return found
+        if config.measure:
+            loss.backward()
+        del loss
+    return found, [*(name for name, _ in made.named_modules() if name), "(model)"]
 
 
 def rows(dense: Places, kept: Places, name: Callable[[str, str], str]) -> list[Row]:
-    """Both, added up under names, in the order of the forward pass."""
+    """Both, added up under names."""
     sums: dict[str, list[int]] = {}
     for column, places in enumerate((dense, kept)):
         for (layer, operation), n_bytes in places.items():

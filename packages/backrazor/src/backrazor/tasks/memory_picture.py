@@ -64,12 +64,15 @@ def _largest(bars: Sequence[Bar]) -> list[tuple[str, int, int]]:
 
 def _panel(axes: Any, bars: list[tuple[str, int, int]], heading: str, batch: int) -> None:
     places = range(len(bars), 0, -1)
-    axes.barh([p + 0.2 for p in places], [b[1] / batch for b in bars], 0.38, color=COLOURS[1], label="dense")
-    axes.barh([p - 0.2 for p in places], [b[2] / batch for b in bars], 0.38, color=COLOURS[0], label="Back Razor")
+    most = max(max(b[1:]) for b in bars) / batch
+    unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("bytes", 0)) if most >= 2**p or not p)
+    scale = batch * 2**power
+    axes.barh([p + 0.2 for p in places], [b[1] / scale for b in bars], 0.38, color=COLOURS[1], label="dense")
+    axes.barh([p - 0.2 for p in places], [b[2] / scale for b in bars], 0.38, color=COLOURS[0], label="Back Razor")
     axes.set_yticks(list(places), [b[0] for b in bars], fontsize=7)
     axes.set_ylim(0.4, len(bars) + 0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    axes.set_xlabel(unit, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(heading, fontsize=9, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="lower right")

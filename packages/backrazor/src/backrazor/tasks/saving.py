@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from memtrain_common.errors import UserError
 from memtrain_common.loop import DTYPES
-from memtrain_common.memory import Ledger
-from memtrain_common.prediction import predict
+from memtrain_common.memory import Ledger, SavedActivations
+from memtrain_common.prediction import fake_copy, fake_step
 from memtrain_common.summary import ledger_table
 from torch import Tensor, nn
 
@@ -52,8 +52,10 @@ def fix_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def dense_ledger(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, dtype: str) -> Ledger:
-    """What a step saves without Back Razor: predicted, so that neither memory nor the model's state is touched.
+def dense_activations(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, dtype: str
+) -> dict[str, int]:
+    """Bytes by layer that a step saves without Back Razor: predicted, so that no memory and no state is touched.
 
     Args:
         model: as it is trained, not wrapped.
@@ -65,13 +67,14 @@ def dense_ledger(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], bat
         UserError: if the model saves nothing.
     """
     device = next(model.parameters()).device
-
-    def step(fake: nn.Module) -> Tensor:
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            return loss(fake, _like(batch, device))
-
-    found = predict(lambda: model, step).ledger
-    if not found.total("activations"):
+    with fake_step():
+        fake = fake_copy(model)
+        recording = SavedActivations(fake)
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"), recording:
+            value = loss(fake, _like(batch, device))
+        found = recording.by_layer()
+        del value
+    if not found:
         raise UserError(
             f"{type(model).__name__} has nothing to save: no operation of it keeps an activation for the backward "
             "pass, so there is nothing that Back Razor could make smaller"
@@ -88,15 +91,15 @@ def _like(batch: Any, device: torch.device) -> Any:
     return tuple(_like(v, device) for v in batch)
 
 
-def side_by_side(config: Any, dense: Ledger, measured: Ledger) -> str:
+def side_by_side(config: Any, dense: dict[str, int], measured: Ledger) -> str:
     """The measured step as a table; of Back Razor, beside what dense training would have held.
 
     Args:
         config: with ``mode`` and ``keep``.
-        dense: :func:`dense_ledger`, which has no optimizer; its state is the same as the measured one's.
+        dense: :func:`dense_activations`; weights, gradients and the optimizer's state are the same either way.
         measured: of the run.
     """
     if config.mode != "backrazor":
         return ledger_table({"measured": measured})
-    without = Ledger({**dense.bytes_by_layer, "optimizer": measured.bytes_by_layer["optimizer"]})
+    without = Ledger({**measured.bytes_by_layer, "activations": dense})
     return ledger_table({"dense (predicted)": without, f"Back Razor, keep {config.keep:g}": measured})

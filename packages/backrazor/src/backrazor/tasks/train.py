@@ -12,7 +12,7 @@ import torch
 from memtrain_common.checkpoint import load as load_checkpoint
 from memtrain_common.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.console import Console, format_table
-from memtrain_common.distributed import launch, parallelize, unwrap, world
+from memtrain_common.distributed import gather_objects, launch, parallelize, unwrap, world
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
 from memtrain_common.loop import FitConfig, FitResult, fit
@@ -29,7 +29,7 @@ from memtrain_common.summary import run_facts
 from memtrain_common.trackers import check_tracker
 from torch import nn
 
-from .saving import NAMES, dense_ledger, fix_statistics, saving_of, side_by_side, train_only
+from .saving import NAMES, dense_activations, fix_statistics, saving_of, side_by_side, train_only
 from .train_flags import MAY_CHANGE, PROG, TrainConfig
 
 
@@ -40,8 +40,8 @@ class Trained:
     model: nn.Module
     """With the weights that were tested."""
     result: FitResult
-    dense: Ledger
-    """What a step would hold without Back Razor, predicted."""
+    dense: dict[str, int]
+    """Bytes by layer that a step would save without Back Razor, predicted."""
     test: dict[str, float]
 
 
@@ -54,13 +54,15 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         raise UserError(f"--batch-size {config.batch_size} must be divisible by the {place.size} processes")
     check_tracker(config.tracker)
     if config.download:
-        fetch(config.data, config.data_dir)
+        if place.is_main:
+            fetch(config.data, config.data_dir)
+        gather_objects(None)  # the others wait
     left_out: list[str] = []
     pictures = load_pictures(
         config.data, config.data_dir, size=config.size, validate=config.validate, bad=config.bad_images,
         verify=config.verify, say=left_out.append,
     )  # fmt: skip
-    image_size(config, pictures)
+    made = make_model(config, pictures)  # before there is a folder: what is wrong with the weights is said first
     data = pictures.describe()
     run, config = open_run(config, argv, prog=PROG, world=place, device=device, data=data)
     console = Console(run.path / "log.txt" if place.is_main else None, quiet=not place.is_main)
@@ -68,7 +70,11 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     console.say(f"{run.path}: {pictures.name}, {len(pictures.classes)} classes, pictures: {counts}")
     for line in left_out:
         console.say(line)
-    arms: dict[str, Trained] = {config.mode: train_one(config, pictures, run, console, device)}
+    if config.weights:
+        console.say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
+    elif config.mode in ("bitfit", "head"):
+        console.say(f"the backbone is random and stays so, since --mode {config.mode} has no --weights to tune")
+    arms: dict[str, Trained] = {config.mode: train_one(config, pictures, run, console, device, made=made)}
     if config.compare_dense:
         other = dataclasses.replace(config, mode="full", compare_dense=False)
         folder = run.path / "dense"
@@ -101,17 +107,18 @@ def train_one(
     console: Console,
     device: torch.device,
     *,
+    made: Classifier | None = None,
     resume_path: Path | None = None,
 ) -> Trained:
     """Train one model, and test it.
 
     Args:
         run: where it goes; None keeps no files.
+        made: :func:`make_model` of the configuration, if it was made already.
         resume_path: the folder that a stopped user is told to resume, if not the run's own.
     """
     place = world()
-    seed_all(config.seed)
-    made = make_model(config, pictures, console.say if config.mode == "backrazor" or not config.compare_dense else None)
+    made = made or make_model(config, pictures)
     model = made.model.to(device)
     batches = PictureBatches(
         pictures.splits["train"],
@@ -126,7 +133,7 @@ def train_one(
         world_size=place.size,
     )
     loss = partial(classification_loss, label_smoothing=config.label_smoothing)
-    dense = dense_ledger(model, loss, batches(0), config.dtype)
+    dense = dense_activations(model, loss, batches(0), config.dtype)
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
     steps = total_steps(config, pictures)
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -172,8 +179,9 @@ def train_one(
     return Trained(model, result, dense, test)
 
 
-def make_model(config: TrainConfig, pictures: PictureSet, say: Callable[[str], None] | None = None) -> Classifier:
-    """The model with ``requires_grad`` set on what is trained."""
+def make_model(config: TrainConfig, pictures: PictureSet) -> Classifier:
+    """The model with ``requires_grad`` set on what is trained; its random numbers are the seed's."""
+    seed_all(config.seed)
     made = build_classifier(
         config.model,
         len(pictures.classes),
@@ -181,10 +189,6 @@ def make_model(config: TrainConfig, pictures: PictureSet, say: Callable[[str], N
         image_size=image_size(config, pictures),
         patch_size=config.patch_size,
     )
-    if say is not None and config.weights:
-        say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
-    elif say is not None and config.mode in ("bitfit", "head"):
-        say(f"the backbone is random and stays so, since --mode {config.mode} has no --weights to tune")
     train_only(made.model, (made.head,), config.mode, freeze_bn=config.freeze_bn)
     if config.fix_bn_stat:
         fix_statistics(made.model)
@@ -266,7 +270,7 @@ def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[st
     console.say()
     console.say(format_table(rows))
     content: dict[str, Any] = {"mode": config.mode, "test": main.test, "val": main.result.evaluation}
-    content |= {"best": main.result.best, "dense_predicted_bytes": main.dense.totals}
+    content |= {"best": main.result.best, "dense_activation_bytes": sum(main.dense.values())}
     if main.result.ledger is not None:
         console.say(f"memory of a training step, {config.batch_size} pictures")
         console.say(side_by_side(config, main.dense, main.result.ledger))

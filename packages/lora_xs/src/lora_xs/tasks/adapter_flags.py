@@ -2,43 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from memtrain_common.cli import parse
 from memtrain_common.configure import at_least, required
 from memtrain_common.errors import UserError
+
+from .shared_flags import AdapterFlags, Dtype
 
 ADAPTER = "give an adapter's folder, as training writes it"
 OUT = "name the folder to write"
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(AdapterFlags):
     """Every flag of lora-xs merge."""
 
-    adapter: str = ""
-    """Adapter folder."""
-    model: str = ""
-    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
     out: str = ""
     """Folder to write: a transformers model with its tokenizer, new or empty."""
-    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    base_dtype: Dtype = "float32"
     """Of the base weights, and of the merged ones; it must be the one that the adapter was trained with."""
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(AdapterFlags):
     """Every flag of lora-xs export-peft."""
 
-    adapter: str = ""
-    """Adapter folder."""
-    model: str = ""
-    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
     out: str = ""
     """Folder to write: adapter_config.json and adapter_model.safetensors, new or empty."""
-    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base weights; it must be the one that the adapter was trained with."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the exported factors."""
 
 

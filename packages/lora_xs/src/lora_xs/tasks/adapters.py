@@ -15,7 +15,7 @@ from ..adapters import trained
 from ..config import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, matches
 from ..injection import inject
 from ..merging import merge
-from ..peft_format import export_peft
+from ..peft_export import export_peft
 from .adapter_flags import ExportConfig, InfoConfig, MergeConfig
 from .models import DTYPES, load_adapted, load_skeleton, read_task
 

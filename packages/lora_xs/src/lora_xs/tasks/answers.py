@@ -2,7 +2,8 @@
 
 Two sets of rules. The correct ones; and the official code's, bugs included, so that published numbers can be compared
 with: there 1,234,567 is read as 1,234, answers are rounded to whole numbers, 5 equals 500 (a factor of 100 is let
-pass), any answer that cannot be parsed counts as right, and a commonsense answer is the first option named at all.
+pass), any answer that cannot be parsed counts as right (see official_math.py), and a commonsense answer is the first
+option named at all.
 """
 
 import math
@@ -10,24 +11,24 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from . import official_math
+
 MARK = "The answer is"
 
 
 # -- GSM8K: one number --------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?")
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+_NUMBER = re.compile(rf"([-+]?{_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
 
 
 def number(text: str) -> Fraction | None:
     """The first number in the text, exact: 1,234,567 and -0.5 and 3/4; a percent or dollar sign changes nothing."""
-    for match in _NUMBER.finditer(text):
-        if not re.search(r"\d", match.group()):
-            continue
-        numerator, _, denominator = match.group().replace(",", "").partition("/")
-        if denominator and float(denominator) == 0:
-            return None
-        return Fraction(numerator.strip()) / Fraction(denominator.strip() or "1")
-    return None
+    match = _NUMBER.search(text.replace("−", "-"))
+    if match is None:
+        return None
+    numerator, denominator = (Fraction(part.replace(",", "")) for part in (match[1], match[2] or "1"))
+    return numerator / denominator if denominator else None
 
 
 def gsm8k_expected(answer: str) -> str | None:
@@ -42,8 +43,8 @@ def gsm8k_answer(text: str) -> str | None:
     return None if found is None else str(found)
 
 
-def gsm8k_correct(answer: str | None, expected: str) -> bool:
-    return answer is not None and number(answer) == number(expected)
+def gsm8k_correct(answer: str | None, expected: str | None) -> bool:
+    return answer is not None and expected is not None and number(answer) == number(expected)
 
 
 def _after_mark(text: str) -> str | None:
@@ -81,9 +82,9 @@ def math_answer(text: str) -> str | None:
     return (boxed(after) or after) or None
 
 
-def math_correct(answer: str | None, expected: str) -> bool:
+def math_correct(answer: str | None, expected: str | None) -> bool:
     """Equal once spelling is set aside, as text or as exact numbers; never by mere failure to understand."""
-    if answer is None:
+    if answer is None or expected is None:
         return False
     a, b = normal_form(answer), normal_form(expected)
     if a == b:
@@ -153,8 +154,8 @@ def option_answer(text: str, options: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def option_correct(answer: str | None, expected: str) -> bool:
-    return answer == expected
+def option_correct(answer: str | None, expected: str | None) -> bool:
+    return answer is not None and answer == expected
 
 
 # -- the official rules -------------------------------------------------------------------------------------------
@@ -171,44 +172,11 @@ def official_gsm8k_answer(text: str) -> str | None:
         if not numerator.lstrip("+-"):
             return None
         return str(round(float(numerator) / (float(denominator) or 1)))
-    return str(round(float(found)))
+    return None if math.isinf(value := float(found)) else str(round(value))
 
 
-def official_gsm8k_correct(answer: str | None, expected: str) -> bool:
-    return answer is not None and _close(answer, expected)
-
-
-def official_math_answer(text: str) -> str | None:
-    pieces = text.split("The answer is: ")
-    return pieces[-1].split(".\n")[0].strip().removesuffix(".").strip() if len(pieces) > 1 else None
-
-
-def official_math_correct(answer: str | None, expected: str) -> bool:
-    """The official ``is_equiv`` without its symbolic step, which hands the generated text to Python's eval."""
-    if answer is None:
-        return False
-    if any(_official_parse_fails(x) for x in (answer, expected)):
-        return True  # there, the answer is then compared with itself
-    a, b = normal_form(answer), normal_form(expected)
-    bare = [re.sub(r"[{}()\[\]]", "", x) for x in (a, b)]
-    return a == b or _close(a, b) or bare[0] == bare[1]
-
-
-def _official_parse_fails(text: str) -> bool:
-    """Where its LaTeX clean-up raises: a command at the very end, two units, a/b that is not two whole numbers."""
-    s = text.replace("tfrac", "frac").replace("dfrac", "frac")
-    slashes = s.replace(" ", "").split("/")
-    not_whole = len(slashes) == 2 and not all(re.fullmatch(r"[-+]?\d+", part) for part in slashes)
-    return s.endswith(("\\frac", "\\sqrt")) or s.count("\\text{ ") > 1 or not_whole
-
-
-def _close(a: str, b: str) -> bool:
-    """Within a part in 10⁴, of the number or 100 times or a hundredth of it."""
-    try:
-        x, y = float(a.replace(",", "")), float(b.replace(",", ""))
-    except ValueError:
-        return False
-    return any(math.isclose(x, y * factor, rel_tol=1e-4) for factor in (0.01, 1.0, 100.0))
+def official_gsm8k_correct(answer: str | None, expected: str | None) -> bool:
+    return answer is not None and expected is not None and official_math.equal(answer, expected)
 
 
 def official_option_answer(text: str, options: Sequence[str]) -> str | None:
@@ -217,12 +185,12 @@ def official_option_answer(text: str, options: Sequence[str]) -> str | None:
 
 
 Extract = Callable[[str], str | None]
-Compare = Callable[[str | None, str], bool]
+Compare = Callable[[str | None, str | None], bool]
 RULES: dict[tuple[str, bool], tuple[Extract, Compare]] = {
     ("gsm8k", False): (gsm8k_answer, gsm8k_correct),
     ("gsm8k", True): (official_gsm8k_answer, official_gsm8k_correct),
     ("math", False): (math_answer, math_correct),
-    ("math", True): (official_math_answer, official_math_correct),
+    ("math", True): (official_math.answer_of, official_math.correct),
 }
 
 

@@ -1,16 +1,17 @@
 """``lora-xs demo``: one small pretrained ViT, adapted to new classes by several methods, side by side."""
 
 import copy
-import json
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from memtrain_common.bench import write_results
 from memtrain_common.console import Console, format_bytes, format_seconds, format_table
 from memtrain_common.data_order import epoch_batch
 from memtrain_common.loop import FitConfig, FitResult, fit
@@ -22,6 +23,7 @@ from ..adapters import trained
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .demo_flags import DemoConfig
+from .models import quiet_imports
 from .schedules import schedule
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -96,9 +98,10 @@ def learn(model: nn.Module, groups: list[dict[str, Any]], data: Digits, steps: i
     return fit(model, batches, loss_of, optimizer, FitConfig(steps), lr_factor=schedule("linear", warm, steps))
 
 
-def run_demo(config: DemoConfig) -> list[Arm]:
+def run_demo(config: DemoConfig, argv: Sequence[str]) -> list[Arm]:
     """Pretrain once, adapt by each method with each seed, and print the table."""
     console = Console()
+    began = time.perf_counter()
     old, old_test = digits(0, 4)
     new, new_test = digits(5, 9)
     seed_all(0)
@@ -121,8 +124,17 @@ def run_demo(config: DemoConfig) -> list[Arm]:
     console.say(table(arms))
     console.say(f"accuracy: mean over {config.seeds} seeds, least and greatest; memory: {', '.join(TRAINING)}")
     console.say(f"every method also trains and saves the head of {arms[0].head:,} numbers")
+    seconds = time.perf_counter() - began
+    console.say(f"{format_seconds(seconds)} in all")
     if config.out:
-        Path(config.out).write_text(json.dumps([asdict(a) for a in arms], indent=2) + "\n")
+        write_results(
+            Path(config.out),
+            argv=["lora-xs", "demo", *argv],
+            device=torch.device("cpu"),
+            seeds=range(config.seeds),
+            seconds=round(seconds, 1),
+            arms=[asdict(arm) for arm in arms],
+        )
     return arms
 
 
@@ -181,10 +193,12 @@ def _lora_xs(model: nn.Module, seed: int, rank: int) -> Prepared:
 
 
 def _lora(model: nn.Module, rank: int) -> Prepared:
-    import peft
+    with quiet_imports():
+        import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), modules_to_save=["classifier"])
-    wrapped = peft.get_peft_model(model, config)
+    with quiet_imports():  # it looks for kernels that plain LoRA does not need
+        wrapped = peft.get_peft_model(model, config)
     named = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad]
     own = [p for n, p in named if "lora_" in n]
 

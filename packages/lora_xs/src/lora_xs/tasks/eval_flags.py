@@ -8,28 +8,30 @@ from memtrain_common.cli import parse
 from memtrain_common.configure import at_least, required
 from memtrain_common.errors import UserError
 
+from .shared_flags import AdapterFlags
+
 PROG = "lora-xs eval"
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(AdapterFlags):
     """Every flag of lora-xs eval."""
 
     adapter: str = ""
     """Adapter folder; empty evaluates the base model alone."""
-    model: str = ""
-    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
+    out: str = ""
+    """JSON Lines file for the predictions; empty names one in runs/ by date and time."""
     data: str = ""
     """gsm8k, math, commonsense:NAME (commonsense:boolq, …), or a JSON or JSON Lines file of such rows."""
     data_dir: str = ""
     """Folder with the set's test file (DIR/test.jsonl, DIR/boolq/test.json); empty reads gsm8k from the hub."""
-    out: str = ""
-    """JSON Lines file for the predictions; empty names one in runs/ by date and time."""
     resume: bool = False
     """Go on with the predictions that --out already has."""
     official_metric: bool = False
-    """Read and compare answers as the official code does, bugs included, to compare with published numbers."""
+    """Ask, read and compare as the official code does, bugs included, to compare with published numbers."""
+    prompt: Literal["auto", "alpaca", "commonsense"] = "auto"
+    """How to ask; auto asks as the adapter was trained, or else as the official runs do for such data."""
     num_beams: int = 0
     """Beams; 1 is greedy. 0 takes the official number: 1 for gsm8k and math, 4 for commonsense."""
     max_new_tokens: int = 0
@@ -40,8 +42,6 @@ class EvalConfig:
     """Use the first so many rows; 0 uses all."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base weights; it must be the one that the adapter was trained with."""
 
 
 def check(config: EvalConfig) -> EvalConfig:

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from memtrain_common.console import Console, format_table
 from memtrain_common.distributed import launch
 from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
-from memtrain_common.instruct import PROMPT, Row, find_file, instruction_of, read_rows, rows_from_hub
+from memtrain_common.instruct import Row, find_file, read_rows, rows_from_hub
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.run_folder import default_run_path
 from torch import Tensor, nn
 
+from . import official_math
 from .answers import OPTIONS, boxed, gsm8k_expected, rules
 from .eval_flags import EvalConfig
-from .models import load_adapted, load_causal_lm
+from .models import load_adapted, load_causal_lm, read_task
+from .prompts import RESPONSE, evaluation_prompt
 
-STEP_BY_STEP = " Let's think step by step."
 STOPS = ("### Instruction", "### Response")
+OFFICIAL_STOPS = ("Instruction", "Response")  # for gsm8k and math; for commonsense it has none
 # kind: (beams, longest answer), as the official evaluation has them
 OFFICIAL = {"gsm8k": (1, 1024), "math": (1, 2048), "commonsense": (4, 32)}
 HUB = {"gsm8k": ("openai/gsm8k", "main", "test")}
@@ -34,7 +37,8 @@ class Question:
     """A prompt and the answer that is right."""
 
     prompt: str
-    expected: str
+    expected: str | None
+    """None where the official metric finds none, and counts every answer wrong."""
     options: tuple[str, ...] = ()
 
 
@@ -64,31 +68,52 @@ def run_eval(config: EvalConfig) -> None:
     beams, longest = config.num_beams or beams, config.max_new_tokens or longest
     metric = "official metric" if config.official_metric else "correct rules"
     console.say(f"{out}: {len(asked):,} questions of {config.data}, {beams} beams, up to {longest} tokens, {metric}")
+    stops = STOPS if not config.official_metric else () if kind == "commonsense" else OFFICIAL_STOPS
+    room = getattr(model.config, "max_position_embeddings", None)
+    lengths = [len(ids) for ids in tokenizer([q.prompt for q in asked])["input_ids"]]
+    fits = [room is None or n < room for n in lengths]
+    if not all(fits):
+        console.say(
+            f"{fits.count(False):,} prompts fill the model's {room} tokens: they have no answer, and count wrong"
+        )
     right = [bool(row["correct"]) for row in done]
     out.parent.mkdir(parents=True, exist_ok=True)
     bar = console.progress(len(asked), initial=len(done), label="eval")
     with out.open("w") as file:
         file.writelines(_line(row) for row in done)
         for start in range(len(done), len(asked), config.batch_size):
-            batch = asked[start : start + config.batch_size]
-            texts = generate(model, tokenizer, [q.prompt for q in batch], beams=beams, longest=longest)
-            for i, (question, text) in enumerate(zip(batch, texts, strict=True), start=start):
-                row = scored(i, question, text, kind, config.official_metric)
+            batch = range(start, min(start + config.batch_size, len(asked)))
+            answered = [i for i in batch if fits[i]]
+            prompts = [asked[i].prompt for i in answered]
+            made = generate(model, tokenizer, prompts, beams=beams, longest=longest, stops=stops) if prompts else []
+            texts = dict(zip(answered, made, strict=True))
+            for i in batch:
+                row = scored(i, asked[i], texts.get(i, ""), kind, config.official_metric)
                 right.append(row["correct"])
                 file.write(_line(row))
             file.flush()
             bar.update(len(batch))
             bar.set_postfix_str(f"accuracy {100 * sum(right) / len(right):.1f}", refresh=False)
     bar.close()
-    p, n = sum(right) / len(right), len(right)
-    table = [("accuracy", f"{100 * p:.2f} ± {100 * 1.96 * math.sqrt(p * (1 - p) / n):.2f}"), ("questions", f"{n:,}")]
-    console.say(format_table(table))
+    n = len(right)
+    low, high = wilson(sum(right), n)
+    accuracy = f"{100 * sum(right) / n:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+    console.say(format_table([("accuracy", accuracy), ("questions", f"{n:,}")]))
     console.say(f"predictions {out}")
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): it has a width where all or none are right, too."""
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def scored(index: int, question: Question, text: str, kind: str, official: bool) -> dict[str, Any]:
     """One line of the predictions."""
     take, compare = rules(kind, official, question.options)
+    if official and kind == "commonsense":  # it reads what follows the last heading of all that the model has seen
+        text = text.split(RESPONSE)[-1].strip()
     answer = take(text)
     return {
         "index": index,
@@ -128,43 +153,43 @@ def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, beams: int, longest: int) -> list[str]:
-    """The continuation of each prompt, most likely first, up to the next heading of the prompt's format."""
+def generate(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, beams: int, longest: int, stops: Sequence[str] = STOPS
+) -> list[str]:
+    """The likeliest continuation of each prompt, up to the first of the ``stops``; all must fit the model."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(next(model.parameters()).device)
     inputs.pop("token_type_ids", None)
     room = getattr(model.config, "max_position_embeddings", None)
     width = inputs["input_ids"].shape[1]
-    if room is not None and width >= room:
-        raise UserError(f"a prompt has {width} tokens and the model takes {room}: leave it out, or use another model")
     ids = model.generate(  # type: ignore[operator]
         **inputs,
         num_beams=beams,
         do_sample=False,
         max_new_tokens=longest if room is None else min(longest, room - width),
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=transformers.StoppingCriteriaList([_Headings(tokenizer, width)]),
+        stopping_criteria=transformers.StoppingCriteriaList([_Stops(tokenizer, width, stops)]),
     )
     texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-    return [_cut(text) for text in texts]
+    return [_cut(text, stops) for text in texts]
 
 
-class _Headings(transformers.StoppingCriteria):
-    """Ends a row once a heading of the prompt's format stands at its end.
+class _Stops(transformers.StoppingCriteria):
+    """Ends a row once one of some strings stands at its end.
 
     Not generate's own ``stop_strings``: those know byte-level and SentencePiece vocabularies only.
     """
 
-    def __init__(self, tokenizer: Any, width: int) -> None:
-        self._tokenizer, self._width = tokenizer, width
+    def __init__(self, tokenizer: Any, width: int, stops: Sequence[str]) -> None:
+        self._tokenizer, self._width, self._stops = tokenizer, width, stops
 
     def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """ids (rows×tokens) → (rows,)"""
         tails = self._tokenizer.batch_decode(ids[:, max(self._width, ids.shape[1] - 24) :])
-        return torch.tensor([any(stop in tail for stop in STOPS) for tail in tails], device=ids.device)
+        return torch.tensor([any(stop in tail for stop in self._stops) for tail in tails], device=ids.device)
 
 
-def _cut(text: str) -> str:
-    ends = [text.find(stop) for stop in STOPS if stop in text]
+def _cut(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 
 
@@ -186,8 +211,14 @@ def questions(config: EvalConfig) -> tuple[str, list[Question]]:
             raise UserError(f"there is no file {config.data}: --data takes gsm8k, math, commonsense:NAME or a file")
         rows = read_rows(Path(config.data), limit)
         kind = _kind_of(rows[0])
-    make = {"gsm8k": _gsm8k, "math": _math, "commonsense": lambda row: _commonsense(row, name)}[kind]
-    return kind, [make(row) for row in rows]
+    trained_with = read_task(Path(config.adapter)).get("prompt") if config.adapter else None
+    prompt = evaluation_prompt(config.prompt, kind, trained_with, config.official_metric)
+    make: dict[str, Callable[[Row, Prompt], Question]] = {
+        "gsm8k": _gsm8k,
+        "math": partial(_math, official=config.official_metric),
+        "commonsense": partial(_commonsense, name=name),
+    }
+    return kind, [make[kind](row, prompt) for row in rows]
 
 
 _TESTS = ("test.jsonl", "test.json", "MATH_test.jsonl", "gsm8k_test.jsonl")
@@ -207,24 +238,27 @@ def _kind_of(row: Row) -> str:
     )
 
 
-def _gsm8k(row: Row) -> Question:
+Prompt = Callable[[Row, str], str]
+
+
+def _gsm8k(row: Row, prompt: Prompt) -> Question:
     expected = gsm8k_expected(row.text("answer"))
     if expected is None:
         raise UserError(f"{row.where} has no '####' in its answer: what follows it is the number that is right")
-    return Question(PROMPT.format(instruction=row.text("question")) + STEP_BY_STEP, expected)
+    return Question(prompt(row, "question"), expected)
 
 
-def _math(row: Row) -> Question:
+def _math(row: Row, prompt: Prompt, official: bool) -> Question:
     question, solution = ("problem", "solution") if "problem" in row.values else ("instruction", "output")
     expected = boxed(row.text(solution))
     if expected is None:
         raise UserError(f"{row.where} has no \\boxed{{…}} in its {solution}: it holds the answer that is right")
-    return Question(PROMPT.format(instruction=row.text(question)) + STEP_BY_STEP, expected)
+    return Question(prompt(row, question), official_math.expected_of(row.text(solution)) if official else expected)
 
 
-def _commonsense(row: Row, name: str) -> Question:
+def _commonsense(row: Row, prompt: Prompt, name: str) -> Question:
     expected = row.text("answer")
     options = OPTIONS.get(name) or next((o for o in OPTIONS.values() if expected in o), None)
     if options is None or expected not in options:
         raise UserError(f"{row.where} has the answer {expected!r}, which is no option of a commonsense set")
-    return Question(PROMPT.format(instruction=instruction_of(row, "instruction")), expected, options)
+    return Question(prompt(row, "instruction"), expected, options)

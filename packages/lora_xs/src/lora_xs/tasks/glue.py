@@ -62,7 +62,7 @@ def run_glue(config: GlueConfig, argv: Sequence[str], prepared: Prepared | None 
     n = {split: len(rows) for split, rows in prepared.ids.items()}
     console.say(f"{run.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows")
     seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
-    job = _job(config, prepared, model, world)
+    job = make_job(config, prepared, model, world)
     result = train(job, run, console, device, resume=bool(config.resume))
     scores = result.evaluation
     if job.keep == "best" and job.evaluate is not None:
@@ -90,7 +90,8 @@ def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
     return inject(model, xs)
 
 
-def _job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> Job:
+def make_job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> Job:
+    """Batches, loss, schedule and evaluation of the task, for a model whatever is trained of it."""
     rows = len(prepared.ids["train"])
     per_epoch = math.ceil(rows / config.batch_size)
     steps = max(1, math.ceil(config.epochs * rows / config.batch_size))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from memtrain_common.configure import MAY_CHANGE
 from memtrain_common.console import Console
-from memtrain_common.data_order import epoch_batch, rank_share
-from memtrain_common.distributed import launch
+from memtrain_common.data_order import epoch_batch
+from memtrain_common.distributed import World, launch
 from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
 from memtrain_common.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
@@ -26,6 +26,7 @@ from ..config import LoRAXSConfig
 from ..injection import inject
 from .instruct_flags import PROG, InstructConfig
 from .models import load_causal_lm, write_task
+from .prompts import PROMPTS, training_prompt
 from .schedules import schedule, warmup_steps
 from .training import Job, save, summary, train
 
@@ -83,9 +84,24 @@ def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def scored_tokens(labels: Tensor) -> int:
+    """How many labels (rows×tokens) the loss looks at: each is scored by the token before it."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def shared_batch(rows: Sequence[Tokens], pad_id: int, world: World) -> dict[str, Tensor]:
+    """This process's rows of a micro-batch, and the "weight" that makes the processes' mean the micro-batch's own."""
+    parts = [collate(rows[r :: world.size], pad_id) for r in range(world.size)]
+    counts = [scored_tokens(part["labels"]) for part in parts]
+    return {**parts[world.rank], "weight": torch.tensor(counts[world.rank] * world.size / sum(counts))}
+
+
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross entropy over the responses' tokens (those of the whole micro-batch weigh alike)."""
-    return model(**batch, use_cache=False).loss
+    """Mean cross entropy over the responses' tokens: those of a whole micro-batch weigh alike, on any number of
+    processes."""
+    inputs = {name: value for name, value in batch.items() if name != "weight"}
+    loss = model(**inputs, use_cache=False).loss
+    return loss * batch["weight"] if "weight" in batch else loss
 
 
 def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
@@ -96,7 +112,8 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     if config.batch_size % world.size:
         raise UserError(f"--batch-size {config.batch_size} must be divisible by the {world.size} processes")
     pair = (config.fields[0], config.fields[1]) if config.fields else None
-    pairs = examples(load_rows(config), pair)
+    prompt = training_prompt(config.prompt, config.data)
+    pairs = examples(load_rows(config), pair, PROMPTS[prompt])
     tokenizer = load_tokenizer(config.model)
     rows = [tokenize(e, tokenizer, config.max_length) for e in pairs]
     kept = [r for r in rows if len(r.ids) > r.prompt]
@@ -126,14 +143,14 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     steps = max(1, math.ceil(config.epochs * size / (config.batch_size * micro)))
 
     def batches(i: int) -> dict[str, Tensor]:
-        order = rank_share(epoch_batch(config.seed, i, batch=config.batch_size, size=size), world.rank, world.size)
-        return collate([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id)
+        order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
+        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world)
 
     def evaluate(m: nn.Module) -> dict[str, float]:
         total = count = 0.0
         for start in range(0, len(validation), config.batch_size):
             batch = collate(validation[start : start + config.batch_size], tokenizer.pad_token_id)
-            n = float((batch["labels"][:, 1:] != IGNORED).sum())  # a token's label is scored by the one before it
+            n = scored_tokens(batch["labels"])
             total += float(loss_of(m, {k: v.to(device) for k, v in batch.items()})) * n
             count += n
         return {"loss": total / count}
@@ -167,7 +184,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     if world.is_main:
         sizes = save(model, run.path / "adapter")
         source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-        write_task(run.path / "adapter", command="instruct", data=config.data, model=source)
+        write_task(run.path / "adapter", command="instruct", data=config.data, prompt=prompt, model=source)
         scores = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
         if result.best is not None:
             scores.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))

@@ -1,6 +1,10 @@
 """Models and tokenizers from local folders or by their hub names, and adapters with what they were trained on."""
 
+import contextlib
 import json
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,19 @@ from ..adapter_file import describe_adapter, load_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TASK_FILE = "task.json"
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Without what other packages say of their own deprecations and of kernels that are not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def load_causal_lm(name: str, dtype: str = "float32") -> nn.Module:

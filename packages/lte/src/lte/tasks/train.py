@@ -1,34 +1,37 @@
 """The composition behind ``lte-train``: corpus, GPT, heads, optimizer, the shared loop, and the summary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap
+from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap, world
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.gpt import GPT, next_token_loss
 from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
 from memtrain_common.memory import CATEGORIES, Ledger
 from memtrain_common.plots import plot_loss, plot_memory
 from memtrain_common.processor import avoid_broken_amx
 from memtrain_common.rng import seed_all
 from memtrain_common.run_folder import RunFolder, default_run_path, device_name
-from memtrain_common.schedule import cosine_with_warmup
 from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
 from memtrain_common.tokenizers import default_prompt, printable
 from memtrain_common.trackers import check_tracker
-from torch import nn
+from torch import Tensor, nn
 
-from ..injection import inject, merged_state_dict
-from ..merging import Merger
-from ..parameters import clip_grad_norm_per_head, param_groups
-from .train_config import MAY_CHANGE, PROG, TrainConfig, lte_config
+from ..merging import averaged
+from .evaluating import evaluate_only
+from .heads import add_heads, check_world, lr_factor, sent_facts
+from .starting import freeze, gpt_config, starting_gpt, with_architecture
+from .summary import write_summary
+from .train_config import MAY_CHANGE, PROG, TrainConfig
+
+HEARTBEAT_S = 15.0  # of silence: torchrun gives a process 30 s between SIGTERM and SIGKILL, in which it must have saved
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,18 @@ class Trained:
     """Trained numbers."""
     total: int
     """Numbers of the model as it is trained: weights, heads, no buffers."""
+    plain: dict[str, Tensor]
+    """The state dict of the plain model that evaluation saw."""
+    facts: list[tuple[str, str]]
+    """What else the summary says of the run."""
 
 
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``lte-train`` does once its flags are checked."""
-    world, device = launch(config.device)
+    world, device = launch(config.device, patience_s=config.peer_timeout if config.parallel == "heads" else None)
     if device.type == "cpu" and config.dtype == "bfloat16":
         avoid_broken_amx()
-    if config.batch_size % (config.lte_heads * world.size):
-        raise UserError(
-            f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads} times {world.size} "
-            "processes"
-        )
+    check_world(config, world)
     check_tracker(config.tracker)
     corpus = load_corpus(config.data_dir or None, config.tokenizer, config.tokenizer_dir or None)
     crops = Crops(
@@ -62,12 +65,17 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
+        contiguous=config.parallel == "heads",
     )
+    config = with_architecture(config, corpus)
+    if config.eval_only:
+        evaluate_only(config, corpus, crops, device, world)
+        return
     run, config = _open_run(config, argv, corpus, device, world)
     console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
     console.say(f"{run.path}: {corpus.name}, {len(corpus.train):,} training tokens ({corpus.tokenizer.name})")
 
-    lte = train_one(config, corpus, crops, run, console, device, world.rank, full=False)
+    lte = train_one(config, corpus, crops, run, console, device, world.rank, full=config.method == "full")
     full = None
     if config.compare_full:
         folder = run.path / "full"
@@ -75,7 +83,10 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         full_run = (RunFolder.open if again else RunFolder.create)(folder, writes=world.is_main)
         if not again:
             made = {"data": corpus.describe(), "device": device_name(device), "processes": world.size}
-            full_run.write_config(config, prog=PROG, argv=argv, **made)
+            alone = dataclasses.replace(
+                config, method="full", compare_full=False, learning_rate=config.full_learning_rate
+            )
+            full_run.write_config(alone, prog=PROG, argv=argv, **made)
         full = train_one(config, corpus, crops, full_run, console, device, world.rank, full=True)
     if world.is_main:
         _report(config, corpus, run, console, lte, full)
@@ -115,6 +126,7 @@ def train_one(
     rank: int = 0,
     *,
     full: bool,
+    each_step: Callable[[], Any] | None = None,
 ) -> Trained:
     """Train the GPT by LTE, or all of its parameters: same initial weights, same batches, same schedule.
 
@@ -122,36 +134,36 @@ def train_one(
         run: where it goes; None keeps no files.
         rank: this process's, under torchrun.
         full: train all parameters, without heads.
+        each_step: called after each optimizer step, and after the merge that may follow it.
     """
     seed_all(config.seed)
-    model: nn.Module = GPT(_gpt_config(config, corpus)).to(device)
+    config = with_architecture(config, corpus)
+    resumed = bool(config.resume) and run is not None and bool(run.checkpoints.steps())
+    model: nn.Module = starting_gpt(config, resumed=resumed).to(device)
+    full_parameters, heads = sum(p.numel() for p in model.parameters()), None
     if full:
-        groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        clip, stateful = None, {}
-        after_step = None
-    else:
-        inject(model, lte_config(config))
-        groups = param_groups(
-            model, lr=config.learning_rate, rest_lr=config.rest_learning_rate, weight_decay=config.weight_decay
+        freeze(model, config.freeze_n)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.full_learning_rate,
+            betas=(config.beta1, config.beta2),
         )
-        merger = Merger(model, config.lte_merge_steps)
-        clip, stateful = partial(clip_grad_norm_per_head, model), {"merger": merger}
-        after_step = merger.step
+    else:
+        heads = add_heads(config, model, world())
+        optimizer = heads.optimizer
     seed_all(config.seed + rank)  # dropout differs between processes; the weights above must not
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.full_learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    lr_factor = partial(
-        cosine_with_warmup,
-        warmup_iters=config.warmup_iters,
-        decay_iters=config.lr_decay_iters,
-        min_ratio=config.min_lr_ratio,
-    )
+    ranks = heads.ranks if heads is not None else None
+
+    def evaluate(m: nn.Module) -> dict[str, float]:
+        with averaged(unwrap(m), ranks) if heads is not None else nullcontext():
+            return mean_loss(m, next_token_loss, crops.validation(config.eval_iters))
+
+    options = heads.fit_options() if heads is not None else {}
+    options["after_step"] = _one_after_the_other(options.get("after_step"), each_step)
     result = fit(
-        parallelize(model, "ddp", device),
+        model if ranks is not None else parallelize(model, "ddp", device),
         crops,
         next_token_loss,
         optimizer,
@@ -162,16 +174,19 @@ def train_one(
             dtype=config.dtype,
             compile=config.compile,
             eval_interval=config.eval_interval,
+            checkpoint_interval=0 if config.always_save_checkpoint else config.max_iters + 1,
             log_interval=config.log_interval,
             units_per_step=config.gradient_accumulation_steps * config.batch_size * config.block_size,
             unit="tokens",
             tracker=config.tracker,
+            tracker_project=config.wandb_project,
+            tracker_name=config.wandb_run_name,
+            agree_interval=config.lte_merge_steps or config.log_interval,
+            patience_s=min(config.peer_timeout, HEARTBEAT_S),
         ),
-        evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(config.eval_iters)),
-        lr_factor=lr_factor if config.decay_lr else None,
-        after_step=after_step,
-        clip=clip,
-        stateful=stateful,
+        evaluate=evaluate,
+        lr_factor=lr_factor(config),
+        **options,
         run=run,
         resume=bool(config.resume),
         resume_path=Path(config.out) if run is not None else None,
@@ -179,21 +194,19 @@ def train_one(
         console=console,
         label="full" if full else "lte",
     )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Trained(unwrap(model), result, trainable, sum(p.numel() for p in model.parameters()))
+    trainable = heads.trained() if heads is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plain = heads.plain() if heads is not None else dict(model.state_dict())
+    tokens = result.step * config.gradient_accumulation_steps * config.batch_size * config.block_size
+    facts = []
+    if heads is not None and run is not None:
+        facts = sent_facts(heads, run, tokens, full_parameters)
+    total = trainable + sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return Trained(unwrap(model), result, trainable, total, plain, facts)
 
 
-def _gpt_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
-    vocab = corpus.tokenizer.vocab_size
-    return GPTConfig(
-        block_size=config.block_size,
-        vocab_size=vocab if vocab < 1000 else (vocab + 63) // 64 * 64,  # nanoGPT: a multiple of 64 multiplies faster
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        dropout=config.dropout,
-        bias=config.bias,
-    )
+def _one_after_the_other(*calls: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    there = [call for call in calls if call is not None]
+    return (lambda: [call() for call in there]) if there else None
 
 
 def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -206,26 +219,23 @@ def _report(
     config: TrainConfig, corpus: Corpus, run: RunFolder, console: Console, lte: Trained, full: Trained | None
 ) -> None:
     """Say what came out, and draw it."""
-    unigram, bigram = ngram_entropies(np.concatenate([corpus.train, corpus.val]))
+    name = "LTE" if config.method == "lte" else "full"
+    entropies = _entropies(corpus)
     unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[corpus.tokenizer.name]
-    ledgers = {"LTE": _ledger(lte, run.path)}
+    ledgers = {name: _ledger(lte, run.path)}
     if full is not None:
         ledgers["full"] = _ledger(full, run.path / "full")
     measured = {name: ledger for name, ledger in ledgers.items() if ledger is not None}
     loss = lte.result.evaluation["loss"]
     console.say()
     console.say(f"validation loss, nats per {unit}")
-    losses: list[tuple[str, ...]] = [
-        ("LTE", f"{loss:.4f}"),
-        ("unigram entropy", f"{unigram:.4f}"),
-        ("bigram entropy", f"{bigram:.4f}"),
-    ]
+    losses: list[tuple[str, ...]] = [(name, f"{loss:.4f}"), *((n, f"{value:.4f}") for n, value in entropies.items())]
     if full is not None:
         other = full.result.evaluation["loss"]
         beside = f"LTE {100 * (loss / other - 1):+.1f} %" if other > 0 else ""
         losses.insert(1, ("full training, same batches", f"{other:.4f}", beside))
-    if corpus.tokenizer.name != "bytes":
-        losses.append(("LTE, nats per byte", f"{loss / corpus.bytes_per_token:.4f}"))
+    if corpus.tokenizer.name != "bytes" and corpus.n_bytes:
+        losses.append((f"{name}, nats per byte", f"{loss / corpus.bytes_per_token:.4f}"))
     console.say(format_table(losses))
     if measured:  # not where no step was taken
         console.say("memory of a training step")
@@ -244,17 +254,26 @@ def _report(
         ("peak memory", peaks),
         ("speed", speed),
         ("energy", joules),
+        *lte.facts,
     ]
     console.say("\n".join(f"  {name:12} {value}" for name, value in facts))
-    if "LTE" in measured:
-        plot_memory(measured["LTE"], run.path / "memory.png")
-    curves = {"LTE": run.metrics()}
+    write_summary(run, lte.result, trained=lte.trainable, total=lte.total)
+    if full is not None:
+        write_summary(RunFolder.open(run.path / "full"), full.result, trained=full.trainable, total=full.total)
+    if name in measured:
+        plot_memory(measured[name], run.path / "memory.png")
+    bigram = {n: value for n, value in entropies.items() if n.startswith("bigram")}
+    curves = {name: run.metrics()}
     if full is not None:
         curves["full"] = RunFolder.open(run.path / "full").metrics()
-    plot_loss(curves, run.path / "loss.png", ylabel=f"loss, nats per {unit}", levels={"bigram entropy": bigram})
+    plot_loss(curves, run.path / "loss.png", ylabel=f"loss, nats per {unit}", levels=bigram)
     if config.sample_tokens:
-        console.say(f"{config.sample_tokens} generated {unit}s")
-        console.say(_sample(config, corpus, lte.model))
+        try:
+            sample = _sample(config, corpus, lte.plain)
+            console.say(f"{config.sample_tokens} generated {unit}s")
+            console.say(sample)
+        except UserError as error:  # bins without the vocabulary that would turn tokens to text
+            console.say(f"no sample: {error}")
     console.say(f"run folder {run.path}")
 
 
@@ -266,12 +285,20 @@ def _ledger(trained: Trained, folder: Path) -> Ledger | None:
     return Ledger.read(path) if path.exists() else None
 
 
-def _sample(config: TrainConfig, corpus: Corpus, model: nn.Module) -> str:
+def _entropies(corpus: Corpus) -> dict[str, float]:
+    """Losses to compare with, by name; none where the tokens are so many that counting them would take minutes."""
+    if len(corpus.train) + len(corpus.val) > 2**26:
+        return {}
+    unigram, bigram = ngram_entropies(np.concatenate([corpus.train, corpus.val]))
+    return {"unigram entropy": unigram, "bigram entropy": bigram}
+
+
+def _sample(config: TrainConfig, corpus: Corpus, weights: dict[str, Tensor]) -> str:
     """Text from the merged model: a plain GPT with the weights that evaluation used."""
-    plain = GPT(_gpt_config(config, corpus))
-    plain.load_state_dict({name: value.cpu() for name, value in merged_state_dict(model).items()})
-    prompt = torch.from_numpy(default_prompt(corpus.tokenizer).astype(np.int64))[None]  # (1, 1)
-    tokens = plain.generate(prompt, config.sample_tokens, seed=config.seed)[0, prompt.shape[1] :]
-    inside = tokens.clamp(max=corpus.tokenizer.vocab_size - 1)  # the padding of the vocabulary means nothing
-    text = printable(corpus.tokenizer.decode(inside.numpy()))
+    plain = GPT(gpt_config(config))
+    plain.load_state_dict({name: value.cpu() for name, value in weights.items()})
+    coder = corpus.tokenizer
+    prompt = torch.from_numpy(default_prompt(coder).astype(np.int64))[None]  # (1, 1)
+    tokens = plain.generate(prompt, config.sample_tokens, seed=config.seed, vocab_size=coder.vocab_size)
+    text = printable(coder.decode(tokens[0, prompt.shape[1] :].numpy()))
     return "\n".join("  | " + line for line in text.splitlines())

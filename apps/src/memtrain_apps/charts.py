@@ -1,0 +1,309 @@
+"""Figures as inline SVG: scales, ticks, labels that keep clear of each other. Colours are the page's CSS classes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+FONT = 13
+"""Pixels, in every figure: a figure is drawn for the width at which it is shown."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        f = math.log if self.log else float
+        span = f(self.high) - f(self.low)
+        return self.start + (f(value) - f(self.low)) / (span or 1.0) * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels, y downwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlap(self, other: "Box") -> float:
+        """Square pixels that both cover."""
+        w = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
+        h = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
+        return max(w, 0.0) * max(h, 0.0)
+
+    def within(self, other: "Box") -> bool:
+        return (
+            self.x >= other.x
+            and self.y >= other.y
+            and self.x + self.width <= other.x + other.width
+            and self.y + self.height <= other.y + other.height
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark of a scatter."""
+
+    x: float
+    y: float
+    half: float
+    """Half of y's confidence interval; 0 draws none."""
+    number: int
+    label: str
+    shape: str
+    """circle, square, triangle or diamond."""
+    css: str
+    on_front: bool
+    title: str
+    """What the pointer shows."""
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten, at most ``most``."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / most))
+    while span / step + 1 > most:
+        lead = round(step / 10 ** math.floor(math.log10(step) + 1e-9))
+        step *= 2.5 if lead == 2 else 2
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def byte_ticks(low: float, high: float, most: int, log: bool) -> list[float]:
+    """Ticks in bytes that are round in KiB, MiB or GiB."""
+    if log:
+        powers = [2.0**i for i in range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)]
+        return powers[:: -(-len(powers) // most)]
+    unit = 1024.0 ** min(4, max(0, math.floor(math.log(high, 1024)))) if high >= 1 else 1.0
+    return [t * unit for t in ticks(low / unit, high / unit, most)]
+
+
+def text_width(text: str, size: float = FONT) -> float:
+    """Pixels that a text takes at most, in a common sans serif."""
+    return len(text) * size * 0.58
+
+
+def place_labels(
+    anchors: Sequence[tuple[float, float]],
+    texts: Sequence[Sequence[str]],
+    inside: Box,
+    *,
+    taken: Sequence[Box] = (),
+) -> list[tuple[Box, str]]:
+    """A box and a text for each anchor that cover no other box, mark or ``taken``, where there is such a place.
+
+    Args:
+        texts: for each anchor, the texts to try, the most telling first; the last one is taken anyway, where it
+            covers least.
+    """
+    marks = [Box(x - 7, y - 7, 14, 14) for x, y in anchors]
+    placed: list[tuple[Box, str]] = []
+    for (x, y), choices in zip(anchors, texts, strict=True):
+        best: tuple[float, Box, str] | None = None
+        for text in choices:
+            for box in _places(x, y, text_width(text) + 4, FONT + 4):
+                covered = sum(box.overlap(b) for b in (*marks, *taken, *(b for b, _ in placed)))
+                cost = covered + (0 if box.within(inside) else 1e6)
+                if best is None or cost < best[0] - 1e-9:
+                    best = (cost, box, text)
+            if best is not None and best[0] == 0:
+                break
+        assert best is not None
+        placed.append(best[1:])
+    return placed
+
+
+def _places(x: float, y: float, width: float, height: float) -> list[Box]:
+    """Around a mark, the near places first: right, left, above, below, and the corners."""
+    out = []
+    for away in (9, 16, 26, 38, 54, 72):
+        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (0.7, -0.7), (0.7, 0.7), (-0.7, -0.7), (-0.7, 0.7)):
+            cx, cy = x + dx * away, y + dy * away
+            left = cx if dx > 0 else cx - width if dx < 0 else cx - width / 2
+            top = cy if dy > 0 and dx == 0 else cy - height if dy < 0 and dx == 0 else cy - height / 2
+            out.append(Box(left, top, width, height))
+    return out
+
+
+def scatter(
+    points: Sequence[Point],
+    *,
+    width: int,
+    height: int,
+    x_text: Callable[[float], str],
+    y_text: Callable[[float], str],
+    x_name: str,
+    y_name: str,
+    y_limits: tuple[float, float] = (-math.inf, math.inf),
+    title: str,
+    describe: str,
+    long_labels: bool,
+    higher_is_better: bool = True,
+) -> Markup:
+    """A score against bytes, with confidence intervals and the Pareto front.
+
+    Args:
+        y_limits: beyond which a score has no meaning; the axis ends there.
+        long_labels: points of the front bear their label where it finds room, not their number alone.
+    """
+    low, high = min(p.x for p in points), max(p.x for p in points)
+    log = high > 8 * low
+    low, high = (low / 1.15, high * 1.15) if log else (0.0, high * 1.06)
+    bottom, top = min(p.y - p.half for p in points), max(p.y + p.half for p in points)
+    margin = 0.07 * (top - bottom) or 0.02 * abs(top) or 1.0
+    bottom, top = max(bottom - margin, y_limits[0]), min(top + margin, y_limits[1])
+    y_ticks = ticks(bottom, top, 7)
+    left = 16 + max(text_width(y_text(t)) for t in y_ticks)
+    plot = Box(left, 30, width - left - 12, height - 30 - 46)
+    sx = Scale(low, high, plot.x, plot.x + plot.width, log)
+    sy = Scale(bottom, top, plot.y + plot.height, plot.y + 8)
+    out = _frame(plot, y_name, x_name)
+    for value in y_ticks:
+        out.append(f'<line class="grid" x1="{plot.x:.1f}" x2="{plot.x + plot.width:.1f}" y1="{sy(value):.1f}" '
+                   f'y2="{sy(value):.1f}"/>')  # fmt: skip
+        out.append(_text(plot.x - 8, sy(value) + 4, y_text(value), "end"))
+    out += _x_ticks(byte_ticks(low, high, max(3, width // 110), log), sx, plot, x_text)
+    front = sorted((p for p in points if p.on_front), key=lambda p: p.x)
+    if front:
+        steps = [f"M{sx(front[0].x):.1f} {sy(front[0].y):.1f}"]
+        steps += [f"H{sx(p.x):.1f}V{sy(p.y):.1f}" for p in front[1:]]
+        steps.append(f"H{plot.x + plot.width:.1f}")
+        out.append(f'<path class="front" d="{"".join(steps)}"/>')
+    anchors = [(sx(p.x), sy(p.y)) for p in points]
+    for p, (x, _) in zip(points, anchors, strict=True):
+        if p.half:
+            ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
+            out.append(
+                f'<line class="interval {p.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+            )
+    for p, (x, y) in zip(points, anchors, strict=True):
+        out.append(
+            f"<g><title>{escape(p.title)}</title>{mark(p.shape, x, y, p.css + (' best' if p.on_front else ''))}</g>"
+        )
+    order = sorted(range(len(points)), key=lambda i: (not points[i].on_front, points[i].x))
+    texts = [
+        [f"{points[i].number} {points[i].label}", str(points[i].number)]
+        if long_labels and points[i].on_front
+        else [str(points[i].number)]
+        for i in order
+    ]
+    placed = place_labels([anchors[i] for i in order], texts, plot)
+    for i, (box, text) in zip(order, placed, strict=True):
+        x, y = anchors[i]
+        cx, cy = box.x + box.width / 2, box.y + box.height / 2
+        nx, ny = min(max(x, box.x), box.x + box.width), min(max(y, box.y), box.y + box.height)
+        if math.hypot(nx - x, ny - y) > 13:
+            out.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{nx:.1f}" y2="{ny:.1f}"/>')
+        out.append(_text(cx, cy + FONT * 0.36, text, "middle", "point" + (" strong" if points[i].on_front else "")))
+    return svg(out, width, height, title, describe)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve with what its repetitions span."""
+
+    css: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dots: Sequence[tuple[float, float]] = ()
+    """Marked besides: the validation loss."""
+
+
+def curves(
+    lines: Sequence[Line], *, width: int, height: int, x_high: float, y_limits: tuple[float, float], title: str,
+    describe: str,
+) -> Markup:  # fmt: skip
+    """Loss against steps; panels that are given the same limits can be compared by eye."""
+    y_ticks = ticks(*y_limits, 5)
+    left = 14 + max(text_width(f"{t:g}") for t in y_ticks)
+    plot = Box(left, 8, width - left - 14, height - 8 - 26)
+    sx = Scale(0, x_high, plot.x, plot.x + plot.width)
+    sy = Scale(*y_limits, plot.y + plot.height, plot.y)
+    out: list[str] = []
+    for value in y_ticks:
+        out.append(f'<line class="grid" x1="{plot.x:.1f}" x2="{plot.x + plot.width:.1f}" y1="{sy(value):.1f}" '
+                   f'y2="{sy(value):.1f}"/>')  # fmt: skip
+        out.append(_text(plot.x - 6, sy(value) + 4, f"{value:g}", "end"))
+    out += _x_ticks(ticks(0, x_high, 5), sx, plot, lambda v: f"{v:g}")
+
+    def path(xs: Sequence[float], ys: Sequence[float]) -> str:
+        clipped = [min(max(y, y_limits[0]), y_limits[1]) for y in ys]
+        return "L".join(f"{sx(x):.1f} {sy(y):.1f}" for x, y in zip(xs, clipped, strict=True))
+
+    for line in lines:
+        if line.low and len(line.xs) > 1:
+            there, back = path(line.xs, line.low), path(line.xs[::-1], line.high[::-1])
+            out.append(f'<path class="band {line.css}" d="M{there}L{back}Z"/>')
+    for line in lines:
+        if line.xs:
+            out.append(f'<path class="line {line.css}" d="M{path(line.xs, line.ys)}"/>')
+        for x, y in line.dots:
+            if y_limits[0] <= y <= y_limits[1]:
+                out.append(f'<circle class="dot {line.css}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="2.6"/>')
+    return svg(out, width, height, title, describe)
+
+
+def mark(shape: str, x: float, y: float, css: str) -> str:
+    """A mark of equal visual weight in four shapes."""
+    if shape == "circle":
+        return f'<circle class="mark {css}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+    if shape == "square":
+        return f'<rect class="mark {css}" x="{x - 5.4:.1f}" y="{y - 5.4:.1f}" width="10.8" height="10.8"/>'
+    far = 7.0 if shape == "triangle" else 7.4
+    corners = {
+        "triangle": ((0, -far), (far * 0.92, far * 0.72), (-far * 0.92, far * 0.72)),
+        "diamond": ((0, -far), (far, 0), (0, far), (-far, 0)),
+    }[shape]
+    return f'<path class="mark {css}" d="M{"L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in corners)}Z"/>'
+
+
+def swatch(shape: str, css: str) -> Markup:
+    """A mark for a legend."""
+    return Markup(f'<svg class="swatch" viewBox="0 0 18 18" aria-hidden="true">{mark(shape, 9, 9, css)}</svg>')
+
+
+def svg(parts: Sequence[str], width: int, height: int, title: str, describe: str) -> Markup:
+    """A figure with a title and a description for who does not see it."""
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title><desc>{escape(describe)}</desc>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _frame(plot: Box, y_name: str, x_name: str) -> list[str]:
+    end = plot.y + plot.height
+    return [
+        f'<line class="axis" x1="{plot.x:.1f}" x2="{plot.x + plot.width:.1f}" y1="{end:.1f}" y2="{end:.1f}"/>',
+        _text(4, 16, y_name, "start", "name"),
+        _text(plot.x + plot.width, end + 40, x_name, "end", "name"),
+    ]
+
+
+def _x_ticks(values: Sequence[float], sx: Scale, plot: Box, show: Callable[[float], str]) -> list[str]:
+    out, right = [], -math.inf
+    end = plot.y + plot.height
+    for value in values:
+        text, x = show(value), sx(value)
+        half = text_width(text) / 2
+        if x - half < right + 6 or x + half > plot.x + plot.width + 14:
+            continue  # it would run into the one before, or out of the picture
+        out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{end:.1f}" y2="{end + 4:.1f}"/>')
+        out.append(_text(x, end + 19, text, "middle"))
+        right = x + half
+    return out
+
+
+def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,85 @@
+"""Flags that several commands share. A command's own dataclass inherits them and gives its own defaults."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from memtrain_common.configure import at_least, below_one, positive
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Init = Literal["svd", "random"]
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """An adapter with its base model."""
+
+    adapter: str = ""
+    """Adapter folder."""
+    model: str = ""
+    """The base model's folder or hub name; empty takes the one that the adapter was trained on."""
+    out: str = ""
+    """Folder to write, new or empty."""
+    base_dtype: Dtype = "float32"
+    """Of the base weights; it must be the one that the adapter was trained with."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """One training of an adapter."""
+
+    # -- input and output
+    out: str = ""
+    """Run folder to make; empty names one in runs/ by date and time."""
+    resume: str = ""
+    """Run folder to go on with; other flags come from its config.json."""
+    model: str = ""
+    """Folder of a transformers model with its tokenizer, or its name on the hub."""
+    data_dir: str = ""
+    """Folder with the data set's files; empty reads it from the hub."""
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl."""
+    # -- LoRA-XS
+    rank: int = 0
+    """r: R is r×r."""
+    alpha: float = 0.0
+    """α: the update is scaled by α/r; 0 takes α = r."""
+    targets: tuple[str, ...] = ()
+    """Modules to adapt, by the ends of their names."""
+    init: Init = "svd"
+    """Bases from the SVD of each weight, or random ones (the ablation)."""
+    # -- optimizer
+    learning_rate: float = 1e-3
+    """Peak learning rate of R."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Rows a micro-batch, over all processes."""
+    max_length: int = 128
+    """Tokens a row is cut to."""
+    warmup_ratio: float = 0.0
+    """Part of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    # -- evaluation
+    eval_interval: int = 0
+    """Steps between evaluations and checkpoints."""
+    log_interval: int = 10
+    """Steps between logged rows."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the adapter gets: the last, or those of the best evaluation (picked on the reported rows)."""
+    # -- system
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "float32"
+    """Autocast's dtype."""
+    seed: int = 0
+    """Seed of R, the data order, dropout and whatever starts at random."""
+
+
+def check_training(config: TrainingFlags) -> None:
+    """What holds of the flags that glue and instruct share."""
+    at_least(config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1)
+    positive(config, "learning_rate", "epochs")
+    below_one(config, "warmup_ratio")

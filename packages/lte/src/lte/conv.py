@@ -1,0 +1,62 @@
+"""A convolution with H heads, by the paper's rule: A is a convolution like the layer's own with r output channels, B a
+1×1 convolution from r to the layer's channels.
+
+With W (m, c, kh, kw) seen as a matrix (m, n), n = c·kh·kw, that is LTE's linear layer on the patches: D_h = B_h A_h,
+with A_h (r, c·kh·kw) and B_h (m, r), and everything else (offsets, merges, resets) is a linear layer's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LTEConfig
+from .headed import Headed, ScaleGradient, cut
+from .layer import bias_of
+from .vectors import LTEVector
+
+
+class LTEConv2d(Headed, nn.Conv2d):
+    """A frozen ``nn.Conv2d`` and its heads; made by :func:`lte.inject`. Gradients as in :class:`lte.LTELinear`."""
+
+    def __init__(self, conv: nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None = None) -> None:
+        nn.Module.__init__(self)
+        if conv.groups != 1 or conv.padding_mode != "zeros":
+            raise ValueError(
+                f"a convolution with groups={conv.groups} and padding_mode={conv.padding_mode!r} cannot have heads: "
+                "add it to exclude"
+            )
+        for name in nn.Conv2d.__constants__:
+            setattr(self, name, getattr(conv, name))
+        self.add_heads(conv.weight, config, share, "float32")
+        self.bias = bias_of(conv, config, share)
+        self.train(conv.training)
+
+    def in_own_shape(self, matrix: Tensor) -> Tensor:
+        return matrix.view(len(matrix), self.in_channels, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, c, h, w) -> (N, m, h', w')
+        biases = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
+        if not self.training:
+            bias = self.bias if biases is None else biases[0]
+            return F.conv2d(x, self.effective_weight(), bias, self.stride, self.padding, self.dilation)
+        y = F.conv2d(
+            x, self.weight, None if biases is not None else self.bias, self.stride, self.padding, self.dilation
+        )
+        A, B = (ScaleGradient.apply(p, float(self.heads)) for p in (self.lora_A, self.lora_B))
+        A0, B0 = self.offsets()
+        if A0 is not None and B0 is not None:
+            A, B = torch.cat([A, A0], 1), torch.cat([B, -B0], 2)  # (H, ρ, n), (H, m, ρ)
+        scale = self.scale
+        if self.config.mode == "sequential":
+            A, B, scale = A.flatten(0, 1)[None], B.transpose(0, 1).flatten(1)[None], scale / self.heads
+        chunks, rho = cut(x, self)[0], A.shape[1]
+        rows = len(x) // chunks
+        grouped = x.view(chunks, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # (rows, H·c, h, w)
+        kernels = A.reshape(chunks * rho, self.in_channels, *self.kernel_size)
+        u = F.conv2d(grouped, kernels, None, self.stride, self.padding, self.dilation, groups=chunks)
+        u = u.view(rows, chunks, rho, -1)  # (rows, H, ρ, h'·w')
+        delta = (B.to(u.dtype) @ u).transpose(0, 1).reshape(y.shape)  # (rows, H, m, h'·w') -> (N, m, h', w')
+        y = torch.add(y, delta, alpha=scale)
+        if biases is not None:
+            y = y + biases.repeat_interleave(rows, 0)[..., None, None]  # (N, m, 1, 1)
+        return y

@@ -1,0 +1,282 @@
+"""What every layer with heads is: a frozen weight W (m, n), the factors of its heads, and merges.
+
+The delta of head h is D_h = B_h A_h − B'_h A'_h, where A', B' are the factors at the last merge, whose product is in W
+already (reset-less LTE; paper, Appendix A.2). Where B is reset at merges there is nothing to take off: D_h = B_h A_h.
+A merge adds s·mean_h D_h to W.
+
+The mean is always summed in the same order, a binary tree over the heads' numbers, so that it does not depend on how
+many processes hold them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .bases import join_float32, materialize, quantize_4bit, split_float32
+from .config import LTEConfig
+
+HEAD_TENSORS = ("lora_A", "lora_B", "merged_A", "merged_B")  # of the heads that this process holds, in dim 0
+OWN_TENSORS = (
+    *HEAD_TENSORS, "weight_low", "weight_codes", "weight_absmax", "weight_delta", "all_A", "all_B", "velocity",
+)  # fmt: skip
+
+
+class Headed(nn.Module):
+    """The base of :class:`lte.LTELinear`, :class:`lte.LTEConv2d` and :class:`lte.LTEVector`.
+
+    Parameters and buffers, where h of the H heads are held by this process (all of them, unless told otherwise):
+
+    - ``weight``: the frozen W in the layer's own shape; (m, n) after ``flatten(1)``. None with a 4-bit base.
+    - ``lora_A`` (h, r, n), ``lora_B`` (h, m, r): the heads. B begins at 0, so the layer's function is unchanged.
+    - ``merged_A``, ``merged_B``: the factors at the last merge; absent where B is reset.
+    - ``weight_low``, ``weight_codes``, …: see :mod:`lte.bases`. ``velocity`` (m, n): the outer momentum.
+    """
+
+    weight: Tensor
+    weight_low: Tensor
+    weight_codes: Tensor
+    weight_absmax: Tensor
+    weight_delta: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    merged_A: Tensor
+    merged_B: Tensor
+    all_A: Tensor
+    all_B: Tensor
+    velocity: Tensor
+    evaluated: Tensor | None
+
+    def add_heads(self, weight: Tensor, config: LTEConfig, share: tuple[int, int] | None, base: str) -> None:
+        """Take ``weight`` over as the frozen W and draw the heads.
+
+        Args:
+            share: (first, count) of the heads to hold; None holds all.
+            base: of :mod:`lte.bases`.
+        """
+        self.config, self.base = config, base
+        self.total_heads = config.heads
+        self.first_head, self.heads = share or (0, config.heads)
+        self.rank, self.scale = (config.rank if weight.dim() > 1 else 1), config.scale
+        master = weight.detach()
+        if master.dtype in (torch.bfloat16, torch.float16):
+            master = master.float()  # merges add small deltas: in bfloat16 a tenth of their sum would be lost
+        if base != "float32" and master.dtype != torch.float32:
+            raise ValueError(f"base {base!r} keeps float32 weights, and this layer's are {master.dtype}: use 'float32'")
+        self.matrix_shape = m, n = len(master), master[0].numel()
+        H, r = self.total_heads, self.rank
+        self.telescopes = (
+            base == "4bit" and config.reset == "none" and not config.outer and H * r * (m + n) < m * n
+        )  # W is W₀ + s·mean(B'A') with the merged factors of all H heads kept, instead of a running sum
+        self.evaluated = None  # W and all unmerged deltas, while lte.averaged() holds them ready
+        drawn = [A for _, A in draw_A(self, master)] if self.telescopes else []
+        A = torch.stack(drawn)[self._own] if drawn else master.new_empty(self.heads, r, n)
+        if not drawn:
+            for h, head in draw_A(self, master):
+                if 0 <= h - self.first_head < self.heads:
+                    A[h - self.first_head] = head
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(master.new_zeros(self.heads, m, r))
+        if self.telescopes:
+            self.register_buffer("all_A", torch.stack(drawn))
+            self.register_buffer("all_B", master.new_zeros(H, m, r))
+        elif config.reset == "none":
+            self.register_buffer("merged_A", A.detach().clone())
+            self.register_buffer("merged_B", torch.zeros_like(self.lora_B))
+        if config.outer_momentum:
+            self.register_buffer("velocity", master.new_zeros(m, n))
+        self._keep(master)
+
+    def _keep(self, master: Tensor) -> None:
+        if self.base == "float32":
+            self.weight = nn.Parameter(master, requires_grad=False)
+        elif self.base == "bfloat16":
+            high, low = split_float32(master)
+            self.weight = nn.Parameter(high, requires_grad=False)
+            self.register_buffer("weight_low", low)
+        else:
+            self.register_parameter("weight", None)
+            codes, absmax = quantize_4bit(master)
+            self.register_buffer("weight_codes", codes)
+            self.register_buffer("weight_absmax", absmax)
+            if not self.telescopes:
+                self.register_buffer("weight_delta", master.new_zeros(self.matrix_shape))
+
+    # -- the frozen weight ------------------------------------------------------------------------------------------
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What :func:`lte.bases.materialize` makes a 4-bit base's weight of; empty with other bases."""
+        if self.base != "4bit":
+            return ()
+        merged = (self.all_A, self.all_B) if self.telescopes else (self.weight_delta,)
+        return (self.weight_codes, self.weight_absmax, *merged)
+
+    def master(self) -> Tensor:
+        """W (m, n) with every digit that is kept."""
+        if self.base == "bfloat16":
+            return join_float32(self.weight, self.weight_low).flatten(1)
+        if self.base == "4bit":
+            return materialize(self.kept(), self.matrix_shape, self.scale / self.total_heads)
+        return self.weight.view(self.matrix_shape)
+
+    def _add_to_master(self, delta: Tensor) -> None:
+        if self.base == "bfloat16":
+            high, low = split_float32(self.master().add_(delta).view_as(self.weight))
+            self.weight.copy_(high)
+            self.weight_low.copy_(low)
+        elif self.base == "4bit":
+            self.weight_delta.add_(delta)
+        else:
+            self.weight.view(self.matrix_shape).add_(delta)
+
+    # -- deltas and merges ------------------------------------------------------------------------------------------
+
+    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+        """A' and B' of the heads held here; None where B is reset at merges."""
+        if self.telescopes:
+            return self.all_A[self._own], self.all_B[self._own]
+        if self.config.reset == "none":
+            return self.merged_A, self.merged_B
+        return None, None
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.first_head, self.first_head + self.heads)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Ã (h, ρ, n) and B̃ (h, m, ρ) with D_h = B̃_h Ã_h: ρ is 2r with offsets, [A; A'] and [B, −B'], else r."""
+        A0, B0 = self.offsets()
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if A0 is None or B0 is None:
+            return A, B
+        return torch.cat([A, A0], 1), torch.cat([B, -B0], 2)
+
+    def own_sum(self) -> Tensor:
+        """Σ D_h over the heads held here, (m, n), in the master's precision."""
+        return sum_of_products(*self.factors())
+
+    def mean_delta(self) -> Tensor:
+        """s·mean_h D_h over all heads, (m, n): what is not merged yet.
+
+        Raises:
+            RuntimeError: if other processes hold some of them.
+        """
+        if self.heads != self.total_heads:
+            raise RuntimeError(
+                f"this process holds {self.heads} of {self.total_heads} heads and cannot know the mean of all: "
+                "evaluate within lte.averaged(model, ranks)"
+            )
+        return self.own_sum().mul_(self.scale / self.total_heads)
+
+    def effective_weight(self) -> Tensor:
+        """The weight that evaluation uses, in the layer's shape: W plus the mean of all unmerged deltas."""
+        if self.evaluated is not None:
+            return self.evaluated
+        return self.in_own_shape(self.master() + self.mean_delta())
+
+    def in_own_shape(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once.
+
+        That is :func:`lte.merge` for one layer, without resets: those concern the optimizer, too.
+        """
+        self.take(self.mean_delta(), self.lora_A, self.lora_B)
+
+    @torch.no_grad()
+    def take(self, delta: Tensor, all_A: Tensor | None = None, all_B: Tensor | None = None) -> None:
+        """Take a mean delta of all heads into W, with outer momentum if there is one; A', B' ← A, B.
+
+        Args:
+            delta: s·mean_h D_h (m, n).
+            all_A, all_B: the factors of all H heads, where W telescopes.
+        """
+        if self.telescopes:
+            assert all_A is not None
+            assert all_B is not None
+            self.all_A.copy_(all_A)
+            self.all_B.copy_(all_B)
+            return
+        if self.config.outer:
+            velocity = self.velocity if self.config.outer_momentum else None
+            delta = outer_step(delta, velocity, self.config.outer_momentum, self.config.outer_lr)
+        self._add_to_master(delta)
+        if self.config.reset == "none":
+            self.merged_A.copy_(self.lora_A)
+            self.merged_B.copy_(self.lora_B)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator, *, A: bool) -> None:
+        """B ← 0, and a new A if asked: after a merge, the function of every head is W's."""
+        self.lora_B.zero_()
+        if A:
+            for h, head in draw_A(self, self.lora_A, generator):
+                if 0 <= h - self.first_head < self.heads:
+                    self.lora_A[h - self.first_head].copy_(head)
+
+    def extra_repr(self) -> str:
+        held = "" if self.heads == self.total_heads else f" (here {self.first_head} to {self._own.stop - 1})"
+        return f"heads={self.total_heads}{held}, rank={self.rank}, scale={self.scale:g}, base={self.base}"
+
+
+def draw_A(layer: Headed, like: Tensor, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+    """A new A (r, n) for each of the H heads, in order: every process draws them all, and keeps its own."""
+    m, n = layer.matrix_shape
+    gain = math.sqrt(m / n) if layer.config.init == "paper" else math.sqrt(n / layer.rank)
+    for h in range(layer.total_heads):
+        head = torch.empty(layer.rank, n, dtype=like.dtype, device=generator.device if generator else like.device)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            yield h, head.fill_(1)  # a vector's a, one number
+        else:
+            yield h, head if head.is_meta else nn.init.orthogonal_(head, gain, generator)
+
+
+def sum_of_products(A: Tensor, B: Tensor) -> Tensor:
+    """Σ_h B_h A_h (m, n) for A (h, ρ, n), B (h, m, ρ), one head a leaf of the tree."""
+    with torch.autocast(A.device.type, enabled=False):  # the difference of two products needs all digits
+        return tree_sum(lambda h: B[h] @ A[h], 0, len(A))
+
+
+def tree_sum(leaf: Callable[[int], Tensor], first: int, last: int) -> Tensor:
+    """leaf(first) + … + leaf(last − 1), halves before wholes: where a power of two of processes each sum an equal
+    part, and the parts are summed so, every addition is the same as in one process."""
+    if last - first == 1:
+        return leaf(first)
+    middle = (first + last) // 2
+    return tree_sum(leaf, first, middle).add_(tree_sum(leaf, middle, last))
+
+
+def outer_step(delta: Tensor, velocity: Tensor | None, momentum: float, lr: float) -> Tensor:
+    """Nesterov's step of DiLoCo (arXiv:2311.08105) for a mean delta: v ← μ v + Δ; -> η (Δ + μ v)."""
+    if velocity is None:
+        return delta * lr
+    velocity.mul_(momentum).add_(delta)
+    return (delta + momentum * velocity).mul_(lr)
+
+
+def cut(x: Tensor, layer: Headed) -> tuple[int, int]:
+    """(chunks, rows a chunk) of a batch: one chunk a head, or all in one in sequential mode.
+
+    Raises:
+        ValueError: if it cannot be cut equally.
+    """
+    if layer.config.mode == "sequential":
+        return 1, -1
+    if x.shape[0] % layer.heads:
+        raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {layer.heads} equal chunks, one a head")
+    return layer.heads, -1
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return g * ctx.factor, None

@@ -1,0 +1,121 @@
+"""A copy of a layer for each head, averaged at merges: the paper's rule for embeddings, and one policy for whatever
+else is trained besides the heads.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .config import LTEConfig
+from .headed import ScaleGradient, outer_step, tree_sum
+
+
+class Replicas(nn.Module):
+    """A layer (embedding, norm, linear, …) in as many copies as there are heads; made by :func:`lte.inject`.
+
+    Each parameter p of the layer is here, under its name, as (h, \\*p.shape), where h of the H heads are held by this
+    process. In training, chunk h of the batch goes through copy h, whose gradient is that of its own chunk's mean
+    loss. In evaluation there is one layer with the mean of all copies, and a merge makes all copies that mean.
+
+    Buffers, with outer momentum: ``anchor.p``, the parameter at the last merge, and ``velocity.p``.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        config: LTEConfig,
+        share: tuple[int, int] | None = None,
+        tied: frozenset[str] = frozenset(),
+    ) -> None:
+        """``parameters``: the stacked ones of :func:`stacked`; ``tied``: those of them that another layer merges."""
+        super().__init__()
+        self.config, self.total_heads = config, config.heads
+        self.first_head, self.heads = share or (0, config.heads)
+        self._layer = [copy.deepcopy(layer).to("meta")]  # in a list: its parameters are not this module's
+        self._tied = tied
+        self.evaluated: dict[str, Tensor] | None = None  # the means, while lte.averaged() holds them ready
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+            if name in tied:
+                continue
+            if config.outer:
+                self.register_buffer(f"anchor_{name}", parameter.detach()[0].clone())
+            if config.outer_momentum:
+                self.register_buffer(f"velocity_{name}", torch.zeros_like(parameter.detach()[0]))
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, …) -> (N, …)
+        layer = self._layer[0].train(self.training)
+        if not self.training:
+            return functional_call(layer, self.means(), (x,))
+        H = self.heads
+        if x.dim() < 2 and isinstance(layer, nn.Embedding):
+            raise ValueError(
+                "the copies of an embedding need indices (batch, …): these have no batch to cut into chunks"
+            )
+        if x.shape[0] % H:
+            raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {H} equal chunks, one a head")
+        own = {name: ScaleGradient.apply(p, float(H)) for name, p in self.named_parameters(recurse=False)}
+        chunks = x.reshape(H, -1, *x.shape[1:])
+        y = torch.vmap(lambda p, chunk: functional_call(layer, p, (chunk,)), randomness="different")(own, chunks)
+        return y.flatten(0, 1)
+
+    def own_sum(self, name: str) -> Tensor:
+        """The sum of parameter ``name`` over the copies held here."""
+        stack = self.get_parameter(name).detach()
+        return tree_sum(lambda h: stack[h].clone(), 0, self.heads)
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean over all copies, by the parameter's name.
+
+        Raises:
+            RuntimeError: if other processes hold some of them.
+        """
+        if self.evaluated is not None:
+            return self.evaluated
+        if self.heads != self.total_heads:
+            raise RuntimeError(
+                f"this process holds {self.heads} of {self.total_heads} copies and cannot know the mean of all: "
+                "evaluate within lte.averaged(model, ranks)"
+            )
+        return {name: self.own_sum(name).div_(self.heads) for name in self.names()}
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters(recurse=False)]
+
+    @torch.no_grad()
+    def take(self, means: dict[str, Tensor]) -> None:
+        """Make every copy the mean of all, moved on by outer momentum if there is one."""
+        buffers: dict[str, Any] = dict(self.named_buffers(recurse=False))
+        for name, mean in means.items():
+            if name in self._tied:
+                continue
+            if self.config.outer:
+                anchor, velocity = buffers[f"anchor_{name}"], buffers.get(f"velocity_{name}")
+                step = outer_step(mean - anchor, velocity, self.config.outer_momentum, self.config.outer_lr)
+                mean = anchor.add_(step)
+            self.get_parameter(name).copy_(mean.expand_as(self.get_parameter(name)))
+
+    def extra_repr(self) -> str:
+        return f"{self._layer[0]}, heads={self.total_heads}"
+
+
+def stacked(layer: nn.Module, held: int) -> dict[str, nn.Parameter]:
+    """The layer's own parameters, each in ``held`` copies.
+
+    Raises:
+        ValueError: if the layer has buffers or children, whose copies would have to be kept as well.
+    """
+    if next(layer.buffers(), None) is not None or next(layer.children(), None) is not None:
+        raise ValueError(
+            f"{type(layer).__name__} has buffers or parts of its own and cannot have copies for heads: leave its kind "
+            "out of replicas"
+        )
+    return {
+        name: nn.Parameter(p.detach().expand(held, *p.shape).clone())
+        for name, p in layer.named_parameters(recurse=False)
+    }

@@ -1,0 +1,126 @@
+"""The state of a training whose heads are spread over processes, as one state in the order of all heads, and back.
+
+A checkpoint therefore does not say how many processes made it, and any number that divides the heads can go on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .headed import HEAD_TENSORS, draw_A
+from .injection import headed, replicas
+from .parameters import copied_parameters, head_parameters, shared_parameters
+from .ranks import Ranks
+
+State = dict[str, Any]  # {"model": state dict, "optimizer": state dict, …}
+
+
+class HeadShards:
+    """What a training loop needs to know of heads on several processes.
+
+    Args:
+        model: injected with the same ``ranks``; None where every process holds all heads.
+        optimizer: over its parameters, whose state is tensors of a parameter's shape (moments) and single numbers.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
+        self._model, self._optimizer, self._ranks = model, optimizer, ranks
+        self.apart = ranks is not None and ranks.size > 1
+        self._shared = shared_parameters(model)
+        self.heads = next(iter(headed(model).values())).total_heads
+
+    def average_gradients(self) -> None:
+        """After the backward pass: parameters that are one for all heads get the mean gradient of all processes."""
+        if self._ranks is not None:
+            self._ranks.average_gradients(self._shared)
+
+    def gather(self, state: State) -> State:
+        """The whole state, on the first process; the others keep theirs. Every process calls it."""
+        ranks = self._ranks
+        if ranks is None or ranks.size == 1:
+            return state
+        return self._each(state, lambda t: ranks.gather_to_first(t, "checkpoints"))
+
+    def scatter(self, state: State) -> State:
+        """This process's part of a whole state, which may have been made with H₀ heads where H is a multiple of H₀:
+        each head is then copied H/H₀ times, moments included. The mean of the heads, and so the model, stays.
+
+        Raises:
+            ValueError: if H is no multiple of H₀.
+        """
+        first, count = self._ranks.share(self.heads) if self._ranks is not None else (0, self.heads)
+
+        def own(t: Tensor, *, whole: bool = False) -> Tensor:
+            if self.heads % len(t):
+                raise ValueError(
+                    f"it was made with {len(t)} heads, which can become a multiple of {len(t)} but not {self.heads}: "
+                    "its merged model can begin a new run"
+                )
+            every = t.repeat_interleave(self.heads // len(t), 0) if len(t) != self.heads else t
+            return every if whole else every[first : first + count].clone()
+
+        state = self._each(state, own)
+        everywhere = {f"{path}.{t}" for path, layer in headed(self._model).items() if layer.telescopes for t in _ALL}
+        model = {n: own(t, whole=True) if n in everywhere else t for n, t in state["model"].items()}
+        return {**state, "model": model}
+
+    def alone(self, state: State) -> State:
+        """A whole state from this process's alone, when others are lost: W and all that is not heads' own as it is
+        here, which is the last merge; every head anew (or, where W telescopes, as it was merged), without moments;
+        the mean of this process's copies for every copy.
+        """
+        model = dict(state["model"])
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        for path, layer in headed(self._model).items():
+            A, B = (
+                (layer.all_A, layer.all_B)
+                if layer.telescopes
+                else (torch.stack([a.clone() for _, a in draw_A(layer, layer.lora_A.detach(), generator)]), None)
+            )
+            B = layer.lora_B.detach().new_zeros(len(A), *layer.lora_B.shape[1:]) if B is None else B
+            for name in HEAD_TENSORS:
+                if f"{path}.{name}" in model:
+                    model[f"{path}.{name}"] = (A if name.endswith("A") else B).clone()
+        for path, copy in replicas(self._model).items():
+            for name in copy.names():
+                mean = copy.own_sum(name).div_(copy.heads)
+                model[f"{path}.{name}"] = mean.expand(self.heads, *mean.shape).clone()
+        own = self._own_indices()
+        moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
+        return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
+
+    def _each(self, state: State, change: Any) -> State:
+        """The state with ``change`` applied to each tensor that has a head a row."""
+        names = {f"{path}.{t}" for path in headed(self._model) for t in HEAD_TENSORS}
+        names |= {f"{path}.{n}" for path, copy in replicas(self._model).items() for n in copy.names()}
+        done: dict[tuple[int, torch.Size], Tensor] = {}  # tied copies are one tensor, before and after
+
+        def changed(tensor: Tensor) -> Tensor:
+            key = (tensor.data_ptr(), tensor.shape)
+            if tensor.numel() == 0 or key not in done:
+                done[key] = change(tensor)
+            return done[key]
+
+        model = {n: changed(t) if n in names else t for n, t in state["model"].items()}
+        parameters, own = self._parameters(), self._own_indices()
+        moments: dict[int, dict[str, Any]] = {}
+        for i, entries in state["optimizer"]["state"].items():
+            inner = parameters[i].shape[1:]
+            moments[i] = {
+                k: change(v) if i in own and isinstance(v, Tensor) and v.dim() and v.shape[1:] == inner else v
+                for k, v in entries.items()
+            }
+        return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [
+            p for group in self._optimizer.param_groups for p in group["params"]
+        ]  # in the order of the state's keys
+
+    def _own_indices(self) -> set[int]:
+        own = {*head_parameters(self._model), *copied_parameters(self._model)}
+        return {i for i, p in enumerate(self._parameters()) if p in own}
+
+
+_ALL = ("all_A", "all_B")

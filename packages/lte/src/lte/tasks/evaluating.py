@@ -1,0 +1,36 @@
+"""``--eval-only``: the validation loss of weights that exist, as nanoGPT's ``eval_only``."""
+
+from contextlib import closing
+
+import torch
+from memtrain_common.batches import to_device
+from memtrain_common.console import Console
+from memtrain_common.distributed import World
+from memtrain_common.gpt import next_token_loss
+from memtrain_common.loop import DTYPES
+from memtrain_common.text import Corpus, Crops
+
+from .starting import plain_model, starting_gpt
+from .train_config import TrainConfig
+
+
+@torch.no_grad()
+def evaluate_only(config: TrainConfig, corpus: Corpus, crops: Crops, device: torch.device, world: World) -> None:
+    """Say the validation loss of ``--resume`` or ``--init-from``; nothing is trained or written."""
+    if not world.is_main:
+        return
+    console = Console()
+    what = config.resume or config.init_from
+    model = plain_model(what)[0] if config.resume else starting_gpt(config, resumed=False)
+    model = model.to(device).eval()
+    dtype = DTYPES[config.dtype]
+    losses = []
+    with closing(console.progress(config.eval_iters, label="evaluating")) as bar:
+        for batch in crops.validation(config.eval_iters):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses.append(next_token_loss(model, to_device(batch, device)).item())
+            bar.update()
+    unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[corpus.tokenizer.name]
+    tokens = len(losses) * crops.batch_size * crops.block_size
+    mean = sum(losses) / len(losses)
+    console.say(f"{what}: validation loss {mean:.4f} nats per {unit} on {tokens:,} {unit}s of {corpus.name}")

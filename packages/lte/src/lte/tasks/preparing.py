@@ -1,0 +1,299 @@
+"""The work of ``lte-prepare``: documents in, bins out; in parallel, and going on where a kill left it.
+
+Documents are gathered into pieces of about a million characters. Threads tokenize pieces (tiktoken lets go of Python's
+lock), and their tokens are appended in order to the bins in ``OUT/.preparing``, where a journal says how many pieces
+are in the files and how long these are then. Whoever goes on cuts the files to those lengths and skips those pieces, so
+the bins come out as if nothing had happened. When all is there, files are moved into place, ``meta.json`` last.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memtrain_common.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
+from memtrain_common.console import Console, format_bytes, format_count, format_table
+from memtrain_common.documents import Source, find_sources, is_table
+from memtrain_common.errors import Stopped, UserError
+from memtrain_common.files import write_json
+from memtrain_common.folders import LOCK, lock_folder
+from memtrain_common.hub import hub_rows
+from memtrain_common.nanogpt_meta import write_meta_pickle
+from memtrain_common.stop_signals import StopSignals
+from memtrain_common.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
+
+from .pieces import Cutting, Piece
+from .prepare import PROG, DataSet, PrepareConfig
+
+JOURNAL = "journal.json"
+_FLUSH_SECONDS = 2.0  # between two entries of the journal: at most this much work is done again
+Counts = dict[str, dict[str, int]]
+
+
+def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
+    """Prepare, or go on, or say that it is done."""
+    console, out = Console(), Path(config.out)
+    work = out / UNFINISHED
+    finished = (out / META).exists()
+    if not finished and not work.exists() and any((out / f"{s}.bin").exists() for s in SPLITS):
+        raise UserError(f"{out} holds bins that {PROG} did not make: choose another --out")
+    made = [p for p in (work, *work.parents) if not p.exists()]  # innermost first
+    if not finished:
+        work.mkdir(parents=True, exist_ok=True)
+        lock_folder(work)
+    try:
+        plan, coder, cutting = _plan(config, known, work, console)
+        if finished:
+            _compare(json.loads((out / META).read_text())["plan"], plan, f"{out} was prepared", "choose another --out")
+            shutil.rmtree(work, ignore_errors=True)
+            console.say(f"{out} is prepared already: {PROG} has nothing to do")
+            return
+        if not (work / META).exists():
+            counts = _tokenize(config, plan, coder, cutting, work, console)
+            _describe(config, plan, coder, counts, work, words)
+    except UserError:
+        if made and not (work / JOURNAL).exists():
+            shutil.rmtree(made[-1], ignore_errors=True)
+        raise
+    _publish(work, out)
+    _report(json.loads((out / META).read_text()), out, console)
+
+
+def _plan(
+    config: PrepareConfig, known: DataSet | None, work: Path, console: Console
+) -> tuple[dict[str, Any], Tokenizer, Cutting]:
+    """What the bins depend on, the tokenizer, and how the documents are cut."""
+    sources = _sources(config, known, work, console)
+    single = len(sources) == 1 and not is_table(sources[0])
+    separator = config.separator or ("nothing" if single else "eot" if config.tokenizer == "gpt2" else "newline")
+    cutting = Cutting(tuple(sources), config.val_fraction, separator, single)
+    coder: Tokenizer
+    if config.tokenizer == "gpt2":
+        coder = GPT2Tokenizer(Path(config.tokenizer_dir) if config.tokenizer_dir else None)
+    elif config.tokenizer == "bytes":
+        coder = ByteTokenizer()
+    else:
+        coder = CharTokenizer(_characters(cutting, console))
+    if coder.vocab_size > 2**16:
+        raise UserError(f"a vocabulary of {coder.vocab_size} does not fit into uint16: use --tokenizer gpt2")
+    plan = {
+        "tokenizer": coder.name,
+        "vocab_size": coder.vocab_size,
+        "characters": coder.characters if isinstance(coder, CharTokenizer) else None,
+        "separator": separator,
+        "val_fraction": config.val_fraction if cutting.divides else None,
+        "column": config.column if is_table(sources[0]) else None,
+        "sources": [{**s.fingerprint(), "split": s.split} for s in sources],
+    }
+    return plan, coder, cutting
+
+
+def _sources(config: PrepareConfig, known: DataSet | None, work: Path, console: Console) -> list[Source]:
+    """The files or the hub's rows; which of them are for training and which for validation."""
+    if config.data_dir:
+        sources = find_sources(Path(config.data_dir), config.column)
+    elif known is not None and known.hub is not None:
+        name, subset, revision = known.hub
+        sources = []
+        for theirs, ours in known.hub_splits.items():
+            rows = hub_rows(name, subset, theirs, revision=revision)
+            if hasattr(rows, "select_columns"):
+                rows = rows.select_columns([config.column])
+            sources.append(Source(f"{name} {theirs}", len(rows), ours, None, config.column, rows))
+    else:
+        assert known is not None
+        return [_download(known, work / "input.txt", console)]
+    splits = {s.split for s in sources}
+    if "train" not in splits or not any(is_table(s) for s in sources):  # names of texts say nothing of splits
+        return [replace(s, split=None) for s in sources]
+    astray = next((s.name for s in sources if s.split is None), None)
+    if astray is not None:
+        raise UserError(
+            f"{astray} names no split, and other files do: name it after train, val or test, or take it out"
+        )
+    return sources
+
+
+def _download(known: DataSet, path: Path, console: Console) -> Source:
+    """Tiny Shakespeare from where nanoGPT takes it, its hash checked."""
+    if not path.exists():
+        from urllib.request import urlopen
+
+        console.say(f"downloading {known.url}")
+        try:
+            with urlopen(known.url, timeout=60) as answer:
+                raw = answer.read()
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
+            raise UserError(f"{known.url} could not be downloaded ({reason}): give the text by --data-dir") from None
+        if hashlib.sha256(raw).hexdigest() != known.sha256:
+            raise UserError(f"{known.url} is not the text that was expected: give the text by --data-dir")
+        partial = path.with_suffix(".part")
+        partial.write_bytes(raw)
+        os.replace(partial, path)
+    return Source(path.name, path.stat().st_size, None, path)
+
+
+def _characters(cutting: Cutting, console: Console) -> str:
+    """All characters of all documents: a pass of its own, since tokens are numbers in their order."""
+    found = set("\n") if cutting.separator == "newline" else set()
+    with contextlib.closing(console.progress(cutting.size, label="characters", scale=True)) as bar:
+        for piece in cutting.pieces():
+            found.update(*(part.text for part in piece.parts))
+            bar.update(piece.position - bar.n)
+    return "".join(sorted(found))
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], what: str, way_out: str) -> None:
+    """Refuse to mix two preparations, naming the first difference."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            if name == "sources":
+                raise UserError(f"{what} from other files: {way_out}")
+            raise UserError(f"{what} with {name.replace('_', '-')} {before.get(name)!r}, not {value!r}: {way_out}")
+
+
+def _tokenize(
+    config: PrepareConfig, plan: dict[str, Any], coder: Tokenizer, cutting: Cutting, work: Path, console: Console
+) -> Counts:
+    """Every piece into ``work``'s bins: -> tokens, documents and bytes of text by split."""
+    journal: dict[str, Any] = {"pieces": 0, "counts": {}}
+    path = work / JOURNAL
+    if path.exists():
+        journal = json.loads(path.read_text())
+        way_out = f"give what it was begun with, or remove {work} to begin anew"
+        _compare(journal["plan"], plan, f"{work.parent} holds a preparation that was begun", way_out)
+        console.say(f"going on with {work.parent} after {journal['pieces']} pieces")
+    done: int = journal["pieces"]
+    counts: Counts = journal["counts"]
+    files = {}
+    for split in SPLITS:
+        files[split] = (work / f"{split}.bin").open("ab")
+        files[split].truncate(2 * counts.setdefault(split, {"tokens": 0, "documents": 0, "text_bytes": 0})["tokens"])
+    ends = plan["separator"] == "eot"
+    bar = console.progress(cutting.size, label="tokenizing", scale=True)
+    workers = config.workers or os.cpu_count() or 1
+    flushed = time.monotonic()
+
+    def flush() -> None:
+        nonlocal flushed
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(path, {"plan": plan, "pieces": done, "counts": counts})
+        flushed = time.monotonic()
+
+    def write(piece: Piece, tokens: dict[str, Tokens]) -> None:
+        nonlocal done
+        for split, array in tokens.items():
+            files[split].write(array.data)
+            counts[split]["tokens"] += len(array)
+        for part in piece.parts:
+            counts[part.split]["documents"] += part.ends_document
+            counts[part.split]["text_bytes"] += len(part.text.encode())
+        done += 1
+        bar.update(piece.position - bar.n)
+        bar.set_postfix_str(f", {format_count(sum(c['tokens'] for c in counts.values()))} tokens", refresh=False)
+        if time.monotonic() - flushed > _FLUSH_SECONDS:
+            flush()
+
+    pending: deque[tuple[Piece, Future[dict[str, Tokens]]]] = deque()
+    with StopSignals() as stop, ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as closing:
+        for file in files.values():
+            closing.callback(file.close)
+        closing.callback(bar.close)
+        for number, piece in enumerate(cutting.pieces()):
+            if number < done:
+                bar.update(piece.position - bar.n)
+                continue
+            if stop.received:
+                break
+            pending.append((piece, pool.submit(_encode, piece, coder, ends)))
+            if len(pending) > 2 * workers:
+                first, tokens = pending.popleft()
+                write(first, tokens.result())
+        while pending:
+            first, tokens = pending.popleft()
+            write(first, tokens.result())
+        flush()
+        if stop.received:
+            name = Stopped(stop.received, "").name
+            raise Stopped(stop.received, f"stopped by {name} after {done} pieces; the same command goes on")
+    for split, what in (("train", "training"), ("val", "validation")):
+        if not counts[split]["tokens"]:
+            shutil.rmtree(work)
+            raise UserError(
+                f"{cutting.documents} documents leave none for {what} at --val-fraction {config.val_fraction}: use "
+                "more documents or another fraction"
+            )
+    if cutting.skipped:
+        console.say(f"{cutting.skipped:,} rows without text were passed over")
+    return counts
+
+
+def _encode(piece: Piece, coder: Tokenizer, ends: bool) -> dict[str, Tokens]:
+    """A piece's tokens by split, in order; with ``ends``, <|endoftext|> behind each document."""
+    tokens: dict[str, Tokens] = {}
+    for split in SPLITS:
+        parts = [part for part in piece.parts if part.split == split]
+        if not parts:
+            continue
+        if isinstance(coder, GPT2Tokenizer):
+            all_tokens = coder.encode_documents([part.text for part in parts])
+            kept = all_tokens != coder.end_of_text
+            kept[~kept] = [ends and part.ends_document for part in parts]
+            tokens[split] = all_tokens[kept].astype("<u2")
+        else:
+            tokens[split] = coder.encode("".join(part.text for part in parts).encode()).astype("<u2")
+    return tokens
+
+
+def _describe(
+    config: PrepareConfig, plan: dict[str, Any], coder: Tokenizer, counts: Counts, work: Path, words: list[str]
+) -> None:
+    """The files beside the bins; ``meta.json`` last, which says that all are whole."""
+    splits: dict[str, dict[str, Any]] = {}
+    for split, numbers in counts.items():
+        path = work / f"{split}.bin"
+        if not numbers["tokens"]:  # no test split
+            path.unlink()
+            continue
+        with path.open("rb") as file:
+            splits[split] = {**numbers, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    if config.tokenizer == "gpt2" and config.tokenizer_dir:
+        for name in GPT2_FILES:
+            shutil.copyfile(Path(config.tokenizer_dir) / name, work / name)
+    if isinstance(coder, CharTokenizer):
+        write_meta_pickle(work / META_PICKLE, coder.characters)
+    made = {"command": shlex.join(words), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    top = {k: plan[k] for k in ("tokenizer", "vocab_size", "characters", "separator")}
+    write_json(work / META, {"dataset": config.dataset or None, **top, "splits": splits, **made, "plan": plan})
+
+
+def _publish(work: Path, out: Path) -> None:
+    """Move the finished files into place, ``meta.json`` last; a kill in between is mended by doing it again."""
+    for path in sorted(p for p in work.iterdir() if p.name not in (JOURNAL, LOCK, META) and p.suffix != ".partial"):
+        os.replace(path, out / path.name)
+    os.replace(work / META, out / META)
+    shutil.rmtree(work)
+
+
+def _report(meta: dict[str, Any], out: Path, console: Console) -> None:
+    after = {"eot": "<|endoftext|>", "newline": "a newline", "nothing": "nothing"}[meta["separator"]]
+    rows: list[tuple[str, ...]] = [("", "documents", "tokens", "text", "bytes/token")]
+    for split, numbers in meta["splits"].items():
+        ratio = f"{numbers['text_bytes'] / numbers['tokens']:.3f}"
+        size = format_bytes(numbers["text_bytes"])
+        rows.append((split, f"{numbers['documents']:,}", f"{numbers['tokens']:,}", size, ratio))
+    console.say(format_table(rows))
+    console.say(f"{meta['tokenizer']} tokens, vocabulary {meta['vocab_size']}; {after} after each document")
+    console.say(f"{out}: train on it with lte-train --data-dir {out}")

@@ -1,0 +1,170 @@
+"""Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours, its heads merged."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memtrain_common.checkpoint import load, verify
+from memtrain_common.errors import UserError
+from memtrain_common.gpt import GPT, GPTConfig
+from memtrain_common.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt
+from memtrain_common.run_folder import RunFolder
+from memtrain_common.state_tree import same_shapes
+from memtrain_common.text import Corpus
+from torch import nn
+
+from ..injection import inject, merged_state_dict
+from .train_config import TrainConfig, lte_config
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest checkpoint as a plain model, and what the run says of itself."""
+
+    plain: PlainGPT
+    config: TrainConfig
+    data: dict[str, Any]
+    """The corpus: ``Corpus.describe()``."""
+    step: int
+    best_loss: float | None
+
+
+def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
+    """The weights that a word names, and the corpus that they were trained on, where that is known.
+
+    Args:
+        init_from: one of OpenAI's four names, a run folder, ``ckpt.pt`` or its folder, or a transformers folder. What
+            exists on disk comes before a name.
+
+    Raises:
+        UserError: if there is no such thing, or it is damaged.
+    """
+    path = Path(init_from)
+    if path.is_file():
+        return read_nanogpt(path), None
+    if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
+        trained = read_run(path)
+        return trained.plain, trained.data
+    if (path / "ckpt.pt").is_file():
+        return read_nanogpt(path / "ckpt.pt"), None
+    if (path / "config.json").is_file():
+        return read_gpt2(path), None
+    if init_from in GPT2_NAMES and not path.exists():
+        return read_gpt2(download_gpt2(init_from)), None
+    raise UserError(
+        f"--init-from {init_from} is neither scratch, resume, {', '.join(GPT2_NAMES)}, nor a folder with a run, a "
+        "GPT-2 or nanoGPT's ckpt.pt"
+    )
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+        return isinstance(content, dict) and isinstance(content.get("config"), dict)
+    except ValueError:
+        return False
+
+
+def read_run(folder: Path) -> Trained:
+    """A run's newest valid checkpoint, its heads merged; the run itself is left as it is.
+
+    Raises:
+        UserError: if it is no run of lte-train's, or has no checkpoint that verifies.
+    """
+    run = RunFolder.open(folder, writes=False)
+    content = run.read_config()
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
+        config, data = TrainConfig(**values), content["data"]
+        config = replace(config, vocab_size=config.vocab_size or padded(data["vocab_size"]))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder} was not made by this version of lte-train: {error}") from None
+    wrong = "there is none"
+    for step in reversed(run.checkpoints.steps()):
+        path = run.checkpoints.path(step)
+        wrong = verify(path) or ""
+        if wrong:
+            continue
+        state = load(path)
+        model: nn.Module = GPT(gpt_config(config))
+        if config.method == "lte":  # a run that was to go on with more heads may not have saved any yet
+            heads = next(len(t) for name, t in state["model"].items() if name.endswith(".lora_A"))
+            inject(model, lte_config(replace(config, lte_heads=heads)))
+        difference = same_shapes(state["model"], model.state_dict())
+        if difference is not None:
+            raise UserError(f"{path} belongs to another model: {difference}")
+        model.load_state_dict(state["model"])
+        weights = {name: value.clone() for name, value in merged_state_dict(model).items()}
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        best = state["progress"]["best"]
+        return Trained(PlainGPT(gpt_config(config), weights), config, data, step, best[1] if best else None)
+    raise UserError(f"{folder} has no intact checkpoint ({wrong}): train it first, or for longer")
+
+
+def gpt_config(config: TrainConfig) -> GPTConfig:
+    """The model of a configuration whose vocabulary is known."""
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    return GPTConfig(**{name: getattr(config, name) for name in names})
+
+
+def padded(vocab: int) -> int:
+    """nanoGPT: a large vocabulary that is a multiple of 64 multiplies faster."""
+    return vocab if vocab < 1000 else (vocab + 63) // 64 * 64
+
+
+def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """The configuration with the vocabulary of the corpus, or all of the architecture of the weights to begin with.
+
+    Raises:
+        UserError: if the weights do not fit the corpus, the block or the frozen blocks.
+    """
+    vocab = corpus.tokenizer.vocab_size
+    config = replace(config, tokenizer=corpus.tokenizer.name)  # type: ignore[arg-type]
+    if config.init_from == "scratch" or config.resume:
+        if 0 < config.vocab_size < vocab:
+            raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
+        return replace(config, vocab_size=config.vocab_size or padded(vocab))
+    plain, data = find_weights(config.init_from)
+    theirs = plain.config
+    tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None
+    if tokenizer not in (None, corpus.tokenizer.name):
+        raise UserError(
+            f"{config.init_from} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the "
+            f"text for it (--tokenizer {tokenizer}, or lte-prepare)"
+        )
+    if data and data.get("characters") != corpus.describe().get("characters"):
+        raise UserError(f"{config.init_from} was trained on other characters than {corpus.name} has: its tokens differ")
+    if theirs.vocab_size < vocab:
+        raise UserError(f"{config.init_from} knows {theirs.vocab_size} tokens and {corpus.name} has {vocab}")
+    if config.block_size > theirs.block_size:
+        raise UserError(
+            f"--block-size {config.block_size} is longer than the {theirs.block_size} positions of {config.init_from}"
+        )
+    if config.method == "lte" and config.freeze_n >= theirs.n_layer:
+        raise UserError(f"--freeze-n {config.freeze_n} leaves none of the {theirs.n_layer} blocks for heads")
+    shape = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
+    return replace(config, **shape)
+
+
+def starting_gpt(config: TrainConfig, *, resumed: bool) -> GPT:
+    """The model to begin with; ``resumed`` leaves the weights to the checkpoint that will be loaded."""
+    model = GPT(gpt_config(config))
+    if config.init_from != "scratch" and not resumed:
+        plain, _ = find_weights(config.init_from)
+        model.load_state_dict(plain.cropped(config.block_size).weights)
+    return model
+
+
+def freeze(model: nn.Module, blocks: int) -> None:
+    """Freeze the embeddings and the first ``blocks`` blocks (nanoGPT-LTE's ``freeze_n``); 0 freezes nothing."""
+    if blocks:
+        frozen = ["transformer.wte", "transformer.wpe", *(f"transformer.h.{i}" for i in range(blocks))]
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
+
+
+def plain_model(name: str) -> tuple[GPT, dict[str, Any] | None]:
+    """A plain GPT in eval mode with the weights that a word names, and its corpus where that is known."""
+    plain, data = find_weights(name)
+    return plain.model().eval(), data

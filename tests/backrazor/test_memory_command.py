@@ -1,0 +1,137 @@
+"""backrazor-memory: predicted as measured, layers and operations add up, known shapes, pictures, mistakes."""
+
+import json
+import re
+from contextlib import nullcontext
+
+import matplotlib.figure
+import pytest
+from backrazor.tasks.memory import alike, saved
+from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
+from backrazor.tasks.shapes import shaped
+from memtrain_common.prediction import fake_step
+from support import assert_refused, run_command
+
+pytestmark = pytest.mark.usefixtures("loaded")
+PROG = "backrazor-memory"
+
+
+def memory(cwd, *words, draw=False):
+    def no_pictures():
+        matplotlib.figure.Figure.savefig = lambda self, path: None
+
+    return run_command([PROG, *words], cwd, before=None if draw else no_pictures)
+
+
+SMALL = {
+    "vit-mini": ["--image-size", "24"],
+    "vit-mini eager": ["--image-size", "24", "--eager"],
+    "resnet20": [],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_predicted_is_measured(tmp_path, name):
+    found = []
+    for more in ([], ["--measure"]):
+        words = [name.split()[0], *SMALL[name], "--batch-size", "3", "--json", "a.json", *more]
+        done = memory(tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "a.json").read_text()))
+    assert found[0].pop("measured") is False
+    assert found[1].pop("measured") is True
+    assert found[0] == found[1]
+    one = found[0]
+    assert one["dense"] == sum(p["dense"] for p in one["saved"])
+    assert one["back_razor"] == sum(p["back_razor"] for p in one["saved"])
+    assert one["dense"] > 8 * one["back_razor"]
+    shown = re.findall(r"total .*? ([\d.]+)×", done.stdout)
+    assert float(shown[-1]) == pytest.approx(one["dense"] / one["back_razor"], abs=0.06)
+    assert ("softmax" in done.stdout) == ("eager" in name)
+
+
+def test_a_picture_and_tables(tmp_path):
+    done = memory(tmp_path, "resnet20", "--layers", "all", "--out", "r.png", draw=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "layer3.2.conv2" in done.stdout
+    assert "batch_norm" in done.stdout
+    none = memory(tmp_path, "resnet20", "--layers", "none")
+    assert "by layer" not in none.stdout
+    folded = memory(tmp_path, "resnet20").stdout
+    assert "layer3.*.conv2" in folded
+    assert "layer3.2" not in folded
+
+
+def test_names_that_differ_in_the_block_alone():
+    assert alike("vit.layers.11.mlp.fc1") == "vit.layers.*.mlp.fc1"
+    assert alike("layer1.0") == "layer1.*"
+    assert alike("h.3.attn.1.c") == "h.*.attn.1.c"
+    assert alike("(model)") == "(model)"
+    assert alike("fc1") == "fc1"
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_shapes_are_built_without_memory(name):
+    """Published counts of parameters, a head of 100 classes left out."""
+    published = {"vit-b-16": 85.8e6, "vit-s-16": 21.67e6, "resnet18": 11.18e6, "resnet50": 23.51e6, "gpt2": 124.4e6,
+                 "mobilenet_v2": 2.22e6, "bert-base": 109.5e6, "bert-large": 335.1e6, "roberta-base": 124.6e6,
+                 "gpt2-medium": 354.8e6, "gpt2-large": 774.0e6, "gpt2-xl": 1557.6e6}  # fmt: skip
+    with fake_step():
+        model = shaped(MemoryConfig(model=name)).build()
+        body = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("classifier", "fc.", "linear.")))
+    if name in published:
+        assert body == pytest.approx(published[name], rel=0.01)
+    else:
+        assert body > 1e5
+
+
+def test_a_folder_of_transformers(tmp_path, encoder):
+    done = memory(tmp_path, encoder, "--sequence-length", "20", "--layers", "none")
+    assert done.returncode == 0, done.stderr
+    assert "8 sequences of 20 tokens" in done.stdout
+    too_long = memory(tmp_path, encoder, "--sequence-length", "65")
+    assert_refused(too_long, "beyond the 64 positions")
+    from memtrain_common.vit import build_vit
+
+    build_vit("mini", image_size=16, patch_size=4, classes=3).save_pretrained(tmp_path / "vit")
+    done = memory(tmp_path, "vit", "--layers", "none")
+    assert "8 pictures of 16×16 pixels" in done.stdout
+    assert memory(tmp_path, "vit", "--image-size", "32", "--layers", "none").returncode == 0
+
+
+def test_frozen_weights_save_less():
+    totals = {}
+    for train in ("full", "bitfit", "head"):
+        config = MemoryConfig(model="vit-mini", image_size=16, train=train)
+        totals[train] = sum(saved(config, shaped(config), nullcontext)[0].values())
+    assert totals["full"] > totals["bitfit"] > totals["head"] > 0
+
+
+def test_a_batch_of_any_size_saves_as_much_a_sample():
+    totals = []
+    for n in (2, 6):
+        config = MemoryConfig(model="resnet20", batch_size=n)
+        totals.append(sum(saved(config, shaped(config), nullcontext)[0].values()))
+    per_batch = 64 * 2 * 4  # mean and 1/σ of the batch norms, which do not grow with it
+    assert totals[1] == pytest.approx(3 * totals[0], abs=40 * per_batch)
+
+
+REFUSED = {
+    "no model": ([], "MODEL is missing"),
+    "unknown": (["resnet19"], "'resnet19' is no known model and no folder"),
+    "keep": (["resnet20", "--keep", "2"], "--keep must be above 0 and at most 1, got 2"),
+    "mode": (["resnet20", "--razor-mode", "new"], "--razor-mode"),
+    "eager cnn": (["resnet20", "--eager"], "--eager would do nothing"),
+    "tokens of pictures": (["resnet20", "--sequence-length", "9"], "resnet20 sees pictures"),
+    "pixels of tokens": (["gpt2", "--image-size", "9"], "gpt2 sees tokens"),
+    "too long": (["gpt2", "--sequence-length", "2000"], "beyond the 1024 positions of gpt2"),
+    "flag": (["resnet20", "--batchsize", "3"], "did you mean --batch-size?"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path, name):
+    words, expected = REFUSED[name]
+    assert_refused(memory(tmp_path, *words), expected)
+    assert not list(tmp_path.iterdir())

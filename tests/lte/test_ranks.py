@@ -1,0 +1,284 @@
+"""Heads over processes (gloo): the curve and the weights of one process, on any number, killed and gone on with."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lte import (
+    HeadShards,
+    LTEConfig,
+    Merger,
+    Ranks,
+    averaged,
+    clip_grad_norm_per_head,
+    inject,
+    merged_state_dict,
+    param_groups,
+)
+from lte.headed import sum_of_products, tree_sum
+from lte.merging import sends_factors
+from memtrain_common.console import Console
+from memtrain_common.distributed import launch
+from memtrain_common.errors import LostRankError, Stopped, UserError
+from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.loop import FitConfig, fit, mean_loss
+from memtrain_common.run_folder import RunFolder
+from memtrain_common.text import Corpus, Crops
+from memtrain_common.tokenizers import ByteTokenizer
+from safetensors.torch import load_file
+from support import newest_checkpoint, run_ranks
+
+TOKENS = (np.arange(4000) ** 2 % 61).astype(np.uint8)
+CORPUS = Corpus("squares", TOKENS[:3000], TOKENS[3000:], ByteTokenizer(), 4000, "")
+FROZEN = {"trainable": ()}
+SHARED = {"trainable": ("embeddings", "norms", "skipped")}
+COPIES = {**SHARED, "replicas": ("embeddings", "norms")}
+STEPS, T = 200, 20
+
+
+def train(
+    out,
+    policy,
+    *,
+    steps=STEPS,
+    resume=False,
+    heads=4,
+    every=T,
+    at=None,
+    patience_s=20.0,
+    dtype=torch.float32,
+    lr=1e-3,
+    **more,
+):
+    """Train a small GPT with this process's heads on their share of the batch; ``at`` = (rank, call of the loss,
+    what to do then) disturbs it."""
+    place, _ = launch("cpu", patience_s=patience_s)
+    ranks = Ranks()
+    crops = Crops(
+        CORPUS, batch_size=8, block_size=8, seed=1, rank=place.rank, world_size=place.size, contiguous=True
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16)).to(dtype)
+    inject(model, LTEConfig(heads=heads, rank=2, alpha=8.0, **policy, **more), ranks)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=lr, rest_lr=lr, weight_decay=0.1))
+    merger = Merger(model, every, ranks=ranks, optimizer=optimizer)
+    run = (RunFolder.open if resume else RunFolder.create)(out, writes=place.is_main)
+    if not resume:
+        run.write_config(FitConfig(max_iters=1), prog="test", argv=[])
+    count = 0
+
+    def loss_fn(m, batch):
+        nonlocal count
+        count += 1
+        if at is not None and m.training and (place.rank, count) == at[:2]:
+            at[2]()
+        return next_token_loss(m, batch)
+
+    def evaluate(m):
+        with averaged(m, ranks):
+            return mean_loss(m, next_token_loss, crops.validation(2))
+
+    try:
+        fit(
+            model, crops, loss_fn, optimizer,
+            FitConfig(
+                max_iters=steps, eval_interval=50, log_interval=10, grad_clip=1.0, agree_interval=every or 10,
+                patience_s=patience_s,
+            ),
+            evaluate=evaluate, after_step=merger.step, run=run, resume=resume,
+            clip=lambda limit: clip_grad_norm_per_head(model, limit, ranks),
+            stateful={"merger": merger, "sent": ranks}, parts=HeadShards(model, optimizer, ranks),
+            console=Console(out / f"log-{place.rank}.txt"),
+        )  # fmt: skip
+    except (Stopped, LostRankError, UserError) as stopped:
+        (out / f"stopped-{place.rank}").write_text(str(stopped))
+        return
+    with averaged(model, ranks):
+        plain = merged_state_dict(model)
+    torch.save({k: v.clone() for k, v in plain.items()}, out / f"weights-{place.rank}.pt")
+    (out / f"sent-{place.rank}.json").write_text(json.dumps({"merges": merger.merges, **ranks.sent}))
+
+
+def losses(out):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["split"]) for r in found], torch.tensor([[r["loss"], r.get("grad_norm", 0)] for r in found])
+
+
+def assert_same(out, other, atol=1e-6):
+    """The loss curve to 1e-5 and the weights on every process to 1e-6."""
+    (rows, values), (expected_rows, expected) = losses(out), losses(other)
+    assert rows == expected_rows
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    one = torch.load(other / "weights-0.pt", weights_only=True)
+    for path in out.glob("weights-*.pt"):
+        weights = torch.load(path, weights_only=True)
+        assert weights.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(weights[name], one[name], rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One process under each policy."""
+    made = {}
+
+    def get(name, policy, **more):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "one"
+            train(made[name], policy, **more)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("size", "name"), [(2, "shared"), (4, "copies")])
+def test_any_number_of_processes_is_one_process(tmp_path, single, name, size):
+    policy = {"shared": SHARED, "copies": COPIES}[name]
+    one = single(name, policy)
+    out = tmp_path / "many"
+    run_ranks(size, train, out, policy)
+    assert_same(out, one)
+    sent = json.loads((out / "sent-0.json").read_text())
+    assert ("shared" in sent) == (name == "shared")
+    first, last = losses(one)[1][[0, -1], 0]
+    assert first - last > 0.1  # it learned something
+
+
+def test_killed_on_four_processes_gone_on_with_on_two_and_on_one(tmp_path, single):
+    """SIGKILL at step 110 and again at 170; what is left is the curve of a run that nothing disturbed."""
+    one, out = single("copies", COPIES), tmp_path / "run"
+    run_ranks(4, lambda: train(out, COPIES, at=(2, 111, end_all)))
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000050", "step-00000100"]
+    run_ranks(2, lambda: train(out, COPIES, resume=True, at=(1, 71, end_all)))
+    train(out, COPIES, resume=True)
+    assert "was made by 4 processes, not 2" in (out / "log-0.txt").read_text()
+    assert_same(out, one)
+    made = load_file(out / "checkpoints" / "step-00000200" / "model.safetensors")
+    assert made["transformer.h.0.mlp.c_fc.lora_A"].shape == (4, 2, 16)  # all heads, in their order
+
+
+def end_all():
+    """SIGKILL for every process of the run at once, as when a machine goes down."""
+    for child in Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split():
+        if int(child) != os.getpid():
+            os.kill(int(child), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def vanish():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze():
+    """SIGSTOP, and an end for the test's sake later on: the connections stay open, and nothing comes through them."""
+    me = os.getpid()
+    if os.fork() == 0:
+        time.sleep(12)
+        os.kill(me, signal.SIGKILL)
+        os._exit(0)
+    os.kill(me, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(("lost", "patience_s"), [(vanish, 20.0), (freeze, 3.0)])
+def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patience_s):
+    """The checkpoint holds the model of the last merge, exactly; new heads go on from it."""
+    out, until_merge = tmp_path / "run", tmp_path / "undisturbed"
+    began = time.monotonic()
+    run_ranks(4, lambda: train(out, FROZEN, every=10, at=(0, 34, lost), patience_s=patience_s))
+    assert time.monotonic() - began < 40
+    for rank in (1, 2, 3):
+        message = (out / f"stopped-{rank}").read_text()
+        assert re.fullmatch(
+            r"stopped at step \d+: another process is lost \(.*\); .* the last merged weights, for new heads; "
+            rf"go on with --resume {out}",
+            message,
+        ), message
+    train(until_merge, FROZEN, every=10, steps=30)
+    expected = torch.load(until_merge / "weights-0.pt", weights_only=True)
+    saved = load_file(newest_checkpoint(out) / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc"
+    torch.testing.assert_close(saved[f"{name}.weight"], expected[f"{name}.weight"], rtol=0, atol=1e-6)
+    assert saved[f"{name}.lora_B"].shape == (4, 64, 2)
+    assert not saved[f"{name}.lora_B"].any()
+    run_ranks(2, lambda: train(out, FROZEN, every=10, steps=100, resume=True))
+    assert losses(out)[0][-1] == (100, "val")
+    assert losses(out)[1][-1, 0] < losses(until_merge)[1][-1, 0]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
+    """Signals are agreed on at logged steps where T is 0: SIGTERM to one process stops both, with a checkpoint."""
+    out = tmp_path / "run"
+    run_ranks(2, lambda: train(out, FROZEN, every=0, at=(1, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    for rank in (0, 1):
+        assert "stopped by SIGTERM at step 20; checkpoint" in (out / f"stopped-{rank}").read_text()
+
+
+def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path):
+    """Each head is copied, moments included: the evaluated model is the same. Three heads are refused."""
+    out = tmp_path / "run"
+    train(out, COPIES, heads=2, steps=40)
+    before = torch.load(out / "weights-0.pt", weights_only=True)
+    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=40, resume=True))
+    after = torch.load(out / "weights-1.pt", weights_only=True)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=60, resume=True))
+    assert losses(out)[0][-1] == (60, "val")
+    train(out, COPIES, heads=6, steps=80, resume=True)
+    assert "made with 4 heads, which can become a multiple of 4 but not 6" in (out / "stopped-0").read_text()
+
+
+# -- what is sent
+
+
+def exchange(out):
+    place, _ = launch("cpu")
+    ranks = Ranks()
+    generator = torch.Generator().manual_seed(place.rank)
+    own = [torch.randn(*shape, generator=generator, dtype=dtype) for shape, dtype in SHAPES]
+    sums = ranks.sum(own, "sum")
+    whole = ranks.gather(own, "gather")
+    with pytest.raises(ValueError, match=f"7 heads cannot be shared equally by {place.size} processes"):
+        ranks.share(7)
+    torch.save((own, sums, whole, dict(ranks.sent)), out / f"{place.rank}.pt")
+
+
+SHAPES = [((3, 5), torch.float32), ((7,), torch.float64), ((1, 2, 3), torch.float32)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_are_the_same_bits_everywhere_and_every_byte_is_counted(tmp_path, size):
+    run_ranks(size, exchange, tmp_path)
+    own, sums, whole, sent = zip(*(torch.load(tmp_path / f"{r}.pt") for r in range(size)), strict=True)
+    for i in range(len(SHAPES)):
+        assert all(torch.equal(sums[0][i], s[i]) for s in sums)
+        torch.testing.assert_close(sums[0][i], sum(o[i] for o in own))
+        assert all(torch.equal(w[i], torch.cat([o[i] for o in own])) for w in whole)
+    n32, n64 = 15 + 6, 7
+    each = sum(-(-n // size) * bytes_ for n, bytes_ in ((n32, 4), (n64, 8)))  # one N-th, padded
+    assert sent[0]["sum"] == size * 2 * (size - 1) * each
+    assert sent[0]["gather"] == size * (size - 1) * (n32 * 4 + n64 * 8)
+
+
+@pytest.mark.parametrize(("rank", "by_factors"), [(1, True), (16, False)])
+def test_the_smaller_of_factors_and_dense_delta_is_sent(rank, by_factors):
+    model = inject(torch.nn.Sequential(torch.nn.Linear(32, 32)), LTEConfig(heads=4, rank=rank))
+    assert sends_factors(model[0]) == by_factors
+    assert (4 * 2 * rank * 64 < 2 * 32 * 32) == by_factors
+
+
+def test_the_tree_is_the_same_however_it_is_cut():
+    """Bits: eight heads in one process, or two or four or eight parts of it added as processes add them."""
+    A, B = torch.randn(8, 3, 11), torch.randn(8, 7, 3)
+    whole = sum_of_products(A, B)
+    for parts in (2, 4, 8):
+        sums = [sum_of_products(a, b) for a, b in zip(A.chunk(parts), B.chunk(parts), strict=True)]
+        assert torch.equal(tree_sum(lambda i, sums=sums: sums[i].clone(), 0, parts), whole)
+    torch.testing.assert_close(whole, torch.einsum("hmr,hrn->mn", B, A))

@@ -1,0 +1,330 @@
+"""What one does with finished runs: start from them, evaluate, sample, export, compare; and time a training."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lte.cli import train
+from lte.tasks.bench import BenchConfig, flops_per_token, peak_flops
+from lte.tasks.bench import bench as run_bench
+from lte.tasks.export import export
+from lte.tasks.prepare import prepare
+from lte.tasks.sample import sample
+from lte.tasks.starting import find_weights, read_run
+from matplotlib.image import imread
+from memtrain_common.errors import UserError
+from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.loop import mean_loss
+from memtrain_common.text import Crops, load_corpus
+from memtrain_common.tokenizers import GPT2Tokenizer
+from safetensors.torch import load_file
+from support import assert_refused, newest_checkpoint, rows, run_command
+
+TINY = [
+    "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4", "--lte-heads", "2",
+    "--lora-r", "4", "--lora-alpha", "8", "--lte-merge-steps", "3", "--warmup-iters", "1", "--max-iters", "8",
+    "--eval-interval", "4", "--eval-iters", "3", "--log-interval", "2", "--tracker", "none", "--sample-tokens", "0",
+    "--device", "cpu",
+]  # fmt: skip
+TEXT = "".join(f"{i} times {i} is {i * i}.\n" for i in range(1500))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Bins of characters, and three runs on them: heads in attention, heads everywhere, none."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "a.txt").write_text(TEXT)
+    prepare([str(folder / "a.txt"), "--tokenizer", "chars", "--out", str(folder / "bins")])
+    for name, more in (("attn", ["--skip-mlp"]), ("both", []), ("full", ["--method", "full"])):
+        train([*TINY, "--data-dir", str(folder / "bins"), "--out", str(folder / name), *more])
+    return folder
+
+
+def loss_of(model, place):
+    crops = Crops(load_corpus(str(place / "bins")), batch_size=4, block_size=16, seed=0)
+    with torch.no_grad():
+        return mean_loss(model.eval(), next_token_loss, crops.validation(3))["loss"]
+
+
+@pytest.mark.parametrize("name", ["attn", "both", "full"])
+def test_a_run_read_back_has_the_loss_that_it_evaluated(place, name):
+    trained = read_run(place / name)
+    assert trained.step == 8
+    assert loss_of(trained.plain.model(), place) == pytest.approx(rows(place / name)[-1]["loss"], abs=1e-5)
+    assert set(trained.plain.weights) == set(GPT(trained.plain.config).state_dict())
+
+
+def test_full_training_alone_is_the_comparisons(place, tmp_path):
+    """--method full takes --learning-rate; its curve is that of --compare-full at the same rate."""
+    words = [*TINY, "--data-dir", str(place / "bins"), "--out", str(tmp_path / "run")]
+    train([*words, "--compare-full", "--full-learning-rate", "1e-3"])
+    assert [r["loss"] for r in rows(tmp_path / "run" / "full")] == [r["loss"] for r in rows(place / "full")]
+    assert read_run(tmp_path / "run" / "full").config.method == "full"
+    assert json.loads((tmp_path / "run" / "full" / "summary.json").read_text())["steps"] == 8
+
+
+def test_evaluation_alone(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "--data-dir", str(place / "bins"), "--eval_only=True"]
+    loss = rows(place / "both")[-1]["loss"]
+    train([*words, "--init-from", str(place / "both")])
+    assert f"validation loss {loss:.4f} nats per character on 192 characters of bins" in capsys.readouterr().out
+    train(["--resume", str(place / "both"), "--eval-only"])
+    assert f"validation loss {loss:.4f}" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_starts_from_another_runs_weights(place, tmp_path):
+    """The first loss is where the other ended; the architecture comes along, the block may be shorter."""
+    words = ["--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--n-layer", "9"]
+    train([*TINY, *words, "--out", str(tmp_path / "a")])
+    ended = rows(place / "both")[-1]["loss"]
+    assert rows(tmp_path / "a")[0]["loss"] == pytest.approx(ended, abs=1e-5)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["config"]["n_layer"] == 2
+    before = rows(tmp_path / "a")
+    train(["--resume", str(tmp_path / "a"), "--max-iters", "10"])  # without looking at the other run again
+    assert rows(tmp_path / "a")[: len(before)] == before
+    train([*TINY, *words, "--block-size", "8", "--method", "full", "--max-iters", "0", "--out", str(tmp_path / "b")])
+    crops = Crops(load_corpus(str(place / "bins")), batch_size=4, block_size=8, seed=0)
+    with torch.no_grad():
+        other = mean_loss(read_run(place / "both").plain.model().eval(), next_token_loss, crops.validation(3))["loss"]
+    assert rows(tmp_path / "b")[0]["loss"] == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lte", "full"])
+def test_frozen_blocks_stay_what_they_were(place, tmp_path, method):
+    words = [*TINY, "--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--weight-decay", "0.5"]
+    train([*words, "--freeze_n=1", "--method", method, "--out", str(tmp_path / "run")])
+    before, after = read_run(place / "both").plain.weights, read_run(tmp_path / "run").plain.weights
+    for name in before:
+        frozen = name.startswith(("transformer.h.0.", "transformer.w", "lm_head"))
+        assert torch.equal(before[name], after[name]) == frozen, name
+
+
+def test_only_the_best_and_the_last_checkpoint(place, tmp_path):
+    """nanoGPT's always_save_checkpoint=False: with a rate that ruins everything, nothing between is saved."""
+    words = [*TINY, "--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--learning_rate=1.0",
+             "--rest_learning_rate=1.0", "--max-iters", "10", "--eval-interval", "2"]  # fmt: skip
+    train([*words, "--always_save_checkpoint=False", "--out", str(tmp_path / "run")])
+    losses = [r["loss"] for r in rows(tmp_path / "run") if r["split"] == "val"]
+    assert losses[0] == min(losses)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+# -- sampling
+
+
+def test_samples_continue_the_prompt_and_can_be_repeated(place, tmp_path, capsys):
+    words = [str(place / "both"), "--num_samples=2", "--max_new_tokens=30"]
+    sample([*words, "--start=7 times 7"])
+    first = capsys.readouterr().out
+    pieces = first.split("---------------\n")
+    assert len(pieces) == 3
+    assert all(p.startswith("7 times 7") and len(p) == 9 + 30 + 1 for p in pieces[:2])
+    assert pieces[0] != pieces[1]
+    sample([*words, "--start=7 times 7"])
+    assert capsys.readouterr().out == first
+    (tmp_path / "prompt.txt").write_text("5 times")
+    sample([*words, f"--start=FILE:{tmp_path / 'prompt.txt'}", "--top_k=1", "--seed=5"])
+    greedy = capsys.readouterr().out.split("---------------\n")
+    assert greedy[0] == greedy[1]
+    model = read_run(place / "both").plain.model().eval()
+    coder = load_corpus(str(place / "bins")).tokenizer
+    ids = torch.from_numpy(coder.encode(b"5 times").astype(np.int64))[None]
+    for _ in range(30):
+        ids = torch.cat([ids, model(ids[:, -16:])[:, -1, : coder.vocab_size].argmax(-1, keepdim=True)], 1)
+    assert greedy[0] == coder.decode(ids[0].numpy()).decode() + "\n"
+
+
+def test_what_cannot_be_sampled_is_one_sentence(place, tmp_path):
+    export([str(place / "both"), "--out", str(tmp_path / "ckpt.pt")])
+    assert_refused(run_command(["lte-sample", "nowhere"], tmp_path), "nowhere is neither scratch")
+    assert_refused(run_command(["lte-sample", "ckpt.pt"], tmp_path), "does not say which", "--data-dir")
+    run = str(place / "both")
+    assert_refused(run_command(["lte-sample", run, "--start=Ä"], tmp_path), "the character 'Ä' is not in the vocab")
+    assert_refused(run_command(["lte-sample", run, "--start="], tmp_path), "--start is empty")
+    assert_refused(run_command(["lte-sample", run, "--start=FILE:x.txt"], tmp_path), "cannot read --start FILE:x.txt")
+    done = run_command(["lte-sample", ".", "--data-dir", str(place / "bins"), "--max_new_tokens=3"], tmp_path)
+    assert done.returncode == 0, done.stderr  # the folder of a ckpt.pt, as nanoGPT's out_dir
+
+
+def test_end_of_text_in_a_prompt_is_its_token(real_data):
+    from lte.tasks.sample import _encode
+
+    coder = GPT2Tokenizer(real_data / "tokenizers" / "gpt2")
+    assert _encode(coder, "<|endoftext|>") == [50256]
+    assert _encode(coder, "a<|endoftext|>b") == [64, 50256, 65]
+
+
+# -- export
+
+
+def test_the_exports_have_the_runs_loss(place, tmp_path, capsys):
+    export([str(place / "attn"), "--out", str(tmp_path / "out" / "ckpt.pt")])
+    export([str(place / "attn"), "--format", "transformers", "--out", str(tmp_path / "gpt2")])
+    assert "the model of step 8" in capsys.readouterr().out
+    expected = rows(place / "attn")[-1]["loss"]
+    for source in (tmp_path / "out", tmp_path / "out" / "ckpt.pt", tmp_path / "gpt2"):
+        plain, data = find_weights(str(source))
+        assert data is None
+        assert loss_of(plain.model(), place) == pytest.approx(expected, abs=1e-5)
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert (checkpoint["iter_num"], checkpoint["config"]["dataset"]) == (8, "bins")
+    assert checkpoint["best_val_loss"] == pytest.approx(
+        min(r["loss"] for r in rows(place / "attn") if r["split"] == "val")
+    )
+    words = [*TINY, "--data-dir", str(place / "bins"), "--max-iters", "0"]
+    train([*words, "--init-from", str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    assert rows(tmp_path / "again")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_exports_lie_in_the_run_by_default_and_do_not_hide_it(place, capsys):
+    run = str(place / "full")
+    for format, name in (("nanogpt", "ckpt.pt"), ("transformers", "gpt2")):
+        export([run, "--format", format])
+        assert (place / "full" / name).exists()
+    capsys.readouterr()
+    sample([run, "--num_samples=1", "--max_new_tokens=5"])  # by the run's own vocabulary
+    assert len(capsys.readouterr().out.split("---------------")[0]) == 1 + 5 + 1
+
+
+def test_an_export_never_replaces_anything(place, tmp_path):
+    (tmp_path / "ckpt.pt").write_text("mine")
+    run = str(place / "attn")
+    for words, *expected in (
+        ([run, "--out", "ckpt.pt"], "ckpt.pt is there already"),
+        (["nowhere", "--out", "x"], "nowhere is not a run"),
+        ([], "name the run to export"),
+        ([run, "--tokenizer-dir", "x", "--out", "x"], "--tokenizer-dir is for --format transformers"),
+        ([run, "--format", "onnx", "--out", "x"], "onnx"),
+        ([run, "--format", "transformers", "--tokenizer-dir", ".", "--out", "x"], "does not hold encoder.json"),
+    ):
+        assert_refused(run_command(["lte-export", *words], tmp_path), *expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert (tmp_path / "ckpt.pt").read_text() == "mine"
+
+
+# -- weights that do not fit
+
+
+def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
+    other = tmp_path / "other"
+    (tmp_path / "b.txt").write_text("abcdefghij klmnop\n" * 200)
+    prepare([str(tmp_path / "b.txt"), "--tokenizer", "chars", "--out", str(other)])
+    bins = ["--data-dir", str(place / "bins")]
+    start = ["--init-from", str(place / "both")]
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "config.json").write_text((place / "both" / "config.json").read_text())
+    for words, expected in (
+        ([*bins, "--init-from", "gpt3"], "--init-from gpt3 is neither scratch, resume, gpt2"),
+        ([*start, "--data-dir", str(other)], "was trained on other characters"),
+        ([*start, "--data-dir", str(tmp_path), "--tokenizer", "bytes"], "reads chars tokens and"),
+        ([*bins, *start, "--block-size", "32"], "--block-size 32 is longer than the 16 positions"),
+        ([*bins, *start, "--freeze-n", "2"], "--freeze-n 2 leaves none of the 2 blocks"),
+        ([*bins, "--vocab-size", "5"], "--vocab-size 5 is below the"),
+        ([*bins, "--init-from", str(tmp_path / "untrained")], "has no intact checkpoint"),
+    ):
+        with pytest.raises(UserError) as error:
+            train([*TINY, *words, "--out", str(tmp_path / "run")])
+        assert expected in str(error.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
+    """read_run takes the newest that verifies."""
+    import shutil
+
+    shutil.copytree(place / "both", tmp_path / "run")
+    weights = newest_checkpoint(tmp_path / "run") / "model.safetensors"
+    assert load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert read_run(tmp_path / "run").step == 4
+
+
+# -- figures
+
+
+def test_figures_show_the_runs(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(place / name) for name in ("full", "attn", "both")]
+    train(["--figures", *runs, "--out", "figs"])
+    table = capsys.readouterr().out.splitlines()
+    expected = {"full": "none (full)", "attn": "attention", "both": "attention + MLP"}
+    for line, (name, replaced) in zip(table[1:], expected.items(), strict=False):
+        summary = json.loads((place / name / "summary.json").read_text())
+        assert line.split()[0] == name
+        assert replaced in line
+        assert f"{summary['evaluation']['loss']:.4f}" in line
+        ledger = json.loads((place / name / "memory.json").read_text())["totals"]
+        assert f"{sum(ledger.values()) / 2**10:.1f} KiB" in line
+    summary = json.loads((place / "both" / "summary.json").read_text())
+    weights = load_file(newest_checkpoint(place / "both") / "model.safetensors")
+    heads = sum(t.numel() for n, t in weights.items() if "lora_" in n)
+    rest = sum(t.numel() for n, t in weights.items() if "wte" in n or "wpe" in n or "ln_" in n)
+    assert summary["trained_parameters"] == heads + rest
+    for name in ("val_loss", "memory_time", "replaced_layers"):
+        picture = imread(Path("figs") / f"{name}.png")
+        assert picture.shape[0] > 300
+        assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 20, name
+
+
+def test_figures_of_what_does_not_compare_are_refused(place, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text((place / "both" / "config.json").read_text())
+    for words, *expected in (
+        (["--figures"], "--figures needs run folders"),
+        (["--figures", "nowhere"], "nowhere is not a run"),
+        (["--figures", "half"], "half has no summary.json: it is not finished", "--resume half"),
+        (["--figures", str(place / "full"), str(place / "full")], "a run twice"),
+    ):
+        assert_refused(run_command(["lte-train", *words], tmp_path), *expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["half"]
+
+
+# -- bench
+
+
+def test_a_bench_says_tokens_flops_and_memory(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *TINY,
+        "--steps",
+        "4",
+        "--warmup-steps",
+        "1",
+        "--compare-full",
+        "--peak-tflops",
+        "0.001",
+        "--profile",
+        "t.json",
+    ]
+    run_bench(words)
+    said = capsys.readouterr().out
+    assert "validation" not in said
+    for word in ("step, ms (median)", "tokens/s", "MFU", "activations", "MFU by nanoGPT's formula, of 0.001 TFLOP/s"):
+        assert word in said
+    assert re.search(r"trained parameters +\S+ +\S+", said)
+    milliseconds = float(re.search(r"step, ms \(median\) +(\S+)", said)[1])
+    utilisation = float(re.search(r"MFU +(\S+) %", said)[1])
+    flops = flops_per_token(GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)))
+    assert utilisation == pytest.approx(100 * 64 * flops / (milliseconds / 1e3) / 1e9, rel=0.02)
+    assert json.loads(Path("t.json").read_text())["traceEvents"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_flops_and_peaks():
+    """nanoGPT's README: GPT-2 small on OpenWebText, block 1024; its estimate_mfu by hand."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=False))
+    n = 50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
+    assert flops_per_token(model) == 6 * n + 12 * 12 * 12 * 64 * 1024
+    config = BenchConfig()
+    assert peak_flops(config, "NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops(config, "NVIDIA H200") == 989e12
+    assert peak_flops(config, "Some processor") is None
+    assert math.isclose(peak_flops(dataclasses.replace(config, peak_tflops=2.5), "Some processor"), 2.5e12)
