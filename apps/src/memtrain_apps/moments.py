@@ -2,25 +2,27 @@
 
 The three axes are nearly independent. Weights, gradients and saved activations depend on (train, save); the optimizer's
 state and what its step takes besides on (train, optim). So a forward and backward pass for each of the first and an
-optimizer step for each of the second tell every combination: see :func:`memtrain_apps.forecast.Forecast.peak_bytes`.
+optimizer step for each of the second tell every combination: see :func:`memtrain_apps.forecast.compose_forecast`.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from memtrain_common.memory import SavedActivations, storages_of
 from memtrain_common.prediction import LiveBytes, fake_step
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from .axes import Axes
 from .compose import Composed, compose
 from .cuda_choices import CudaChoices
-from .families import blocks, head_name
+from .families import blocks
 from .shape_models import Step, build_model, loss_of, make_batch
 
 
@@ -46,12 +48,17 @@ class StepMoments:
     left: int
     """What lives after the backward pass: weights, buffers, gradients, and the batch."""
     flops: int
-    """Floating-point operations of the products."""
-    rest_weights: int
+    """Floating-point operations of the matrix products."""
+    shard_weights: int = 0
+    """Of one process under FSDP, which cuts each parameter along its first dimension; this and what follows are counted
+    where there are several processes."""
+    shard_gradients: int = 0
+    rest_weights: int = 0
     """Weights outside the blocks."""
-    rest_gradients: int
-    shards: dict[int, tuple[int, int]]
-    """Processes -> (weights, gradients) of one of them where each parameter is cut along its first dimension."""
+    rest_gradients: int = 0
+    block_weights: int = 0
+    """Weights of the largest block."""
+    block_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,6 @@ class OptimizerMoments:
     """The most that lives beside weights, gradients and state while it steps."""
     merging: int
     """The most that lives besides while LTE merges, when the gradients are gone."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """How many processes share each parameter."""
-
-    processes: int = 1
 
 
 class StepBytes(LiveBytes):
@@ -107,7 +107,7 @@ class StepBytes(LiveBytes):
 
 
 class HostMemory(torch.autograd.graph.saved_tensors_hooks):
-    """What ``torch.autograd.graph.save_on_cpu`` does to a GPU: what is saved leaves it, and comes back when it is needed."""
+    """What ``torch.autograd.graph.save_on_cpu`` does to a GPU: what is saved leaves it, and comes back when needed."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -118,11 +118,11 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
         return tensor.shape, tensor.dtype
 
 
-def step_moments(step: Step, axes: Axes, rows: int, worlds: tuple[int, ...] = ()) -> StepMoments:
+def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMoments:
     """Count the forward and backward pass of one micro-batch of ``rows``.
 
     Args:
-        worlds: numbers of processes for which shards are counted.
+        shards: processes that share each parameter; the pass itself is counted with whole ones.
 
     Raises:
         UserError: if the combination has no meaning for the model.
@@ -136,16 +136,14 @@ def step_moments(step: Step, axes: Axes, rows: int, worlds: tuple[int, ...] = ()
         live.flops = 0
         batch = make_batch(step, rows)
         recording = SavedActivations(model, by_layer=False)
-        # the order of the loop: what is kept outermost, then autocast (in loss_of), then the recording
+        # the order of the loop: what is kept outermost, then the recording; autocast is in loss_of
         with host or composed.saving(), recording:
             value = loss_of(step, model, batch)
         activations = sum(recording.by_layer().values())
         del recording
         value.backward()
         del value
-        inside = {p for block in _blocks(model) for p in block.parameters()}
         parameters = list(model.parameters())
-        graded = [p for p in parameters if p.grad is not None]
         return StepMoments(
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -158,25 +156,27 @@ def step_moments(step: Step, axes: Axes, rows: int, worlds: tuple[int, ...] = ()
             beside=live.beside,
             left=live.bytes,
             flops=live.flops,
-            rest_weights=_bytes(p for p in parameters if p not in inside),
-            rest_gradients=_bytes(p.grad for p in graded if p not in inside),
-            shards={n: (_shard(parameters, n), _shard(graded, n)) for n in worlds},
+            **(_parts(model, shards) if shards > 1 else {}),
         )
 
 
-def optimizer_moments(step: Step, axes: Axes, shard: Shard = Shard()) -> OptimizerMoments:  # noqa: B008  # frozen
+def optimizer_moments(step: Step, axes: Axes, shards: int = 1) -> OptimizerMoments:
     """Count two steps of the optimizer: the first makes its state (and GaLore its bases), the second finds it there.
 
     Parameters of one shape and one group are stepped one after another and alike, so one of them stands for all;
     not where PyTorch steps all at once (``foreach``, its way on CUDA).
+
+    Args:
+        shards: processes that share each parameter and its state; GaLore is counted whole, since its bases are.
     """
     live = StepBytes()
     with _fake(live, step):
         model, composed = _composed(step, replace(axes, save="all", merge_steps=1))
         optimizer = composed.optimizer
-        if shard.processes > 1:
-            for parameter in model.parameters():
-                parameter.data = parameter.data[: -(-parameter.shape[0] // shard.processes)].clone()
+        if shards > 1 and not axes.optim.startswith("galore"):
+            for p in model.parameters():
+                if p.dim():
+                    p.data = p.data[: _rows(p, shards)].clone()
         counts: dict[Tensor, int] = {}
         together = step.cuda and isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW)
         for group in optimizer.param_groups:
@@ -190,7 +190,6 @@ def optimizer_moments(step: Step, axes: Axes, shard: Shard = Shard()) -> Optimiz
         live.restart()
         before = live.bytes
         optimizer.step()
-        extra = 0
         made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
         extra = max(0, live.peak_bytes - before - made)
         live.restart()
@@ -210,8 +209,13 @@ def optimizer_moments(step: Step, axes: Axes, shard: Shard = Shard()) -> Optimiz
 
 @contextmanager
 def _fake(live: StepBytes, step: Step) -> Iterator[None]:
+    import transformers.utils.import_utils as utilities
+
     with ExitStack() as stack:
         stack.enter_context(fake_step(live))
+        # Texts of different lengths need their mask: transformers must not leave it out as it does where nothing is
+        # padded, which is what a fake mask would tell it.
+        stack.enter_context(mock.patch.object(utilities, "is_fake_tensor", lambda x: isinstance(x, FakeTensor)))
         stack.enter_context(CudaChoices() if step.cuda else nullcontext())
         yield
 
@@ -223,10 +227,28 @@ def _composed(step: Step, axes: Axes) -> tuple[nn.Module, Composed]:
     return composed.model, composed
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks, also of a model that PEFT has wrapped."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(blocks(inner).values()) if head_name(inner) or len(list(inner.children())) else []
+def _parts(model: nn.Module, shards: int) -> dict[str, int]:
+    """What FSDP2 cuts, and what it gathers: a block at a time, and the rest from the first to the last."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    parts = [list(block.parameters()) for block in blocks(inner).values()]
+    inside = {p for part in parts for p in part}
+    rest = [p for p in model.parameters() if p not in inside]
+    cut = [(p, _rows(p, shards) * p[:1].nbytes if p.dim() else p.nbytes) for p in model.parameters()]
+    return {
+        "shard_weights": sum(n for _, n in cut),
+        "shard_gradients": sum(n for p, n in cut if p.grad is not None),
+        "rest_weights": _bytes(rest),
+        "rest_gradients": _bytes(p.grad for p in rest),
+        "block_weights": max(_bytes(part) for part in parts),
+        "block_gradients": max(_bytes(p.grad for p in part) for part in parts),
+    }
+
+
+def _rows(parameter: Tensor, shards: int) -> int:
+    """Rows of a process's part; parts are padded to equal ones."""
+    return -(-parameter.shape[0] // shards)
 
 
 def _one_of_each(parameters: list[Tensor], counts: dict[Tensor, int]) -> list[Tensor]:
@@ -243,12 +265,3 @@ def _bytes(values: Any) -> int:
     """Bytes of the unique storages behind whatever is a tensor."""
     found = {s._cdata: s.nbytes() for v in values if isinstance(v, Tensor) for s in storages_of(v)}
     return sum(found.values())
-
-
-def _shard(parameters: list[nn.Parameter], processes: int) -> int:
-    """Bytes of one process's part: FSDP2 cuts along the first dimension, and pads to equal parts."""
-    total = 0
-    for p in parameters:
-        rows = p.shape[0] if p.dim() else 1
-        total += -(-rows // processes) * (p.numel() // rows if rows else 0) * p.element_size()
-    return total

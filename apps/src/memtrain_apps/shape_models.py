@@ -78,10 +78,11 @@ def make_batch(step: Step, rows: int) -> Any:
 
 def loss_of(step: Step, model: nn.Module, batch: Any) -> Tensor:
     """The mean loss of a micro-batch, under autocast where it is wanted."""
-    from lora_xs.tasks import glue, instruct
+    from lora_xs.tasks.instruct import loss_of as instruct_loss
     from memtrain_common.classifiers import classification_loss
+    from memtrain_common.glue_batches import model_loss
 
-    losses: dict[str, Any] = {"pictures": classification_loss, "text": glue.loss_of, "language": instruct.loss_of}
+    losses: dict[str, Any] = {"pictures": classification_loss, "text": model_loss, "language": instruct_loss}
     dtype = DTYPES[step.autocast]
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):

@@ -219,7 +219,9 @@ def _all() -> dict[str, Shape]:
 def _from_folder(folder: Path) -> Shape:
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json: --model needs a folder as transformers' save_pretrained writes it")
+        raise UserError(
+            f"{folder} has no config.json: --model needs a folder as transformers' save_pretrained writes it"
+        )
     try:
         config = json.loads(path.read_text())
         family = config["model_type"]
