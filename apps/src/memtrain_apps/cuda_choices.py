@@ -1,12 +1,13 @@
 """What CUDA saves and the CPU does not, on fake tensors of the CPU.
 
-Autograd on fake CUDA tensors needs a CUDA driver, so a step is predicted on fake CPU tensors. Where PyTorch takes another
-way on CUDA, and the other way saves other bytes, that way is taken here:
+Autograd on fake CUDA tensors needs a CUDA driver, so a step is predicted on fake CPU tensors. Where PyTorch takes
+another way on CUDA, and the other way saves other bytes, that way is taken here:
 
 - dropout keeps a mask of one byte an element (``native_dropout``); on the CPU a scaled mask of the input's dtype;
 - attention runs in a fused kernel that saves q, k, v, its output and one float32 a row, with dropout too; on the CPU
   dropout makes it save its probabilities;
-- autocast computes layer norms, softmax, powers and losses in float32; on the CPU it leaves them in the lower precision.
+- autocast computes layer norms, softmax, powers and losses in float32; on the CPU it leaves them in the lower
+  precision.
 
 Not covered: grouped keys and values in float32 without a padding mask (CUDA has no fused kernel for them and saves
 probabilities); workspace inside kernels; the allocator's rounding and fragmentation; the CUDA context.

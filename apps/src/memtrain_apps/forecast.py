@@ -1,9 +1,9 @@
 """What a combination will hold, composed from the moments of its forward and backward pass and of its optimizer's step.
 
-A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by the
-same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of which grows
-by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that bound, and from
-deeper models where the bound is not yet reached.
+A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by
+the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of which
+grows by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that bound,
+and from deeper models where the bound is not yet reached.
 """
 
 from collections.abc import Callable
@@ -65,8 +65,8 @@ class Forecast:
 def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: OptimizerMoments) -> Forecast:
     """The two sets of moments as one training step.
 
-    The peak is that of the forward and backward pass (the state lies beside it), of the optimizer's step, or of LTE's merge.
-    With micro-batches the gradients of the earlier ones lie beside each pass. Under FSDP it is a bound, not a count.
+    The peak is that of the forward and backward pass (the state lies beside it), of the optimizer's step, or of LTE's
+    merge. With micro-batches the gradients of the earlier ones lie beside each pass. Under FSDP it is a bound.
     """
     rest = step.left - step.weights - step.buffers - step.gradients  # the batch
     passing = step.peak if place.micro_batches == 1 else max(step.peak, step.beside + step.gradients)
@@ -124,8 +124,8 @@ def refuse(place: Workplace, axes: Axes) -> None:
     if why is None and axes.train == "lte":
         if place.rows % axes.heads:
             why = (
-                f"train lte gives each of its {axes.heads} heads an equal part of a micro-batch, and {place.rows} samples "
-                "cannot be parted so; choose a multiple"
+                f"train lte gives each of its {axes.heads} heads an equal part of a micro-batch, and {place.rows} "
+                "samples cannot be parted so; choose a multiple"
             )
         elif place.shards > 1:
             why = "train lte merges into whole weights, which FSDP does not have; choose ddp"
@@ -177,8 +177,8 @@ def _draw_out(shallow: StepMoments, deep: StepMoments, blocks: int, depth: int) 
 
 
 def between(known: dict[int, int], rows: int) -> int:
-    """An upper bound of a peak at ``rows``, from peaks at fewer and at more: it bends upwards only, so that the straight
-    line between two of its points is nowhere below it."""
+    """An upper bound of a peak at ``rows``, from peaks at fewer and at more: it bends upwards only, so that the
+    straight line between two of its points is nowhere below it."""
     if rows in known:
         return known[rows]
     low, high = max(r for r in known if r < rows), min(r for r in known if r > rows)
@@ -186,7 +186,7 @@ def between(known: dict[int, int], rows: int) -> int:
 
 
 def largest(known: dict[int, int], usable: int, multiple: int = 1) -> int:
-    """The most rows, a multiple of ``multiple``, whose peak is surely at most ``usable``; 0 if the fewest known are more."""
+    """The most rows, a multiple of ``multiple``, whose peak is surely at most ``usable``; 0 if none do."""
     low, high = min(known) // multiple, max(known) // multiple
     if between(known, max(min(known), low * multiple)) > usable:
         return 0

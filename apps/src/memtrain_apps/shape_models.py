@@ -60,7 +60,7 @@ def build_model(shape: Shape, weights: str = "float32") -> nn.Module:
 
 
 def make_batch(step: Step, rows: int) -> Any:
-    """A micro-batch; texts have one row that is shorter than the others, so that there is a mask, as there mostly is."""
+    """A micro-batch; texts have one row shorter than the others, so that there is a mask, as there mostly is."""
     shape = step.shape
     if shape.task == "pictures":
         size, channels = shape.image_size, int(shape.config.get("num_channels", 3))

@@ -1,7 +1,7 @@
 """Shapes of well-known models by name, without a network, or of a folder with a ``config.json``. No torch here.
 
-The numbers are those of the models' published ``config.json``; the tests hold the parameters that they add up to against
-the published totals.
+The numbers are those of the models' published ``config.json``; the tests hold the parameters that they add up to
+against the published totals.
 """
 
 import difflib
@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {
     "vit": "pictures", "cnn": "pictures", "bert": "text", "roberta": "text", "xlm-roberta": "text", "gpt2": "language",
     "llama": "language", "mistral": "language", "qwen2": "language",
 }  # fmt: skip
-"""transformers' ``model_type`` -> what such a model is fine-tuned on: classified pictures, classified text, or tokens."""
+"""transformers' ``model_type`` -> what such a model is fine-tuned on: pictures or text with labels, or tokens."""
 
 # width, blocks, heads, pixels of an image's side, pixels of a patch's side; the MLP is 4 widths
 VITS = {
@@ -169,7 +169,7 @@ def find_shape(name: str) -> Shape:
     near = difflib.get_close_matches(_key(name), shapes, n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(shapes[k].name for k in near)}?)" if near else ""
     raise UserError(
-        f"no shape of {name!r} is known{hint}; --list names those that are, and a folder with the model's config.json "
+        f"no shape of {name!r} is known{hint}; --list-models names those that are, and a folder with the model's config.json "
         "will do for any other"
     )
 
