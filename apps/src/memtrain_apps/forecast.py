@@ -1,9 +1,9 @@
 """What a combination will hold, composed from the moments of its forward and backward pass and of its optimizer's step.
 
 A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by
-the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of which
-grows by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that bound,
-and from deeper models where the bound is not yet reached.
+the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of
+which grows by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that
+bound, and from deeper models where the bound is not yet reached.
 """
 
 from collections.abc import Callable

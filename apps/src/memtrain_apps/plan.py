@@ -142,7 +142,7 @@ def _combinations(config: PlanConfig) -> Iterator[Axes]:
 
 
 def _order(arm: Arm, order: str) -> tuple[Any, ...]:
-    """Fitting, lacking, refused; then as asked. Offloading counts as slow as running blocks twice: its bus is unknown."""
+    """Fitting, lacking, refused; then as asked. Offloading counts as slow as checkpointing: its bus is unknown."""
     if arm.forecast is None:
         return (2,)
     slow = 1 / 3 if arm.axes.save == "offload" else 0.0
@@ -194,8 +194,8 @@ def _refuse_all(plan: Plan, counts: "_Counts") -> None:
     need = int(peak * (1 + config.margin)) + config.reserve_bytes
     raise UserError(
         f"nothing fits --budget {config.budget}: the least, {arm.axes.name} with {rows * config.gpus} samples a "
-        f"micro-batch, needs {format_bytes(need)} ({config.reserve} of it set aside); give more, choose a smaller model, "
-        "or --gpus with --parallel fsdp"
+        f"micro-batch, needs {format_bytes(need)} ({config.reserve} of it set aside); give more, choose a smaller "
+        "model, or --gpus with --parallel fsdp"
     )
 
 
@@ -260,10 +260,8 @@ class _Counts:
             least = min(known, key=lambda peaks: peaks[min(peaks)])
             few, many = min(least), max(least)
             usable, slope = self.config.usable_bytes, max(1.0, (least[many] - least[few]) / max(1, many - few))
-            if few == many:  # one sample was asked for: a second point tells the slope
-                rows = 8 * few
-            else:
-                rows = min(CEILING, int(few + (usable - least[few]) / slope))
+            # one sample was asked for: a second point tells the slope
+            rows = 8 * few if few == many else min(CEILING, int(few + (usable - least[few]) / slope))
             multiple = self._fewest(arms[0])
             rows = rows // multiple * multiple
             if rows > few and rows not in least:

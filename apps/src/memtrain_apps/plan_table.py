@@ -138,8 +138,8 @@ def _reasons(arms: list[Arm]) -> list[str]:
 def _notes(plan: Plan, sources: list[str]) -> list[str]:
     config = plan.config
     lines = [
-        "time: an estimate, matrix products relative to full+all+adamw at the same batch. Not in it: the optimizer's own",
-        "  arithmetic, packing (backrazor), the bus (offload: ≥), small kernels. * the optimizer's is not measured.",
+        "time: an estimate, matrix products relative to full+all+adamw at the same batch. Not in it: the optimizer's",
+        "  own arithmetic, packing (backrazor), the bus (offload: ≥), small kernels. * the optimizer's is not measured.",
     ]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
     lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
@@ -147,9 +147,9 @@ def _notes(plan: Plan, sources: list[str]) -> list[str]:
         lines.append("saved, host: what lies in host memory of each process; it crosses the bus twice a step.")
     if config.device == "cuda":
         lines.append(
-            "CUDA's ways (dropout masks, fused attention, foreach steps) are emulated on the CPU; --reserve and --margin"
+            "CUDA's ways (dropout masks, fused attention, foreach steps) are emulated on the CPU; --reserve and"
         )
-        lines.append("  stand for the context, workspace and fragmentation, and are assumed, not measured.")
+        lines.append("  --margin stand for the context, workspace and fragmentation, and are assumed, not measured.")
     if config.device == "cuda" and config.weights == config.dtype == "float32" and _grouped(plan):
         lines.append(
             "grouped keys and values in float32: a batch without padding loses the fused kernel on CUDA and saves more."

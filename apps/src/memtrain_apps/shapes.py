@@ -169,8 +169,8 @@ def find_shape(name: str) -> Shape:
     near = difflib.get_close_matches(_key(name), shapes, n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(shapes[k].name for k in near)}?)" if near else ""
     raise UserError(
-        f"no shape of {name!r} is known{hint}; --list-models names those that are, and a folder with the model's config.json "
-        "will do for any other"
+        f"no shape of {name!r} is known{hint}; --list-models names those that are, and a folder with the model's "
+        "config.json will do for any other"
     )
 
 
