@@ -90,15 +90,22 @@ def predict(
 
 
 @contextmanager
-def fake_step() -> "Iterator[LiveBytes]":
-    """Inside, every new tensor is fake, and what lives is added up; for steps that :func:`predict` does not fit."""
+def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
+    """Inside, every new tensor is fake, and what lives is added up; for steps that :func:`predict` does not fit.
+
+    Args:
+        live: what adds up, where it is to count more than bytes; None makes one.
+    """
     with ExitStack() as stack:
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
+        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references that
+        # are freed twice.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
         stack.enter_context(_as_if_real())
-        yield stack.enter_context(LiveBytes())
+        yield stack.enter_context(live or LiveBytes())
 
 
 def _as_if_real() -> AbstractContextManager[Any]:

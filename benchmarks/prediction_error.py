@@ -1,0 +1,99 @@
+"""How far is ``plan`` from a real step? Every choice that makes sense on the CPU, each beside its prediction.
+
+    python benchmarks/prediction_error.py            # ViT-B/16, BERT-base and GPT-2 small, each in its own process
+
+The axes are nearly independent, so each (train, save) is measured with one optimizer, and each (train, optim) with
+everything saved.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MODELS = {"google/vit-base-patch16-224": 2, "google-bert/bert-base-uncased": 4, "openai-community/gpt2": 2}
+TOKENS = 64
+CATEGORIES = ("weights", "gradients", "optimizer", "activations")
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """(train, save, optim): the first with each save and sgd, then with each optim and everything saved."""
+    from memtrain_apps.axes import OPTIM, SAVE, TRAIN
+
+    pairs = [(t, s, "sgd") for t in TRAIN for s in SAVE if s != "offload"]
+    return list(dict.fromkeys(pairs + [(t, "all", o) for t in TRAIN for o in OPTIM]))
+
+
+def measure_model(name: str) -> list[dict[str, Any]]:
+    """Predicted and measured bytes of every combination, or why it is refused."""
+    import torch
+    from memtrain_apps.axes import Axes
+    from memtrain_apps.forecast import Workplace, compose_forecast, count_optimizer, count_step
+    from memtrain_apps.measuring import measure_place
+    from memtrain_apps.quiet import quiet_libraries
+    from memtrain_apps.shape_models import Step
+    from memtrain_apps.shapes import find_shape
+    from memtrain_common.errors import UserError
+
+    quiet_libraries()
+    shape = find_shape(name)
+    step = Step(shape, 0 if shape.task == "pictures" else TOKENS, cuda=False)
+    arms: list[dict[str, Any]] = []
+    for train, save, optim in combinations():
+        axes = Axes(train, save, optim, heads=2)  # type: ignore[arg-type]
+        place = Workplace(step, rows=MODELS[name])
+        arm: dict[str, Any] = {"train": train, "save": save, "optim": optim}
+        try:
+            began = time.perf_counter()
+            found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
+            arm["predicting_seconds"] = round(time.perf_counter() - began, 2)
+            ledger, peak = measure_place(place, axes, torch.device("cpu"))
+        except UserError as error:
+            arms.append({**arm, "refused": str(error)})
+            continue
+        predicted = {**{c: found.ledger[c] for c in CATEGORIES}, "peak": found.peak}
+        measured = {**{c: ledger[c] for c in CATEGORIES}, "peak": peak}
+        errors = {c: round(predicted[c] / measured[c] - 1, 6) if measured[c] else None for c in predicted}
+        arms.append({**arm, "predicted": predicted, "measured": measured, "error": errors})
+        print(name, axes.name, errors, file=sys.stderr, flush=True)
+    return arms
+
+
+def main() -> None:
+    """Measure every model, and write ``results/prediction_error.json``."""
+    from memtrain_common.bench import write_results
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one model, printed as JSON")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "prediction_error.json")
+    flags = parser.parse_args()
+    if flags.only:
+        print(json.dumps(measure_model(flags.only)))
+        return
+    models = {}
+    for name, rows in MODELS.items():
+        done = subprocess.run([sys.executable, __file__, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
+        arms = json.loads(done.stdout)
+        measured = [a for a in arms if "error" in a]
+        largest = {
+            c: max((abs(a["error"][c]) for a in measured if a["error"][c] is not None), default=0.0)
+            for c in (*CATEGORIES, "peak")
+        }
+        models[name] = {"rows": rows, "largest_error": largest, "measured_arms": len(measured), "arms": arms}
+        print(name, largest)
+    write_results(
+        flags.out,
+        argv=["python", "benchmarks/prediction_error.py"],
+        device="cpu",
+        seeds=[0],
+        tokens=TOKENS,
+        models=models,
+    )
+
+
+if __name__ == "__main__":
+    main()
