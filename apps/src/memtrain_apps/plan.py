@@ -226,7 +226,7 @@ class _Counts:
             tasks += [("step", replace(place, rows=r), axes) for r in sorted({self._fewest(axes), place.rows})]
         for train, optim in dict.fromkeys((a.train, a.optim) for a in _combinations(config)):
             tasks.append(("optim", place, config.axes(train, "all", optim)))
-        self._count(list(dict.fromkeys(tasks)), "counting")
+        self._count(tasks, "counting")
         self._count(self._further(), "batches")
 
     def _fewest(self, axes: Axes) -> int:
