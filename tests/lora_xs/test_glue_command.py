@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -20,7 +21,7 @@ TINY = ["lora-xs", "glue", "--task", "sst2", "--tracker", "none", "--rank", "4",
 
 @pytest.fixture(scope="module")
 def words(encoder, glue_dir):
-    return [*TINY, "--model", encoder, "--data-dir", glue_dir]
+    return [*TINY, "--data-dir", glue_dir, "--model", encoder]
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +107,31 @@ def counted(words, folder):
     dispatch(words[1:])
 
 
-def test_two_processes_give_the_run_of_one(whole, words, tmp_path):
-    """Every weight is decomposed once, by one of the two; the losses, metrics and R are those of one process."""
+def with_dropout(encoder, p, folder):
+    """A copy of the encoder that drops every hidden number and attention weight with probability p."""
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_two_processes_give_the_run_of_one(words, encoder, tmp_path):
+    """Every weight is decomposed once, by one of the two; the losses, metrics and R are those of one process.
+
+    Without dropout, whose masks differ between processes.
+    """
+    words = [*words, "--model", str(with_dropout(encoder, 0.0, tmp_path / "encoder"))]
+    assert run_command([*words, "--out", "one"], tmp_path).returncode == 0
     run_ranks(2, counted, [*words, "--out", str(tmp_path / "run")], tmp_path)
     done = [(tmp_path / f"svd-{rank}").read_text().splitlines() for rank in range(2)]
     assert [len(d) for d in done] == [4, 4]
     assert len({*done[0], *done[1]}) == 8
-    one, two = rows(whole[0]), rows(tmp_path / "run")
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "run")
     assert [(r["step"], r["split"]) for r in one] == [(r["step"], r["split"]) for r in two]
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5 if a["step"] <= 5 else 1e-3)
-    a, b = (load_file(p / "adapter" / "adapter.safetensors")["R"] for p in (whole[0], tmp_path / "run"))
+    a, b = (load_file(p / "adapter" / "adapter.safetensors")["R"] for p in (tmp_path / "one", tmp_path / "run"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * float(a.abs().max()))
     assert (tmp_path / "run" / "log.txt").read_text().count("development rows, in hundredths") == 1
 
@@ -249,3 +264,15 @@ def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_pat
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert set(result) == {"task", metric}
     assert f"{100 * result[metric]:.2f}" in done.stdout
+
+
+def test_the_encoders_dropout_is_on_while_it_trains(encoder, tmp_path):
+    from lora_xs.tasks.glue import adapted_model
+    from lora_xs.tasks.glue_flags import GlueConfig
+    from memtrain_common.encoders import load_tokenizer
+
+    folder = with_dropout(encoder, 0.5, tmp_path / "dropping")
+    model = adapted_model(GlueConfig(task="sst2", model=str(folder), rank=2), load_tokenizer(str(folder)))
+    assert all(m.training for m in model.modules())
+    ids = torch.full((2, 5), 7)
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -63,7 +63,8 @@ def load_tokenizer(name: str) -> Any:
 
 def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) -> tuple[nn.Module, tuple[str, ...]]:
     """A sequence classifier, and the modules that must be trained in full: its task head, and whatever else the folder
-    lacks and starts at random (the pooler of an encoder that was saved without one).
+    lacks and starts at random (the pooler of an encoder that was saved without one). The model is in training mode,
+    which transformers' loading leaves: its dropout is on.
 
     Args:
         num_labels: 1 is a regression.
@@ -82,4 +83,4 @@ def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) ->
     if wrong:
         raise UserError(f"{name} has {wrong[0]} of another shape than its config.json says: the folder is inconsistent")
     fresh = {key.rpartition(".")[0] for key in loading["missing_keys"] if not key.startswith(inside)}
-    return model, (*heads, *sorted(fresh))
+    return model.train(), (*heads, *sorted(fresh))

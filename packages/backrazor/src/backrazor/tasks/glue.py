@@ -44,7 +44,7 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     )  # fmt: skip
     seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
-    train_only(model.to(device), head, config.mode).train()  # transformers loads models without their dropout
+    train_only(model.to(device), head, config.mode)
     data = {"name": config.task, "sha256": prepared.sha256}
     run, config = open_run(config, argv, prog=PROG, world=place, device=device, data=data)
     console = Console(run.path / "log.txt" if place.is_main else None, quiet=not place.is_main)

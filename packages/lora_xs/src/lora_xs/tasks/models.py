@@ -34,7 +34,8 @@ def quiet_imports() -> Iterator[None]:
 
 
 def load_causal_lm(name: str, dtype: str = "float32") -> nn.Module:
-    return from_pretrained(transformers.AutoModelForCausalLM, name, "model", dtype=DTYPES[dtype])
+    """The model in training mode, which transformers' loading leaves."""
+    return from_pretrained(transformers.AutoModelForCausalLM, name, "model", dtype=DTYPES[dtype]).train()
 
 
 def write_task(folder: Path, **content: Any) -> None:

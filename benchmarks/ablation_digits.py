@@ -1,0 +1,130 @@
+"""What does ablate without arguments show, how long does it take, and does it repeat?
+
+    uv run python benchmarks/ablation_digits.py            # two runs of the grid: table, accuracies twice, picture
+    uv run python benchmarks/ablation_digits.py rates      # the grid by which digits.toml's learning rates were chosen
+
+The first runs the command twice as a person does, keeps a row a combination, holds the second run's accuracies to the
+first's, and photographs the report's beginning where a Chromium is found. The second reads validation accuracy alone.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_apps.results import Summary, read_results, summarise
+from memtrain_common.bench import write_results
+
+RESULTS = Path(__file__).parent / "results"
+COMMAND = Path(sys.executable).parent / "ablate"
+CPU = torch.device("cpu")
+
+
+def ablate(folder: Path, *words: str) -> float:
+    """Run the command to its end; -> seconds."""
+    began = time.perf_counter()
+    subprocess.run([COMMAND, *words, "--devices", "cpu", "cpu", "--out", folder.name], cwd=folder.parent, check=True)
+    return time.perf_counter() - began
+
+
+def row(s: Summary) -> dict[str, Any]:
+    mean, half = s.interval
+    return {
+        "combination": s.first["combination"],
+        "lr": s.first["lr"],
+        "test_accuracy": s.scores,
+        "mean": round(mean, 4),
+        "ci95": round(half, 4),
+        "trained_parameters": s.trained,
+        "memory_bytes": {"measured": s.measured, "predicted": s.predicted},
+        "prediction_error": round(s.prediction_error, 5),
+        "on_pareto_front": s.on_front,
+        "seconds": round(s.seconds, 2),
+        "samples_per_second": round(s.rate[0], 1),
+        "command_of_seed_0": s.first["command"],
+    }
+
+
+def photograph(report: Path) -> None:
+    """The report's beginning, 1280 pixels wide."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        print("no Chromium: no picture")
+        return
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,1050"]
+    picture = RESULTS / "ablation_report.png"
+    subprocess.run([browser, *words, f"--screenshot={picture}", report.as_uri()], check=True, capture_output=True)
+
+
+def table() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        first, second = Path(place) / "first", Path(place) / "second"
+        seconds = [ablate(first), ablate(second)]
+        found, again = (summarise(read_results(p)) for p in (first, second))
+        other = {s.first["combination"]: s.scores for s in again}
+        write_results(
+            RESULTS / "ablation_digits.json",
+            argv=["python", "benchmarks/ablation_digits.py"],
+            device=CPU,
+            seeds=[r["seed"] for r in found[0].results],
+            command_seconds=[round(s, 1) for s in seconds],
+            same_accuracies_in_a_second_run={
+                s.first["combination"]: other[s.first["combination"]] == s.scores for s in found
+            },
+            arms=[row(s) for s in sorted(found, key=lambda s: s.rank)],
+        )
+        photograph(first / "report.html")
+
+
+def rates() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "rates"
+        ablate(folder, "digits-rates")
+        found = json_rows(folder)
+    best: dict[str, dict[str, Any]] = {}
+    for r in found:
+        name = r["train"] if r["optim"] == "adamw" else f"{r['train']}+{r['optim']}"
+        key = (-r["val_accuracy"], r["val_loss"])
+        if name not in best or key < (-best[name]["val_accuracy"], best[name]["val_loss"]):
+            best[name] = r
+    write_results(
+        RESULTS / "ablation_digits_rates.json",
+        argv=["python", "benchmarks/ablation_digits.py", "rates"],
+        device=CPU,
+        seeds=sorted({r["seed"] for r in found}),
+        chosen_by="validation accuracy of the best checkpoint, then its loss",
+        chosen={name: r["lr"] for name, r in best.items()},
+        arms=found,
+    )
+    print(json.dumps({name: r["lr"] for name, r in best.items()}, indent=2))
+
+
+def json_rows(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "train": r["axes"]["train"],
+            "optim": r["axes"]["optim"],
+            "lr": r["lr"],
+            "seed": r["seed"],
+            "val_accuracy": round(r["val"], 4),
+            "val_loss": round(r["scores"]["val"]["loss"], 4),
+        }
+        for r in read_results(folder)
+        if r["status"] == "done"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["table", "rates"], default="table")
+    {"table": table, "rates": rates}[parser.parse_args().what]()
+
+
+if __name__ == "__main__":
+    main()
