@@ -32,7 +32,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
     """Predicted and measured bytes of every combination, or why it is refused."""
     import torch
     from memtrain_apps.axes import Axes
-    from memtrain_apps.forecast import Workplace, compose_forecast, count_optimizer, count_step
+    from memtrain_apps.forecast import Workplace, predict_arm
     from memtrain_apps.measuring import measure_place
     from memtrain_apps.quiet import quiet_libraries
     from memtrain_apps.shape_models import Step
@@ -49,7 +49,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
         arm: dict[str, Any] = {"train": train, "save": save, "optim": optim}
         try:
             began = time.perf_counter()
-            found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
+            found = predict_arm(place, axes)
             arm["predicting_seconds"] = round(time.perf_counter() - began, 2)
             ledger, peak = measure_place(place, axes, torch.device("cpu"))
         except UserError as error:

@@ -12,10 +12,9 @@ from memtrain_apps.cuda_choices import CudaChoices
 from memtrain_apps.forecast import (
     Workplace,
     between,
-    compose_forecast,
-    count_optimizer,
     count_step,
     largest,
+    predict_arm,
 )
 from memtrain_apps.measuring import measure_place
 from memtrain_apps.moments import step_moments
@@ -182,7 +181,7 @@ def test_composed_is_predicted_whole(axes):
     axes = replace(axes, rank=8, galore_rank=4)
     place = Workplace(SMALL["vit"], rows=4)
     try:
-        found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
+        found = predict_arm(place, axes)
     except UserError:
         with pytest.raises(UserError):
             whole(place.step, axes, 4)
@@ -199,7 +198,7 @@ def test_composed_is_predicted_whole(axes):
 def test_composed_is_predicted_whole_for_text(family, micro_batches):
     place = Workplace(SMALL[family], rows=3, micro_batches=micro_batches)
     for axes in (Axes(), Axes("lora", "checkpoint", "sgd"), Axes("lora-xs", "all", "adamw"), Axes("full", "backrazor")):
-        found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
+        found = predict_arm(place, axes)
         with_mask = predict_with_mask(place, axes, micro_batches)
         assert found.ledger == with_mask.ledger.totals
         assert 0 <= found.peak - with_mask.peak_bytes <= 0.01 * found.peak
@@ -281,7 +280,7 @@ def test_no_plan_is_too_small(family, train, save, optim):
     """A real step, two micro-batches, never holds more than was planned; and the plan is not far above it."""
     axes = Axes(train, save, optim, rank=8, galore_rank=4)
     place = Workplace(SMALL[family], rows=4, micro_batches=2)
-    found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
+    found = predict_arm(place, axes)
     ledger, peak = measure_place(place, axes, torch.device("cpu"))
     for category, n_bytes in ledger.items():
         assert found.ledger[category] == pytest.approx(n_bytes, rel=0.02), category
@@ -359,8 +358,8 @@ def fsdp_step(place, axes, out):
 def test_two_processes_hold_no_more_than_was_planned(parallel, tmp_path):
     place = Workplace(SMALL["vit"], rows=4, processes=2, parallel=parallel)
     axes = Axes()
-    found = compose_forecast(place, axes, count_step(place, axes), count_optimizer(place, axes))
-    one = compose_forecast(replace(place, processes=1), axes, count_step(place, axes), count_optimizer(place, axes))
+    found = predict_arm(place, axes)
+    one = predict_arm(replace(place, processes=1), axes)
     if parallel == "ddp":
         assert found.peak - one.peak == one.ledger["gradients"]
     else:

@@ -6,13 +6,13 @@ which grows by a block's weights and at most the larger of what it saves and of 
 bound, and from deeper models where the bound is not yet reached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from memtrain_common.errors import UserError
 
-from .axes import Axes, refusal
+from .axes import Axes, Optim, refusal
 from .moments import OptimizerMoments, StepMoments, optimizer_moments, step_moments
 from .shape_models import Step
 
@@ -108,10 +108,23 @@ def count_step(place: Workplace, axes: Axes) -> StepMoments:
     return _whole_depth(place.step, lambda step: step_moments(step, axes, place.rows, place.shards), _draw_out)
 
 
-def count_optimizer(place: Workplace, axes: Axes) -> OptimizerMoments:
-    """The optimizer's step, of the model at its whole depth."""
-    refuse(place, axes)
-    return _whole_depth(place.step, lambda step: optimizer_moments(step, axes, place.shards), _line)
+def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerMoments | str]:
+    """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
+    count = lambda step: optimizer_moments(step, axes, optims, place.shards)  # noqa: E731
+    return cast(dict[Optim, OptimizerMoments | str], _whole_depth(place.step, count, _lines))
+
+
+def predict_arm(place: Workplace, axes: Axes) -> Forecast:
+    """One combination by itself.
+
+    Raises:
+        UserError: if it has no meaning.
+    """
+    moments = count_step(place, axes)
+    found = count_optimizers(place, axes, (axes.optim,))[axes.optim]
+    if isinstance(found, str):
+        raise UserError(found)
+    return compose_forecast(place, axes, moments, found)
 
 
 def refuse(place: Workplace, axes: Axes) -> None:
@@ -152,6 +165,10 @@ def _line(shallow: Any, deep: Any, blocks: int, depth: int) -> Any:
     names = [f.name for f in fields(deep)]
     more = depth - blocks
     return replace(deep, **{n: getattr(deep, n) + more * (getattr(deep, n) - getattr(shallow, n)) for n in names})
+
+
+def _lines(shallow: dict[Optim, Any], deep: dict[Optim, Any], blocks: int, depth: int) -> dict[Optim, Any]:
+    return {o: d if isinstance(d, str) else _line(shallow[o], d, blocks, depth) for o, d in deep.items()}
 
 
 def _draw_out(shallow: StepMoments, deep: StepMoments, blocks: int, depth: int) -> StepMoments | None:

@@ -34,7 +34,7 @@ class Known:
     ci95: float
     """Half of the 95 % confidence interval over seeds; 0 where there is one seed."""
     plain: float
-    """The same study's score of full training, everything saved, AdamW."""
+    """The same study's score of full training with everything saved, by AdamW; of Back Razor's studies by SGD."""
     study: str
     source: str
     """File of ``benchmarks/results``."""
@@ -53,7 +53,7 @@ class Overhead:
 def collect(results: Path) -> dict[str, list[dict[str, Any]]]:
     """What ``known_results.json`` holds, from a folder of committed results."""
     return {
-        "scores": [asdict(k) for reader in (_breastmnist, _digits, _stdlib) for k in reader(results)],
+        "scores": [asdict(k) for reader in (_breastmnist, _digits, _stdlib, _razor) for k in reader(results)],
         "overheads": [asdict(o) for o in _overheads(results)],
     }
 
@@ -64,10 +64,25 @@ def read() -> tuple[list[Known], list[Overhead]]:
     return [Known(**k) for k in content["scores"]], [Overhead(**o) for o in content["overheads"]]
 
 
-def score_of(axes: Axes, scores: list[Known]) -> Known | None:
-    """The score of a combination; of several ranks the nearest."""
+def scores_of(axes: Axes, scores: list[Known]) -> list[Known]:
+    """What is known of a combination, one a study; of several ranks the nearest."""
     mine = [k for k in scores if (k.train, k.save, k.optim) == (axes.train, axes.save, axes.optim)]
-    return min(mine, key=lambda k: abs(k.rank - axes.rank) if k.rank else 0, default=None)
+    mine.sort(key=lambda k: abs(k.rank - axes.rank) if k.rank else 0)
+    nearest = {k.source: k for k in reversed(mine)}
+    return [k for k in scores if nearest.get(k.source) is k]
+
+
+def _razor(results: Path) -> Iterator[Known]:
+    for source in ("backrazor_accuracy_resnet20.json", "backrazor_accuracy_breastmnist.json"):
+        content = _read(results / source)
+        study = f"{content['about']}, {len(content['seeds'])} seeds"
+        found = content["results"]
+        for arm, save in (("dense", "all"), ("keep 0.1", "backrazor")):
+            accuracy = found[arm]["test_accuracy"]
+            yield Known(
+                "full", save, content["training"]["optim"], 0, "test accuracy, %", accuracy["mean"], accuracy["ci95"],
+                found["dense"]["test_accuracy"]["mean"], f"{study}; Back Razor keeps 0.1", source,
+            )  # fmt: skip
 
 
 def _breastmnist(results: Path) -> Iterator[Known]:

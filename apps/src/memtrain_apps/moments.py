@@ -5,13 +5,14 @@ state and what its step takes besides on (train, optim). So a forward and backwa
 optimizer step for each of the second tell every combination: see :func:`memtrain_apps.forecast.compose_forecast`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
+from memtrain_common.errors import UserError
 from memtrain_common.memory import SavedActivations, storages_of
 from memtrain_common.prediction import LiveBytes, fake_step
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from .axes import Axes
-from .compose import Composed, compose
+from .axes import Axes, Optim
+from .compose import Composed, build_optimizer, compose
 from .cuda_choices import CudaChoices
 from .families import blocks
 from .shape_models import Step, build_model, loss_of, make_batch
@@ -160,51 +161,69 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
         )
 
 
-def optimizer_moments(step: Step, axes: Axes, shards: int = 1) -> OptimizerMoments:
-    """Count two steps of the optimizer: the first makes its state (and GaLore its bases), the second finds it there.
-
-    Parameters of one shape and one group are stepped one after another and alike, so one of them stands for all;
-    not where PyTorch steps all at once (``foreach``, its way on CUDA).
+def optimizer_moments(
+    step: Step, axes: Axes, optims: Iterable[Optim], shards: int = 1
+) -> dict[Optim, OptimizerMoments | str]:
+    """Count the steps of several optimizers over one model; instead of a count, the sentence that refuses it.
 
     Args:
+        axes: its ``save`` and ``optim`` do not matter.
         shards: processes that share each parameter and its state; GaLore is counted whole, since its bases are.
     """
-    live = StepBytes()
-    with _fake(live, step):
-        model, composed = _composed(step, replace(axes, save="all", merge_steps=1))
-        optimizer = composed.optimizer
-        if shards > 1 and not axes.optim.startswith("galore"):
-            for p in model.parameters():
-                if p.dim():
-                    p.data = p.data[: _rows(p, shards)].clone()
-        counts: dict[Tensor, int] = {}
-        together = step.cuda and isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW)
-        for group in optimizer.param_groups:
-            if together:
-                group["foreach"] = True
-                counts.update(dict.fromkeys(group["params"], 1))
-            else:
-                group["params"] = _one_of_each(group["params"], counts)
-        for parameter in counts:
-            parameter.grad = torch.empty_like(parameter)
-        live.restart()
-        before = live.bytes
-        optimizer.step()
-        made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
-        extra = max(0, live.peak_bytes - before - made)
-        live.restart()
-        before = live.bytes
-        optimizer.step()
-        extra = max(extra, live.peak_bytes - before)
-        state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
-        merging = 0
-        if composed.after_step is not None:
-            optimizer.zero_grad(set_to_none=True)
-            live.restart()
-            before = live.bytes
-            composed.after_step()
-            merging = live.peak_bytes - before
-        return OptimizerMoments(state, extra, merging)
+    found: dict[Optim, OptimizerMoments | str] = {}
+    for cut in (False, True):
+        mine = [o for o in optims if cut == (shards > 1 and not o.startswith("galore"))]
+        if not mine:
+            continue
+        live = StepBytes()
+        with _fake(live, step):
+            model, composed = _composed(step, replace(axes, save="all", optim="sgd", merge_steps=1))
+            merging = _growth(live, composed.after_step) if composed.after_step is not None else 0
+            if cut:
+                for p in model.parameters():
+                    if p.dim():
+                        p.data = p.data[: _rows(p, shards)].clone()
+            for optim in mine:
+                try:
+                    found[optim] = _optimizer_moments(model, replace(axes, save="all", optim=optim), live, step.cuda, merging)
+                except UserError as error:
+                    found[optim] = str(error)
+                for p in model.parameters():
+                    p.grad = None
+    return found
+
+
+def _optimizer_moments(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool, merging: int) -> OptimizerMoments:
+    """Two steps: the first makes the state (and GaLore's bases), the second finds it there.
+
+    torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
+    PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once.
+    """
+    optimizer = build_optimizer(model, axes, lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None)
+    counts: dict[Tensor, int] = {}
+    native = isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        if native and cuda:
+            group["foreach"] = True
+        if axes.optim.startswith("galore") or (native and cuda):
+            counts.update(dict.fromkeys(group["params"], 1))
+        else:
+            group["params"] = _one_of_each(group["params"], counts)
+    for parameter in counts:
+        parameter.grad = torch.empty_like(parameter)
+    first = _growth(live, optimizer.step)
+    made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
+    extra = max(0, first - made, _growth(live, optimizer.step))
+    state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
+    return OptimizerMoments(state, extra, merging)
+
+
+def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
+    """The most bytes that live during a call beside what lived before it."""
+    live.restart()
+    before = live.bytes
+    call()
+    return live.peak_bytes - before
 
 
 @contextmanager

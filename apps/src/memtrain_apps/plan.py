@@ -3,33 +3,32 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import UserError
 
-from .axes import Axes
+from .axes import Axes, Optim
 from .forecast import (
     Forecast,
     Workplace,
     between,
     compose_forecast,
-    count_optimizer,
+    count_optimizers,
     count_step,
     largest,
     refuse,
 )
-from .known import Known, Overhead, read, score_of
+from .known import Known, Overhead, read, scores_of
 from .moments import OptimizerMoments, StepMoments
 from .plan_config import PlanConfig, planned_shape
 from .quiet import quiet_libraries
 from .shape_models import Step
 
-CEILING = 1 << 16
-"""The most samples a micro-batch that is looked at."""
 SAME_GRADIENT = ("all", "checkpoint", "offload")
 """Choices of ``save`` that change no number of the training."""
 
@@ -57,8 +56,8 @@ class Arm:
     """Matrix products of a step relative to full training, everything saved, AdamW; times a measured overhead."""
     overhead: Overhead | None = None
     largest: int = 0
-    """Samples a micro-batch over all GPUs that surely fit; 0 if none do."""
-    score: Known | None = None
+    """Samples a micro-batch over all GPUs, at most those asked for, that surely fit; 0 if none do."""
+    scores: list[Known] = field(default_factory=list)
     remedies: list[Remedy] = field(default_factory=list)
 
     @property
@@ -124,10 +123,9 @@ def make_plan(config: PlanConfig, console: Console | None = None) -> Plan:
         arm.overhead = next((o for o in overheads if o.optim == arm.axes.optim), None)
         arm.time = arm.forecast.flops / reference * (arm.overhead.factor if arm.overhead else 1.0)
         arm.fits = arm.forecast.peak <= config.usable_bytes
-        arm.score = score_of(arm.axes, scores)
+        arm.scores = scores_of(arm.axes, scores)
     for arm in plan.lacking:
         arm.remedies = list(_remedies(arm, plan, counts))
-    counts.close()
     if not plan.fitting and not any(arm.remedies or arm.largest for arm in plan.lacking):
         _refuse_all(plan, counts)
     plan.arms.sort(key=lambda arm: _order(arm, config.order))
@@ -142,15 +140,17 @@ def _combinations(config: PlanConfig) -> Iterator[Axes]:
 
 
 def _order(arm: Arm, order: str) -> tuple[Any, ...]:
-    """Fitting, lacking, refused; then as asked. Offloading counts as slow as checkpointing: its bus is unknown."""
+    """Fitting, lacking, refused; then as asked. Offloading counts as slow as checkpointing, and Back Razor too: the bus
+    and the packing are not in the estimate."""
     if arm.forecast is None:
         return (2,)
-    slow = 1 / 3 if arm.axes.save == "offload" else 0.0
+    time = arm.time + (1 / 3 if arm.axes.save in ("offload", "backrazor") else 0.0)
     optims = ("adamw", "adamw8bit", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "sgd")
+    lossy = arm.axes.save not in SAME_GRADIENT
     keys = {
-        "best": (-arm.forecast.trained, arm.time + slow, optims.index(arm.axes.optim)),
-        "time": (arm.time + slow, -arm.forecast.trained, optims.index(arm.axes.optim)),
-        "peak": (arm.forecast.peak, arm.time + slow, -arm.forecast.trained),
+        "best": (-arm.forecast.trained, lossy, time, optims.index(arm.axes.optim)),
+        "time": (time, -arm.forecast.trained, lossy, optims.index(arm.axes.optim)),
+        "peak": (arm.forecast.peak, time, -arm.forecast.trained),
     }
     return (0 if arm.fits else 1, *keys[order])
 
@@ -202,6 +202,15 @@ def _refuse_all(plan: Plan, counts: "_Counts") -> None:
 # -- counting -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One thing to count: a forward and backward pass, or the steps of all optimizers of a choice of ``train``."""
+
+    place: Workplace
+    axes: Axes
+    optims: tuple[Optim, ...] = ()
+
+
 class _Counts:
     """The moments of all that is asked for, counted in several processes, and forecasts made of them."""
 
@@ -209,89 +218,75 @@ class _Counts:
         self.config, self.place, self._console = config, place, console
         self._steps: dict[tuple[str, str], dict[int, StepMoments]] = {}
         self._optims: dict[tuple[str, str], OptimizerMoments] = {}
-        self._refused: dict[tuple[str, ...], str] = {}
-        workers = config.workers or min(4, os.cpu_count() or 1)
-        self._pool: ProcessPoolExecutor | None = None
-        quiet_libraries()
-        if workers > 1 and "fork" in multiprocessing.get_all_start_methods():
-            import torch._dynamo  # noqa: F401  # once, before the processes part
-            import transformers  # noqa: F401
-
-            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _one_thread)
+        self._refused: dict[tuple[str, str], str] = {}
         self._plain = config.axes("full", "all", "adamw")
-        pairs = dict.fromkeys((a.train, a.save) for a in _combinations(config))
-        tasks: list[tuple[str, Workplace, Axes]] = [("step", place, self._plain)]
-        for train, save in pairs:
-            axes = config.axes(train, save, "adamw")
-            tasks += [("step", replace(place, rows=r), axes) for r in sorted({self._fewest(axes), place.rows})]
-        for train, optim in dict.fromkeys((a.train, a.optim) for a in _combinations(config)):
-            tasks.append(("optim", place, config.axes(train, "all", optim)))
-        self._count(tasks, "counting")
-        self._count(self._further(), "batches")
+        axes = list(_combinations(config))
+        meant = [a for a in axes if not self._why_refused(a)]
+        trains = dict.fromkeys(a.train for a in meant)
+        pairs = dict.fromkeys((a.train, a.save) for a in meant)
+        steps = dict.fromkeys([("full", "all"), *pairs])
+        tasks = [_Task(place, config.axes(train, save, "sgd")) for train, save in steps]
+        for train in trains:
+            optims = tuple(dict.fromkeys(a.optim for a in meant if a.train == train))
+            tasks.append(_Task(place, config.axes(train, "all", "sgd"), optims))
+        quiet_libraries()
+        with _processes(config.workers or min(4, os.cpu_count() or 1)) as run_all:
+            self._count(run_all, tasks, "planning")
+            # what does not fit may fit with fewer samples: a second point of its peak
+            arms = [self.arm(a) for a in meant]
+            short = [a.axes for a in arms if a.forecast and a.forecast.peak > config.usable_bytes]
+            fewer = dict.fromkeys((a.train, a.save) for a in short if self._fewest(a) < place.rows)
+            tasks = [
+                _Task(replace(place, rows=self._fewest(axes)), axes)
+                for axes in (config.axes(train, save, "sgd") for train, save in fewer)
+            ]
+            self._count(run_all, tasks, "smaller batches")
 
     def _fewest(self, axes: Axes) -> int:
         return axes.heads if axes.train == "lte" else 1
 
-    def _count(self, tasks: Sequence[tuple[str, Workplace, Axes]], label: str) -> None:
+    def _count(self, run_all: "_RunAll", tasks: Sequence[_Task], label: str) -> None:
         bar = self._console.progress(len(tasks), label=label)
         try:
-            results = self._pool.map(_run, tasks) if self._pool is not None else map(_run, tasks)
-            for (kind, place, axes), result in zip(tasks, results, strict=True):
-                key = (axes.train, axes.save if kind == "step" else axes.optim)
-                if isinstance(result, str):
-                    if place.rows == self.place.rows:
-                        self._refused[(kind, *key)] = result
-                elif kind == "step":
-                    self._steps.setdefault(key, {})[place.rows] = result
+            for task, result in zip(tasks, run_all(_run, tasks), strict=True):
+                train, save = task.axes.train, task.axes.save
+                if isinstance(result, dict):
+                    for optim, found in result.items():
+                        if isinstance(found, str):
+                            self._refused[(train, optim)] = found
+                        else:
+                            self._optims[(train, optim)] = found
+                elif isinstance(result, str):
+                    self._refused[(train, "" if task.optims else save)] = result
                 else:
-                    self._optims[key] = result
+                    self._steps.setdefault((train, save), {})[task.place.rows] = result
                 bar.update()
         finally:
             bar.close()
-
-    def _further(self) -> list[tuple[str, Workplace, Axes]]:
-        """A third batch of each (train, save): about the largest that fits beside the smallest state."""
-        tasks = []
-        for train, save in self._steps:
-            arms = [a for a in _combinations(self.config) if (a.train, a.save) == (train, save)]
-            known = [self.peaks(a) for a in arms if self.arm(a).forecast is not None]
-            if not known:
-                continue
-            least = min(known, key=lambda peaks: peaks[min(peaks)])
-            few, many = min(least), max(least)
-            usable, slope = self.config.usable_bytes, max(1.0, (least[many] - least[few]) / max(1, many - few))
-            # one sample was asked for: a second point tells the slope
-            rows = 8 * few if few == many else min(CEILING, int(few + (usable - least[few]) / slope))
-            multiple = self._fewest(arms[0])
-            rows = rows // multiple * multiple
-            if rows > few and rows not in least:
-                tasks.append(("step", replace(self.place, rows=rows), self.config.axes(train, save, "adamw")))
-        return tasks
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
 
     def flops_of_plain_training(self) -> int:
         """Of an optimizer step, full training with everything saved."""
         found = self._steps.get(("full", "all"), {}).get(self.place.rows)
         if found is None:
-            raise UserError(self._refused[("step", "full", "all")])
+            raise UserError(self._refused[("full", "all")])
         return found.flops * self.place.micro_batches
 
-    def arm(self, axes: Axes) -> Arm:
-        """The combination's forecast, or why it is refused."""
+    def _why_refused(self, axes: Axes) -> str:
         try:
             refuse(self.place, axes)
         except UserError as error:
-            return Arm(axes, refused=str(error))
-        step, optim = (axes.train, axes.save), (axes.train, axes.optim)
-        for key in (("step", *step), ("optim", *optim)):
-            if key in self._refused:
-                return Arm(axes, refused=self._refused[key])
-        found = compose_forecast(self.place, axes, self._steps[step][self.place.rows], self._optims[optim])
-        peaks = self.peaks(axes)
-        most = largest(peaks, self.config.usable_bytes, self._fewest(axes)) * self.config.gpus
+            return str(error)
+        train = axes.train
+        return next((self._refused[train, k] for k in (axes.save, axes.optim, "") if (train, k) in self._refused), "")
+
+    def arm(self, axes: Axes) -> Arm:
+        """The combination's forecast, or why it is refused."""
+        why = self._why_refused(axes)
+        if why:
+            return Arm(axes, refused=why)
+        step, optim = self._steps[(axes.train, axes.save)], self._optims[(axes.train, axes.optim)]
+        found = compose_forecast(self.place, axes, step[self.place.rows], optim)
+        most = largest(self.peaks(axes), self.config.usable_bytes, self._fewest(axes)) * self.config.gpus
         return Arm(axes, forecast=found, largest=most)
 
     def peaks(self, axes: Axes, micro_batches: int = 0) -> dict[int, int]:
@@ -315,16 +310,34 @@ class _Counts:
         return None
 
 
+_RunAll = Callable[[Callable[[_Task], Any], Sequence[_Task]], Iterable[Any]]
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[_RunAll]:
+    """``map`` over several processes, where the system can fork."""
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield map
+        return
+    import peft  # noqa: F401  # once, before the processes part
+    import torch._dynamo  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _one_thread) as pool:
+        yield pool.map
+
+
 def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
 
 
-def _run(task: tuple[str, Workplace, Axes]) -> StepMoments | OptimizerMoments | str:
+def _run(task: _Task) -> StepMoments | dict[Optim, OptimizerMoments | str] | str:
     """One count, or the sentence that refuses it."""
-    kind, place, axes = task
     try:
-        return count_step(place, axes) if kind == "step" else count_optimizer(place, axes)
+        if task.optims:
+            return count_optimizers(task.place, task.axes, task.optims)
+        return count_step(task.place, task.axes)
     except UserError as error:
         return str(error)

@@ -9,7 +9,7 @@ from .axes import read_settings
 from .known import Known
 from .plan import Arm, Plan
 
-HEADER = ("train", "save", "optim", "peak", "weights", "gradients", "optimizer", "saved", "time", "batch ≤", "score")
+HEADER = ("train", "save", "optim", "peak", "weights", "gradients", "optimizer", "saved", "time", "score")
 
 
 def table_of(plan: Plan) -> str:
@@ -36,7 +36,7 @@ def table_of(plan: Plan) -> str:
 
 
 ORDERS = {
-    "best": "best first: what trains the most numbers, and of those the fastest",
+    "best": "best first: what trains the most numbers, of those what keeps gradients exact, of those the fastest",
     "time": "the fastest first",
     "peak": "the least memory first",
 }
@@ -74,8 +74,7 @@ def _row(arm: Arm, sources: list[str]) -> tuple[str, ...]:
         format_bytes(ledger["optimizer"]),
         saved,
         _time(arm),
-        f"{arm.largest:,}",
-        _score(arm.score, sources),
+        _scores(arm.scores, sources),
     )
 
 
@@ -96,18 +95,20 @@ def _lack(arm: Arm) -> tuple[str, ...]:
 
 def _time(arm: Arm) -> str:
     mark = "" if arm.overhead or arm.axes.optim in ("adamw", "sgd") else "*"
-    return f"{'≥' if arm.axes.save == 'offload' else ''}{arm.time:.2f}×{mark}"
+    return f"{'≥' if arm.axes.save in ('offload', 'backrazor') else ''}{arm.time:.2f}×{mark}"
 
 
-def _score(score: Known | None, sources: list[str]) -> str:
-    if score is None:
-        return "not measured"
+def _scores(scores: list[Known], sources: list[str]) -> str:
+    return "; ".join(_score(s, sources) for s in scores) or "not measured"
+
+
+def _score(score: Known, sources: list[str]) -> str:
     rank = f", r {score.rank}" if score.rank else ""
-    source = f"{score.study} ({score.source}); full+all+adamw there"
+    source = f"{score.study} ({score.source}); in brackets: full training with everything saved there"
     if source not in sources:
         sources.append(source)
-    text = f"{score.metric} {score.value:.3g} ± {score.ci95:.2g}{rank}"
-    return f"{text} (full {score.plain:.3g}) [{sources.index(source) + 1}]"
+    plain = f" ({score.plain:.3g})" if score.plain != score.value else ""
+    return f"{score.metric} {score.value:.3g} ± {score.ci95:.2g}{plain}{rank} [{sources.index(source) + 1}]"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> str:
@@ -139,7 +140,7 @@ def _notes(plan: Plan, sources: list[str]) -> list[str]:
     config = plan.config
     lines = [
         "time: an estimate, matrix products relative to full+all+adamw at the same batch. Not in it: the optimizer's",
-        "  own arithmetic, packing (backrazor), the bus (offload: ≥), small kernels. * the optimizer's is not measured.",
+        "  own arithmetic, packing (backrazor: ≥), the bus (offload: ≥), small kernels. * the optimizer's is not measured.",
     ]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
     lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
@@ -190,7 +191,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "relative_time_estimate": round(arm.time, 4),
                 "time_overhead": asdict(arm.overhead) if arm.overhead else None,
                 "largest_batch": arm.largest,
-                "score": asdict(arm.score) if arm.score else None,
+                "scores": [asdict(s) for s in arm.scores],
                 "remedies": [asdict(r) for r in arm.remedies],
             }
         )
