@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from memtrain_apps import known
-from memtrain_apps.axes import Axes, combinations
+from memtrain_apps.axes import Axes
 from memtrain_apps.compose import compose
 from memtrain_apps.cuda_choices import CudaChoices
 from memtrain_apps.forecast import (
@@ -174,11 +174,19 @@ def whole(step, axes, rows, micro_batches=1):
     )
 
 
-@pytest.mark.parametrize("axes", [a for a in combinations() if a.save != "offload"], ids=lambda a: a.name)
-def test_composed_is_predicted_whole(axes):
-    """Every combination of a ViT: refused by both, or the same ledger and the same peak; GaLore's peak may be above, by
-    the refresh of its bases, which falls into the first step."""
-    axes = replace(axes, rank=8, galore_rank=4)
+SPREAD = (
+    "full+all+adamw", "full+backrazor+sgd", "full+checkpoint+galore-adamw", "head+all+sgd", "head+all+adamw8bit",
+    "bitfit+all+adamw", "bitfit+checkpoint+sgd", "lora+all+galore-adafactor", "lora+checkpoint+adamw8bit",
+    "melo+backrazor+adamw", "melo+all+galore-adamw8bit", "lora-xs+all+adamw", "lora-xs+checkpoint+galore-adamw",
+    "lte+all+sgd", "lte+backrazor+galore-adamw",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_composed_is_predicted_whole(name):
+    """Each choice of each axis, of a ViT: refused by both, or the same ledger, and the same peak but for what falls into
+    single steps: GaLore's refreshes and LTE's merges."""
+    axes = Axes(*name.split("+"), rank=8, galore_rank=4)
     place = Workplace(SMALL["vit"], rows=4)
     try:
         found = predict_arm(place, axes)
@@ -188,8 +196,9 @@ def test_composed_is_predicted_whole(axes):
         return
     expected = whole(place.step, axes, 4)
     assert found.ledger == expected.ledger.totals
-    assert found.peak >= expected.peak_bytes
-    if not axes.optim.startswith("galore") and axes.train != "lte":
+    if axes.optim.startswith("galore") or axes.train == "lte":
+        assert expected.peak_bytes <= found.peak <= 1.1 * expected.peak_bytes
+    else:
         assert found.peak == expected.peak_bytes
 
 
@@ -491,8 +500,9 @@ def test_known_results_are_the_committed_ones():
     assert json.loads(known.FILE.read_text()) == known.collect(ROOT / "benchmarks" / "results")
     scores, overheads = known.read()
     assert all((ROOT / "benchmarks" / "results" / k.source).exists() for k in [*scores, *overheads])
-    assert known.score_of(Axes("lora-xs", rank=9), scores).rank == 8
-    assert known.score_of(Axes("lora", "backrazor"), scores) is None
+    assert [k.rank for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8]
+    assert known.scores_of(Axes("lora", "backrazor"), scores) == []
+    assert len(known.scores_of(Axes("full", "backrazor", "sgd"), scores)) == 2
 
 
 def test_input_flags_reach_the_shape():

@@ -105,13 +105,13 @@ def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: Opt
 def count_step(place: Workplace, axes: Axes) -> StepMoments:
     """The forward and backward pass of a micro-batch, of the model at its whole depth."""
     refuse(place, axes)
-    return _whole_depth(place.step, lambda step: step_moments(step, axes, place.rows, place.shards), _draw_out)
+    return _whole_depth(place.step, lambda step: step_moments(step, axes, place.rows, place.shards), _draw_out, 2)
 
 
 def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerMoments | str]:
     """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
     count = lambda step: optimizer_moments(step, axes, optims, place.shards)  # noqa: E731
-    return cast(dict[Optim, OptimizerMoments | str], _whole_depth(place.step, count, _lines))
+    return cast(dict[Optim, OptimizerMoments | str], _whole_depth(place.step, count, _lines, 1))
 
 
 def predict_arm(place: Workplace, axes: Axes) -> Forecast:
@@ -148,9 +148,12 @@ def refuse(place: Workplace, axes: Axes) -> None:
         raise UserError(why)
 
 
-def _whole_depth(step: Step, count: Callable[[Step], Any], draw_out: Callable[..., Any]) -> Any:
-    """Count at the whole depth, or draw out what is counted of shallower models."""
-    depth, low = step.shape.depth, 2
+def _whole_depth(step: Step, count: Callable[[Step], Any], draw_out: Callable[..., Any], low: int) -> Any:
+    """Count at the whole depth, or draw out what is counted of shallower models, from ``low`` blocks and one more.
+
+    The first and the last block of a step may differ from those between them, so that it takes 2; an optimizer's do not.
+    """
+    depth = step.shape.depth
     at = lambda blocks: replace(step, shape=step.shape.with_depth(blocks))  # noqa: E731
     while step.shape.uniform and low + 1 < depth:
         found = draw_out(count(at(low)), count(at(low + 1)), low + 1, depth)

@@ -219,16 +219,16 @@ class _Counts:
         self._steps: dict[tuple[str, str], dict[int, StepMoments]] = {}
         self._optims: dict[tuple[str, str], OptimizerMoments] = {}
         self._refused: dict[tuple[str, str], str] = {}
-        self._plain = config.axes("full", "all", "adamw")
         axes = list(_combinations(config))
         meant = [a for a in axes if not self._why_refused(a)]
         trains = dict.fromkeys(a.train for a in meant)
         pairs = dict.fromkeys((a.train, a.save) for a in meant)
         steps = dict.fromkeys([("full", "all"), *pairs])
-        tasks = [_Task(place, config.axes(train, save, "sgd")) for train, save in steps]
-        for train in trains:
+        tasks = []
+        for train in reversed(trains):  # the longest first
             optims = tuple(dict.fromkeys(a.optim for a in meant if a.train == train))
             tasks.append(_Task(place, config.axes(train, "all", "sgd"), optims))
+        tasks += [_Task(place, config.axes(train, save, "sgd")) for train, save in steps]
         quiet_libraries()
         with _processes(config.workers or min(4, os.cpu_count() or 1)) as run_all:
             self._count(run_all, tasks, "planning")
