@@ -16,6 +16,8 @@ from .axes import Axes, Optim, refusal
 from .moments import OptimizerMoments, StepMoments, optimizer_moments, step_moments
 from .shape_models import Step
 
+SCALED_LOSS = 4
+"""Bytes of the loss divided by the number of micro-batches."""
 LOOSE = 0.005
 """Part of the peak that the bound may be above what was counted."""
 
@@ -69,7 +71,7 @@ def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: Opt
     merge. With micro-batches the gradients of the earlier ones lie beside each pass. Under FSDP it is a bound.
     """
     rest = step.left - step.weights - step.buffers - step.gradients  # the batch
-    passing = step.peak if place.micro_batches == 1 else max(step.peak, step.beside + step.gradients)
+    passing = step.peak if place.micro_batches == 1 else max(step.peak, step.beside + step.gradients) + SCALED_LOSS
     weights, gradients, buckets, gathered = step.weights, step.gradients, 0, 0
     if place.shards > 1:
         weights, gradients = step.shard_weights, step.shard_gradients
@@ -151,7 +153,7 @@ def refuse(place: Workplace, axes: Axes) -> None:
 def _whole_depth(step: Step, count: Callable[[Step], Any], draw_out: Callable[..., Any], low: int) -> Any:
     """Count at the whole depth, or draw out what is counted of shallower models, from ``low`` blocks and one more.
 
-    The first and the last block of a step may differ from those between them, so that it takes 2; an optimizer's do not.
+    A step's first and last block may differ from those between them, so that it takes 2; an optimizer's do not.
     """
     depth = step.shape.depth
     at = lambda blocks: replace(step, shape=step.shape.with_depth(blocks))  # noqa: E731

@@ -185,7 +185,9 @@ def optimizer_moments(
                         p.data = p.data[: _rows(p, shards)].clone()
             for optim in mine:
                 try:
-                    found[optim] = _optimizer_moments(model, replace(axes, save="all", optim=optim), live, step.cuda, merging)
+                    found[optim] = _optimizer_moments(
+                        model, replace(axes, save="all", optim=optim), live, step.cuda, merging
+                    )
                 except UserError as error:
                     found[optim] = str(error)
                 for p in model.parameters():

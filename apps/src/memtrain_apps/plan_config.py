@@ -81,7 +81,8 @@ class PlanConfig:
     """GaLore's r."""
     # -- the answer
     order: Literal["best", "time", "peak"] = "best"
-    """best: what trains the most numbers, of those what keeps gradients exact, of those the fastest; time: the fastest first; peak: the least memory."""
+    """best: what trains the most numbers, of those what keeps gradients exact, of those the fastest; time: the fastest
+    first; peak: the least memory."""
     top: int = 15
     """Rows of each table; 0 shows all."""
     json: bool = False

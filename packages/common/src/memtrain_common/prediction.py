@@ -101,8 +101,8 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
-        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references that
-        # are freed twice.
+        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references
+        # that are freed twice.
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
         stack.enter_context(_as_if_real())
         yield stack.enter_context(live or LiveBytes())
@@ -118,7 +118,7 @@ def _as_if_real() -> AbstractContextManager[Any]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that live, and answers for the numbers that fake tensors do not have."""
+    """Adds up the storages that live, real or fake, and answers for the numbers that fake tensors do not have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
         self._any = WeakIdKeyDictionary()  # results of ``any``
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number(args[0])
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any:
