@@ -140,7 +140,7 @@ def _notes(plan: Plan, sources: list[str]) -> list[str]:
     config = plan.config
     lines = [
         "time: an estimate, matrix products relative to full+all+adamw at the same batch. Not in it: the optimizer's",
-        "  own arithmetic, packing (backrazor: ≥), the bus (offload: ≥), small kernels. * that of the optimizer is unknown.",
+        "  own arithmetic, packing (backrazor: ≥), the bus (offload: ≥), small kernels. * not measured.",
     ]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
     lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
