@@ -171,7 +171,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     config, place = plan.config, plan.place
     arms = []
     for arm in plan.arms:
-        axes = {"train": arm.axes.train, "save": arm.axes.save, "optim": arm.axes.optim}
+        axes: dict[str, Any] = {"train": arm.axes.train, "save": arm.axes.save, "optim": arm.axes.optim}
         if arm.forecast is None:
             arms.append({**axes, "status": "refused", "reason": arm.refused})
             continue
