@@ -63,6 +63,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure every model, and write ``results/prediction_error.json``."""
+    import torch
     from memtrain_common.bench import write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +87,7 @@ def main() -> None:
         write_results(
             flags.out,
             argv=["python", "benchmarks/prediction_error.py"],
-            device="cpu",
+            device=torch.device("cpu"),
             seeds=[0],
             tokens=TOKENS,
             models=models,

@@ -287,15 +287,16 @@ def test_there_are_thirty_plans():
 
 @pytest.mark.parametrize(("family", "train", "save", "optim"), PLANS)
 def test_no_plan_is_too_small(family, train, save, optim):
-    """A real step, two micro-batches, never holds more than was planned; and the plan is not far above it. Back Razor's
-    workspace (an index for each number that it unpacks) is left to the part of the budget that is set aside."""
+    """A real step, two micro-batches, never holds more than was planned; and the plan is not far above it. What Back Razor
+    works in while it packs is left to the part of the budget that is set aside: less than all activations, dense."""
     axes = Axes(train, save, optim, rank=8, galore_rank=4)
     place = Workplace(SMALL[family], rows=4, micro_batches=2)
     found = predict_arm(place, axes)
     ledger, peak = measure_place(place, axes, torch.device("cpu"))
     for category, n_bytes in ledger.items():
         assert found.ledger[category] == pytest.approx(n_bytes, rel=0.02), category
-    workspace = ledger["activations"] * 5 if save == "backrazor" else 0
+    dense = replace(axes, save="all")
+    workspace = count_step(place, dense).activations if save == "backrazor" else 0
     assert peak <= found.peak + workspace
     assert found.peak <= 1.001 * peak
 
@@ -414,11 +415,11 @@ def test_what_fits_fits_and_remedies_are_plans_that_fit():
     assert again.fitting[0].time == pytest.approx(1.0) or arm.axes.train != "full"
 
 
-def test_checkpointing_costs_a_third_more_products():
+def test_checkpointing_costs_up_to_a_third_more_products():
     plan = plan_of(*TINY, "--budget", "1GiB", "--train", "full", "--save", "all", "checkpoint", "--optim", "adamw")
     times = {a.axes.save: a.time for a in plan.fitting}
     assert times["all"] == 1.0
-    assert times["checkpoint"] == pytest.approx(4 / 3, rel=0.03)
+    assert 1.15 < times["checkpoint"] <= 4 / 3  # a block's last products are not needed, and not computed again
 
 
 def test_refused_combinations_say_why():
