@@ -210,8 +210,8 @@ def test_composed_is_predicted_whole_for_text(family, micro_batches):
         found = predict_arm(place, axes)
         with_mask = predict_with_mask(place, axes, micro_batches)
         assert found.ledger == with_mask.ledger.totals
-        # Llama's whole step is 144 bytes above; a real step is not (test_no_plan_is_too_small)
-        assert -256 <= found.peak - with_mask.peak_bytes <= 0.01 * found.peak
+        # Llama's whole prediction is 0.2 % above; a real step is not (test_no_plan_is_too_small)
+        assert abs(found.peak - with_mask.peak_bytes) <= 0.01 * found.peak
 
 
 def predict_with_mask(place, axes, micro_batches):
@@ -244,18 +244,11 @@ def test_depth_is_drawn_out_exactly(family, save):
 def test_offloading_holds_in_host_memory_what_save_on_cpu_packs():
     step = SMALL["gpt2"]
     counted = step_moments(step, Axes("full", "offload"), 3)
-    made = []
-
-    def loss(model):
-        with torch.autograd.graph.save_on_cpu():
-            return loss_of(step, model, make_batch(step, 3))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memtrain_apps.compose.saving", lambda model, axes: torch.autograd.graph.save_on_cpu)
-        with torch.random.fork_rng():
-            ledger, _ = measure_place(Workplace(step, 3), Axes("full", "offload"), torch.device("cpu"))
-    assert not made
-    assert counted.host == ledger["activations"]
+    packed = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.nbytes) or t, lambda t: t)
+    with hooks:  # save_on_cpu copies whatever is saved, as often as it is
+        loss_of(step, build_model(step.shape), make_batch(step, 3))
+    assert counted.host == sum(packed)
     assert counted.activations == 0
 
 
@@ -458,7 +451,7 @@ def test_bad_input_is_one_sentence(words, expected, tmp_path):
 
 
 def test_a_budget_for_nothing_says_what_the_least_would_need(tmp_path):
-    words = ["plan", *TINY, "--budget", "2MiB", "--train", "full", "head", "--save", "all", "--optim", "sgd"]
+    words = ["plan", *TINY, "--budget", "1MiB", "--train", "full", "head", "--save", "all", "--optim", "sgd"]
     assert_refused(run_command(words, tmp_path), "nothing fits", "head+all+sgd", "needs")
 
 

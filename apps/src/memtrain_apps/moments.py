@@ -142,7 +142,7 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
             value = loss_of(step, model, batch)
         activations = sum(recording.by_layer().values())
         del recording
-        value.backward()
+        torch.autograd.backward(value)  # Tensor.backward would leave CudaChoices, and checkpoints run forward again
         del value
         parameters = list(model.parameters())
         return StepMoments(
