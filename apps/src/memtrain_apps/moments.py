@@ -142,7 +142,11 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
             value = loss_of(step, model, batch)
         activations = sum(recording.by_layer().values())
         del recording
-        torch.autograd.backward(value)  # Tensor.backward would leave CudaChoices, and checkpoints run forward again
+        # by the engine itself: Tensor.backward would leave CudaChoices, and checkpoints run their forward pass again
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.run_backward(
+            (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
         del value
         parameters = list(model.parameters())
         return StepMoments(
