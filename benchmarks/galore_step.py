@@ -2,32 +2,27 @@
 
     python benchmarks/galore_step.py refresh step train state
 
-Each named part writes benchmarks/results/galore_<part>.json. Times are taken in one process, the compared
-ones in turn, and reported as the median of the pairwise ratios with its quartiles. OMP_NUM_THREADS sets the
-threads.
+Each named part writes benchmarks/results/galore_<part>.json. What is compared runs in one process, in turn; a ratio
+is the median over such pairs, with its quartiles. Run it on a machine that has nothing else to do; OMP_NUM_THREADS
+sets the threads.
 """
 
-from __future__ import annotations
-
 import copy
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, param_groups, state_bytes
+from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, Refresh, param_groups, state_bytes
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases
-from galore_vit.projection import Layout
-from galore_vit.settings import Refresh
+from galore_vit.projection import Bases, Layout, add_projected_back, project
 from galore_vit.state_size import adamw_state_bytes_formula
+from memtrain_common.bench import pairwise, ratio_of, write_results
 from torch import Tensor, nn
 
 SEED, RANK, GAP = 0, 64, 50
@@ -60,17 +55,16 @@ def digits(count: int, start: int = 0) -> tuple[Tensor, Tensor]:
     )
 
 
-def seconds(f: Callable[[], Any]) -> float:
+def seconds(call: Callable[[], Any]) -> float:
     """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"median": round(middle, 3), "q1": round(low, 3), "q3": round(high, 3), "pairs": len(ratios)}
+def milliseconds(times: list[float]) -> float:
+    """The median of times in seconds."""
+    return round(1e3 * statistics.median(times), 2)
 
 
 def refresh() -> dict[str, Any]:
@@ -88,35 +82,41 @@ def refresh() -> dict[str, Any]:
         gradients.append(torch.cat(qkv).clone())
     layout = Layout(1, 2304, 768, RANK, left=False, right=True)
     G, before = gradients[2], exact_bases(gradients[0], layout)
-    r = Refresh()
-    first = dict(iterations=r.iterations + 1, oversample=r.oversample, seed=SEED)
-    later = dict(iterations=r.iterations, oversample=r.oversample, seed=SEED)
-    runs = {
-        "svd": lambda: exact_bases(G, layout),
-        "first": lambda: iterated_bases(G, layout, None, **first),
-        "later": lambda: iterated_bases(G, layout, before, **later),
-    }
-    for f in runs.values():
-        f()
-    times = [{k: seconds(f) for k, f in runs.items()} for _ in range(15)]
-    best = captured_energy(G, runs["svd"]())
+    settings = Refresh()
+
+    def svd() -> Bases:
+        return exact_bases(G, layout)
+
+    def first() -> Bases | None:
+        return iterated_bases(
+            G, layout, None, iterations=settings.iterations + 1, oversample=settings.oversample, seed=SEED
+        )
+
+    def later() -> Bases | None:
+        return iterated_bases(
+            G, layout, before, iterations=settings.iterations, oversample=settings.oversample, seed=SEED
+        )
+
+    best = captured_energy(G, svd())
     out: dict[str, Any] = {
         "shape": [2304, 768],
         "rank": RANK,
-        "svd_ms": round(1e3 * statistics.median(t["svd"] for t in times), 2),
+        "svd_ms": milliseconds([seconds(svd) for _ in range(3)]),
+        "stale_basis_energy_of_optimum": round(float(captured_energy(G, before) / best), 5),
     }
-    for k in ("first", "later"):
-        out[k] = {
-            "ms": round(1e3 * statistics.median(t[k] for t in times), 2),
-            "times_faster_than_svd": spread([t["svd"] / t[k] for t in times]),
-            "energy_of_optimum": round(float(captured_energy(G, runs[k]()) / best), 5),
+    for name, way in {"first": first, "later": later}.items():
+        bases = way()
+        assert bases is not None
+        out[name] = {
+            "times_faster_than_svd": asdict(pairwise(svd, way, pairs=15)),
+            "ms": milliseconds([seconds(way) for _ in range(15)]),
+            "energy_of_optimum": round(float(captured_energy(G, bases) / best), 5),
         }
-    out["stale_basis_energy_of_optimum"] = round(float(captured_energy(G, before) / best), 5)
     return out
 
 
 def step() -> dict[str, Any]:
-    """ViT-S, r = 64: a step averaged over a gap of 50, ours, the published package's, torch's AdamW."""
+    """ViT-S, r = 64: a step averaged over gaps of 50, ours, the published package's, torch's AdamW, in turn."""
     import galore_torch
 
     model = vit("S")
@@ -126,55 +126,69 @@ def step() -> dict[str, Any]:
     for m in models[1:]:
         for p, q in zip(m.parameters(), model.parameters(), strict=True):
             p.grad = None if q.grad is None else q.grad.clone()
+    ours = GaLoreAdamW(param_groups(models[0], RANK, GAP), lr=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        optimizers: dict[str, torch.optim.Optimizer] = {
-            "ours": GaLoreAdamW(param_groups(models[0], RANK, GAP), lr=1e-4),
-            "galore_torch": galore_torch.GaLoreAdamW(param_groups(models[1], RANK, GAP), lr=1e-4),
-            "adamw": torch.optim.AdamW(models[2].parameters(), lr=1e-4),
-        }
-    for o in optimizers.values():
-        for _ in range(GAP):  # the first gap pays for the state
-            o.step()
-    gaps = [{k: [seconds(o.step) for _ in range(GAP)] for k, o in optimizers.items()} for _ in range(4)]
-    mean = [{k: statistics.mean(v) for k, v in g.items()} for g in gaps]
+        theirs = galore_torch.GaLoreAdamW(param_groups(models[1], RANK, GAP), lr=1e-4)
+    adamw = torch.optim.AdamW(models[2].parameters(), lr=1e-4)
+    ways: dict[str, Callable[[], Any]] = {"ours": ours.step, "galore_torch": theirs.step, "adamw": adamw.step}
+    first = {name: seconds(way) for name, way in ways.items()}  # pays for the state, and for all bases at once
+    ways["two_products_alone"] = products(ours)
+    gaps = []
+    for _ in range(5):  # each holds one refresh of every weight, of either optimizer
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for i in range(GAP):
+            for name in ways if i % 2 else reversed(ways):
+                times[name].append(seconds(ways[name]))
+        gaps.append(times)
+    mean = [{name: statistics.mean(t) for name, t in times.items()} for times in gaps]
     return {
         "model": "ViT-S", "rank": RANK, "gap": GAP,
-        "ms_per_step": {k: round(1e3 * statistics.median(g[k] for g in mean), 1) for k in optimizers},
-        "slowest_step_ms": {k: round(1e3 * max(max(g[k]) for g in gaps), 1) for k in optimizers},
-        "median_step_ms": {
-            k: round(1e3 * statistics.median(t for g in gaps for t in g[k]), 1) for k in optimizers
-        },
-        "times_faster_than_galore_torch": spread([g["galore_torch"] / g["ours"] for g in mean]),
-        "times_adamw": spread([g["ours"] / g["adamw"] for g in mean]),
+        "mean_step_ms": {k: milliseconds([m[k] for m in mean]) for k in ways},
+        "median_step_ms": {k: milliseconds([t for times in gaps for t in times[k]]) for k in ways},
+        "slowest_step_ms": {k: milliseconds([max(max(times[k]) for times in gaps)]) for k in ways},
+        "first_step_ms": {k: milliseconds([t]) for k, t in first.items()},
+        "times_faster_than_galore_torch": asdict(ratio_of([m["galore_torch"] / m["ours"] for m in mean])),
+        "bound_by_the_products": asdict(ratio_of([m["galore_torch"] / m["two_products_alone"] for m in mean])),
+        "time_over_adamw": asdict(ratio_of([m["ours"] / m["adamw"] for m in mean])),
     }  # fmt: skip
+
+
+def products(optimizer: GaLoreAdamW) -> Callable[[], None]:
+    """What no implementation of a step can leave out: R = G Qᵀ and W ← W + c N Q of every projected weight."""
+    weights = [p for group in optimizer.param_groups for p in group["params"] if optimizer.layout(p) is not None]
+    pairs = [(p.grad, torch.empty_like(p).copy_(p.detach()), optimizer.bases(p)) for p in weights]
+
+    def run() -> None:
+        with torch.no_grad():
+            found = [project(G, bases) for G, _, bases in pairs if G is not None]
+            for (_, W, bases), R in zip(pairs, found, strict=True):
+                add_projected_back(W, R, bases, beta=1.0, alpha=-1e-9)
+
+    return run
 
 
 def train() -> dict[str, Any]:
     """ViT-S, r = 64, batch 32: forward, backward and step, ours against AdamW in turn."""
     base = vit("S")
     x, y = digits(32)
-    steps: dict[str, Callable[[], None]] = {}
-    for name in ("ours", "adamw"):
-        model = copy.deepcopy(base)
-        o = (
-            GaLoreAdamW(param_groups(model, RANK, GAP), lr=1e-4)
-            if name == "ours"
-            else torch.optim.AdamW(model.parameters(), lr=1e-4)
-        )
 
-        def one(model: nn.Module = model, o: torch.optim.Optimizer = o) -> None:
-            o.zero_grad()
+    def training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def one() -> None:
+            optimizer.zero_grad()
             nn.functional.cross_entropy(model(x).logits, y).backward()
-            o.step()
+            optimizer.step()
 
-        one()
-        steps[name] = one
-    times = [{k: seconds(f) for k, f in steps.items()} for _ in range(12)]
+        return one
+
+    projected = copy.deepcopy(base)
+    ours = training(projected, GaLoreAdamW(param_groups(projected, RANK, GAP), lr=1e-4))
+    adamw = training(base, torch.optim.AdamW(base.parameters(), lr=1e-4))
+    ratio = pairwise(ours, adamw, pairs=8)
     return {
         "model": "ViT-S", "rank": RANK, "batch": 32,
-        "seconds": {k: round(statistics.median(t[k] for t in times), 3) for k in steps},
-        "times_adamw": spread([t["ours"] / t["adamw"] for t in times]),
+        "seconds": {"ours": round(seconds(ours), 2), "adamw": round(seconds(adamw), 2)},
+        "time_over_adamw": asdict(ratio),
     }  # fmt: skip
 
 
@@ -213,31 +227,16 @@ def main(names: list[str]) -> None:
         raise SystemExit(f"no part {unknown[0]!r}: choose among {', '.join(PARTS)}")
     for name in names or list(PARTS):
         torch.manual_seed(SEED)
-        import transformers
-
-        result = {
-            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/galore_step.py {name}",
-            "date": datetime.date.today().isoformat(),
-            "device": f"CPU, {_cpu()}, {os.cpu_count()} cores, shared with other work",
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "seeds": [SEED],
-            "result": PARTS[name](),
-        }  # fmt: skip
-        suffix = "" if torch.get_num_threads() == 1 or name == "state" else f"_{torch.get_num_threads()}threads"
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"galore_{name}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result["result"], indent=1))
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        result = PARTS[name]()
+        write_results(
+            RESULTS / f"galore_{name}.json",
+            argv=["python", "benchmarks/galore_step.py", name],
+            device=torch.device("cpu"),
+            seeds=[SEED],
+            threads=torch.get_num_threads(),
+            result=result,
+        )
+        print(name, result, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from memtrain_common.medmnist_sets import SETS
 from PIL import Image
 
 
-def random_file(folder, flag, n, seed=0):
-    """An npz of a set's form with n samples a split, every class present; returns the test labels."""
+def random_file(folder, flag, n, seed=0, absent=None):
+    """An npz of a set's form with n samples a split, every class but ``absent`` there; returns the test labels."""
     known, draw = SETS[flag], np.random.default_rng(seed)
     arrays = {}
     for split in ("train", "val", "test"):
@@ -15,6 +15,10 @@ def random_file(folder, flag, n, seed=0):
             labels[:2] = [[0], [1]]
         else:
             labels = draw.permutation(np.arange(n) % known.classes)[:, None]
+        if absent is not None and known.task.startswith("multi-label"):
+            labels[:, absent] = 0
+        elif absent is not None:
+            labels[labels == absent] = 0
         shape = (n, 28, 28) if known.channels == 1 else (n, 28, 28, 3)
         arrays |= {f"{split}_images": draw.integers(0, 256, shape).astype(np.uint8)}
         arrays |= {f"{split}_labels": labels.astype(np.uint8)}

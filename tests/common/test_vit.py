@@ -1,6 +1,9 @@
 """ViTs from every kind of file give the same answers as the model that the file was made of."""
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from image_files import google_file
 from memtrain_common.errors import UserError
 from memtrain_common.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -88,6 +91,44 @@ def test_from_google_and_timm(tmp_path, model, pixels, make, name):
     theirs = model.state_dict()
     same = [n for n, t in other.state_dict().items() if "classifier" not in n and torch.equal(t, theirs[n])]
     assert len(same) == len(theirs) - 2
+
+
+class Timm:
+    """The part of timm that is used, with the small model's weights in place of published ones."""
+
+    def __init__(self, folder, model):
+        self.tensors = load_file(timm_file(folder / "named.safetensors", model))
+
+    def create_model(self, name, pretrained):
+        if name != "vit_small":
+            raise RuntimeError(f"Unknown model ({name})")
+        assert pretrained
+        attention = SimpleNamespace(attn=SimpleNamespace(num_heads=2))
+        return SimpleNamespace(state_dict=lambda: self.tensors, blocks=[attention])
+
+
+def test_from_timm_by_name(tmp_path, model, pixels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", Timm(tmp_path, model))
+    found, kept = load_vit(Path("timm:vit_small"), image_size=8, classes=5)
+    assert kept
+    assert torch.allclose(logits(found, pixels), logits(model, pixels), atol=1e-4)
+    with pytest.raises(UserError, match=r"no weights named nothing: Unknown model"):
+        load_vit(Path("timm:nothing"), image_size=8, classes=5)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="needs the package timm"):
+        load_vit(Path("timm:vit_small"), image_size=8, classes=5)
+
+
+def test_a_vit_of_timm_itself(pixels, monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=64, depth=2, num_heads=4, num_classes=5
+    )
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: theirs)
+    found, kept = load_vit(Path("timm:vit_tiny_patch16_224"), image_size=8, classes=5)
+    assert kept
+    with torch.no_grad():
+        assert torch.allclose(logits(found, pixels), theirs.eval()(pixels), atol=1e-5)
 
 
 def test_positions_for_another_image_size(tmp_path, model):

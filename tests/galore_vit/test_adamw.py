@@ -50,6 +50,19 @@ def test_conv_in_channels_last_moves_alike():
     assert b.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_plain_weight_whose_gradient_has_other_strides_moves_alike():
+    """The fused kernel would take both in the order of memory."""
+    [a] = problems.weights((6, 4, 3, 2))
+    b = nn.Parameter(a.detach().clone())
+    one, two = GaLoreAdamW([a], lr=1e-2), GaLoreAdamW([b], lr=1e-2)
+    for step in range(3):
+        problems.set_grads([a], step)
+        b.grad = a.grad.clone().to(memory_format=torch.channels_last)
+        one.step()
+        two.step()
+    assert torch.allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_fused_qkv_is_three_weights(stacked):
     parts = problems.weights((20, 16), (20, 16), (20, 16))

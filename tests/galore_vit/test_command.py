@@ -1,6 +1,7 @@
 """galore-vit train, eval and info: what they train, write, resume and refuse."""
 
 import json
+import os
 import re
 import shutil
 
@@ -12,7 +13,7 @@ from image_files import image_folder, random_file
 from memtrain_common import checkpoint
 from memtrain_common.medmnist_sets import SETS
 from memtrain_common.vit import build_vit
-from support import assert_refused, rows, run_command
+from support import assert_refused, rows, run_command, run_ranks
 
 pytestmark = pytest.mark.usefixtures("loaded")
 QUICK = ["--epochs", "2", "--batch-size", "8", "--tracker", "none", "--device", "cpu", "--rank", "4", "--gap", "3"]
@@ -117,6 +118,27 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
     assert f"resumed from {steps[0].relative_to(tmp_path)}" in again.stdout
     assert weights(cut) == weights(tmp_path / "whole")
     assert rows(cut) == rows(tmp_path / "whole")
+
+
+def _under_torchrun(folder, words):
+    os.chdir(folder)
+    no_pictures()
+    from galore_vit.cli import dispatch
+
+    dispatch(words)
+
+
+def test_two_processes_train_like_one(tmp_path, pictures):
+    words = ["train", "--data", "folder", "--data-dir", str(pictures), "--size", "8", *QUICK]
+    words += ["--gradient-accumulation-steps", "2", "--log-interval", "1", "--out"]
+    assert galore_vit(tmp_path, *words, "one").returncode == 0
+    run_ranks(2, _under_torchrun, tmp_path, [*words, "two"])
+    losses = [[r["loss"] for r in rows(tmp_path / n)] for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert max(losses[0]) > 1.05 * min(losses[0])
+    [one], [two] = ([np.loadtxt(f, delimiter=",") for f in (tmp_path / n).glob("*_test_*.csv")] for n in ("one", "two"))
+    assert np.allclose(one, two, atol=0.02)
+    assert not np.allclose(one[:, 1], one[0, 1], atol=0.02)
 
 
 def test_what_each_way_of_training_moves(tmp_path, pictures):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from galore_vit import GaLoreAdamW, param_groups
+from galore_vit import GaLoreAdamW, Refresh, param_groups
+from galore_vit.projection import Layout
 from torch import nn
 
 
@@ -64,6 +65,44 @@ def test_fused_qkv_is_split_and_convolutions_are_on_demand():
     groups = param_groups(model, 4, split_qkv=False)
     assert len(groups) == 2
     GaLoreAdamW(param_groups(model, 4, conv=True))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_ltes_factors_are_stacks_of_matrices(heads):
+    """Every head of A (H, r, n) and B (H, m, r) is projected apart, and moves as it would alone."""
+    lte = pytest.importorskip("lte")
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList([nn.Linear(24, 16), nn.Linear(16, 24)])
+    model = lte.inject(model, lte.LTEConfig(heads=heads, rank=8, alpha=8.0, targets=("blocks.0", "blocks.1")))
+    by_default = param_groups(model, 4)
+    groups = param_groups(model, 4, targets=r"\.lora_[AB]$")
+    assert [{n.rpartition(".")[2] for n in names(model, g)} for g in groups if "rank" in g] == [{"lora_A", "lora_B"}]
+    assert names(model, by_default[-1]) == names(model, groups[-1])
+    factors = groups[-1]["params"]
+    assert [p.shape[0] for p in factors] == [heads] * 4
+    alone = [[nn.Parameter(p.detach()[h].clone()) for h in range(heads)] for p in factors]
+    exact = Refresh(method="svd", stagger=False)
+    optimizers = [GaLoreAdamW(groups, lr=1e-2, refresh=exact)]
+    keys = {"rank": 4, "update_proj_gap": 200, "scale": 0.25}
+    optimizers.append(GaLoreAdamW([{"params": [w for ws in alone for w in ws], **keys}], lr=1e-2, refresh=exact))
+    for _ in range(5):
+        for p, own in zip(factors, alone, strict=True):
+            p.grad = torch.randn_like(p)
+            for h, w in enumerate(own):
+                w.grad = p.grad[h].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, own in zip(factors, alone, strict=True):
+        assert torch.allclose(p, torch.stack(list(own)), atol=1e-6)
+        assert optimizers[0].state[p]["exp_avg"].numel() == p.numel() // 2  # of r = 8, rank 4
+
+
+def test_a_convolutions_weight_is_no_stack():
+    model = nn.ModuleList([nn.Conv1d(12, 16, 3)])
+    [_, projected] = param_groups(model, 4, conv=True)
+    assert "split" not in projected
+    assert GaLoreAdamW([projected]).layout(model[0].weight) == Layout(1, 16, 36, 4, left=True, right=False)
 
 
 def test_targets_by_name_and_frozen_weights():

@@ -88,13 +88,51 @@ def test_the_clipped_norm_is_the_full_gradients():
     assert problems.same(a, b, rtol=1e-4)
 
 
+def test_over_micro_batches_clipping_is_by_the_true_norm():
+    """Three micro-batches, clipped: the weights of an ordinary step on the accumulated, clipped gradients."""
+    a, plain, b, inner = pair()
+    in_backward = InBackward(inner, micro_batches=3)
+    twin = dict(zip(a.parameters(), b.parameters(), strict=True))
+    plain._new_bases = lambda p, *_: in_backward._new_bases[twin[p]]  # a due basis is the first micro-batch's
+    clipped = 0
+    for step in range(15):
+        for part in range(3):
+            problems.backward(a, 3 * step + part)
+            problems.backward(b, 3 * step + part)
+        found = clip_grad_norm_(in_backward.parameters(), 1.0)
+        norm = clip_grad_norm_(a.parameters(), 1.0)
+        assert found == pytest.approx(float(norm), rel=1e-5)
+        clipped += int(norm > 1.0)
+        plain.step()
+        in_backward.step()
+        plain.zero_grad()
+        in_backward.zero_grad()
+    assert clipped > 5
+    assert problems.same(a, b, rtol=1e-4)
+
+
+def test_the_projected_norm_is_what_moves_the_weights():
+    _, _, b, inner = pair()
+    in_backward = InBackward(inner, micro_batches=2, norm="projected")
+    for part in range(2):
+        problems.backward(b, part)
+    vectors = [p.grad for p in b.parameters() if p.ndim < 2]
+    compact = [r.grad for r in in_backward._compact.values()]
+    found = clip_grad_norm_(in_backward.parameters(), 1e9)
+    assert float(found) == pytest.approx(float(torch.nn.utils.get_total_norm([*vectors, *compact])))
+    held = sum(p.grad.numel() for p in in_backward.parameters())
+    assert held == sum(g.numel() for g in (*vectors, *compact))
+    with pytest.raises(ValueError, match="norm must be"):
+        InBackward(inner, norm="true")
+
+
 @pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
-def test_over_micro_batches_the_norm_is_right_on_average(proj_type):
+def test_over_micro_batches_the_sketched_norm_is_right_on_average(proj_type):
     torch.manual_seed(0)
     shapes = [(96, 64), (64, 96)] * 4
     params = problems.weights(*shapes)
     optimizer = GaLoreAdamW([{"params": params, **problems.KEYS, "proj_type": proj_type}], lr=0.0)
-    in_backward = InBackward(optimizer, micro_batches=3)
+    in_backward = InBackward(optimizer, micro_batches=3, norm="sketch")
     ratios, projected = [], []
     for _ in range(12):
         full = [torch.zeros(s) for s in shapes]

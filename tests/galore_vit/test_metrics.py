@@ -30,6 +30,20 @@ def test_equal_to_the_evaluator(tmp_path, flag, ties):
         assert accuracy(labels, scores, task) == pytest.approx(official.ACC, abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Only one class is present")
+@pytest.mark.parametrize("flag", ["breastmnist", "bloodmnist", "chestmnist"])
+def test_an_absent_class_is_refused_where_the_evaluator_says_nan(tmp_path, flag):
+    evaluator = pytest.importorskip("medmnist.evaluator", reason="medmnist is not installed")
+    labels = random_file(tmp_path, flag, 40, absent=1)
+    task, classes = SETS[flag].task, SETS[flag].classes
+    scores = random_scores(flag, 40, 2 if task == "binary-class" else classes, False)
+    official = evaluator.Evaluator(flag, "test", root=str(tmp_path)).evaluate(scores)
+    assert np.isnan(official.AUC)
+    with pytest.raises(ValueError, match=r"AUC is undefined: (class|label) 1 is absent from the 40 samples"):
+        auc(labels, scores, task)
+    assert accuracy(labels, scores, task) == pytest.approx(official.ACC, abs=1e-12)
+
+
 def test_auc_is_the_share_of_ordered_pairs():
     draw = np.random.default_rng(0)
     y, s = draw.integers(0, 2, 40), np.round(draw.random(40), 1)

@@ -32,7 +32,7 @@ def alone(request):
     return request.param, list(model.parameters()), torch.stack(norms)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "in_backward", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "in_backward", "in_backward_exact", "fsdp"])
 def test_two_processes_equal_one(two, alone, mode):
     kind, weights, _ = alone
     first, second = (found[f"{mode} {kind}"] for found in two)
@@ -62,6 +62,7 @@ def test_norm_over_processes(two, alone):
     found = two[0][f"in_backward {kind}"]["norms"]
     assert ((found / norms - 1).abs() < 0.25).all()  # a sketch of three small matrices
     assert abs(float((found / norms).mean()) - 1) < 0.05
+    assert torch.allclose(two[0][f"in_backward_exact {kind}"]["norms"], norms, rtol=1e-9)
 
 
 def test_fsdp_shards_the_state_and_saves_it_whole(two):

@@ -229,29 +229,11 @@ def _galore(groups: list[dict[str, Any]], name: str, lr: float) -> torch.optim.O
 def _galore_groups(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
     import galore_vit
 
-    if axes.train == "lte":
-        return _galore_groups_of_heads(model, axes)
-    targets = {"full": None, "lora-xs": r"\.lora_xs\."}.get(axes.train, r"\.lora_[AB]\b")
+    targets = {"full": None, "lora-xs": r"\.lora_xs\."}.get(axes.train, r"\.lora_[AB]\b")  # LTE's have the same names
     try:
         return galore_vit.param_groups(model, axes.galore_rank, axes.gap, axes.galore_scale, targets=targets)
     except ValueError as error:
         raise UserError(f"optim {axes.optim} with train {axes.train}: {error}") from None
-
-
-def _galore_groups_of_heads(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
-    """A (H, r, n) and B (H, m, r) of LTE are H matrices each: every head's gradient is projected apart."""
-    from lte.parameters import head_parameters
-
-    if axes.heads == 1:
-        raise UserError(
-            f"optim {axes.optim} with train lte takes 2 heads or more, and --heads is 1, which is plain LoRA: choose "
-            "train lora, or more heads"
-        )
-    stacked = head_parameters(model)
-    own = set(stacked)
-    keys = {"rank": axes.galore_rank, "update_proj_gap": axes.gap, "scale": axes.galore_scale}
-    rest = [p for p in model.parameters() if p.requires_grad and p not in own]
-    return [{"params": rest}, {"params": stacked, **keys, "split": axes.heads}]
 
 
 def _head_parameters(model: nn.Module) -> set[Tensor]:

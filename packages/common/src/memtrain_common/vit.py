@@ -1,4 +1,4 @@
-"""Vision transformers: transformers' ViT from a size's name, a local folder, Google's npz or timm's safetensors.
+"""Vision transformers: transformers' ViT by size or from a folder, Google's npz, timm's safetensors or timm's names.
 
 Google's files (``ViT-S_16.npz``, Dosovitskiy et al., 2021, arXiv:2010.11929) keep kernels as (in, out), heads apart;
 timm's keep q, k and v as one matrix. Position embeddings of another image size are resized by bicubic interpolation.
@@ -23,6 +23,10 @@ SIZES = {
     "l": (1024, 24, 16),
     "h": (1280, 32, 16),
 }
+
+
+BY_NAME = "timm:"
+"""Before the name of a timm model."""
 
 
 def patch_for(image_size: int) -> int:
@@ -70,8 +74,8 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, b
 
     Args:
         image_size: pixels of the input's side; 0 takes the file's own.
-        path: a folder of transformers (``config.json``, ``model.safetensors``), Google's ``.npz``, or timm's
-            ``.safetensors``.
+        path: a folder of transformers (``config.json``, ``model.safetensors``), Google's ``.npz``, timm's
+            ``.safetensors``, or ``timm:NAME`` for the weights that an installed timm has or fetches by that name.
 
     Raises:
         UserError: if it is none of them.
@@ -110,6 +114,8 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, b
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     """Tensors under transformers' names, and the number of heads; 0 where the file does not tell."""
+    if str(path).startswith(BY_NAME):
+        return _from_timm(str(path).removeprefix(BY_NAME))
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".npz" and path.is_file():
@@ -117,7 +123,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     if path.suffix == ".safetensors" and path.is_file():
         return timm_tensors(read_safetensors(path))
     raise UserError(
-        f"{path} holds no ViT: give a folder of transformers with config.json, Google's .npz or timm's .safetensors"
+        f"{path} holds no ViT: give a folder of transformers with config.json, Google's .npz, timm's .safetensors, or "
+        f"{BY_NAME}NAME"
     )
 
 
@@ -221,6 +228,21 @@ def google_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]
     if "head/kernel" in found:
         out |= {"classifier.weight": found["head/kernel"].mT, "classifier.bias": found["head/bias"]}
     return {name: tensor.contiguous() for name, tensor in out.items()}, heads
+
+
+def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            f"{BY_NAME}{name} needs the package timm: install it (pip install timm), or give the path of a file"
+        ) from None
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of many libraries: no such name, no such weights, no network
+        raise UserError(f"timm gives no weights named {name}: {str(error).splitlines()[0]}") from None
+    tensors, _ = timm_tensors(model.state_dict())
+    return tensors, model.blocks[0].attn.num_heads
 
 
 def timm_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:

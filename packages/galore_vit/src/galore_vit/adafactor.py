@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from galore_vit import sharding
-from galore_vit.counters import count
-from galore_vit.galore import GaLore, Item
+from galore_vit.galore import GaLore
+from galore_vit.item import Item
 from galore_vit.projection import Bases, apply_rotation, project_back, rotation
 from galore_vit.settings import Refresh
 
@@ -107,9 +107,8 @@ class GaLoreAdafactor(GaLore):
 
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         for item in items:
-            p, state, R = item.param, self.state[item.param], item.grad.float()
+            p, state, R, t = item.param, item.state, item.grad.float(), item.step
             W = p.float()  # p itself where it is fp32
-            t = count(state["step"])
             lr = _rate(group, t, _rms(W))
             beta2 = 1.0 - math.pow(t, group["decay_rate"])
             U = _normalised(R, state, beta2, group["eps"][0])

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.galore import GaLore, Item
+from galore_vit.galore import GaLore
+from galore_vit.item import Item
 from galore_vit.projection import (
     Bases,
     Layout,
@@ -40,8 +40,8 @@ from galore_vit.settings import Refresh
 
 RESIDUAL_GROWTH = 1.01
 """Fira's norm-growth limit γ."""
-FUSED_AT_A_TIME = 8
-"""Projected weights handed to one call of the fused kernel."""
+FUSED_NUMBERS = 2**18
+"""Numbers of compact gradients handed to one call of the fused kernel, about."""
 
 
 class GaLoreAdamW(GaLore):
@@ -116,7 +116,7 @@ class GaLoreAdamW(GaLore):
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
         M, V = self._moments(item.param)
         beta1, beta2 = item.group["betas"]
-        step = count(self.state[item.param]["step"])
+        step = count(item.state["step"])
         c1, c2 = 1 - beta1**step, 1 - beta2**step
         left, right = rotation(old, new)
         C = (None if left is None else left.to(M.dtype), None if right is None else right.to(M.dtype))
@@ -128,38 +128,50 @@ class GaLoreAdamW(GaLore):
         self._keep_moments(item.param, M, V)
 
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
+        scratch: Tensor | None = None
         for batch, fused in self._batches(group, items):
             moments = [self._moments(i.param) for i in batch]
             R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
-            steps = [count(self.state[i.param]["step"]) for i in batch]
+            counters = [i.state["step"] for i in batch]  # raised already
             if fused and batch[0].layout is None:
                 params = [i.param for i in batch]
-                _fused_adam(params, R, M, V, steps, group, group["lr"], group["weight_decay"])
+                _fused_adam(params, R, M, V, counters, group, group["lr"], group["weight_decay"])
                 continue
             if fused:
-                N = [torch.zeros_like(r) for r in R]
-                _fused_adam(N, R, M, V, steps, group, -1.0, 0.0)  # a step of size −1 from zero
+                # One piece of memory for every batch's N: fresh pages would cost more than the arithmetic.
+                sizes = [r.numel() for r in R]
+                if scratch is None or scratch.numel() < sum(sizes) or scratch.dtype != R[0].dtype:
+                    scratch = R[0].new_empty(sum(sizes))
+                used = scratch[: sum(sizes)].zero_()
+                N = [n.view(r.shape) for n, r in zip(used.split(sizes), R, strict=True)]
+                _fused_adam(N, R, M, V, counters, group, -1.0, 0.0)  # a step of size −1 from zero
             else:
-                N = _adam(R, M, V, steps, group)
-            for item, n, (m, v), step in zip(batch, N, moments, steps, strict=True):
+                N = _adam(R, M, V, [i.step for i in batch], group)
+            for item, n, (m, v) in zip(batch, N, moments, strict=True):
                 self._keep_moments(item.param, m, v)
-                self._move_as_published(item, n, step) if group["paper"] else self._move(item, n)
+                self._move_as_published(item, n) if group["paper"] else self._move(item, n)
 
     def _batches(self, group: dict[str, Any], items: list[Item]) -> list[tuple[list[Item], bool]]:
         """(items for one multi-tensor call, whether by the fused kernel): alike ones, few if projected."""
         foreach, fused = group["foreach"], group["fused"]
         batches: dict[Any, tuple[list[Item], bool]] = {}
+        numbers = 0
         for i, item in enumerate(items):
             p, plain = item.param, item.layout is None
-            sharded = sharding.is_sharded(p)
-            one_kernel = fused if fused is not None else p.device.type == "cpu" and not (foreach or group["paper"])
-            one_kernel = one_kernel and not sharded
-            together = foreach if foreach is not None else p.device.type == "cuda"
+            device = p.device
+            one_kernel = fused if fused is not None else device.type == "cpu" and not (foreach or group["paper"])
+            # The kernel takes numbers in the order of memory, where tensors of other strides would be mixed up.
+            dense = item.grad.is_contiguous() and (not plain or p.is_contiguous())
+            one_kernel = one_kernel and dense and not item.record.sharded
+            together = foreach if foreach is not None else device.type == "cuda"
             # DTensors go one by one through plain operations, which reduce and redistribute where they must.
-            if sharded or not (one_kernel or together):
+            if item.record.sharded or not (one_kernel or together):
                 key: Any = i
-            else:  # the fused kernel's N lives beside the moments: a few weights bound its memory
-                key = (p.device, p.dtype, plain, None if plain or not one_kernel else i // FUSED_AT_A_TIME)
+            elif plain or not one_kernel:
+                key = (device, p.dtype, plain, one_kernel)
+            else:  # N lives beside the moments: few weights at a time bound its memory
+                numbers += item.grad.numel()
+                key = (device, p.dtype, numbers // FUSED_NUMBERS)
             batches.setdefault(key, ([], one_kernel))[0].append(item)
         return list(batches.values())
 
@@ -172,7 +184,7 @@ class GaLoreAdamW(GaLore):
                 p.mul_(decay)
             p.add_(N, alpha=-lr)
             return
-        bases, alpha = self.bases(p), -lr * group["scale"]
+        bases, alpha = (item.state.get("P"), item.state.get("Q")), -lr * group["scale"]
         W = layout.matrices(p)
         add_projected_back(W, N, bases, beta=decay, alpha=alpha)
         if item.full is not None:
@@ -180,10 +192,10 @@ class GaLoreAdamW(GaLore):
         if not p.is_contiguous():  # then W may be a copy
             p.copy_(W.view(p.shape))
 
-    def _move_as_published(self, item: Item, N: Tensor, step: int) -> None:
+    def _move_as_published(self, item: Item, N: Tensor) -> None:
         """The published code's last lines: bias correction in the step size, decay after the update."""
         group, p, layout = item.group, item.param, item.layout
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        (beta1, beta2), lr, step = group["betas"], group["lr"], item.step
         if layout is not None:
             N = (project_back(N, self.bases(p)) * group["scale"]).reshape(p.shape)
         p.add_(N, alpha=-lr * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step))
@@ -197,7 +209,7 @@ class GaLoreAdamW(GaLore):
             torch.linalg.vector_norm(item.grad, dim=dim, keepdim=True) + 1e-8
         )
         residual = (G - project_back(item.grad, bases)) * factor
-        last = self.state[item.param]["residual_norm"]
+        last = item.state["residual_norm"]
         norm = sharding.gathered(torch.linalg.vector_norm(residual)).float()
         limited = torch.where(last > 0, torch.minimum(norm, RESIDUAL_GROWTH * last), norm)
         last.copy_(limited)
@@ -218,15 +230,17 @@ def check_adam(group: dict[str, Any]) -> None:
 
 
 def _fused_adam(
-    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int],
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[Tensor],
     group: dict[str, Any], lr: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """W ← (1 − lr·λ)W − lr·N, with M and V moved by R in place, by torch's kernel."""
     beta1, beta2 = group["betas"]
-    counts = torch.tensor([float(t - 1) for t in steps], device=R[0].device).unbind()  # the kernel adds one
-    adamw(
-        W, R, M, V, [], list(counts), foreach=False, fused=True, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=group["eps"],
+    if R[0].device.type != "cpu":
+        steps = list(torch.stack(steps).to(R[0].device).unbind())
+    # what torch.optim.AdamW(fused=True) calls once it has raised its counters
+    torch._fused_adamw_(
+        W, R, M, V, [], steps, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+        lr=lr, weight_decay=weight_decay, eps=group["eps"],
     )  # fmt: skip
 
 

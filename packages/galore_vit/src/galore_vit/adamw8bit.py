@@ -16,7 +16,7 @@ from torch import Tensor
 from galore_vit import sharding
 from galore_vit.adamw import GaLoreAdamW
 from galore_vit.block8bit import decode, encode, scale_count
-from galore_vit.galore import Item
+from galore_vit.item import Item
 from galore_vit.settings import Refresh
 
 MIN_8BIT_SIZE = 4096

@@ -13,9 +13,12 @@ and never a full SVD.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from galore_vit.counters import has_no_numbers
 from galore_vit.projection import Bases, Layout
 
 
@@ -30,8 +33,10 @@ def exact_bases(G: Tensor, layout: Layout) -> Bases:
 
 def iterated_bases(
     G: Tensor, layout: Layout, old: Bases | None, *, iterations: int, oversample: int, seed: int
-) -> Bases:
+) -> Bases | None:
     """Approximate leading singular vectors of G (…, m, n), started from `old` where there is one.
+
+    None where G is zero or not finite, and has none to give.
 
     The random columns depend on `seed` alone: neither the global generator nor the rank of the process
     enters, so that a resumed run and every process of a parallel one find the same basis.
@@ -40,15 +45,19 @@ def iterated_bases(
     P, Q = (None, None) if old is None else old
     if layout.right:
         X = _leading(wide, None if Q is None else Q.mT, layout.rank, iterations, oversample, seed)
+        if X is None:
+            return None
         right = X.mT.contiguous()  # (…, r, n)
         left = torch.linalg.qr(wide @ X).Q if layout.left else None  # (…, m, r)
     else:
         right = None
         left = _leading(wide.mT, P, layout.rank, iterations, oversample, seed)
+        if left is None:
+            return None
     return (None if left is None else left.to(G.dtype), None if right is None else right.to(G.dtype))
 
 
-def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversample: int, seed: int) -> Tensor:
+def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversample: int, seed: int) -> Tensor | None:
     """Orthonormal columns (…, n, r) spanning nearly the leading right singular space of A (…, m, n)."""
     n = A.shape[-1]
     width = min(r + oversample, *A.shape[-2:])
@@ -57,8 +66,15 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
     X = torch.randn(n, columns, generator=draw).to(A).expand(*A.shape[:-2], n, columns)
     if start is not None:
         X = torch.cat([start.to(A.dtype), X / n**0.5], dim=-1)
-    for _ in range(iterations):
-        X, T = torch.linalg.qr(A.mT @ (A @ X))  # (…, n, width), (…, width, width)
+    for i in range(iterations):
+        AX = A @ X  # (…, m, width)
+        largest = AX.abs().amax((-2, -1), keepdim=True)
+        if i == 0 and not has_no_numbers(AX) and not 0.0 < float(largest.max()) < math.inf:
+            return None
+        # divided, so that products with AᵀA neither overflow nor vanish
+        AAX = A.mT @ (AX / largest.where(largest > 0, 1.0))  # (…, n, width)
+        largest = AAX.abs().amax((-2, -1), keepdim=True)
+        X, T = torch.linalg.qr(AAX / largest.where(largest > 0, 1.0))  # (…, n, width), (…, width, width)
     X = X @ torch.linalg.svd(T).U[..., :r]
     if start is not None:
         # A singular vector's sign is arbitrary; the old one's keeps moments meaningful that are not rotated.

@@ -34,7 +34,8 @@ class TrainConfig:
     model: Size = "mini"
     """ViT built with random weights: mini (96 wide, 4 blocks), or Ti, S, B, L, H."""
     weights: str = ""
-    """Pretrained ViT instead: a folder of transformers, Google's .npz or timm's .safetensors; decides the size."""
+    """Pretrained ViT instead: a folder of transformers, Google's .npz, timm's .safetensors, or timm:NAME (by its name,
+    where timm is installed); decides the size."""
     image_size: int = 0
     """Pixels that the model sees; 0 takes the data's, other sizes are reached by nearest neighbours."""
     patch_size: int = 0

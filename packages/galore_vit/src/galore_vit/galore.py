@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,26 +24,11 @@ from torch.optim import Optimizer
 
 from galore_vit import sharding
 from galore_vit.basis import exact_bases, iterated_bases, overlap
-from galore_vit.counters import COUNTERS, count, has_no_numbers
+from galore_vit.counters import COUNTERS, count, counts, has_no_numbers
 from galore_vit.finite import all_finite
+from galore_vit.item import Item, Record
 from galore_vit.projection import Bases, Layout, layout_of, project
 from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group
-
-
-@dataclass
-class Item:
-    """One weight's gradient on its way through a step."""
-
-    param: Tensor
-    group: dict[str, Any]
-    layout: Layout | None
-    """None: not projected."""
-    grad: Tensor
-    """R of a projected weight, the gradient itself of a plain one."""
-    new_bases: Bases | None = None
-    """Put in place only when the whole step is found finite."""
-    full: Tensor | None = None
-    """G (m×n), kept only where the residual is used."""
 
 
 class GaLore(Optimizer):
@@ -103,16 +88,15 @@ class GaLore(Optimizer):
             self._too_small = []
 
     def _index(self) -> None:
-        """Which group a parameter is in, how it is projected, and its place among the projected ones."""
-        self._where: dict[Tensor, int] = {}
-        self._layouts: dict[Tensor, Layout | None] = {}
-        self._order: dict[Tensor, int] = {}
+        """What is fixed about each parameter: its group, its layout, its place among the projected ones."""
+        self._records: dict[Tensor, Record] = {}
+        projected = 0
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                self._where[p] = i
-                self._layouts[p] = layout_of(p.shape, group)
-                if self._layouts[p] is not None:
-                    self._order[p] = len(self._order)
+                layout = layout_of(p.shape, group)
+                self._records[p] = Record(p, i, layout, projected, sharding.is_sharded(p))
+                projected += layout is not None
+        self._projected = projected
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -136,7 +120,7 @@ class GaLore(Optimizer):
             saved = state_dict["state"].get(i)
             if saved is None:
                 continue
-            fresh = self._fresh_state(p, group, self._layouts[p], device=torch.device("meta"))
+            fresh = self._fresh_state(p, group, self.layout(p), device=torch.device("meta"))
             if saved.keys() != fresh.keys() or any(saved[k].shape != fresh[k].shape for k in fresh):
                 raise ValueError(
                     f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved "
@@ -181,7 +165,7 @@ class GaLore(Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            layout = self._layouts[p]
+            layout = self.layout(p)
             if layout is not None and layout.k > 1:
                 sharding.refuse(p, "a split weight (fused qkv)", "shard q, k and v apart, or leave split out")
             state.update(self._fresh_state(p, group, layout, p.device))
@@ -196,11 +180,11 @@ class GaLore(Optimizer):
 
     def layout(self, p: Tensor) -> Layout | None:
         """How p is projected; None where it is not."""
-        return self._layouts[p]
+        return self._records[p].layout
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group that holds p."""
-        return self.param_groups[self._where[p]]
+        return self.param_groups[self._records[p].group]
 
     def refresh_due(self, p: Tensor) -> bool:
         """Whether the next step will replace the basis of a projected weight."""
@@ -209,10 +193,9 @@ class GaLore(Optimizer):
 
     def due_bases(self, p: Tensor, G: Tensor) -> Bases | None:
         """New bases of a projected weight, from its gradient G (…, m, n), where they are due; else None."""
-        if not self.refresh_due(p):
+        layout = self.layout(p)
+        if layout is None or not self.refresh_due(p):
             return None
-        layout = self._layouts[p]
-        assert layout is not None
         return self._new_bases(p, self.group_of(p), layout, G)
 
     # -- the step ---------------------------------------------------------------------------------------
@@ -224,37 +207,56 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.apply([self.item(p) for group in self.param_groups for p in group["params"] if p.grad is not None])
+        self.apply(self._items())
         return loss
 
+    def _items(self) -> list[Item]:
+        """An item for every parameter that has a gradient."""
+        having = [(r, r.param.grad) for r in self._records.values() if r.param.grad is not None]
+        states = [self._state_of(r.param, self.param_groups[r.group]) for r, _ in having]
+        projected = [s for s in states if "refresh_at" in s]
+        steps, due = counts([s["step"] for s in projected]), counts([s["refresh_at"] for s in projected])
+        is_due = iter([t >= at for t, at in zip(steps, due, strict=True)])
+        return [
+            self._item(r, grad, state, "refresh_at" in state and next(is_due))
+            for (r, grad), state in zip(having, states, strict=True)
+        ]
+
     @torch.no_grad()
-    def item(self, p: Tensor, grad: Tensor | None = None) -> Item:
-        """p's gradient (`.grad` unless given), projected where p is; changes no state but fresh zeros."""
-        grad = p.grad if grad is None else grad
-        assert grad is not None
+    def item(self, p: Tensor) -> Item:
+        """p's gradient, projected where p is; changes no state but fresh zeros."""
+        assert p.grad is not None
+        state = self._state_of(p, self.group_of(p))
+        return self._item(self._records[p], p.grad, state, "refresh_at" in state and self.refresh_due(p))
+
+    def compact_item(self, p: Tensor, R: Tensor, new_bases: Bases | None) -> Item:
+        """An item of a weight whose gradient was projected before, by `new_bases` or the present ones."""
+        record, group = self._records[p], self.group_of(p)
+        return Item(record, group, self._state_of(p, group), -R if group["maximize"] else R, new_bases)
+
+    def _item(self, record: Record, grad: Tensor, state: dict[str, Tensor], due: bool) -> Item:
         if grad.is_sparse:
             raise ValueError("GaLore takes dense gradients: build the embedding with sparse=False")
-        group = self.group_of(p)
-        state = self._state_of(p, group)
-        layout = self._layouts[p]
-        sign = -1.0 if group["maximize"] else 1.0
+        group, layout = self.param_groups[record.group], record.layout
+        negative = group["maximize"]
         if layout is None:
-            return Item(p, group, None, grad if sign > 0 else -grad)
+            return Item(record, group, state, -grad if negative else grad)
         G = layout.matrices(grad)
-        new = self.due_bases(p, G)
-        bases = (state.get("P"), state.get("Q")) if new is None else new
-        R = sharding.reduced(project(G, bases))
-        return Item(p, group, layout, R if sign > 0 else -R, new, G * sign if group.get("residual") else None)
+        new = self._new_bases(record.param, group, layout, G) if due else None
+        R = project(G, new or (state.get("P"), state.get("Q")))
+        if record.sharded:
+            R = sharding.reduced(R)
+        full = (-G if negative else G) if group.get("residual") else None
+        return Item(record, group, state, -R if negative else R, new, full)
 
     def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout, G: Tensor) -> Bases | None:
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
         whole = sharding.gathered(G)
-        largest = 1.0 if has_no_numbers(whole) else float(whole.abs().max())
-        if largest == 0.0 or not math.isfinite(largest):
-            return None
         refresh, state = group["refresh"], self.state[p]
+        new: Bases | None
         if refresh["method"] == "svd":
-            new = exact_bases(whole, layout)
+            largest = 1.0 if has_no_numbers(whole) else float(whole.abs().max())
+            new = exact_bases(whole, layout) if largest != 0.0 and math.isfinite(largest) else None
         else:
             step = count(state["step"])
             old: Bases | None = None
@@ -265,13 +267,15 @@ class GaLore(Optimizer):
                     None if Q is None else sharding.gathered(Q),
                 )
             new = iterated_bases(
-                whole / largest,  # products with GᵀG must neither overflow nor vanish
+                whole,
                 layout,
                 old,
                 iterations=refresh["iterations"] + (old is None),
                 oversample=refresh["oversample"],
-                seed=step * 1_000_003 + self._order[p],
+                seed=step * 1_000_003 + self._records[p].order,
             )
+        if new is None:
+            return None
         if self.process_group is not None:
             new = (self._first_ones(new[0]), self._first_ones(new[1]))
         return sharding.like(p, new[0], rows=True), sharding.like(p, new[1], rows=False)
@@ -295,13 +299,16 @@ class GaLore(Optimizer):
         for item in items:
             if item.new_bases is not None:
                 self._put_bases(item, item.new_bases)
-            by_group.setdefault(self._where[item.param], []).append(item)
-        torch._foreach_add_([self.state[item.param]["step"] for item in items], 1.0)
+            by_group.setdefault(item.record.group, []).append(item)
+        steps = [item.state["step"] for item in items]
+        torch._foreach_add_(steps, [steps[0].new_ones(())] * len(steps))  # a number is made a tensor for each counter
+        for item, step in zip(items, counts(steps), strict=True):
+            item.step = step
         for mine in by_group.values():
             self._update(mine[0].group, mine)
 
     def _put_bases(self, item: Item, new: Bases) -> None:
-        p, state, refresh = item.param, self.state[item.param], item.group["refresh"]
+        p, state, refresh = item.param, item.state, item.group["refresh"]
         step, base_gap = count(state["step"]), item.group["update_proj_gap"]
         first = count(state["refresh_at"]) == 0
         old = self.bases(p)
@@ -317,7 +324,7 @@ class GaLore(Optimizer):
         for key, value in zip("PQ", new, strict=True):
             if value is not None:
                 state[key].copy_(value)
-        phase = self._order[p] * base_gap // len(self._order) if first and refresh["stagger"] else 0
+        phase = item.record.order * base_gap // self._projected if first and refresh["stagger"] else 0
         state["refresh_at"].fill_(step + (phase or gap))
 
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_vit.projection import layout_of
+from galore_vit.projection import layout_of, sides
 from galore_vit.settings import GALORE_DEFAULTS
 
 FUSED_QKV = re.compile(r"(^|\.)(qkv|c_attn|in_proj|query_key_value|Wqkv)(_weight|\.weight)$")
@@ -25,10 +25,12 @@ def param_groups(
     conv: bool = False,
     split_qkv: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for a GaLore optimizer: plain parameters, projected ones, and fused qkv weights.
+    """Groups for a GaLore optimizer: plain parameters, projected ones, and those projected in parts.
 
     Projected are the trainable matrices of linear and attention modules inside numbered blocks
     (`blocks.3.attn.proj.weight`), which leaves out the head, embeddings and everything one-dimensional.
+    A three-dimensional weight that is no convolution's, such as LTE's factors A (H, r, n) and B (H, m, r) or
+    a layer of experts, is a stack of matrices: each of them is projected apart.
 
     Args:
         model: its parameters that do not require a gradient are left out.
@@ -44,27 +46,31 @@ def param_groups(
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
     wanted = None if targets is None else re.compile(targets)
     plain: list[Tensor] = []
-    whole: list[Tensor] = []
-    fused: list[Tensor] = []
+    parts: dict[int, list[Tensor]] = {1: []}  # by number of parts
     for name, p, module in _owned(model):
         if not p.requires_grad:
             continue
+        kernel = isinstance(module, nn.modules.conv._ConvNd) and p is module.weight
         if wanted is not None:
             chosen = p.ndim >= 2 and wanted.search(name) is not None
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            chosen = conv and p.ndim >= 2
+        elif kernel:
+            chosen = conv
         else:
-            chosen = p.ndim >= 2 and _is_linear(module) and re.search(r"(^|\.)\d+\.", name) is not None
-        rows_are_outputs = isinstance(module, nn.Linear | nn.MultiheadAttention)
-        split = chosen and split_qkv and rows_are_outputs and FUSED_QKV.search(name) is not None
-        split = split and p.shape[0] % 3 == 0
-        (fused if split else whole if chosen else plain).append(p)
+            holds_matrices = _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)
+            chosen = p.ndim >= 2 and holds_matrices and re.search(r"(^|\.)\d+\.", name) is not None
+        if not chosen:
+            plain.append(p)
+            continue
+        split = 1
+        if p.ndim == 3 and not kernel:
+            split = p.shape[0]
+        elif split_qkv and isinstance(module, nn.Linear | nn.MultiheadAttention) and FUSED_QKV.search(name):
+            split = 3 if p.shape[0] % 3 == 0 else 1
+        parts.setdefault(split, []).append(p)
     keys = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    groups: list[dict[str, Any]] = [
-        {"params": plain},
-        {"params": whole, **keys},
-        {"params": fused, **keys, "split": 3},
-    ]
+    groups: list[dict[str, Any]] = [{"params": plain}]
+    for split, params in parts.items():
+        groups.append({"params": params, **keys, **({"split": split} if split > 1 else {})})
     _refuse_nothing(groups[1:])
     return [g for g in groups if g["params"]]
 
@@ -95,7 +101,7 @@ def _refuse_nothing(groups: list[dict[str, Any]]) -> None:
             "name some by targets, or use a plain optimizer"
         )
     if all(layout_of(p.shape, g) is None for p, g in weights):
-        largest = max((min(p.shape[0] // g["split"], p[0].numel()) for p, g in weights))
+        largest = max(min(sides(p.shape, g["split"])[1:]) for p, g in weights)
         raise ValueError(
             f"GaLore would project nothing: rank {weights[0][1]['rank']} is not below the smaller side of "
             f"any targeted weight, {largest} at most; choose a rank below {largest}, or a plain optimizer"

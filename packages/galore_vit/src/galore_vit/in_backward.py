@@ -6,16 +6,22 @@ projected sum. The weights move in `step()`, after the last micro-batch; until t
 clipping, loss scaling and learning-rate schedules work as with any optimizer.
 
 What stands for the gradients is a set of parameters whose `.grad` are the compact gradients: hand
-`in_backward.parameters()` to `clip_grad_norm_` and `in_backward` itself to `GradScaler`. Beside each R lies
-the part that projection dropped, as one number (its norm) or, over several micro-batches or processes, whose
-dropped parts add up unseen, as its image (m×s) under a fixed random map, which has the same norm on average.
-Thus the norm that `clip_grad_norm_` finds is that of the full gradients.
+`in_backward.parameters()` to `clip_grad_norm_` and `in_backward` itself to `GradScaler`.
+
+The norm that clipping needs is that of the full gradients, and R has only the part inside the subspace. The part
+that projection dropped, D = Σ(Gₖ − P Rₖ Q), therefore has a stand-in beside each R. Of one micro-batch in one process
+its norm is known when G is freed, and a number says it all. Over several, the dropped parts add up to something that
+no small memory can know exactly: ‖D‖² has the products of all pairs of micro-batches in it. `norm` chooses:
+
+    "exact"      D itself, m×n: the true norm, for the memory that plain accumulation takes
+    "sketch"     DΩ, m×16, with a random Ω drawn anew each step: E‖DΩ‖² = ‖D‖²
+    "projected"  nothing: the norm of the projected gradients alone, which is what moves the weights
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,9 +29,10 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.galore import GaLore, Item
-from galore_vit.projection import Bases, project
+from galore_vit.galore import GaLore
+from galore_vit.projection import Bases, Layout, project, project_back
 
+Norm = Literal["exact", "sketch", "projected"]
 SKETCH = 16
 """Columns of the random map."""
 
@@ -46,8 +53,10 @@ class InBackward:
         micro_batches: backward passes per step; more or fewer are refused at the step.
         process_group: average gradients over these processes, compact ones where projected. The model
             must then not be wrapped in DistributedDataParallel. `dist.group.WORLD` for all processes.
-        true_norm: keep the dropped part's norm for clipping; it costs a sketch (16 columns, a quarter
-            of a projection to rank 64) when micro_batches is above 1 or there is a process group.
+        norm: which norm `clip_grad_norm_(in_backward.parameters())` finds. "exact": the full gradients'; with
+            micro_batches above 1 or a process group it keeps (and sends) a tensor of each weight's size
+            between micro-batches. "sketch": an estimate without bias from 16 numbers a row, where exactness is
+            not free. "projected": the projected gradients'. Without clipping, take "projected".
     """
 
     def __init__(
@@ -56,16 +65,18 @@ class InBackward:
         micro_batches: int = 1,
         *,
         process_group: dist.ProcessGroup | None = None,
-        true_norm: bool = True,
+        norm: Norm = "exact",
     ) -> None:
         if micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, not {micro_batches}")
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
         self.optimizer = optimizer
         self.micro_batches = micro_batches
         self.process_group = process_group
         optimizer.process_group = process_group
-        self._sketched = true_norm and (micro_batches > 1 or process_group is not None)
-        self._true_norm = true_norm
+        adds_up = micro_batches > 1 or process_group is not None
+        self._norm: Norm | Literal["number"] = norm if adds_up or norm == "projected" else "number"
         self._compact: dict[Tensor, nn.Parameter] = {}
         self._dropped: dict[Tensor, nn.Parameter] = {}
         self._index: dict[Tensor, int] = {}
@@ -83,9 +94,8 @@ class InBackward:
                     continue
                 self._index[p] = len(self._index)
                 self._compact[p] = _stand_in(p, layout.compact_shape)
-                if true_norm:
-                    rows = layout.stacked(layout.n if layout.left else layout.m, SKETCH)
-                    self._dropped[p] = _stand_in(p, rows if self._sketched else ())
+                if self._norm != "projected":
+                    self._dropped[p] = _stand_in(p, self._dropped_shape(layout))
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._take))
 
     def close(self) -> None:
@@ -93,6 +103,13 @@ class InBackward:
         for hook in self._hooks:
             hook.remove()
         self.optimizer.process_group = None
+
+    def _dropped_shape(self, layout: Layout) -> tuple[int, ...]:
+        if self._norm == "number":
+            return ()
+        if self._norm == "sketch":
+            return layout.stacked(layout.n if layout.left else layout.m, SKETCH)
+        return layout.stacked(layout.m, layout.n)
 
     # -- what a training loop and GradScaler use -----------------------------------------------------------
 
@@ -152,8 +169,7 @@ class InBackward:
                     if p.grad is not None:
                         items.append(self.optimizer.item(p))
                 elif (R := self._compact[p].grad) is not None:
-                    R = -R if group["maximize"] else R
-                    items.append(Item(p, group, self.optimizer.layout(p), R, self._new_bases.get(p)))
+                    items.append(self.optimizer.compact_item(p, R, self._new_bases.get(p)))
         self.optimizer.apply(items)
         return loss
 
@@ -179,9 +195,12 @@ class InBackward:
         bases = self._new_bases[p] or self.optimizer.bases(p)
         R = project(matrix, bases)
         _add(self._compact[p], R)
-        if not self._true_norm:
+        if self._norm == "projected":
             return
-        if not self._sketched:
+        if self._norm == "exact":
+            _add(self._dropped[p], matrix - project_back(R, bases))
+            return
+        if self._norm == "number":
             dropped = matrix.float().square().sum() - R.float().square().sum()
             _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
             return

@@ -61,27 +61,36 @@ class Layout:
 
     def matrices(self, x: Tensor) -> Tensor:
         """x, shaped like the weight, as (m, n) or (k, m, n); a view where x is contiguous."""
+        if self.k == 1 and x.ndim == 2:
+            return x
         return x.reshape(self.stacked(self.m, self.n))
+
+
+def sides(shape: tuple[int, ...], split: int) -> tuple[int, int, int]:
+    """(k, m, n): how many matrices a weight of two dimensions and more is, and of which size.
+
+    Weights of more than two dimensions are matricised, out × (in · kernel); three-dimensional ones whose first
+    dimension is `split` are a stack of matrices.
+    """
+    if len(shape) == 3 and shape[0] == split:
+        return shape
+    if shape[0] % split:
+        raise ValueError(
+            f"a weight of shape {tuple(shape)} has no {split} equal row blocks: split must divide {shape[0]}"
+        )
+    return split, shape[0] // split, math.prod(shape[1:])
 
 
 def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None:
     """The layout of a weight of this shape in this parameter group; None where the weight is not projected.
 
     Not projected: weights of a group without `rank`, vectors, and weights whose smaller side is not above
-    the rank. Weights of more than two dimensions are matricised, out × (in · kernel); three-dimensional ones
-    whose first dimension is `split` are taken as a stack of matrices.
+    the rank.
     """
     if "rank" not in group or len(shape) < 2:
         return None
-    k, r = group["split"], group["rank"]
-    if k > 1 and len(shape) == 3 and shape[0] == k:
-        _, m, n = shape
-    else:
-        if shape[0] % k:
-            raise ValueError(
-                f"a weight of shape {tuple(shape)} has no {k} equal row blocks: split must divide {shape[0]}"
-            )
-        m, n = shape[0] // k, math.prod(shape[1:])
+    r = group["rank"]
+    k, m, n = sides(shape, group["split"])
     if r >= min(m, n):
         return None
     kind = group["proj_type"]
