@@ -124,8 +124,8 @@ def _stdlib(results: Path) -> Iterator[Known]:
 
 def _overheads(results: Path) -> Iterator[Overhead]:
     found = _read(results / "galore_train.json")["result"]
-    study = f"{found['model']}, rank {found['rank']}, {found['times_adamw']['pairs']} pairs on a CPU"
-    yield Overhead("galore-adamw", found["times_adamw"]["median"], study, "galore_train.json")
+    study = f"{found['model']}, rank {found['rank']}, {found['time_over_adamw']['pairs']} pairs on a CPU"
+    yield Overhead("galore-adamw", round(found["time_over_adamw"]["median"], 3), study, "galore_train.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
