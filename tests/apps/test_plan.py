@@ -185,7 +185,8 @@ SPREAD = (
 @pytest.mark.parametrize("name", SPREAD)
 def test_composed_is_predicted_whole(name):
     """Each choice of each axis, of a ViT: refused by both, or the same ledger, and the same peak but for what falls
-    into single steps: GaLore's refreshes and LTE's merges."""
+    into single steps (GaLore's refreshes, LTE's merges), memory that GaLore uses again for the next weight, and Back
+    Razor's working memory, which depends on what is live beside it."""
     axes = Axes(*name.split("+"), rank=8, galore_rank=4)
     place = Workplace(SMALL["vit"], rows=4)
     try:
@@ -197,7 +198,9 @@ def test_composed_is_predicted_whole(name):
     expected = whole(place.step, axes, 4)
     assert found.ledger == expected.ledger.totals
     if axes.optim.startswith("galore") or axes.train == "lte":
-        assert expected.peak_bytes <= found.peak <= 1.1 * expected.peak_bytes
+        assert 0.99 * expected.peak_bytes <= found.peak <= 1.1 * expected.peak_bytes
+    elif axes.save == "backrazor":
+        assert found.peak == pytest.approx(expected.peak_bytes, rel=1e-3)
     else:
         assert found.peak == expected.peak_bytes
 
@@ -291,7 +294,7 @@ def test_no_plan_is_too_small(family, train, save, optim):
     dense = replace(axes, save="all")
     workspace = count_step(place, dense).activations if save == "backrazor" else 0
     assert peak <= found.peak + workspace
-    assert found.peak <= 1.001 * peak
+    assert found.peak <= (1.03 if save == "backrazor" else 1.001) * peak
 
 
 def test_the_largest_batch_fits_and_uses_the_budget():

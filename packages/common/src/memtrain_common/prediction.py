@@ -160,12 +160,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would
-    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid. Where nothing would
+    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped; elsewhere those of the
+    fake mode itself, which only remember what was made, are overlooked."""
 
     def swap(old: Tensor, new: Tensor) -> None:
         if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
-            original(old, new)
+            with mock.patch.object(weakref, "getweakrefs", lambda _: []):
+                original(old, new)
 
     return swap
 
