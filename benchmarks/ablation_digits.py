@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from memtrain_common.bench import write_results
 RESULTS = Path(__file__).parent / "results"
 COMMAND = Path(sys.executable).parent / "ablate"
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def kept_where_it_fails() -> Iterator[str]:
+    """A folder that goes only when all went well."""
+    place = tempfile.mkdtemp(prefix="ablation-")
+    yield place
+    shutil.rmtree(place)
 
 
 def ablate(folder: Path, *words: str) -> float:
@@ -63,10 +73,10 @@ def photograph(report: Path) -> None:
 
 
 def table() -> None:
-    with tempfile.TemporaryDirectory() as place:
+    with kept_where_it_fails() as place:
         first, second = Path(place) / "first", Path(place) / "second"
         seconds = [ablate(first), ablate(second)]
-        found, again = (summarise(read_results(p)) for p in (first, second))
+        found, again = ([s for s in summarise(read_results(p)) if s.runs] for p in (first, second))
         other = {s.first["combination"]: s.scores for s in again}
         write_results(
             RESULTS / "ablation_digits.json",
@@ -83,7 +93,7 @@ def table() -> None:
 
 
 def rates() -> None:
-    with tempfile.TemporaryDirectory() as place:
+    with kept_where_it_fails() as place:
         folder = Path(place) / "rates"
         ablate(folder, "digits-rates")
         found = json_rows(folder)
