@@ -1,4 +1,4 @@
-"""``finetune``, ``pretrain`` and ``ablate``. torch is imported after the flags are parsed and checked."""
+"""``finetune``, ``pretrain``, ``ablate`` and ``plan``. torch is imported after the flags are parsed and checked."""
 
 import sys
 from collections.abc import Sequence
@@ -40,6 +40,20 @@ def _ablate(argv: Sequence[str]) -> None:
     run_ablation(request, argv)
 
 
+def _plan(argv: Sequence[str]) -> None:
+    from .plan_config import configure
+
+    config = configure(argv)
+    if config.list_models:
+        from .shapes import known_names
+
+        print("\n".join(known_names()))
+        return
+    from .plan import run_plan
+
+    run_plan(config)
+
+
 def ablate() -> None:
     """The console script."""
     sys.exit(run_command(_ablate, prog="ablate"))
@@ -53,3 +67,8 @@ def finetune() -> None:
 def pretrain() -> None:
     """The console script."""
     sys.exit(run_command(_pretrain, prog="pretrain"))
+
+
+def plan() -> None:
+    """The console script."""
+    sys.exit(run_command(_plan, prog="plan"))

@@ -90,15 +90,22 @@ def predict(
 
 
 @contextmanager
-def fake_step() -> "Iterator[LiveBytes]":
-    """Inside, every new tensor is fake, and what lives is added up; for steps that :func:`predict` does not fit."""
+def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
+    """Inside, every new tensor is fake, and what lives is added up; for steps that :func:`predict` does not fit.
+
+    Args:
+        live: what adds up, where it is to count more than bytes; None makes one.
+    """
     with ExitStack() as stack:
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
+        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references
+        # that are freed twice.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
         stack.enter_context(_as_if_real())
-        yield stack.enter_context(LiveBytes())
+        yield stack.enter_context(live or LiveBytes())
 
 
 def _as_if_real() -> AbstractContextManager[Any]:
@@ -111,7 +118,7 @@ def _as_if_real() -> AbstractContextManager[Any]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that live, and answers for the numbers that fake tensors do not have."""
+    """Adds up the storages that live, real or fake, and answers for the numbers that fake tensors do not have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
         self._any = WeakIdKeyDictionary()  # results of ``any``
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number(args[0])
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any:
@@ -153,12 +160,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid; where nothing would
-    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped."""
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid. Where nothing would
+    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped; elsewhere those of the
+    fake mode itself, which only remember what was made, are overlooked."""
 
     def swap(old: Tensor, new: Tensor) -> None:
         if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
-            original(old, new)
+            with mock.patch.object(weakref, "getweakrefs", lambda _: []):
+                original(old, new)
 
     return swap
 
