@@ -77,7 +77,7 @@ def test_eight_bits_are_the_same_to_the_bit(monkeypatch):
     assert torch.equal(back, by_torch(monkeypatch, lambda: values.decode(quick, "int8", 1000, torch.float32)))
 
 
-@pytest.mark.parametrize("call", list(ACTIVATIONS), ids=str)
+@pytest.mark.parametrize("call", list(ACTIVATIONS), ids=lambda call: getattr(call, "__name__", str(call)))
 def test_thresholds_give_the_nearest_level(call):
     activation = ACTIVATIONS[call]
     x = torch.cat([torch.linspace(-9, 9, 40_001, dtype=torch.float64), torch.tensor([-1e6, -60.0, 0.0, 60.0, 1e6])])
