@@ -8,7 +8,6 @@ import types
 
 import pytest
 import torch
-from memtrain_common import bench
 from memtrain_common.bench import pairwise, ratio_of, write_results
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
@@ -186,7 +185,7 @@ def test_pictures_are_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pairwise_ratios_and_results_that_name_their_making(tmp_path, monkeypatch):
+def test_pairwise_ratios_and_results_that_name_their_making(tmp_path):
     now = 0.0
 
     def taking(seconds):
@@ -196,8 +195,7 @@ def test_pairwise_ratios_and_results_that_name_their_making(tmp_path, monkeypatc
 
         return call
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
-    ratio = pairwise(taking(6.0), taking(2.0), pairs=5)
+    ratio = pairwise(taking(6.0), taking(2.0), pairs=5, clock=lambda: now)
     assert (ratio.low, ratio.median, ratio.high, ratio.pairs) == (3.0, 3.0, 3.0, 5)
     assert str(ratio_of([1.0, 2.0, 3.0])) == "2.000 (quartiles 1.000 to 3.000, 3 pairs)"
     path = tmp_path / "results" / "x.json"

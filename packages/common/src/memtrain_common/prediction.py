@@ -166,7 +166,7 @@ def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tenso
 
     def swap(old: Tensor, new: Tensor) -> None:
         if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
-            with mock.patch.object(weakref, "getweakrefs", lambda _: []):
+            with mock.patch.object(weakref, "getweakrefs", return_value=[]):
                 original(old, new)
 
     return swap
