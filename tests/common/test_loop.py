@@ -270,8 +270,12 @@ def test_a_second_interrupt_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         return loss_fn(m, batch)
 
-    with pytest.raises(Stopped, match="stopped at once by a second SIGINT in step 1; there is no checkpoint"):
-        fit(model, batches, twice, adam(model), FitConfig(max_iters=3))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which another test may have changed
+    try:
+        with pytest.raises(Stopped, match="stopped at once by a second SIGINT in step 1; there is no checkpoint"):
+            fit(model, batches, twice, adam(model), FitConfig(max_iters=3))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
