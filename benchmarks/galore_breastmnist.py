@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from galore_vit.config import Optim, TrainConfig
+from galore_vit.tasks.flags import Optim, TrainConfig
 from galore_vit.tasks.train import Trial, train_one
 from memtrain_common.bench import write_results
 from memtrain_common.console import Console

@@ -17,17 +17,20 @@ def pair(proj_type="std", **options):
     return a, plain, b, inner
 
 
+def step(*optimizers):
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_equals_the_ordinary_step(proj_type):
     a, plain, b, inner = pair(proj_type)
     in_backward = InBackward(inner)
-    for step in range(45):
-        problems.backward(a, step)
-        problems.backward(b, step)
-        plain.step()
-        in_backward.step()
-        plain.zero_grad()
-        in_backward.zero_grad()
+    for t in range(45):
+        problems.backward(a, t)
+        problems.backward(b, t)
+        step(plain, in_backward)
     assert problems.same(a, b, rtol=1e-5)
     assert not problems.same(a, problems.mlp(), rtol=1e-2)
 
@@ -50,21 +53,18 @@ def test_accumulation_is_one_step_of_the_sum(proj_type):
     """Four micro-batches equal one batch of the four, except that a due basis is the first one's."""
     a, plain, b, inner = pair(proj_type, refresh=Refresh(method="svd", stagger=False))
     in_backward = InBackward(inner, micro_batches=4)
-    for step in range(19):
-        if step == 0:  # both take their first basis from the same gradient
+    for t in range(19):
+        if t == 0:  # both take their first basis from the same gradient
             problems.backward(a, 0)
             bases = {p: plain.item(p).new_bases for p in a.parameters() if p.ndim == 2}
             plain.zero_grad()
             plain._new_bases = lambda p, *_, found=bases: found[p]
         for part in range(4):
-            problems.backward(a, 4 * step + part)
-            problems.backward(b, 4 * step + part)
+            problems.backward(a, 4 * t + part)
+            problems.backward(b, 4 * t + part)
             if part < 3:
-                assert all(torch.equal(p, q) or step for p, q in zip(a.parameters(), b.parameters(), strict=True))
-        plain.step()
-        in_backward.step()
-        plain.zero_grad()
-        in_backward.zero_grad()
+                assert all(torch.equal(p, q) or t for p, q in zip(a.parameters(), b.parameters(), strict=True))
+        step(plain, in_backward)
     assert problems.same(a, b, rtol=1e-5)
     assert {int(s["step"]) for s in inner.state.values()} == {19}
 
@@ -73,17 +73,14 @@ def test_the_clipped_norm_is_the_full_gradients():
     a, plain, b, inner = pair()
     in_backward = InBackward(inner)
     clipped = 0
-    for step in range(45):
-        problems.backward(a, step)
-        problems.backward(b, step)
+    for t in range(45):
+        problems.backward(a, t)
+        problems.backward(b, t)
         norm = clip_grad_norm_(a.parameters(), 0.05)
         found = clip_grad_norm_(in_backward.parameters(), 0.05)
         assert found == pytest.approx(float(norm), rel=1e-3)
         clipped += int(norm > 0.05)
-        plain.step()
-        in_backward.step()
-        plain.zero_grad()
-        in_backward.zero_grad()
+        step(plain, in_backward)
     assert clipped > 20
     assert problems.same(a, b, rtol=1e-4)
 
@@ -95,18 +92,15 @@ def test_over_micro_batches_clipping_is_by_the_true_norm():
     twin = dict(zip(a.parameters(), b.parameters(), strict=True))
     plain._new_bases = lambda p, *_: in_backward._new_bases[twin[p]]  # a due basis is the first micro-batch's
     clipped = 0
-    for step in range(15):
+    for t in range(15):
         for part in range(3):
-            problems.backward(a, 3 * step + part)
-            problems.backward(b, 3 * step + part)
+            problems.backward(a, 3 * t + part)
+            problems.backward(b, 3 * t + part)
         found = clip_grad_norm_(in_backward.parameters(), 1.0)
         norm = clip_grad_norm_(a.parameters(), 1.0)
         assert found == pytest.approx(float(norm), rel=1e-5)
         clipped += int(norm > 1.0)
-        plain.step()
-        in_backward.step()
-        plain.zero_grad()
-        in_backward.zero_grad()
+        step(plain, in_backward)
     assert clipped > 5
     assert problems.same(a, b, rtol=1e-4)
 
@@ -156,12 +150,12 @@ def test_a_scaler_scales_and_skips():
     a, plain, b, inner = pair()
     in_backward = InBackward(inner)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
-    for step in range(25):
-        problems.backward(a, step)
+    for t in range(25):
+        problems.backward(a, t)
         clip_grad_norm_(a.parameters(), 0.05)
         plain.step()
         plain.zero_grad()
-        x, y = problems.mlp_batch(step)
+        x, y = problems.mlp_batch(t)
         scaler.scale(((b(x) - y) ** 2).mean()).backward()
         scaler.unscale_(in_backward)
         clip_grad_norm_(in_backward.parameters(), 0.05)
@@ -183,9 +177,9 @@ def test_a_schedule_moves_the_optimizers_rate():
     a, plain, b, inner = pair()
     in_backward = InBackward(inner)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 20) for o in (plain, inner)]
-    for step in range(20):
+    for t in range(20):
         for model, stepper, schedule in ((a, plain, schedules[0]), (b, in_backward, schedules[1])):
-            problems.backward(model, step)
+            problems.backward(model, t)
             stepper.step()
             stepper.zero_grad()
             schedule.step()

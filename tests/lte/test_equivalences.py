@@ -149,25 +149,40 @@ def test_merged_state_dict_is_a_plain_model_with_the_evaluated_function():
     assert plain.lm_head.weight is plain.transformer.wte.weight
 
 
-def test_full_rank_frozen_orthogonal_A_merged_every_step_is_sgd():
-    """With A orthogonal, square and not trained, T = 1: W moves by −lr·s²·(mean gradient), data-parallel SGD."""
-    n, H, lr = 6, 3, 0.01
-    linear = nn.Linear(n, 5, bias=False, dtype=torch.float64)
-    weight = linear.weight.detach().clone().requires_grad_()
-    layer = LTELinear(linear, LTEConfig(heads=H, rank=n, alpha=2.0 * n))
-    gain = (layer.lora_A[0] @ layer.lora_A[0].T)[0, 0].item()  # A Aᵀ = gain · I
-    layer.lora_A.requires_grad_(False)
-    ours = torch.optim.SGD([layer.lora_B], lr=lr)
+def assert_sgd(n, layer, ours, lr, merge):
+    """With A orthogonal and square, merged every step: W moves by −lr·s²·gain·(mean gradient), data-parallel SGD.
+
+    gain: A Aᵀ = gain · I; the published initial values are not of unit length.
+    """
+    weight = layer.weight.detach().clone().requires_grad_()
+    gain = (layer.lora_A[0] @ layer.lora_A[0].T)[0, 0].item()
+    rows = 2 * layer.lora_A.shape[0]
     for _ in range(5):
-        x, target = torch.randn(H * 2, n, dtype=torch.float64), torch.randn(H * 2, 5, dtype=torch.float64)
+        x, target = torch.randn(rows, n, dtype=torch.float64), torch.randn(rows, 5, dtype=torch.float64)
         ours.zero_grad()
         nn.functional.mse_loss(layer(x), target).backward()
         ours.step()
-        layer.merge()
+        merge()
         (grad,) = torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight), target), weight)
         with torch.no_grad():
             weight -= lr * layer.scale**2 * gain * grad
         torch.testing.assert_close(layer.weight, weight.detach(), **EXACT)
+
+
+def test_full_rank_frozen_orthogonal_A_merged_every_step_is_sgd():
+    n, lr = 6, 0.01
+    layer = LTELinear(nn.Linear(n, 5, bias=False, dtype=torch.float64), LTEConfig(heads=3, rank=n, alpha=2.0 * n))
+    layer.lora_A.requires_grad_(False)
+    assert_sgd(n, layer, torch.optim.SGD([layer.lora_B], lr=lr), lr, layer.merge)
+
+
+def test_full_rank_orthogonal_A_with_B_reset_every_step_is_sgd():
+    """With A trained too: at B = 0 its gradient is 0, so resetting B after every merge leaves it where it is."""
+    n, lr = 6, 0.01
+    linear = nn.Linear(n, 5, bias=False, dtype=torch.float64)
+    model = inject(nn.Sequential(linear), LTEConfig(heads=3, rank=n, alpha=2.0 * n, reset="B"))
+    ours = torch.optim.SGD([model[0].lora_A, model[0].lora_B], lr=lr)
+    assert_sgd(n, model[0], ours, lr, Merger(model, 1, optimizer=ours).step)
 
 
 def test_heads_on_chunks_are_separate_loras():
@@ -195,25 +210,3 @@ def test_heads_on_chunks_are_separate_loras():
         if isinstance(layer, LTELinear):
             for h, single in enumerate(singles):
                 torch.testing.assert_close(layer.lora_B[h], single.get_submodule(name).lora_B[0], **EXACT)
-
-
-def test_full_rank_orthogonal_A_with_B_reset_every_step_is_sgd():
-    """As above with A trained: at B = 0 its gradient is 0, so resetting B after every merge leaves it where it is."""
-    n, H, lr = 6, 3, 0.01
-    linear = nn.Linear(n, 5, bias=False, dtype=torch.float64)
-    weight = linear.weight.detach().clone().requires_grad_()
-    model = inject(nn.Sequential(linear), LTEConfig(heads=H, rank=n, alpha=2.0 * n, reset="B"))
-    layer = model[0]
-    gain = (layer.lora_A[0] @ layer.lora_A[0].T)[0, 0].item()
-    ours = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=lr)
-    merger = Merger(model, 1, optimizer=ours)
-    for _ in range(5):
-        x, target = torch.randn(H * 2, n, dtype=torch.float64), torch.randn(H * 2, 5, dtype=torch.float64)
-        ours.zero_grad()
-        nn.functional.mse_loss(model(x), target).backward()
-        ours.step()
-        merger.step()
-        (grad,) = torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight), target), weight)
-        with torch.no_grad():
-            weight -= lr * layer.scale**2 * gain * grad
-        torch.testing.assert_close(layer.weight, weight.detach(), **EXACT)

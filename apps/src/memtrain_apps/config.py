@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from memtrain_common import configure as common
 from memtrain_common.errors import UserError
+from memtrain_common.run_flags import RunFlags
 
 from .axes import Axes, check, names, refuse_unused
 
@@ -14,16 +15,10 @@ Config = TypeVar("Config", bound="RunConfig")
 
 
 @dataclass(frozen=True)
-class RunConfig(Axes):
+class RunConfig(RunFlags, Axes):
     """Flags of both commands, after those of the axes."""
 
     # -- the run
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     explain_memory: bool = False
     """Only say what each choice saves, what still dominates, and the cheapest next step; nothing is trained."""
     save_model: bool = True
@@ -43,15 +38,7 @@ class RunConfig(Axes):
     """After the warm-up the rate falls to 0 by a cosine, or stays."""
     warmup_ratio: float = 0.05
     """Part of the steps in which the rate rises."""
-    log_interval: int = 10
-    """Steps between logged rows."""
-    seed: int = 0
-    """Seed of fresh weights, the data order, augmentation and dropout."""
     # -- system
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: whole copies of the model, or shards."""
     compile: bool = False

@@ -10,7 +10,7 @@ from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.configure import flag, refuse_unused
 from memtrain_common.errors import UserError
 
-from .config import PRESETS, EvalConfig, InfoConfig, TrainConfig
+from .tasks.flags import PRESETS, EvalConfig, InfoConfig, TrainConfig
 
 PROG = "galore-vit"
 TRAIN = """Train a vision transformer with its gradients projected (GaLore), adapters (MeLo), or plainly.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.configure import at_least, below_one, configure, one_of, positive, required
+from memtrain_common.run_flags import RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 
@@ -17,22 +18,16 @@ TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
 
 
 @dataclass(frozen=True)
-class GlueConfig:
+class GlueConfig(RunFlags):
     """Every flag of backrazor-glue; kept in the run folder's config.json."""
 
     # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
     task: str = ""
     """One of cola sst2 qnli mrpc rte stsb mnli qqp."""
     model: str = ""
     """Folder of a transformers encoder with its tokenizer, or its name on the hub."""
     data_dir: str = ""
     """Folder with GLUE's TSV files (DIR/RTE/train.tsv, …); empty reads the hub's nyu-mll/glue."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     # -- what is trained, and what is saved for the backward pass
     mode: Mode = "backrazor"
     """full: all weights, dense (the baseline). bitfit: biases and the head. head: the head alone. backrazor: all
@@ -71,19 +66,12 @@ class GlueConfig:
     """Steps between evaluations; 0 evaluates after each epoch."""
     select: Literal["last", "best"] = "last"
     """Weights that are reported: the last, or those of the best evaluation, which is picked on the reported rows."""
-    log_interval: int = 10
-    """Steps between logged rows."""
     max_train_samples: int = 0
     """Use the first so many training rows; 0 uses all."""
     max_eval_samples: int = 0
     """Evaluate on the first so many rows; 0 uses all."""
-    # -- system
     seed: int = 5
     """Seed of the head, the data order and dropout; 5 is the official runs'."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
 
 
 OFFICIAL = GlueConfig(task="rte", model="bert-base-uncased", pad_to_max_length=True, select="best")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
 from memtrain_common.errors import UserError
+from memtrain_common.run_flags import RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 
@@ -24,14 +25,10 @@ Model = Literal[
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunFlags):
     """Every flag of backrazor-train; kept in the run folder's config.json."""
 
     # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
     data: Data = "digits"
     """Set of pictures: scikit-learn's digits (no file needed), a published set, or a folder (or zip) by class."""
     data_dir: str = ""
@@ -46,8 +43,6 @@ class TrainConfig:
     """Pixels of a MedMNIST file: 28, 64, 128 or 224."""
     verify: bool = True
     """Compare a MedMNIST file's MD5 with the published one."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     # -- model
     model: Model = "vit-mini"
     """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, or CIFAR's ResNet-20."""
@@ -114,15 +109,7 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates after each epoch."""
     eval_batch_size: int = 128
     """Pictures a batch in evaluation."""
-    log_interval: int = 10
-    """Steps between logged rows."""
     # -- system
-    seed: int = 0
-    """Seed of the initial weights, the data order, augmentation and dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
     workers: int = 0
     """Processes that prepare batches ahead."""
 

@@ -11,7 +11,7 @@ from memtrain_common.intervals import mean_and_ci
 from memtrain_common.rng import seed_all
 
 from ..cli import PROG, saved_config
-from ..config import EvalConfig
+from .flags import EvalConfig
 from .models import check_classes, image_size, make_model
 from .scoring import Score, predict, read_predictions, score, write_all
 from .train import load_checkpoint, trial_folder, trial_images, trials

@@ -13,10 +13,10 @@ from memtrain_common.vit import build_vit
 
 from ..adamw import GaLoreAdamW
 from ..adamw8bit import GaLoreAdamW8bit
-from ..config import InfoConfig
 from ..galore import GaLore
 from ..groups import param_groups
 from ..state_size import state_bytes
+from .flags import InfoConfig
 
 
 def run_info(config: InfoConfig) -> None:

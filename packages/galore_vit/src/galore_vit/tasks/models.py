@@ -9,8 +9,8 @@ from memtrain_common.images import ImageSet
 from memtrain_common.vit import build_vit, load_vit, patch_for
 from torch import Tensor, nn
 
-from ..config import TrainConfig
 from ..melo import HEAD, MeLo, add_melo
+from .flags import TrainConfig
 
 
 def image_size(config: TrainConfig, images: ImageSet) -> int:

@@ -8,10 +8,10 @@ import torch
 from memtrain_common.errors import UserError
 from torch import nn
 
-from ..config import TrainConfig
 from ..groups import param_groups
 from ..projection import layout_of
 from ..settings import Refresh
+from .flags import TrainConfig
 
 
 def make_optimizer(

@@ -26,7 +26,7 @@ from memtrain_common.schedule import cosine_with_warmup
 from torch import nn
 
 from ..cli import MAY_CHANGE, PROG
-from ..config import TrainConfig
+from .flags import TrainConfig
 from .models import check_classes, image_size, loss_of, make_model
 from .optimizers import make_optimizer
 from .scoring import Score, mean_loss, predict, score, write_all

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memtrain_common.configure import at_least, below_one, positive
+from memtrain_common.run_flags import Dtype, RunFlags
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Init = Literal["svd", "random"]
 
 
@@ -24,20 +24,14 @@ class AdapterFlags:
 
 
 @dataclass(frozen=True)
-class TrainingFlags:
+class TrainingFlags(RunFlags):
     """One training of an adapter."""
 
     # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with; other flags come from its config.json."""
     model: str = ""
     """Folder of a transformers model with its tokenizer, or its name on the hub."""
     data_dir: str = ""
     """Folder with the data set's files; empty reads it from the hub."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     # -- LoRA-XS
     rank: int = 0
     """r: R is r×r."""
@@ -65,15 +59,8 @@ class TrainingFlags:
     # -- evaluation
     eval_interval: int = 0
     """Steps between evaluations and checkpoints."""
-    log_interval: int = 10
-    """Steps between logged rows."""
     keep: Literal["last", "best"] = "last"
     """Which weights the adapter gets: the last, or those of the best evaluation (picked on the reported rows)."""
-    # -- system
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Dtype = "float32"
-    """Autocast's dtype."""
     seed: int = 0
     """Seed of R, the data order, dropout and whatever starts at random."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.errors import UserError
+from memtrain_common.run_flags import RunFlags
 
 from ..config import REPLICAS, REST, VECTORS, LTEConfig
 
@@ -12,14 +13,10 @@ PROG = "lte-train"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunFlags):
     """Every flag of lte-train; kept in the run folder's config.json."""
 
     # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
     init_from: str = "scratch"
     """Weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a run folder, a nanoGPT ckpt.pt (or
     its folder), a transformers GPT-2 folder. The architecture is then that of the weights."""
@@ -29,8 +26,6 @@ class TrainConfig:
     """What a token of text files is; bins know theirs."""
     tokenizer_dir: str = ""
     """Folder with GPT-2's encoder.json and vocab.bpe; empty lets tiktoken download them."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     wandb_project: str = "memtrain"
     """Project of W&B or trackio."""
     wandb_run_name: str = ""
@@ -123,8 +118,6 @@ class TrainConfig:
     """Steps between evaluations; a checkpoint follows each."""
     eval_iters: int = 40
     """Batches an evaluation, spread evenly over the validation text."""
-    log_interval: int = 10
-    """Steps between logged rows."""
     always_save_checkpoint: bool = True
     """Save after each evaluation; else only where it is the best so far, and at the end."""
     eval_only: bool = False
@@ -136,10 +129,6 @@ class TrainConfig:
     sample_tokens: int = 200
     """Tokens to generate at the end."""
     # -- system
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
     parallel: Literal["heads", "ddp"] = "heads"
     """Under torchrun: each process holds its own heads and speaks at merges, or holds all and averages gradients."""
     peer_timeout: float = 40.0

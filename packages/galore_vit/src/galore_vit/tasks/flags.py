@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.run_flags import RunFlags
+
 Data = Literal[
     "digits", "folder", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
@@ -12,14 +14,10 @@ Optim = Literal["adamw", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunFlags):
     """Every flag of galore-vit train; kept in the run folder's config.json."""
 
     # -- input and output
-    out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
-    resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoints; other flags come from its config.json."""
     data: Data = "digits"
     """Images: scikit-learn's digits (no file needed), a MedMNIST set, or a folder of pictures by class."""
     data_dir: str = ""
@@ -28,8 +26,6 @@ class TrainConfig:
     """Pixels of the MedMNIST file (28, 64, 128 or 224) or of a folder's pictures."""
     verify: bool = True
     """Compare a MedMNIST file's MD5 with the published one; --no-verify reads a file of your own in its form."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
     # -- model
     model: Size = "mini"
     """ViT built with random weights: mini (96 wide, 4 blocks), or Ti, S, B, L, H."""
@@ -79,21 +75,13 @@ class TrainConfig:
     augment: Literal["none", "flip", "flip-shift"] = "none"
     """Mirror half of the training images; also move them by up to an eighth. MedMNIST's protocol has none."""
     # -- evaluation
-    seed: int = 0
-    """Seed of the initial weights, the data order, augmentation and dropout."""
     seeds: int = 1
     """Runs with seeds --seed, --seed + 1, …; the summary gives their mean and 95 % confidence interval."""
     folds: int = 0
     """k: train k times, with each k-th part of train and val together as val; 0 keeps the set's own split."""
     eval_epochs: int = 1
     """Epochs between evaluations; a checkpoint follows each, and the best by validation AUC is tested."""
-    log_interval: int = 10
-    """Steps between logged rows."""
     # -- system
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast's dtype; weights stay float32."""
     compile: bool = False
     """Run the model through torch.compile."""
     workers: int = 0
