@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import problems
 from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, projected_all_reduce
+from galore_vit.galore import GaLore
 
 STEPS, HALF = 25, 8
+WIDE_HALF = 40  # with the other half more rows than dimensions, so that a gradient determines its basis
 sent = 0
 
 
@@ -73,15 +77,9 @@ def in_backward_exact(rank: int, proj_type: str) -> dict:
 
 def fsdp(rank: int, proj_type: str) -> dict:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
     model = problems.mlp().double()
-    for layer in model:
-        if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard(model)
     optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
     for step in range(STEPS):
         if step == 13:  # mid-gap: a fresh optimizer takes over
@@ -99,12 +97,70 @@ def fsdp(rank: int, proj_type: str) -> dict:
         "local_state": local,
         "saved": sorted(whole["state"]["0.weight"]) if rank == 0 else [],
         "refused": [
-            refusal(model, GaLoreAdamW8bit),
-            refusal(model, GaLoreAdafactor),
             refusal(model, partial(GaLoreAdamW, residual=True)),
+            refusal(model, partial(GaLoreAdamW8bit, residual=True)),
             refusal(model, GaLoreAdamW, split=2),
         ],
     }
+
+
+def wide_groups(model: torch.nn.Module) -> list[dict]:
+    """The first two matrices projected to 32 dimensions, from either side; the last is plain."""
+    *projected, plain = (p for p in model.parameters() if p.ndim == 2)
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": [*vectors, plain]}, {"params": projected, "rank": 32, "update_proj_gap": 5}]
+
+
+def wide_loss(model: torch.nn.Module, step: int, rows: slice) -> torch.Tensor:
+    x = torch.randn(2 * WIDE_HALF, 64, generator=torch.Generator().manual_seed(step)).double()[rows]
+    return ((model(x) - x.sin().repeat(1, 2)) ** 2).mean()
+
+
+def wide(optimizer_type: type[GaLore], rank: int | None) -> dict:
+    """Moments of 4096 numbers and more, sharded by FSDP2 (or, with no rank, whole in one process)."""
+    torch.manual_seed(0)
+    sizes = (64, 192, 64, 128)
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise(sizes))).double()
+    rows = slice(None)
+    if rank is not None:
+        shard(model)
+        rows = slice(rank * WIDE_HALF, (rank + 1) * WIDE_HALF)
+    optimizer = optimizer_type(wide_groups(model))
+    for step in range(12):
+        if step == 7:  # mid-gap: a fresh optimizer takes over
+            state = optimizer.state_dict()
+            optimizer = optimizer_type(wide_groups(model))
+            optimizer.load_state_dict(state)
+        wide_loss(model, step, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = [v for s in optimizer.state.values() for v in s.values()]
+    return {
+        "weights": [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()],
+        "local_bytes": sum(t.nbytes for t in (getattr(v, "to_local", lambda v=v: v)() for v in tensors)),
+        "keys": [sorted(s) for s in optimizer.state.values()],
+    }
+
+
+def uneven_shards() -> list[str]:
+    """What the 8-bit optimizer warns of for 130 rows of 32 numbers, which two processes cannot share in blocks."""
+    model = torch.nn.Linear(64, 130)
+    shard(torch.nn.Sequential(model))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        GaLoreAdamW8bit([{"params": [model.weight], "rank": 32}]).init_state()
+    return [str(w.message) for w in found]
+
+
+def shard(model: torch.nn.Sequential) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def refusal(model: torch.nn.Module, optimizer: Callable[..., torch.optim.Optimizer], **keys: int) -> str:
@@ -134,5 +190,8 @@ def both_modes_and_kinds(meeting: str, folder: str) -> None:
         for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)
+    for optimizer_type in (GaLoreAdamW8bit, GaLoreAdafactor):
+        found[f"wide {optimizer_type.__name__}"] = wide(optimizer_type, rank)
+    found["uneven"] = uneven_shards()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()

@@ -4,7 +4,7 @@ import parallel_worker
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdamW, projected_all_reduce
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, projected_all_reduce
 from support import run_ranks
 
 KINDS = ["std", "full"]
@@ -75,9 +75,27 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
     assert two[0]["fsdp std"]["saved"] == ["Q", "exp_avg", "exp_avg_sq", "refresh_at", "step"]
 
 
+@pytest.mark.parametrize("optimizer_type", [GaLoreAdamW8bit, GaLoreAdafactor])
+def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
+    alone = parallel_worker.wide(optimizer_type, None)
+    first, second = (found[f"wide {optimizer_type.__name__}"] for found in two)
+    assert problems.same(first["weights"], second["weights"])
+    assert problems.same(first["weights"], alone["weights"], rtol=1e-5)
+    assert first["keys"] == alone["keys"]
+    if optimizer_type is GaLoreAdamW8bit:
+        assert sum("exp_avg_codes" in keys for keys in alone["keys"]) == 3
+        # R of the wide weight, its basis and the plain weight's moments
+        assert first["local_bytes"] < 0.7 * alone["local_bytes"]
+
+
+def test_moments_that_do_not_shard_in_blocks_stay_fp32_and_say_so(two):
+    (warning,) = two[0]["uneven"]
+    assert "130×32" in warning and "fp32" in warning
+
+
 def test_fsdp_refuses_what_it_cannot_shard(two):
     refused = two[0]["fsdp std"]["refused"]
-    words = ["8-bit", "Adafactor", "residual", "split"]
+    words = ["residual", "residual", "split"]
     assert all(w in m and "sharded by FSDP2" in m for w, m in zip(words, refused, strict=True))
 
 

@@ -85,13 +85,15 @@ class GaLoreAdafactor(GaLore):
     def _fresh_moments(
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
     ) -> dict[str, Tensor]:
-        sharding.refuse(p, "an Adafactor state", "use GaLoreAdamW")
         shapes = {"exp_avg": shape} if group["beta1"] is not None else {}
         if len(shape) >= 2:
             shapes |= {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
         else:
             shapes["exp_avg_sq"] = shape
-        return {k: torch.zeros(s, dtype=torch.float32, device=device) for k, s in shapes.items()}
+        return {  # the means of columns have no rows, and every process has them whole
+            k: sharding.zeros(p, s, rows=rows and k != "exp_avg_sq_col", dtype=torch.float32, device=device)
+            for k, s in shapes.items()
+        }
 
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
         """Turns the factors by the squared rotation, each on its own side; their sum stays near."""
@@ -131,9 +133,9 @@ def _normalised(R: Tensor, state: dict[str, Tensor], beta2: float, eps: float) -
     squared = R.square() + eps
     if R.ndim < 2:
         return state["exp_avg_sq"].mul_(beta2).add_(squared, alpha=1.0 - beta2).rsqrt().mul_(R)
-    row = state["exp_avg_sq_row"].mul_(beta2).add_(squared.mean(dim=-1), alpha=1.0 - beta2)  # (…, a)
-    col = state["exp_avg_sq_col"].mul_(beta2).add_(squared.mean(dim=-2), alpha=1.0 - beta2)  # (…, b)
-    over_row = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+    row = state["exp_avg_sq_row"].mul_(beta2).add_(_mean(squared, -1), alpha=1.0 - beta2)  # (…, a)
+    col = state["exp_avg_sq_col"].mul_(beta2).add_(_mean(squared, -2), alpha=1.0 - beta2)  # (…, b)
+    over_row = (row / _mean(row, -1).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
     return torch.mul(over_row, col.unsqueeze(-2).rsqrt()).mul_(R)
 
 
@@ -146,4 +148,9 @@ def _rate(group: dict[str, Any], t: int, rms: Tensor) -> Tensor | float:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.norm(2) / x.numel() ** 0.5
+    return sharding.gathered(x.norm(2)) / x.numel() ** 0.5
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    """The mean along a dimension; that of a sharded one needs every process's sum."""
+    return sharding.reduced(x.sum(dim)) / x.shape[dim]

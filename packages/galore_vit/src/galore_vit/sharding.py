@@ -6,6 +6,8 @@ R = Pᵀ G each process has a summand, and R (r×n) is what is reduced.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,31 @@ def gathered(x: Tensor) -> Tensor:
     """x whole on every process."""
     d = _dtensor(x)
     return x if d is None else d.full_tensor()
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of x that this process holds, sharing its memory."""
+    d = _dtensor(x)
+    return x if d is None else d.to_local()
+
+
+def spread_like(x: Tensor, part: Tensor) -> Tensor:
+    """The tensor of x's shape and sharding of which this process holds `part`."""
+    d = _dtensor(x)
+    if d is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, d.device_mesh, d.placements, run_check=False)
+
+
+def in_whole_blocks(p: Tensor, shape: tuple[int, ...], block: int, *, rows: bool) -> bool:
+    """Whether every process has equally many whole blocks of `block` numbers of a tensor as `zeros` shards it."""
+    d = _dtensor(p)
+    if d is None or not rows:
+        return True
+    shards = math.prod(n for n, s in zip(d.device_mesh.shape, d.placements, strict=True) if s.is_shard())
+    return shape[0] % shards == 0 and math.prod(shape) // shards % block == 0
 
 
 def reduced(R: Tensor) -> Tensor:
