@@ -59,8 +59,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         if packed and not sharding.in_whole_blocks(p, shape, BLOCK, rows=rows):
             packed = False
             warnings.warn(
-                f"moments of shape {'×'.join(map(str, shape))} stay in fp32: the processes' shards of it are not equally "
-                f"many blocks of {BLOCK} numbers",
+                f"moments of shape {'×'.join(map(str, shape))} stay in fp32: the shards of the processes are "
+                f"not equally many blocks of {BLOCK} numbers",
                 UserWarning,
                 stacklevel=2,
             )
