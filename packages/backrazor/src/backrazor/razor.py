@@ -30,7 +30,7 @@ class Razor(TorchFunctionMode):
     Args:
         keep: fraction of each activation's elements that are kept, in (0, 1]; 1 keeps all, and is plain autograd.
         mode: "default", or "paper": the official code's threshold a sample, float16 values, bitmask, activation
-            functions' inputs dense in float16, nothing shared.
+            functions' inputs dense in float16, and a norm shares nothing with the next layer.
         attention: "pruned" as in the paper, or "exact" to leave softmax, products of activations and
             scaled_dot_product_attention to PyTorch.
         values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode

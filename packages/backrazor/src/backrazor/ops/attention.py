@@ -84,7 +84,8 @@ class Attention(Function):
         gqa: bool,
         razor: "Razor",
     ) -> Tensor:
-        ctx.settings = (p_drop, scale, q.shape, k.shape, v.shape)
+        ctx.settings = (p_drop, scale)
+        ctx.like = [torch.empty_like(x, device="meta") for x in (q, k, v)]  # a gradient in the layout of its tensor
         ctx.mask_like = (mask.shape, mask.dtype) if mask is not None else None
         ctx.dtypes = (q.dtype, k.dtype, v.dtype)
         needs = ctx.needs_input_grad
@@ -116,35 +117,39 @@ class Attention(Function):
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
-        p_drop, scale, q_shape, k_shape, v_shape = ctx.settings
+        p_drop, scale = ctx.settings
         needs = ctx.needs_input_grad
-        batch, heads, kv_heads = q_shape[0], q_shape[1], k_shape[1]
+        (batch, heads), kv_heads = ctx.like[0].shape[:2], ctx.like[1].shape[1]
         q, k, v = (kept.dense(n, g.dtype) if n in kept else None for n in "qkv")
-        dq = g.new_empty(q_shape) if needs[0] else None
-        dk = g.new_empty(k_shape) if needs[1] else None
-        dv = g.new_empty(v_shape) if needs[2] else None
+        dq, dk, dv = (
+            g.new_empty_strided(like.shape, like.stride()) if needed else None
+            for like, needed in zip(ctx.like, needs[:3], strict=True)
+        )
         dmask = None
         for i in range(0, batch, ctx.step):
             at = slice(i, i + ctx.step)
             p = kept.dense(f"p{i}", g.dtype)  # (b, H, N, M)
-            gi = g[at]
+            gi = _by_head(g[at])
             drop = kept.dense(f"drop{i}", g.dtype).mul_(1 / (1 - p_drop)) if p_drop else None
             if dv is not None:
                 dropped = p * drop if drop is not None else p
-                dv[at] = _fold(dropped.mT @ gi, kv_heads)
+                dv[at] = _fold(torch.bmm(_by_head(dropped).mT, gi), heads, kv_heads)
             if v is None:
                 continue
-            dp = gi @ _repeat(v[at], heads).mT
+            dp = torch.bmm(gi, _by_head(_repeat(v[at], heads)).mT).view(p.shape)
             if drop is not None:
                 dp = dp.mul_(drop)
             ds = softmax_backward(dp, p)
             del dp, p
+            by_head = _by_head(ds)
             if dq is not None:
                 assert k is not None
-                torch.matmul(ds, _repeat(k[at], heads), out=dq[at]).mul_(scale)
+                part = torch.bmm(by_head, _by_head(_repeat(k[at], heads)))
+                dq[at] = part.mul_(scale).view(dq[at].shape)
             if dk is not None:
                 assert q is not None
-                dk[at] = _fold(ds.mT @ q[at], kv_heads).mul_(scale)
+                part = torch.bmm(by_head.mT, _by_head(q[at]))
+                dk[at] = _fold(part.mul_(scale), heads, kv_heads)
             if needs[3]:
                 shape, _ = ctx.mask_like
                 if dmask is None:
@@ -164,10 +169,15 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """The transpose of :func:`_repeat`."""
-    b, heads, *rest = x.shape
-    return x if heads == kv_heads else x.view(b, kv_heads, heads // kv_heads, *rest).sum(2)
+def _by_head(x: Tensor) -> Tensor:
+    """(b, H, N, d) -> (b · H, N, d), in which a product may be told to transpose where (b, H, d, N) would be copied."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _fold(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """(b · H, N, d) -> (b, H_kv, N, d), the sum over the query heads of each: the transpose of :func:`_repeat`."""
+    grouped = x.view(-1, kv_heads, heads // kv_heads, *x.shape[1:])
+    return grouped[:, :, 0] if heads == kv_heads else grouped.sum(2)
 
 
 def _part(mask: Tensor | None, i: int, step: int, batch: int) -> Tensor | None:
@@ -177,8 +187,9 @@ def _part(mask: Tensor | None, i: int, step: int, batch: int) -> Tensor | None:
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ + mask): (b, H, N, M); a row that is masked everywhere is zero."""
-    k = _repeat(k, q.shape[1])
-    s = torch.matmul(q * scale, k.mT)
+    q3, k3 = _by_head(q), _by_head(_repeat(k, q.shape[1]))
+    s = q.new_empty(len(q3), q.shape[-2], k.shape[-2])
+    s = torch.baddbmm(s, q3, k3.mT, beta=0, alpha=scale, out=s).view(*q.shape[:-1], -1)
     if causal:
         n, m = s.shape[-2:]
         s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
