@@ -1,6 +1,8 @@
 """``plan``: shapes, units, the composition of moments against whole steps, budgets that hold, and what it says."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -242,6 +244,19 @@ def test_depth_is_drawn_out_exactly(family, save):
         assert replace(drawn, peak=0, beside=0) == replace(counted, peak=0, beside=0)
         assert 0 <= drawn.peak - counted.peak <= 0.006 * counted.peak
         assert 0 <= drawn.beside - counted.beside <= 0.006 * counted.beside
+
+
+def test_a_library_is_not_first_imported_on_fake_tensors():
+    """PEFT imports libraries with tables of 4-bit levels: they would be counted once, and be fake from then on."""
+    code = """
+from memtrain_apps.axes import Axes
+from memtrain_apps.moments import step_moments
+from memtrain_apps.shape_models import Step
+from memtrain_apps.shapes import find_shape
+step = Step(find_shape("facebook/deit-tiny-patch16-224").with_depth(1), cuda=False)
+assert step_moments(step, Axes("lora"), 1) == step_moments(step, Axes("lora"), 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_offloading_holds_in_host_memory_what_save_on_cpu_packs():

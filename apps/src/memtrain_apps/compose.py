@@ -30,6 +30,14 @@ class Composed:
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
 
 
+def load_libraries(train: str, optim: str) -> None:
+    """Import what :func:`compose` will: imported on fake tensors, a library's own tables of levels would stay fake."""
+    if train in ("lora", "melo"):
+        import peft  # noqa: F401
+    if optim == "adamw8bit":
+        from . import adamw8bit  # noqa: F401
+
+
 def compose(
     model: nn.Module,
     axes: Axes,

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from .axes import Axes, Optim
-from .compose import Composed, build_optimizer, compose
+from .compose import Composed, build_optimizer, compose, load_libraries
 from .cuda_choices import CudaChoices
 from .families import blocks
 from .shape_models import Step, build_model, loss_of, make_batch
@@ -128,6 +128,7 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
     Raises:
         UserError: if the combination has no meaning for the model.
     """
+    load_libraries(axes.train, axes.optim)
     live = StepBytes()
     with _fake(live, step):
         model, composed = _composed(step, axes)
@@ -179,6 +180,8 @@ def optimizer_moments(
         mine = [o for o in optims if cut == (shards > 1 and not o.startswith("galore"))]
         if not mine:
             continue
+        for optim in mine:
+            load_libraries(axes.train, optim)
         live = StepBytes()
         with _fake(live, step):
             model, composed = _composed(step, replace(axes, save="all", optim="sgd", merge_steps=1))

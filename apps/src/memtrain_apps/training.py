@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .axes import Axes, read_settings
-from .compose import Composed, compose, merged
+from .compose import Composed, compose, load_libraries, merged
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .families import blocks
 from .quiet import no_progress_bars, quiet_libraries
@@ -105,6 +105,7 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
         axes: may differ from the run's own, for a comparison.
         device: where the workload's model is. Nothing is allocated there.
     """
+    load_libraries(axes.train, axes.optim)
     made: list[Composed] = []
     enabled = config.dtype != "float32"
     batch = workload.batches(0)
