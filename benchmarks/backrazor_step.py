@@ -5,8 +5,8 @@ CPU seconds of the process, which other processes disturb least.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps.
 
-    uv run python benchmarks/backrazor_step.py --batch 4 --no-memory
-    uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory \
+    uv run python benchmarks/backrazor_step.py --models vit-b-16 bert-base gpt2 --batch 4 --no-memory --pairs 7
+    uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory --batch 8 --pairs 12 \
         --out benchmarks/results/backrazor_step_small.json
     uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
 """
