@@ -11,7 +11,7 @@ import pytest
 import torch
 from backrazor.tasks.saving import dense_activations, saving_of, train_only
 from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, total_steps, train_one
-from backrazor.tasks.train_flags import PRESETS, TrainConfig, check
+from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
 from memtrain_common import checkpoint
 from memtrain_common.classifiers import build_classifier, classification_loss
@@ -54,6 +54,17 @@ def train(cwd, data, *more, before=no_pictures):
 def weights(run):
     state = checkpoint.load(max((run / "checkpoints").glob("step-*")))
     return {n: t.numpy().tobytes() for n, t in state["model"].items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        ([], True), (["--out", "x"], True), (["--keep=0.2", "--out", "x"], True), (["vit-pets", "--out", "x"], False),
+        (["--data", "folder"], False), (["--model=vit-mini"], False), (["--resume", "x"], False), (["--help"], False),
+    ],
+)  # fmt: skip
+def test_flags_that_leave_model_and_data_alone_are_laid_over_the_preset_of_no_flags(words, preset):
+    assert list(with_preset(words)) == (["digits", *words] if preset else words)
 
 
 # -- a run and its folder ---------------------------------------------------------------------------------------------
@@ -381,8 +392,11 @@ REFUSED = {
     "unknown mode": (["--mode", "prune"], "--mode"),
     "unknown razor mode": (["--razor-mode", "thesis"], "--razor-mode"),
     "keep when dense": (["--mode", "full", "--keep", "0.5"], "--keep 0.5 would do nothing"),
-    "dense twice": (["--mode", "full", "--compare-dense"], "--compare-dense True would do nothing"),
-    "norms of a vit": (["--freeze-bn"], "vit-mini has no batch norm"),
+    "dense twice": (
+        ["--model", "vit-mini", "--mode", "full", "--compare-dense"],
+        "--compare-dense True would do nothing",
+    ),
+    "norms of a vit": (["--model", "vit-mini", "--freeze-bn"], "vit-mini has no batch norm"),
     "patches of a cnn": (["--model", "resnet18", "--patch-size", "4"], "resnet18 has no patches"),
     "momentum of adam": (["--optim", "adam", "--momentum", "0.5"], "--momentum 0.5 would do nothing"),
     "best of nothing": (["--validate", "none", "--select", "best"], "--select best needs pictures to validate on"),
@@ -392,7 +406,7 @@ REFUSED = {
     "unknown flag": (["--keap", "0.1"], "did you mean --keep?"),
     "unknown preset": (["vit-cifar"], "did you mean vit-cifar10?"),
     "a preset without weights": (["vit-pets", "--data-dir", "."], "fine-tunes pretrained weights: give --weights"),
-    "patches that do not fill": (["--patch-size", "3"], "do not fill images of 8"),
+    "patches that do not fill": (["--model", "vit-mini", "--patch-size", "3"], "do not fill images of 8"),
     "no weights": (["--weights", "nowhere"], "nowhere holds no ViT"),
     "no weights of a cnn": (["--model", "resnet18", "--weights", "nowhere.pth"], "nowhere.pth is not there"),
     "no such run": (["--resume", "nowhere"], "nowhere is not a run"),

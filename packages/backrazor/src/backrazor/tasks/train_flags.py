@@ -13,7 +13,8 @@ from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 PROG = "backrazor-train"
 DESCRIPTION = """Fine-tune an image classifier, and keep only the largest part of each activation for the backward pass.
 
-Without flags (the preset digits): a ResNet-20 on scikit-learn's digits, by Back Razor and densely, within 2 minutes."""
+Without --data, --model and --weights (the preset digits): a ResNet-20 on scikit-learn's digits, by Back Razor and
+densely, within 2 minutes."""
 Data = Literal[
     "digits", "folder", "cifar10", "cifar100", "aircraft", "cars", "cub200", "flowers102", "food101", "pets",
     "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
@@ -210,8 +211,14 @@ def needs_weights(argv: Sequence[str], config: TrainConfig) -> None:
         raise UserError(f"the preset {argv[0]} fine-tunes pretrained weights: give --weights ({usual})")
 
 
+def with_preset(argv: Sequence[str]) -> Sequence[str]:
+    """Where neither a preset nor a model, weights or data are named, the flags are laid over the preset digits."""
+    own = {"--data", "--model", "--weights", "--resume", "-h", "--help"} & {word.partition("=")[0] for word in argv}
+    return argv if own or (argv and not argv[0].startswith("-")) else ["digits", *argv]
+
+
 def main(argv: Sequence[str]) -> None:
-    argv = argv or ["digits"]
+    argv = with_preset(argv)
     config = configure(
         TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS, check=check,
         may_change=MAY_CHANGE | {"workers", "download", "bad_images"},
