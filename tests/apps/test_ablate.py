@@ -152,6 +152,16 @@ def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
     assert "out of memory" in (tmp_path / "abl" / "report.html").read_text()
 
 
+def test_a_limit_too_small_for_the_threads_is_out_of_memory_too(tmp_path):
+    words = ["ablate", "--train", "head", "--seeds", "1", "--memory-limit", "2MiB", "--devices", "cpu", "--out", "abl"]
+    done = run_command([*words, "--", "--data", "digits", "--labels", "5", "6", "--epochs", "1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = results(tmp_path / "abl").values()
+    assert record["status"] == "out of memory", record["why"]
+    assert sum(record["predicted"].values()) > 0
+    assert "predicted peak of a step" in (tmp_path / "abl" / "report.html").read_text()
+
+
 def test_a_killed_ablation_goes_on_where_it_was(whole, tmp_path):
     folder, _ = whole
     command = Command([*GRID, "--out", "abl", *ARM], tmp_path)

@@ -128,7 +128,7 @@ class _Runner:
             arm = self.arms[job.name]
             if job.run is predict_job:
                 record = json.loads(self._result(arm).read_text())
-                record.update(outcome.get("content") or {"predicted": None})
+                record.update(outcome.get("content") or {"predicted": None, "predicted_peak_bytes": None})
                 write_json(self._result(arm), record)
             else:
                 if outcome["status"] == "stopped":  # this arm alone: where all are stopped, nobody is told of ends
@@ -136,9 +136,8 @@ class _Runner:
                 record = self._record(arm, job, outcome)
                 write_json(self._result(arm), record)
                 if outcome["status"] in ("out of memory", "killed"):
-                    return [
-                        dataclasses.replace(job, run=predict_job, outcome=job.outcome.with_suffix(".predicted.json"))
-                    ]
+                    outcome_path = job.outcome.with_suffix(".predicted.json")
+                    return [dataclasses.replace(job, run=predict_job, outcome=outcome_path, limit_bytes=0)]
             self.written += 1
             bar.update()
             self._row(record)

@@ -161,8 +161,9 @@ def _process(job: Job) -> None:
         outcome = {"status": "refused", "why": str(error)}
     except BaseException as error:
         traceback.print_exc()
-        if is_out_of_memory(error):
-            outcome = {"status": "out of memory", "why": _first_line(error)}
+        if is_out_of_memory(error, limited=job.limit_bytes > 0):
+            thread = f"no memory for a thread's stack ({_first_line(error)})"
+            outcome = {"status": "out of memory", "why": _first_line(error) if is_out_of_memory(error) else thread}
         else:
             outcome = {"status": "failed", "why": f"{type(error).__name__}: {_first_line(error)}"}
     sys.stdout.flush()
@@ -247,9 +248,15 @@ def _writable_bytes() -> int:
     return 0
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, torch's on CUDA, or torch's on the CPU."""
+def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
+    """Whether an exception says that memory ran out: Python's, torch's on CUDA, or torch's on the CPU.
+
+    Args:
+        limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    texts = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")
+    texts = ["can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory"]
+    if limited:
+        texts += ["Resource temporarily unavailable", "can't start new thread"]
     return isinstance(error, RuntimeError | OSError) and any(t in str(error) for t in texts)
