@@ -28,10 +28,11 @@ from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import write_json
 
 from .ablate_config import PROG, Ablation
+from .arm_jobs import configure_finetune, finetune_job, predict_job, with_device
 from .arms import Job, run_jobs, server
 from .axes import check, refusal
 from .grid import Arm, Combination, Grid, flag_words
-from .results import Summary, read_results, summarise
+from .results import Summary, curve, last_step, read_results, summarise
 
 FINISHED = ("done", "refused", "diverged", "out of memory")
 """Ends that another try would find again; an arm that was killed or failed is tried again by --resume."""
@@ -305,20 +306,15 @@ def _meaningful(grid: Grid) -> list[Combination]:
         why = refusal(combination.axes)
         if why is None:
             check(combination.axes)
-            check_words([*combination.words, *flag_words(grid.finetune)])
+            configure_finetune([*combination.words, *flag_words(grid.finetune)])  # raises as finetune itself would
             found.append(combination)
         else:
             reasons.append(why)
     if not found:
         raise UserError(f"no combination of the grid has a meaning: {reasons[0]}")
     if grid.pretrain is not None:
-        check_words(flag_words(grid.pretrain))
+        configure_finetune(flag_words(grid.pretrain))
     return found
-
-
-def check_words(words: Sequence[str]) -> None:
-    """Raises: UserError: as finetune itself would."""
-    configure_finetune(words)
 
 
 def find_places(devices: Sequence[str], arms: int) -> list[str]:
@@ -330,26 +326,6 @@ def find_places(devices: Sequence[str], arms: int) -> list[str]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = gpus or ["cpu"] * cores
     return ["cuda:0" if d == "cuda" else d for d in devices][: max(1, arms)]
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl that a loss curve needs."""
-    keep = ("step", "split", "loss", "accuracy", "seconds")
-    rows = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # a kill cut it short
-            continue
-        rows.append({k: row[k] for k in keep if k in row})
-    return rows
-
-
-def last_step(folder: Path) -> str:
-    """Where a running arm is, for the progress bar."""
-    rows = [r for r in curve(folder) if r["split"] == "train"]
-    return f"step {rows[-1]['step']}" if rows else "begins"
 
 
 def _end(folder: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -372,43 +348,3 @@ def table(found: Sequence[Summary]) -> str:
             f"{s.trained:,}", f"{s.seconds:.1f} s",
         ))  # fmt: skip
     return format_table(rows)
-
-
-# -- what an arm's process runs ------------------------------------------------------------------------------------
-
-
-def configure_finetune(words: Sequence[str]) -> Any:
-    """finetune's configuration by its own flags."""
-    from .config import FINETUNE_PRESETS, FinetuneConfig, configure
-
-    return configure(words, FinetuneConfig, prog="finetune", description="", presets=FINETUNE_PRESETS)
-
-
-def with_device(job: Job) -> list[str]:
-    """The job's flags with its place; on the CPU one thread, so that a run repeats to the bit on any machine."""
-    alone = ["--threads", "1"] if job.device == "cpu" and "--threads" not in job.words else []
-    return [*job.words, "--device", job.device, *alone]
-
-
-def finetune_job(job: Job) -> dict[str, Any] | None:
-    """Train an arm, or go on with it."""
-    from .finetune import run_finetune
-
-    begun = (job.folder / "config.json").exists()
-    words = ["--resume", str(job.folder)] if begun else [*with_device(job), "--out", str(job.folder)]
-    return run_finetune(configure_finetune(words), words)
-
-
-def predict_job(job: Job) -> dict[str, Any] | None:
-    """What an arm that did not end would have held."""
-    from memtrain_common.distributed import launch
-
-    from .finetune import workload_of
-    from .training import predict_run
-
-    config = configure_finetune(with_device(job))
-    world, device = launch(job.device)
-    workload = workload_of(config, world)
-    workload.model.to(device)
-    predicted = predict_run(workload, config, config, device=device)
-    return {"predicted": predicted.ledger.totals, "predicted_peak_bytes": predicted.peak_bytes}

@@ -1,4 +1,4 @@
-"""What the arms' results say together: by combination, over seeds, with the Pareto front."""
+"""What arms tell while they run, and what their results say together: over seeds, with the Pareto front."""
 
 import json
 import math
@@ -162,3 +162,23 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Summary]:
             for o in trained
         )
     return found
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that a loss curve needs."""
+    keep = ("step", "split", "loss", "accuracy", "seconds")
+    rows = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # a kill cut it short
+            continue
+        rows.append({k: row[k] for k in keep if k in row})
+    return rows
+
+
+def last_step(folder: Path) -> str:
+    """Where a running arm is, for the progress bar."""
+    rows = [r for r in curve(folder) if r["split"] == "train"]
+    return f"step {rows[-1]['step']}" if rows else "begins"
