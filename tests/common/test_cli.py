@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 from memtrain_common.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import DivergedError, Stopped, UserError
+from memtrain_common.run_flags import LearningRate, Lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,24 @@ PRESETS = {"small": Config(n_layer=2), "large": Config(n_layer=24)}
 
 def call(*words, **kwargs):
     return parse(Config, words, prog="prog", description="What it does.", presets=PRESETS, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    learning_rate: LearningRate = 1.0
+    """Of one thing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortRates:
+    lr: Lr = 1.0
+    """Of one thing."""
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--learning-rate", "--learning_rate"])
+def test_a_learning_rate_has_both_of_its_names(flag):
+    assert parse(Rates, [flag, "2"], prog="prog", description="") == Rates(2.0)
+    assert parse(ShortRates, [f"{flag}=2"], prog="prog", description="") == ShortRates(2.0)
 
 
 def test_flags_presets_and_both():

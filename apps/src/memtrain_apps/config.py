@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from memtrain_common import configure as common
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import RunFlags
+from memtrain_common.run_flags import Lr, RunFlags
 
 from .axes import Axes, check, names, refuse_unused
 
@@ -24,7 +24,7 @@ class RunConfig(RunFlags, Axes):
     save_model: bool = True
     """Write the trained model, adapters merged, to the run folder's model/."""
     # -- optimization
-    lr: float = 0.0
+    lr: Lr = 0.0
     """Peak learning rate; 0 takes the usual one of --train and --optim, which is said."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (sgd: added to the gradient)."""

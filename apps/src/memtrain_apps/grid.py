@@ -306,6 +306,7 @@ def flags_of(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            name = "lr" if name == "learning_rate" else name
             off = name.startswith("no_") and not equals
             name = name.removeprefix("no_") if off else name
             found[name] = [value] if equals else not off

@@ -1,8 +1,14 @@
 """Flags of every command that trains. A command's own dataclass inherits them and gives its own defaults. No torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+LearningRate = Annotated[float, tyro.conf.arg(aliases=("--lr",))]
+"""Of a field learning_rate, as nanoGPT and transformers call it; timm's name of the flag does too."""
+Lr = Annotated[float, tyro.conf.arg(aliases=("--learning-rate",))]
+"""Of a field lr, likewise."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.configure import at_least, below_one, configure, one_of, positive, required
-from memtrain_common.run_flags import RunFlags
+from memtrain_common.run_flags import LearningRate, RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 
@@ -41,7 +41,7 @@ class GlueConfig(RunFlags):
     values: Values = "bf16"
     """How kept values are written."""
     # -- optimizer: AdamW, a linear schedule
-    learning_rate: float = 2e-5
+    learning_rate: LearningRate = 2e-5
     """Peak learning rate; it falls to 0 linearly."""
     num_train_epochs: float = 10.0
     """Passes over the training rows."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import RunFlags
+from memtrain_common.run_flags import LearningRate, RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 
@@ -75,7 +75,7 @@ class TrainConfig(RunFlags):
     # -- optimizer
     optim: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum (official for ViTs), or Adam (official for CNNs)."""
-    learning_rate: float = 0.03
+    learning_rate: LearningRate = 0.03
     """Peak learning rate."""
     head_lr_factor: float = 1.0
     """The head's learning rate is so many times as high (official HeadLr10times: 10)."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.run_flags import RunFlags
+from memtrain_common.run_flags import Lr, RunFlags
 
 Data = Literal[
     "digits", "folder", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
@@ -58,7 +58,7 @@ class TrainConfig(RunFlags):
     """Which side of a gradient is projected; std takes the smaller."""
     refresh: Literal["power", "svd"] = "power"
     """How a subspace is found: warm-started iteration, or the full SVD as published."""
-    lr: float = 3e-3
+    lr: Lr = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""

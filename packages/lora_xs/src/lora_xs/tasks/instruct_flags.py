@@ -6,9 +6,10 @@ from typing import Literal
 
 from memtrain_common.configure import at_least, configure, required
 from memtrain_common.errors import UserError
+from memtrain_common.run_flags import Dtype, LearningRate
 
 from ..config import CAUSAL_LM_TARGETS
-from .shared_flags import Dtype, TrainingFlags, check_training
+from .shared_flags import TrainingFlags, check_training
 
 PROG = "lora-xs instruct"
 
@@ -40,7 +41,7 @@ class InstructConfig(TrainingFlags):
     """Folder with MetaMathQA-395K.json or commonsense_170k.json (or that file); empty reads them from the hub."""
     rank: int = 64
     targets: tuple[str, ...] = CAUSAL_LM_TARGETS
-    learning_rate: float = 4e-3
+    learning_rate: LearningRate = 4e-3
     epochs: float = 2.0
     batch_size: int = 2
     max_length: int = 512

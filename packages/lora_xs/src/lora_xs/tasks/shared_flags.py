@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memtrain_common.configure import at_least, below_one, positive
-from memtrain_common.run_flags import Dtype, RunFlags
+from memtrain_common.run_flags import Dtype, LearningRate, RunFlags
 
 Init = Literal["svd", "random"]
 
@@ -42,7 +42,7 @@ class TrainingFlags(RunFlags):
     init: Init = "svd"
     """Bases from the SVD of each weight, or random ones (the ablation)."""
     # -- optimizer
-    learning_rate: float = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Peak learning rate of R."""
     epochs: float = 1.0
     """Passes over the training rows."""

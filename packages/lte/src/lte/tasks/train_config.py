@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import RunFlags
+from memtrain_common.run_flags import LearningRate, RunFlags
 
 from ..config import REPLICAS, REST, VECTORS, LTEConfig
 
@@ -85,7 +85,7 @@ class TrainConfig(RunFlags):
     skip_mlp: bool = False
     """No heads in the MLPs."""
     # -- optimizer
-    learning_rate: float = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Peak learning rate of the heads."""
     rest_learning_rate: float = 4e-3
     """Peak learning rate of everything else that is trained; 0 takes --learning-rate."""
