@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from backrazor import OPERATIONS, Razor, describe
 from backrazor.ops.pointwise import ACTIVATIONS
+from memtrain_common.prediction import fake_step
 from slow import paper_pruned, pruned
 
 D = torch.float64
@@ -356,3 +357,15 @@ def test_the_table_names_every_operation_once_and_says_why():
     calls = [call for operation in OPERATIONS for call in operation.calls]
     assert len(set(calls)) == len(calls)
     assert set(ACTIVATIONS) - {"quick_gelu"} <= set(calls)
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.1])
+def test_attention_holds_nothing_but_what_it_saves(p_drop):
+    """On fake tensors every tensor that lives is counted, saved for the backward pass or not."""
+    with fake_step() as live:
+        q, k, v = (torch.empty(2, 2, 96, 16, requires_grad=True) for _ in range(3))
+        before = live.bytes
+        with Razor(0.1):
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=p_drop)
+        saved = sum(t.nbytes for t in out.grad_fn.saved_tensors)
+        assert live.bytes - before == saved + out.nbytes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..coded import mask_bits
 from ..function import Function, Kept, save
-from ..saved import Saved
+from ..saved import Geometry, Saved
 from ..store import Held, Holder
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Attention(Function):
         razor: "Razor",
     ) -> Tensor:
         ctx.settings = (p_drop, scale)
-        ctx.like = [torch.empty_like(x, device="meta") for x in (q, k, v)]  # a gradient in the layout of its tensor
+        ctx.like = [Geometry.of(x) for x in (q, k, v)]  # a gradient has the layout of its tensor
         ctx.mask_like = (mask.shape, mask.dtype) if mask is not None else None
         ctx.dtypes = (q.dtype, k.dtype, v.dtype)
         needs = ctx.needs_input_grad
@@ -122,7 +122,7 @@ class Attention(Function):
         (batch, heads), kv_heads = ctx.like[0].shape[:2], ctx.like[1].shape[1]
         q, k, v = (kept.dense(n, g.dtype) if n in kept else None for n in "qkv")
         dq, dk, dv = (
-            g.new_empty_strided(like.shape, like.stride()) if needed else None
+            g.new_empty_strided(like.shape, like.stride) if needed else None
             for like, needed in zip(ctx.like, needs[:3], strict=True)
         )
         dmask = None
