@@ -50,6 +50,8 @@ class Study:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     auc: bool = False
+    exact_attention: bool = False
+    """Also with attention left as it is."""
 
 
 def part(pictures: PictureSet, split: str, n: int) -> PictureSet:
@@ -111,7 +113,7 @@ def vit(data: Path) -> Study:
         f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to about 5,000 of classes 5-9"
     )
     moved = replace(config, weights=str(folder), patch_size=0, epochs=4.0, optim="sgd", warmup_iters=20)
-    return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2))
+    return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2), exact_attention=True)
 
 
 STUDIES: dict[str, Callable[[Path], Study]] = {"resnet20": resnet20, "breastmnist": breastmnist, "vit": vit}
@@ -188,6 +190,8 @@ def run(name: str, data: Path) -> None:
     config = replace(study.config, learning_rate=rate)
     configs = {"dense": config}
     configs |= {f"keep {keep:g}": replace(config, mode="backrazor", keep=keep) for keep in KEEPS}
+    if study.exact_attention:
+        configs |= {f"{k}, exact attention": replace(c, attention="exact") for k, c in configs.items() if k != "dense"}
     arms = {label: arm(study, label, one) for label, one in configs.items()}
     results = {label: summary(found, arms["dense"]) for label, found in arms.items()}
     write_results(
