@@ -3,8 +3,9 @@
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, state_bytes
+from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, block8bit, state_bytes
 from galore_vit.block8bit import code_values, decode, encode, scale_count
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -31,6 +32,20 @@ def test_round_trip_is_the_nearest_code(signed, shape):
         best = ((block / block.abs().max()).unsqueeze(1) - values).abs().min(1).values * block.abs().max()
         limit = 1e-6 * block.abs().max()
         assert ((block - got).abs() <= best + limit).all()
+
+
+def test_a_prediction_on_fake_tensors_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(block8bit, "_kept_tables", {})
+
+    def round_trip():
+        x = torch.linspace(-1, 1, 300)
+        codes, scales = torch.zeros(300, dtype=torch.uint8), torch.zeros(2)
+        encode(x, codes, scales, signed=True)
+        return decode(codes, scales, signed=True)
+
+    with FakeTensorMode():
+        round_trip()
+    assert type(round_trip()) is torch.Tensor
 
 
 def test_zero_stays_zero_and_nothing_else_becomes_zero():

@@ -404,6 +404,6 @@ def test_skip_flags_choose_the_layers():
 
 
 def test_every_flag_has_a_help_text():
-    source = inspect.getsource(TrainConfig)
+    source = "".join(inspect.getsource(c) for c in TrainConfig.__mro__ if c is not object)
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf'    {field.name}: .*\n    """', source), field.name

@@ -27,13 +27,20 @@ def code_values(signed: bool) -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-@cache
+_kept_tables: dict[tuple[bool, torch.device], tuple[Tensor, Tensor]] = {}
+
+
 def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values, (256,); the limits between them, (255,))."""
+    """(values, (256,); the limits between them, (255,)), made once; fake ones, of a prediction, are not kept."""
+    kept = _kept_tables.get((signed, device))
+    if kept is not None:
+        return kept
     values = torch.tensor(code_values(signed), dtype=torch.float32, device=device)
     limits = (values[1:] + values[:-1]) / 2
     if not signed:
         limits[0] = 0.0  # only zero is stored as zero: a divisor must not vanish by rounding
+    if type(values) is Tensor:
+        _kept_tables[signed, device] = values, limits
     return values, limits
 
 
