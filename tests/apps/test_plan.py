@@ -516,9 +516,20 @@ def test_known_results_are_the_committed_ones():
     assert json.loads(known.FILE.read_text()) == known.collect(ROOT / "benchmarks" / "results")
     scores, overheads = known.read()
     assert all((ROOT / "benchmarks" / "results" / k.source).exists() for k in [*scores, *overheads])
-    assert [k.rank for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8]
-    assert known.scores_of(Axes("lora", "backrazor"), scores) == []
-    assert len(known.scores_of(Axes("full", "backrazor", "sgd"), scores)) == 2
+    assert [k.rank for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8, 8]  # of two studies
+    assert known.scores_of(Axes("melo", "backrazor"), scores) == []
+    assert len(known.scores_of(Axes("full", "backrazor", "sgd"), scores)) == 3
+    (found,) = known.scores_of(Axes("full", "backrazor", "galore-adamw"), scores)
+    assert found.source == "ablation_digits.json"
+    assert found.value < found.plain
+
+
+@pytest.mark.parametrize("optim", ["galore-adamw8bit", "galore-adafactor"])
+def test_galore_is_planned_for_shards(optim):
+    place = Workplace(SMALL["bert"], rows=4, processes=2, parallel="fsdp")
+    whole = Workplace(SMALL["bert"], rows=4)
+    axes = Axes("full", "all", optim, galore_rank=8)
+    assert predict_arm(place, axes).ledger["optimizer"] == predict_arm(whole, axes).ledger["optimizer"]
 
 
 def test_input_flags_reach_the_shape():

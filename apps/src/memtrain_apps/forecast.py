@@ -144,8 +144,6 @@ def refuse(place: Workplace, axes: Axes) -> None:
             )
         elif place.shards > 1:
             why = "train lte merges into whole weights, which FSDP does not have; choose ddp"
-    if why is None and place.shards > 1 and axes.optim in ("galore-adamw8bit", "galore-adafactor"):
-        why = f"optim {axes.optim} cannot update weights sharded by FSDP; choose optim galore-adamw, or ddp"
     if why is not None:
         raise UserError(why)
 

@@ -6,6 +6,7 @@ with its study and beside that study's plain arm, and numbers of two studies are
 """
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from memtrain_common.intervals import mean_and_ci
 from .axes import Axes
 
 FILE = Path(__file__).with_name("known_results.json")
+COMBINATION = re.compile(
+    r"(?P<train>[a-z-]+?)(-rank(?P<rank>\d+))?\+(?P<save>[a-z]+)(-keep[\d.]+)?\+(?P<optim>[a-z0-9-]+?)(-galore-rank\d+)?"
+)
+"""A combination as ablate names it: lora-rank8+backrazor-keep0.1+adamw."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Overhead:
 def collect(results: Path) -> dict[str, list[dict[str, Any]]]:
     """What ``known_results.json`` holds, from a folder of committed results."""
     return {
-        "scores": [asdict(k) for reader in (_breastmnist, _digits, _stdlib, _razor) for k in reader(results)],
+        "scores": [
+            asdict(k) for reader in (_ablation, _breastmnist, _digits, _stdlib, _razor) for k in reader(results)
+        ],
         "overheads": [asdict(o) for o in _overheads(results)],
     }
 
@@ -72,8 +79,21 @@ def scores_of(axes: Axes, scores: list[Known]) -> list[Known]:
     return [k for k in scores if nearest.get(k.source) is k]
 
 
+def _ablation(results: Path) -> Iterator[Known]:
+    content = _read(results / "ablation_digits.json")
+    study = f"ablate without arguments: a small ViT from digits 0-4 to 5-9, {len(content['seeds'])} seeds"
+    plain = next(arm["mean"] for arm in content["arms"] if arm["combination"] == "full+all+adamw")
+    for arm in content["arms"]:
+        name = COMBINATION.fullmatch(arm["combination"])
+        assert name is not None, arm["combination"]
+        yield Known(
+            name["train"], name["save"], name["optim"], int(name["rank"] or 0), "test accuracy", arm["mean"],
+            arm["ci95"], plain, study, "ablation_digits.json",
+        )  # fmt: skip
+
+
 def _razor(results: Path) -> Iterator[Known]:
-    for source in ("backrazor_accuracy_resnet20.json", "backrazor_accuracy_breastmnist.json"):
+    for source in (f"backrazor_accuracy_{study}.json" for study in ("resnet20", "breastmnist", "vit")):
         content = _read(results / source)
         study = f"{content['about']}, {len(content['seeds'])} seeds"
         found = content["results"]
