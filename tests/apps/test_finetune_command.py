@@ -236,3 +236,7 @@ def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
     assert weight.shape == state[f"{name}.weight"].shape
     assert not torch.equal(weight, state[f"{name}.weight"])  # deltas that were not merged yet are in it
     assert not any("lora" in n for n in load_file(tmp_path / "run" / "model" / "model.safetensors"))
+
+
+def test_a_model_in_shards_is_not_promised_whole(tmp_path):
+    assert_refused(run_command(["finetune", "--parallel", "fsdp"], tmp_path), "--no-save-model")
