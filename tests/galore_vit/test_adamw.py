@@ -6,7 +6,7 @@ import warnings
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdamW, Refresh
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh
 from torch import nn
 
 EXACT = Refresh(method="svd", stagger=False, rotate=False)
@@ -148,6 +148,7 @@ def test_a_bad_gradient_changes_nothing(bad, at):
     params[1].grad[3, 4] = bad
     with pytest.warns(UserWarning, match="skipped"):
         optimizer.step()
+    assert optimizer.skipped_steps == 1
     assert problems.same(params, before)
     after = optimizer.state_dict()["state"]
     for i, saved in state.items():
@@ -156,6 +157,59 @@ def test_a_bad_gradient_changes_nothing(bad, at):
     problems.train(optimizer, params, at, at + 25)  # and training goes on
     assert all(p.isfinite().all() for p in params)
     assert not problems.same(params, straight, rtol=1e-3)
+
+
+@pytest.mark.parametrize("build", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+def test_without_a_rank_it_says_that_it_is_plain(build):
+    with pytest.warns(UserWarning, match=rf"no parameter group has a rank.* this {build.__name__} is plain"):
+        optimizer = build(problems.weights((24, 16), (7,)))
+    assert "AdamW" in optimizer.inner or "Adafactor" in optimizer.inner
+    with pytest.warns(UserWarning, match="nothing is projected now"):
+        build([{"params": problems.weights((24, 16)), "rank": 99}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build([{"params": problems.weights((24, 16)), "rank": 4}, {"params": problems.weights((7,))}])
+
+
+def steps_over_lr(build, dtype, size, options):
+    """The mean absolute change of all weights over lr, at steps 1, 2, 10 and 100, of gradients of about `size`.
+
+    Between steps the weights are put back to 0, where every type has its finest numbers.
+    """
+    params = [nn.Parameter(torch.zeros(s, dtype=dtype)) for s in ((48, 32), (96, 80), (40,))]
+    optimizer = build([{"params": params[:2], **problems.KEYS, "scale": 1.0}, {"params": params[2:]}], **options)
+    draw = torch.Generator().manual_seed(3)
+    means = [torch.randn(p.shape, generator=draw) for p in params]
+    found = {}
+    for step in range(1, 101):
+        for p, mean in zip(params, means, strict=True):
+            p.grad = (size * (mean + torch.randn(p.shape, generator=draw))).to(dtype)
+        optimizer.step()
+        if step in (1, 2, 10, 100):
+            found[step] = float(torch.cat([p.detach().float().flatten() for p in params]).abs().mean()) / 1e-2
+        for p in params:
+            p.detach().zero_()
+    return found
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (GaLoreAdamW, {"lr": 1e-2}),
+        (GaLoreAdamW, {"lr": 1e-2, "foreach": True}),
+        (GaLoreAdamW, {"lr": 1e-2, "residual": True}),
+        (GaLoreAdamW, {"lr": 1e-2, "paper": True}),
+        (GaLoreAdamW8bit, {"lr": 1e-2, "residual": True}),
+        (GaLoreAdafactor, {"lr": 1e-2, "relative_step": False, "scale_parameter": False}),
+    ],
+)
+def test_float16_weights_take_float32s_steps(build, options, size):
+    """The square of a small gradient is 0 in float16, and a step by 0 + ε is many times lr."""
+    half, single = (steps_over_lr(build, dtype, size, options) for dtype in (torch.float16, torch.float32))
+    for step, expected in single.items():
+        assert 0.01 < expected < 5, single
+        assert half[step] == pytest.approx(expected, rel=0.1), (step, half, single)
 
 
 def test_a_zero_first_gradient_fixes_no_basis():

@@ -1,5 +1,6 @@
 """A run that was saved and loaded gives the same bits as one that never stopped."""
 
+import copy
 import io
 
 import problems
@@ -86,3 +87,31 @@ def test_a_state_of_another_optimizer_is_refused():
     problems.train(adam, params, 0, 1)
     with pytest.raises(ValueError, match="another optimizer"):
         build("adamw", params).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_state_is_loaded_again_and_again(name):
+    """torch adds a key to an optimizer's defaults at its first load; what a state must hold stays the same."""
+    straight, loaded = problems.weights(*SHAPES), problems.weights(*SHAPES)
+    one, two = build(name, straight), build(name, loaded)
+    untouched = through_a_file(two.state_dict())
+    for step in range(4):
+        two.load_state_dict(untouched if step == 0 else through_a_file(two.state_dict()))
+        problems.train(one, straight, step, step + 1)
+        problems.train(two, loaded, step, step + 1)
+    two.load_state_dict(untouched)  # an older state, which lacks what torch has added since
+    assert problems.same(straight, loaded)
+    assert not two.state_dict()["state"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_copied_optimizer_goes_on_alone(name):
+    params = problems.weights(*SHAPES)
+    optimizer = build(name, params)
+    problems.train(optimizer, params, 0, 3)
+    twin, theirs = copy.deepcopy((optimizer, params))
+    assert twin.skipped_steps == 0
+    twin.load_state_dict(through_a_file(optimizer.state_dict()))
+    problems.train(optimizer, params, 3, 25)
+    problems.train(twin, theirs, 3, 25)
+    assert problems.same(params, theirs)

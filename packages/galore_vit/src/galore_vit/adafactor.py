@@ -67,6 +67,8 @@ class GaLoreAdafactor(GaLore):
         }  # fmt: skip
         super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
 
+    inner = "Adafactor"
+
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         lr, beta1 = group["lr"], group["beta1"]
         if group["relative_step"] and lr is not None:

@@ -38,6 +38,7 @@ from galore_vit.projection import (
 )
 from galore_vit.settings import Refresh
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL_GROWTH = 1.01
 """Fira's norm-growth limit γ."""
 FUSED_NUMBERS = 2**18
@@ -92,15 +93,16 @@ class GaLoreAdamW(GaLore):
         }  # fmt: skip
         super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
 
+    inner = "AdamW"
+
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_adam(group)
 
     def _fresh_moments(
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
     ) -> dict[str, Tensor]:
-        moments = {
-            k: sharding.zeros(p, shape, rows=rows, dtype=p.dtype, device=device) for k in ("exp_avg", "exp_avg_sq")
-        }
+        dtype = moment_dtype(p)
+        moments = {k: sharding.zeros(p, shape, rows=rows, dtype=dtype, device=device) for k in MOMENTS}
         if group["residual"]:
             sharding.refuse(p, "a weight with the residual", "set residual=False")
             moments["residual_norm"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -128,12 +130,15 @@ class GaLoreAdamW(GaLore):
         self._keep_moments(item.param, M, V)
 
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
+        for item in items:
+            if item.param.dtype == torch.float16:
+                item.grad = item.grad.float()
         scratch: Tensor | None = None
         for batch, fused in self._batches(group, items):
             moments = [self._moments(i.param) for i in batch]
             R, M, V = [i.grad for i in batch], [m for m, _ in moments], [v for _, v in moments]
             counters = [i.state["step"] for i in batch]  # raised already
-            if fused and batch[0].layout is None:
+            if fused and batch[0].layout is None and batch[0].param.dtype == R[0].dtype:
                 params = [i.param for i in batch]
                 _fused_adam(params, R, M, V, counters, group, group["lr"], group["weight_decay"])
                 continue
@@ -167,7 +172,7 @@ class GaLoreAdamW(GaLore):
             # DTensors go one by one through plain operations, which reduce and redistribute where they must.
             if item.record.sharded or not (one_kernel or together):
                 key: Any = i
-            elif plain or not one_kernel:
+            elif (plain and p.dtype == item.grad.dtype) or not one_kernel:
                 key = (device, p.dtype, plain, one_kernel)
             else:  # N lives beside the moments: few weights at a time bound its memory
                 numbers += item.grad.numel()
@@ -178,6 +183,7 @@ class GaLoreAdamW(GaLore):
     def _move(self, item: Item, N: Tensor) -> None:
         """W ← (1 − ηλ)W − η·α·(P N Q + residual)."""
         group, p, layout = item.group, item.param, item.layout
+        N = N.to(p.dtype)
         lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
         if layout is None:
             if decay != 1:
@@ -196,6 +202,7 @@ class GaLoreAdamW(GaLore):
         """The published code's last lines: bias correction in the step size, decay after the update."""
         group, p, layout = item.group, item.param, item.layout
         (beta1, beta2), lr, step = group["betas"], group["lr"], item.step
+        N = N.to(p.dtype)
         if layout is not None:
             N = (project_back(N, self.bases(p)) * group["scale"]).reshape(p.shape)
         p.add_(N, alpha=-lr * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step))
@@ -208,12 +215,17 @@ class GaLoreAdamW(GaLore):
         factor = torch.linalg.vector_norm(N, dim=dim, keepdim=True) / (
             torch.linalg.vector_norm(item.grad, dim=dim, keepdim=True) + 1e-8
         )
-        residual = (G - project_back(item.grad, bases)) * factor
+        residual = (G - project_back(item.grad.to(G.dtype), bases)) * factor
         last = item.state["residual_norm"]
         norm = sharding.gathered(torch.linalg.vector_norm(residual)).float()
         limited = torch.where(last > 0, torch.minimum(norm, RESIDUAL_GROWTH * last), norm)
         last.copy_(limited)
         return residual * (limited / norm.clamp_min(1e-30)).to(residual.dtype)
+
+
+def moment_dtype(p: Tensor) -> torch.dtype:
+    """The weight's dtype, but float32 for float16: the square of a gradient below 2.4e-4 is 0 there."""
+    return torch.float32 if p.dtype == torch.float16 else p.dtype
 
 
 def check_adam(group: dict[str, Any]) -> None:

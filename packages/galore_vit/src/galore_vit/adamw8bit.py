@@ -51,6 +51,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
             refresh=refresh, residual=residual, maximize=maximize, foreach=False, fused=False,
         )  # fmt: skip
 
+    inner = "8-bit AdamW"
+
     def _fresh_moments(
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
     ) -> dict[str, Tensor]:
@@ -104,6 +106,3 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         for item in items:
             item.grad = item.grad.float()  # the moments are unpacked to fp32
         super()._update(group, items)
-
-    def _move(self, item: Item, N: Tensor) -> None:
-        super()._move(item, N.to(item.param.dtype))

@@ -33,4 +33,4 @@ def all_finite(tensors: list[Tensor]) -> bool:
         else:
             norms = [sharding.gathered(torch.linalg.vector_norm(t, dtype=wide)) for t in same]
         found.append(torch.stack(list(norms)).isfinite().all())
-    return all(bool(f) for f in found)
+    return bool(torch.stack([f.to(found[0].device) for f in found]).all())  # one word from the device a step

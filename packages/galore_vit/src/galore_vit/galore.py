@@ -34,6 +34,9 @@ from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refre
 class GaLore(Optimizer):
     """Projects gradients, refreshes bases, skips non-finite steps. Use one of its subclasses."""
 
+    inner = ""
+    """The update rule where nothing is projected, by name."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -47,10 +50,14 @@ class GaLore(Optimizer):
             raise ValueError("paper=True fixes how bases are refreshed: leave refresh out, or leave paper out")
         if refresh is None:
             refresh = AS_PUBLISHED if paper else Refresh()
+        self.skipped_steps = 0
+        """Steps that were skipped because a gradient was NaN or Inf, since this optimizer was made. Not saved."""
         self._too_small: list[tuple[int, ...]] = []
         self.process_group: dist.ProcessGroup | None = None  # set where processes must share new bases
         # A plain dict, so that a saved state holds nothing but tensors, numbers and strings.
-        super().__init__(params, {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize})
+        defaults = {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize}
+        self._keys = frozenset(defaults)  # torch adds keys of its own to self.defaults when a state is loaded
+        super().__init__(params, defaults)
         self._say_what_is_plain()
 
     # -- construction and loading -----------------------------------------------------------------------
@@ -77,15 +84,23 @@ class GaLore(Optimizer):
         raise NotImplementedError
 
     def _say_what_is_plain(self) -> None:
-        if self._too_small:
-            shapes = ", ".join("×".join(map(str, s)) for s in sorted(set(self._too_small))[:4])
-            warnings.warn(
-                f"{len(self._too_small)} weights ({shapes}) have no side above their rank: they are updated "
-                "without projection and without scale; choose a smaller rank to project them",
-                UserWarning,
-                stacklevel=4,
+        said = None
+        if not any("rank" in group for group in self.param_groups):
+            said = (
+                f"no parameter group has a rank, so nothing is projected and this {type(self).__name__} is plain "
+                f"{self.inner}: make the groups with galore_vit.param_groups(model, rank=…)"
             )
-            self._too_small = []
+        elif self._too_small:
+            shapes = ", ".join("×".join(map(str, s)) for s in sorted(set(self._too_small))[:4])
+            said = (
+                f"{len(self._too_small)} weights ({shapes}) have no side above their rank: they are updated "
+                "without projection and without scale; choose a smaller rank to project them"
+            )
+            if not self._projected:
+                said += ", since nothing is projected now"
+        if said is not None:
+            warnings.warn(said, UserWarning, stacklevel=4)
+        self._too_small = []
 
     def _index(self) -> None:
         """What is fixed about each parameter: its group, its layout, its place among the projected ones."""
@@ -98,10 +113,13 @@ class GaLore(Optimizer):
                 projected += layout is not None
         self._projected = projected
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what a copy has beside torch's own part; a group of processes is not copied
+        own = {"_keys": self._keys, "skipped_steps": self.skipped_steps, "_too_small": [], "process_group": None}
+        return {**super().__getstate__(), **own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_too_small", [])
-        self.__dict__.setdefault("process_group", None)
         self._index()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -111,7 +129,7 @@ class GaLore(Optimizer):
         counters. Nothing is aliased: the tensors given stay the caller's.
         """
         for saved_group in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - saved_group.keys()):
+            if missing := sorted(self._keys - saved_group.keys()):
                 raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
         super().load_state_dict(state_dict)
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
@@ -293,6 +311,7 @@ class GaLore(Optimizer):
         if not items:
             return
         if not all_finite([i.grad for i in items]):
+            self.skipped_steps += 1
             warnings.warn("a gradient is NaN or Inf: the step was skipped", UserWarning, stacklevel=4)
             return
         by_group: dict[int, list[Item]] = {}

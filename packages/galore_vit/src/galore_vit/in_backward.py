@@ -129,6 +129,11 @@ class InBackward:
         """One group of `parameters()`; the learning rates are in the optimizer's own groups."""
         return [{"params": list(self.parameters())}]
 
+    @property
+    def skipped_steps(self) -> int:
+        """The optimizer's."""
+        return self.optimizer.skipped_steps
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, compact ones included."""
         self.optimizer.zero_grad(set_to_none)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from galore_vit.adamw import moment_dtype
 from galore_vit.counters import COUNTERS
 from galore_vit.projection import layout_of
 from galore_vit.settings import GALORE_DEFAULTS
@@ -27,16 +28,16 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def adamw_state_bytes_formula(groups: Iterable[dict[str, Any]]) -> int:
-    """Bytes of GaLoreAdamW's state for these groups: 2mn a plain weight, mr + 2nr a projected one."""
+    """Bytes of GaLoreAdamW's state for these groups: 2mn numbers a plain weight, mr + 2nr a projected one."""
     total = 0
     for group in groups:
         group = {**GALORE_DEFAULTS, **group}
         for p in group["params"]:
-            layout, numbers = layout_of(p.shape, group), 2 * p.numel()
+            layout, basis, moments = layout_of(p.shape, group), 0, 2 * p.numel()
             if layout is not None:
                 m, n, r = layout.m, layout.n, layout.rank
                 a, b = (m if layout.left else 0), (n if layout.right else 0)  # the projected sides
                 compact = (r if layout.left else m) * (r if layout.right else n)
-                numbers = layout.k * ((a + b) * r + 2 * compact)
-            total += numbers * p.element_size()
+                basis, moments = layout.k * (a + b) * r, 2 * layout.k * compact
+            total += basis * p.element_size() + moments * moment_dtype(p).itemsize
     return total
