@@ -19,7 +19,8 @@ import transformers
 import tyro
 from backrazor import Razor
 from backrazor.groups import groups_for
-from backrazor.packing import layout_of, pack
+from backrazor.layout import layout_of
+from backrazor.packing import pack
 from backrazor.tasks.memory import saved
 from backrazor.tasks.memory_flags import MemoryConfig
 from backrazor.tasks.shapes import Shaped, shaped

@@ -8,7 +8,7 @@ import torch
 def pruned(x, keep, values=torch.bfloat16):
     """What the default packing makes of ``x`` (first dimension: samples), from its definition alone."""
     from backrazor.groups import groups_for
-    from backrazor.packing import layout_of
+    from backrazor.layout import layout_of
 
     groups = groups_for(keep)
     layout = layout_of(x.shape[0], x[0].numel(), groups, "bf16")

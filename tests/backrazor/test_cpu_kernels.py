@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from backrazor import Razor, bits, coded, cpu_kernels, packing, values
 from backrazor.groups import groups_for
+from backrazor.layout import Layout
 from backrazor.ops.pointwise import ACTIVATIONS, derivative_steps
-from backrazor.packing import Layout
 
 pytestmark = pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler: there are no kernels to compare")
 

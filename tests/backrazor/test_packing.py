@@ -8,7 +8,7 @@ import pytest
 import torch
 from backrazor import bits, packing
 from backrazor.groups import Groups, groups_for, rank, unrank
-from backrazor.packing import layout_of
+from backrazor.layout import layout_of
 from backrazor.saved import Geometry, prune
 from backrazor.values import decode, encode
 from slow import entropy, pruned
@@ -148,7 +148,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import torch
 from backrazor import packing, triton_kernels
 from backrazor.groups import groups_for
-from backrazor.packing import Layout
+from backrazor.layout import Layout
 
 torch.manual_seed(0)
 for keep in (0.5, 0.1, 0.03):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import bits, cpu_kernels
-from .fake import is_fake
+from .internals import is_fake
 from .saved import Geometry, Recipe, Saved
 
 CHUNK = 1 << 17

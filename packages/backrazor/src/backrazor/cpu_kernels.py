@@ -18,13 +18,12 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .packing import Layout
+from .layout import Layout
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -134,7 +133,7 @@ def _fits(*tensors: Tensor) -> bool:
     return plain and library() is not None
 
 
-def pack(x: Tensor, layout: "Layout", dtype: torch.dtype, binomials: Tensor, n_bytes: int) -> Any:
+def pack(x: Tensor, layout: Layout, dtype: torch.dtype, binomials: Tensor, n_bytes: int) -> Any:
     """Values (spans, k, m) in ``dtype`` and packed ranks, uint8 (spans, n_bytes), of ``x`` (spans, size)."""
     groups, m = layout.groups, layout.columns
     if x.dtype not in KINDS or dtype not in KINDS or x.shape[1] <= (groups.n - 1) * m or not _fits(x):
@@ -150,7 +149,7 @@ def pack(x: Tensor, layout: "Layout", dtype: torch.dtype, binomials: Tensor, n_b
     return kept, ranks
 
 
-def unpack(values: Tensor, ranks: Tensor, layout: "Layout", dtype: torch.dtype, subsets: Tensor) -> Tensor | None:
+def unpack(values: Tensor, ranks: Tensor, layout: Layout, dtype: torch.dtype, subsets: Tensor) -> Tensor | None:
     """Zeros with ``values`` (spans, k, m) at the places of the packed ``ranks``: (spans · size,) in float32.
 
     ``subsets`` is the table of :mod:`.groups` in uint16.

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bits import packed_bytes
-
 MOST_SUBSETS = 1 << 16  # ranks have at most 16 bits, and the table of subsets stays in a processor's cache
 MOST_ROWS = 1 << 16
 
@@ -104,8 +102,3 @@ def unrank(ranks: Tensor, groups: Groups) -> Tensor:
     for row, places in zip(table, out.view(groups.k, -1), strict=True):
         torch.index_select(row, 0, flat, out=places)
     return out
-
-
-def rank_bytes(groups: Groups, columns: int) -> int:
-    """Bytes of the ranks of ``columns`` groups."""
-    return packed_bytes(columns, groups.rank_bits)

@@ -1,10 +1,7 @@
 """The default packing: the k largest of every group of n, found without sorting, at sizes that depend on shapes alone.
 
-A tensor is read in the order of its memory and cut into spans: one sample each (an index of the outermost
-dimension), or
-several samples where one is short. A span of ``size`` elements is a matrix of n rows and m = ceil(size / n) columns,
-each
-column one group. Selection is k times "maximum over the rows, strike it out", over 32-bit keys that order by magnitude:
+A span (:mod:`.layout`) is a matrix of n rows and m columns, each column one group. Selection is k times "maximum over
+the rows, strike it out", over 32-bit keys that order by magnitude:
 
     key = (bits of |x| as float32, without the lowest place_bits) | row
 
@@ -13,46 +10,18 @@ Stored for a span: values (k·m) in ``values`` format, rows rising within a grou
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import bits, cpu_kernels
-from .fake import is_fake
-from .groups import Groups, binomials, rank, rank_bytes, short_subsets, unrank
+from .groups import Groups, binomials, rank, short_subsets, unrank
+from .internals import is_fake
+from .layout import Layout
 from .values import decode, encode, float_type, stored_bits
 
-SHORTEST_SPAN = 1 << 14
 CHUNK = 1 << 19
 """Elements handled at a time: their keys (2 MiB) stay in a core's second-level cache."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ``spans`` spans of ``size`` elements are cut: fixed by the shape, the same on every device."""
-
-    spans: int
-    size: int
-    groups: Groups
-    values: str
-
-    @property
-    def columns(self) -> int:
-        return -(-self.size // self.groups.n)
-
-    @property
-    def kept(self) -> int:
-        """Values a span keeps."""
-        return self.groups.k * self.columns
-
-
-def layout_of(samples: int, sample_size: int, groups: Groups, values: str) -> Layout:
-    """Spans of one sample, or of the least number of samples that divides the batch and is long enough."""
-    merged = 1
-    while merged < samples and (merged * sample_size < SHORTEST_SPAN or samples % merged):
-        merged += 1
-    return Layout(samples // merged, merged * sample_size, groups, values)
 
 
 def pack(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
@@ -201,3 +170,8 @@ def stored_bytes(layout: Layout) -> int:
     return layout.spans * (
         math.ceil(layout.kept * stored_bits(layout.values) / 8) + rank_bytes(layout.groups, layout.columns)
     )
+
+
+def rank_bytes(groups: Groups, columns: int) -> int:
+    """Bytes of the ranks of ``columns`` groups."""
+    return bits.packed_bytes(columns, groups.rank_bits)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import bits
-from .fake import is_fake
+from .internals import is_fake
 from .values import encode
 
 

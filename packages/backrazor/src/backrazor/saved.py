@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import packing, paper_packing
 from .groups import Groups
-from .packing import Layout
+from .layout import Layout, layout_of
 from .values import decode, encode
 
 
@@ -166,7 +166,7 @@ def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
         return Saved((x,), Dense(Geometry.of(x)))
     geometry = Geometry.of(x)
     flat = geometry.in_memory_order(x.detach())
-    layout = packing.layout_of(flat.shape[0], math.prod(flat.shape[1:]), groups, values)
+    layout = layout_of(flat.shape[0], math.prod(flat.shape[1:]), groups, values)
     if packing.stored_bytes(layout) >= x.numel() * x.element_size():
         return Saved((x,), Dense(Geometry.of(x)))
     return Saved(packing.pack(flat.view(-1), layout), Pruned(layout, geometry))

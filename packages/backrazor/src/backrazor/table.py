@@ -1,8 +1,7 @@
 """The specification: every operation that is met, what of it is exact, what is approximated, what is kept, and why.
 
-x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this
-table is
-PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are left.
+x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this table
+is PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are so.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import attention, chains, conv, linear, lossless, norms, pointwise, products
+from .ops import attention, chains, conv, linear, lossless, norms, pointwise
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "mul",
         (torch.mul, *_methods("mul", "__mul__", "__rmul__")),
-        products.mul,
+        chains.mul,
         "y; d big where the other is small; a factor without gradient is kept by reference",
         "d small = Σ g x̂; two activations: dA = g ~B, dB = g ~A; known chains as one operation",
         "x̂ for a small factor's gradient; two 8-bit copies for two activations",

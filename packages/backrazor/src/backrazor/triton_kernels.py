@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import _subsets, binomials
-from .packing import Layout
+from .layout import Layout
 from .values import float_type
 
 COLUMNS = 64

@@ -10,7 +10,7 @@ forward pass saw. The output is PyTorch's own; P is formed for a few samples at 
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,17 @@ from torch import Tensor
 
 from ..coded import mask_bits
 from ..function import Function, Kept, save
+from ..keeper import Keeper
 from ..saved import Geometry, Saved
 from ..store import Held, Holder
-
-if TYPE_CHECKING:
-    from ..razor import Razor
+from .linear import Linear
 
 
 class Softmax(Function):
     """P = softmax(S); dS = P̂ ∘ (g − Σ g ∘ P̂). The product that follows shares P̂."""
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, dim: int, dtype: torch.dtype | None, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, s: Tensor, dim: int, dtype: torch.dtype | None, razor: Keeper) -> Tensor:
         ctx.dim, ctx.dtype = dim, s.dtype
         p = F.softmax(s, dim, dtype=dtype)
         save(ctx, p=razor.hold(p.detach(), probabilities=True))
@@ -50,7 +49,7 @@ class Matmul(Function):
     """C = A B; dA = g B̂ᵀ, dB = Âᵀ g, with leading dimensions broadcast as in ``torch.matmul``."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, razor: Keeper) -> Tensor:
         ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
         needs_a, needs_b, _ = ctx.needs_input_grad
         save(ctx, a=razor.hold(a) if needs_b else None, b=razor.hold(b) if needs_a else None)
@@ -82,7 +81,7 @@ class Attention(Function):
         causal: bool,
         scale: float,
         gqa: bool,
-        razor: "Razor",
+        razor: Keeper,
     ) -> Tensor:
         ctx.settings = (p_drop, scale)
         ctx.like = [Geometry.of(x) for x in (q, k, v)]  # a gradient has the layout of its tensor
@@ -200,7 +199,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale
 
 
 def softmax(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     dim: int | None = None,
     _stacklevel: int = 3,
@@ -212,10 +211,8 @@ def softmax(
     return Softmax.apply(input, dim, dtype, razor)
 
 
-def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
+def matmul(razor: Keeper, input: Tensor, other: Tensor) -> Tensor:
     """``torch.matmul``, ``torch.bmm``, ``@``: with a trained weight a linear layer, otherwise two activations."""
-    from .linear import Linear
-
     if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == 0 or other.numel() == 0:
         return NotImplemented
     if isinstance(other, torch.nn.Parameter) and other.dim() == 2 and other.requires_grad:
@@ -227,7 +224,7 @@ def matmul(razor: "Razor", input: Tensor, other: Tensor) -> Tensor:
 
 
 def scaled_dot_product_attention(
-    razor: "Razor",
+    razor: Keeper,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,14 +1,12 @@
 """Convolutions: the input is pruned; dx and db are exact, dW is approximate. A frozen weight keeps nothing of x."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..function import Function, Kept, save
-
-if TYPE_CHECKING:
-    from ..razor import Razor
+from ..keeper import Keeper
 
 Sizes = int | tuple[int, ...] | list[int]
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -23,7 +21,7 @@ class Conv(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any, settings: tuple[Any, ...], razor: "Razor"
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any, settings: tuple[Any, ...], razor: Keeper
     ) -> Tensor:
         ctx.x_like, ctx.settings, ctx.transposed = (x.shape, x.dtype), settings, call in TRANSPOSED
         ctx.bias_like = (list(bias.shape), bias.dtype) if bias is not None else (None, None)
@@ -62,7 +60,7 @@ def _sizes(value: Sizes, dimensions: int) -> list[int]:
 
 def _rule(call: Any, dimensions: int) -> Any:
     def conv(
-        razor: "Razor",
+        razor: Keeper,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -98,7 +96,7 @@ conv3d = _rule(torch.conv3d, 3)
 
 def _transposed_rule(call: Any, dimensions: int) -> Any:
     def conv_transpose(
-        razor: "Razor",
+        razor: Keeper,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,

@@ -1,15 +1,13 @@
 """Linear layers: the input is pruned; dx and db are exact, dW is approximate and one two-dimensional product."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..function import Function, Kept, save
-
-if TYPE_CHECKING:
-    from ..razor import Razor
+from ..keeper import Keeper
 
 
 class Linear(Function):
@@ -20,7 +18,7 @@ class Linear(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows_in: bool, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows_in: bool, razor: Keeper) -> Tensor:
         ctx.x_like, ctx.rows_in = (x.shape, x.dtype), rows_in
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
         needs_x, needs_weight, *_ = ctx.needs_input_grad
@@ -55,7 +53,7 @@ class Linear(Function):
         return dx, dweight, dbias, None, None
 
 
-def linear(razor: "Razor", input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(razor: Keeper, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``. Where the weight is frozen PyTorch itself keeps nothing of x."""
     razor.chains.forget(input)
     if not weight.requires_grad or weight.dim() != 2 or input.numel() == 0:
@@ -63,7 +61,7 @@ def linear(razor: "Razor", input: Tensor, weight: Tensor, bias: Tensor | None = 
     return Linear.apply(input, weight, bias, False, razor)
 
 
-def addmm(razor: "Razor", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(razor: Keeper, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``torch.addmm`` as GPT-2's Conv1D calls it: bias + x W."""
     plain = beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == mat2.shape[-1]
     if not plain or not mat2.requires_grad or not mat2.is_leaf or mat1.numel() == 0:

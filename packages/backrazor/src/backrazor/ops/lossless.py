@@ -1,6 +1,6 @@
 """What is kept without loss in the fewest bits: dropout masks, the winners of max-pooling, nothing for mean pooling."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,9 @@ from torch import Tensor
 from .. import bits
 from ..coded import mask_bits
 from ..function import Function, Kept, save
+from ..keeper import Keeper
 from ..saved import Dropped, Saved
 from ..store import Held, Holder
-
-if TYPE_CHECKING:
-    from ..razor import Razor
 
 Sizes = int | tuple[int, ...] | list[int]
 
@@ -22,7 +20,7 @@ class Dropout(Function):
     """y = x · mask / (1 − p), dx = g · mask / (1 − p); the mask takes 1 bit an element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, razor: Keeper) -> Tensor:
         y, mask = torch.native_dropout(x, p, True)
         ctx.scale = 1 / (1 - p) if p < 1 else 0.0
         saved = mask_bits(mask)
@@ -39,7 +37,7 @@ class Dropout(Function):
         return Kept(ctx).times("mask", g).mul_(ctx.scale), None, None
 
 
-def dropout(razor: "Razor", input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def dropout(razor: Keeper, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """``F.dropout``, ``torch.dropout``."""
     if not training or inplace or not 0 < p <= 1 or not input.requires_grad or input.numel() == 0:
         return NotImplemented
@@ -94,7 +92,7 @@ def _pair(value: Sizes) -> list[int]:
 
 
 def max_pool2d(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     kernel_size: Sizes,
     stride: Sizes | None = None,
@@ -124,7 +122,7 @@ class MeanPool(Function):
         return ctx.pool_backward(g, g.new_empty(1).expand(ctx.shape)), None, None
 
 
-def avg_pool2d(razor: "Razor", input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def avg_pool2d(razor: Keeper, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``F.avg_pool2d``."""
 
     def backward(
@@ -149,7 +147,7 @@ def avg_pool2d(razor: "Razor", input: Tensor, *args: Any, **kwargs: Any) -> Tens
     )
 
 
-def adaptive_avg_pool2d(razor: "Razor", input: Tensor, output_size: Any) -> Tensor:
+def adaptive_avg_pool2d(razor: Keeper, input: Tensor, output_size: Any) -> Tensor:
     """``F.adaptive_avg_pool2d``."""
     if not input.requires_grad or input.numel() == 0:
         return NotImplemented

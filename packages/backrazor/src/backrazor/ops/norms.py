@@ -6,13 +6,12 @@ With x̂ = (x − μ) r and y = x̂ γ + β; the sums below run over the M norma
 
 RMSNorm has μ = 0 and no mean(γ g). With a batch norm's frozen statistics dx = r γ g is exact and needs no x̂.
 
-A batch norm's x̂ is kept in 4 bits instead: its output goes through a ReLU before it is multiplied, so pruning it
-would serve
-nobody else, and x̂, near normal by construction, errs by a tenth in 4 bits where its largest tenth errs by three
+A batch norm's x̂ is kept in 4 bits instead: its output goes through a ReLU before it is multiplied, so pruning it would
+serve nobody else, and x̂, near normal by construction, errs by a tenth in 4 bits where its largest tenth errs by three
 quarters. In the mode "paper" the pruned x itself is kept, so that an element left out becomes x̂ = −μ r.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,15 @@ from torch import Tensor
 
 from ..coded import Levels
 from ..function import Function, Kept, save
+from ..keeper import Keeper
 from ..saved import Affine, Saved
-
-if TYPE_CHECKING:
-    from ..razor import Razor
-    from ..store import Held
-
+from ..store import Held
 
 NORMAL = Levels(4, -7.5 * 0.3352, 0.3352)
 """16 levels for a standard normal variable, at the spacing of least squared error, 0.0115 (Max, 1960)."""
 
 
-def _share(razor: "Razor", held: "Held", weight: Any, bias: Any, y: Tensor) -> "Held":
+def _share(razor: Keeper, held: Held, weight: Any, bias: Any, y: Tensor) -> Held:
     """What y's next user saves is made from x̂ too."""
     base = held.saved
     recipe = Affine(base.recipe.geometry, base.recipe, len(base.tensors), weight is not None, bias is not None)
@@ -51,7 +47,7 @@ class LayerNorm(Function):
         shape: list[int],
         eps: float,
         rms: bool,
-        razor: "Razor",
+        razor: Keeper,
     ) -> Tensor:
         ctx.dims, ctx.rms, ctx.paper = len(shape), rms, razor.mode == "paper"
         ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
@@ -133,7 +129,7 @@ class BatchNorm(Function):
         training: bool,
         momentum: float,
         eps: float,
-        razor: "Razor",
+        razor: Keeper,
     ) -> Tensor:
         mean, variance = running
         ctx.training = training
@@ -187,7 +183,7 @@ class GroupNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, razor: "Razor"
+        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, razor: Keeper
     ) -> Tensor:
         n, c = x.shape[:2]
         ctx.sizes = (n, c, x.numel() // (n * c), groups)
@@ -227,7 +223,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     normalized_shape: list[int],
     weight: Tensor | None = None,
@@ -242,7 +238,7 @@ def layer_norm(
 
 
 def rms_norm(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     normalized_shape: list[int],
     weight: Tensor | None = None,
@@ -257,7 +253,7 @@ def rms_norm(
 
 
 def batch_norm(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -277,7 +273,7 @@ def batch_norm(
 
 
 def group_norm(
-    razor: "Razor",
+    razor: Keeper,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,

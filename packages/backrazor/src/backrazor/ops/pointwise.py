@@ -7,19 +7,17 @@ gradient exactly. Where a derivative takes two or three values (ReLU), 1 or 2 bi
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..coded import Levels, Steps, code, mask_bits, steps_of
 from ..function import Function, Kept, save
+from ..internals import on_real_tensors
+from ..keeper import Keeper
 from ..store import Held, Holder
-
-if TYPE_CHECKING:
-    from ..razor import Razor
 
 aten = torch.ops.aten
 OVERSHOOTING = {2: Levels(2, 0.0, 1 / 3), 3: Levels(3, -1 / 5, 1 / 5), 4: Levels(4, -2 / 11, 1 / 11)}
@@ -79,7 +77,7 @@ def derivative_steps(activation: Activation, settings: tuple[tuple[str, Any], ..
     def derivative(x: Tensor) -> Tensor:
         return activation.backward(torch.ones_like(x), x, **dict(settings))
 
-    with _disable_current_modes():  # fake tensors have no numbers
+    with on_real_tensors():
         return steps_of(derivative, levels)
 
 
@@ -93,7 +91,7 @@ class Pointwise(Function):
         call: Any,
         settings: dict[str, Any],
         activation: Activation,
-        razor: "Razor",
+        razor: Keeper,
         inplace: bool = False,
     ) -> Tensor:
         ctx.dtype, ctx.by_x = x.dtype, None
@@ -153,7 +151,7 @@ class Piecewise(Function):
 def activation(call: Any) -> Any:
     """The rule of one activation function."""
 
-    def rule(razor: "Razor", input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def rule(razor: Keeper, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = {F.softplus: ("beta", "threshold"), F.gelu: ("approximate",)}.get(call, ("inplace",))
         settings = {**dict(zip(names, args, strict=False)), **kwargs}
         inplace = settings.pop("inplace", False)
@@ -171,7 +169,7 @@ def activation(call: Any) -> Any:
 
 
 def _piecewise(
-    razor: "Razor", x: Tensor, call: Any, in_place_call: Any, where: Any, slopes: tuple[float, float], inplace: bool
+    razor: Keeper, x: Tensor, call: Any, in_place_call: Any, where: Any, slopes: tuple[float, float], inplace: bool
 ) -> Tensor:
     if not x.requires_grad or not x.is_floating_point() or (inplace and (x._is_view() or x.is_leaf)):
         return NotImplemented
@@ -179,23 +177,23 @@ def _piecewise(
     return y
 
 
-def relu(razor: "Razor", input: Tensor, inplace: bool = False) -> Tensor:
+def relu(razor: Keeper, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``, ``torch.relu``."""
     return _piecewise(razor, input, torch.relu, torch.relu_, lambda x: x > 0, (0.0, 1.0), inplace)
 
 
-def relu_(razor: "Razor", input: Tensor) -> Tensor:
+def relu_(razor: Keeper, input: Tensor) -> Tensor:
     """``torch.relu_``."""
     return relu(razor, input, True)
 
 
-def relu6(razor: "Razor", input: Tensor, inplace: bool = False) -> Tensor:
+def relu6(razor: Keeper, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu6``."""
     return hardtanh(razor, input, 0.0, 6.0, inplace)
 
 
 def hardtanh(
-    razor: "Razor", input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+    razor: Keeper, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
     """``F.hardtanh``."""
     return _piecewise(
@@ -209,7 +207,7 @@ def hardtanh(
     )
 
 
-def leaky_relu(razor: "Razor", input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+def leaky_relu(razor: Keeper, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``F.leaky_relu``."""
     return _piecewise(
         razor,
@@ -222,7 +220,7 @@ def leaky_relu(razor: "Razor", input: Tensor, negative_slope: float = 0.01, inpl
     )
 
 
-def hardsigmoid(razor: "Razor", input: Tensor, inplace: bool = False) -> Tensor:
+def hardsigmoid(razor: Keeper, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.hardsigmoid``."""
     return _piecewise(
         razor, input, F.hardsigmoid, torch._C._nn.hardsigmoid_, lambda x: (x > -3) & (x < 3), (0.0, SIXTH), inplace

@@ -1,25 +1,21 @@
-"""Elementwise products, and the chains of pointwise operations that are met as one operation.
+"""Elementwise products, and what a chain that ends in a product becomes (:mod:`.chains`).
 
 * big · small (a weight, a gate of few elements): d small is a sum over the big one, which is pruned; d big is exact.
 * two activations of one size (a gated MLP's gate and up): each is kept in 8.125 bits, since both gradients are
   elementwise.
 * a factor that needs no gradient (a rotary embedding's cos and sin, a mask): PyTorch keeps that factor by reference
   only.
-
-A chain is recognised by what was computed (:class:`.chains.Chains`), not by the name of the module that computed it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..function import Function, Kept, save
+from ..keeper import Keeper
 from ..saved import Affine, Saved
 from .pointwise import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from ..razor import Razor
 
 SMALL = 16
 """A factor with at most a sixteenth of the other's elements is small."""
@@ -29,7 +25,7 @@ class Scaled(Function):
     """y = x w with a small w that broadcasts over x: dx = g w (exact), dw = Σ g x̂."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, razor: Keeper) -> Tensor:
         ctx.like = (x.dtype, w.shape, w.dtype)
         y = x * w
         held = razor.hold(x) if ctx.needs_input_grad[1] else None
@@ -58,7 +54,7 @@ class Product(Function):
     """y = a b of two activations; dA = g b̃, dB = g ã, tildes are 8-bit copies."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, razor: Keeper) -> Tensor:
         ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
         needs_a, needs_b, _ = ctx.needs_input_grad
         save(ctx, a=razor.hold_eight_bit(a) if needs_b else None, b=razor.hold_eight_bit(b) if needs_a else None)
@@ -80,7 +76,7 @@ class Gated(Function):
     """y = f(gate) up, a gated MLP: 8-bit copies of gate and up; d gate = g up f'(gate), d up = g f(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, y: Tensor, call: Any, settings: Any, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, y: Tensor, call: Any, settings: Any, razor: Keeper) -> Tensor:
         ctx.call, ctx.settings, ctx.dtypes = call, settings, (gate.dtype, up.dtype)
         save(ctx, gate=razor.hold_eight_bit(gate), up=razor.hold_eight_bit(up) if ctx.needs_input_grad[0] else None)
         return y.detach()
@@ -102,7 +98,7 @@ class Normalised(Function):
     """x̂ = x r with r = rsqrt(mean(x²) + ε) computed by the caller: dx = r (g − x̂ mean(g x̂)), x̂ pruned, r exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor, razor: "Razor") -> Tensor:
+    def forward(ctx: Any, x: Tensor, r: Tensor, razor: Keeper) -> Tensor:
         y = x * r
         ctx.dtype = x.dtype
         save(ctx, x=razor.hold(y), r=r)
@@ -114,25 +110,3 @@ class Normalised(Function):
         x = kept.dense("x", g.dtype, own=True)
         inner = x.mul_((x * g).mean(-1, keepdim=True))
         return torch.sub(g, inner, out=inner).mul_(kept.dense("r", g.dtype)).to(ctx.dtype), None, None
-
-
-def mul(razor: "Razor", input: Any, other: Any) -> Any:
-    """``*`` and ``torch.mul``."""
-    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        found = razor.chains.follow("mul", input, other)
-        return NotImplemented if found is NotImplemented else razor.chains.label(torch.mul(input, other), *found)
-    whole = razor.chains.finish(razor, input, other)
-    if whole is not None:
-        return whole
-    if not (input.is_floating_point() and other.is_floating_point()) or not input.numel() or not other.numel():
-        return NotImplemented
-    if not (input.requires_grad and other.requires_grad):
-        big, small = (input, other) if input.numel() >= other.numel() else (other, input)
-        if small.requires_grad and small.numel() * SMALL <= big.numel():
-            return Scaled.apply(big, small, razor)
-        return NotImplemented  # PyTorch keeps the factor without gradient, by reference
-    for big, small in ((input, other), (other, input)):
-        fits = big.shape == torch.broadcast_shapes(big.shape, small.shape)
-        if fits and small.numel() * SMALL <= big.numel():
-            return Scaled.apply(big, small, razor)
-    return Product.apply(input, other, razor)

@@ -1,0 +1,73 @@
+"""What is used of PyTorch beyond its documented interface, all of it here. Tried on torch 2.15.
+
+Most of it asks a question that PyTorch has no public answer to: which saved-tensor hook is on, whether a compiled
+function or a ``torch.func`` transform is running. One thing is changed: functions of ``torch.nn.functional`` that are
+compositions, such as ``multi_head_attention_forward``, first ask whether a mode is on, and if so hand themselves over
+to it whole. A copy that does not ask runs with the mode on, so that the calls within it are met.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@functools.cache
+def unasking(func: Any) -> Callable[..., Any] | None:
+    """A copy of a Python function of ``torch.nn.functional`` that does not hand itself over; None for anything else."""
+    if not isinstance(func, types.FunctionType) or func.__globals__ is not vars(F):
+        return None
+    if not set(func.__code__.co_names) & set(_QUESTIONS):
+        return None
+    names = {**func.__globals__, **dict.fromkeys(_QUESTIONS, lambda *_: False)}
+    copy = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def open_modes() -> list[Any]:
+    """The function modes that are on, outermost first."""
+    return list(_get_current_function_mode_stack())
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether ``x`` has no elements to look at (``FakeTensorMode``, which plans without allocating)."""
+    return x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor)
+
+
+def is_wrapper(x: Any) -> bool:
+    """Whether ``x`` is a tensor made of other tensors (quantised weights, DTensor): more than its elements."""
+    return isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
+
+
+def on_real_tensors() -> AbstractContextManager[Any]:
+    """Within a prediction on fake tensors, compute with numbers."""
+    made: AbstractContextManager[Any] = _disable_current_modes()
+    return made
+
+
+def saved_tensor_hook() -> Any:
+    """The innermost hook on what autograd saves, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None else None
+
+
+def within_transform() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def within_compiled_call() -> bool:
+    """Whether a function made by ``torch.compile`` is running, compiled or fallen back to Python."""
+    from torch._C._dynamo import eval_frame
+
+    return callable(eval_frame.get_eval_frame_callback())

@@ -1,0 +1,94 @@
+"""What operations ask of a Razor: its settings, and to keep a tensor in the form that they name."""
+
+from torch import Tensor
+
+from .chains import Chains
+from .coded import Levels, code, rounding
+from .errors import RazorError
+from .groups import groups_for
+from .saved import Dense, Geometry, Saved, eight_bit, prune, prune_as_paper
+from .store import Held, Holder, Store
+from .values import FORMATS
+
+MODES = ("default", "paper")
+ATTENTION = ("pruned", "exact")
+
+
+class Keeper:
+    """Keeps tensors for the backward pass, each once. The settings are those of :class:`.razor.Razor`.
+
+    Raises:
+        RazorError: a setting that is none of these.
+    """
+
+    def __init__(self, keep: float, mode: str, attention: str, values: str, derivative_bits: int) -> None:
+        super().__init__()
+        if not isinstance(keep, int | float) or not 0 < keep <= 1:
+            raise RazorError(f"keep={keep!r} is not in (0, 1]: it is the fraction of each activation that is kept")
+        for name, value, known in (
+            ("mode", mode, MODES),
+            ("attention", attention, ATTENTION),
+            ("values", values, FORMATS),
+        ):
+            if value not in known:
+                raise RazorError(f"{name}={value!r} is not one of {', '.join(known)}")
+        if derivative_bits not in (2, 3, 4):
+            raise RazorError(f"derivative_bits={derivative_bits!r} is not 2, 3 or 4")
+        self.keep, self.mode, self.attention, self.values = float(keep), mode, attention, values
+        self.derivative_bits = derivative_bits
+        self.chains = Chains()
+        self._groups = groups_for(self.keep) if keep < 1 else None
+        self._store = Store()
+
+    def forget(self) -> None:
+        """What is stored stays in the graphs that need it, and is not shared any more."""
+        self._store.clear()
+        self.chains.clear()
+
+    def hold(self, x: Tensor, *, values: str | None = None, probabilities: bool = False, own: bool = False) -> Held:
+        """What stands for ``x``, pruned; stored once for all operations that save it.
+
+        Args:
+            values: the mode "paper"'s format for this operation; float16 if not given.
+            probabilities: of a softmax: kept in 8 bits where values are in 16.
+            own: not shared.
+        """
+        if self.mode == "paper" and not probabilities:
+            found = self._store.find(x, "pruned") if not own and x.is_contiguous() else None
+            return found if found is not None else Held(Holder(self.prune(x, values=values)), None)
+        return self._store.hold(x, "pruned", lambda: self.prune(x, values=values, probabilities=probabilities))
+
+    def prune(self, x: Tensor, *, values: str | None = None, probabilities: bool = False) -> Saved:
+        """``x``, pruned and not remembered."""
+        if self.mode == "paper":
+            return prune_as_paper(x, self.keep, values or "fp16")
+        short = probabilities and self.values in ("bf16", "fp16")
+        return prune(x, self._groups, "int8" if short else self.values)
+
+    def hold_eight_bit(self, x: Tensor) -> Held:
+        """What stands for ``x``, every element in 8.125 bits; ``x`` itself at keep = 1."""
+        if self.keep == 1:
+            return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
+        return self._store.hold(x, "8 bits", lambda: eight_bit(x))
+
+    def hold_coded(self, x: Tensor, levels: Levels) -> Held:
+        """``x``, every element rounded to one of a few levels; ``x`` itself at keep = 1. Not remembered."""
+        saved = Saved((x,), Dense(Geometry.of(x))) if self.keep == 1 else code(x, rounding(levels), levels)
+        return Held(Holder(saved), None)
+
+    def find(self, x: Tensor) -> Held | None:
+        """What stands for ``x``, pruned, if it is stored."""
+        return self._store.find(x, "pruned")
+
+    def share(self, y: Tensor, saved: Saved, base: Held) -> None:
+        """Let the next operation that saves ``y`` make it from ``saved``, which uses the tensors of ``base``."""
+        base.holder.shared.append(self._store.put(y, "pruned", saved, base.holder.rebuilt).holder)
+
+    def same_geometry(self, held: Held, *tensors: Tensor) -> bool:
+        """Whether what is kept is rebuilt with the shape and strides that all these tensors have."""
+        geometry = held.saved.recipe.geometry
+        return all(tuple(t.shape) == geometry.shape and tuple(t.stride()) == geometry.stride for t in tensors)
+
+    def samples_at_once(self, batch: int, sample_size: int, limit: int) -> int:
+        """Samples whose probabilities together are no larger than ``limit`` elements; at least one."""
+        return max(1, min(batch, limit // max(sample_size, 1)))
