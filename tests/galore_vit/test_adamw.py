@@ -107,6 +107,40 @@ def test_foreach_fused_and_single_agree(proj_type):
     assert problems.same(runs[0], runs[2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_without_bias_correction_it_is_the_equation(foreach):
+    """N = M / (√V + ε), for a projected weight and a plain one."""
+    params = problems.weights((24, 16), (7,), dtype=torch.float64)
+    W, b = (p.detach().clone() for p in params)
+    groups = [{"params": params[:1], **problems.KEYS}, {"params": params[1:]}]
+    fast = GaLoreAdamW(groups, lr=1e-2, correct_bias=False, refresh=EXACT, foreach=foreach)
+    moments = [[0.0, 0.0], [0.0, 0.0]]
+    for step in range(10):
+        problems.set_grads(params, step)
+        G, g = (p.grad.clone() for p in params)
+        if step == 0:
+            Q = torch.linalg.svd(G)[2][:5]
+        for x, (W0, back, rate), m in zip((G @ Q.T, g), ((W, Q, 0.25), (b, None, 1.0)), moments, strict=True):
+            m[0], m[1] = 0.9 * m[0] + 0.1 * x, 0.999 * m[1] + 0.001 * x**2
+            N = m[0] / (m[1].sqrt() + 1e-8)
+            W0 -= 1e-2 * rate * (N if back is None else N @ back)
+        fast.step()
+    assert torch.allclose(params[0], W, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(params[1], b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_state_from_before_correct_bias_is_read():
+    params = problems.weights((24, 16))
+    optimizer = GaLoreAdamW([{"params": params, **problems.KEYS}], lr=1e-2)
+    problems.train(optimizer, params, 0, 2)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["correct_bias"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["correct_bias"] is True
+    problems.train(optimizer, params, 2, 3)
+
+
 def test_maximize_is_descent_of_the_negative():
     down, up = problems.weights((24, 16), (7,)), problems.weights((24, 16), (7,))
     a = GaLoreAdamW([{"params": down, **problems.KEYS}], lr=1e-2)
@@ -259,6 +293,7 @@ def test_residual_is_firas():
 @pytest.mark.parametrize(("options", "match"), [
     ({"lr": -1.0}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": -1.0}, "eps"),
     ({"weight_decay": -1.0}, "weight_decay"), ({"paper": True, "refresh": Refresh()}, "paper"),
+    ({"fused": True, "correct_bias": False}, "correct_bias"),
     ({"paper": True, "residual": True}, "residual"), ({"foreach": True, "fused": True}, "exclude"),
 ])  # fmt: skip
 def test_refused_options(options, match):

@@ -4,7 +4,8 @@ import warnings
 
 import problems
 import pytest
-from galore_vit import GaLoreAdafactor, GaLoreAdamW
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, param_groups
+from torch import nn
 
 SHAPES = [(24, 16), (16, 40), (20, 20), (7,)]
 
@@ -32,6 +33,43 @@ def test_adamw_equals_upstream(upstream, proj_type):
         problems.train(b, theirs, step, step + 1)
         assert problems.same(ours, theirs, rtol=1e-6), f"step {step}"
     assert not problems.same(theirs, before, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("rank", [15, 16, 40])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left", "full"])
+def test_a_rank_at_or_above_the_smaller_side_equals_upstream(upstream, proj_type, rank, correct_bias):
+    """There the published code turns the whole gradient; with one type and wide weights it stops, and we are plain."""
+    shapes = [(24, 16), (16, 16), (16, 40)]
+    stops = proj_type == "reverse_std" and rank >= 16
+    if stops:
+        [wide] = problems.weights(shapes[2])
+        with pytest.warns(UserWarning, match=r"1 weights \(16×40\) .* the published code stops with an error"):
+            plain = GaLoreAdamW([{"params": [wide], **problems.KEYS, "proj_type": proj_type, "rank": rank}], paper=True)
+        assert plain.layout(wide) is None
+        theirs = upstream.GaLoreAdamW([{"params": [wide], **problems.KEYS, "proj_type": proj_type, "rank": rank}])
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            problems.train(theirs, [wide], 0, 1)
+    ours, theirs = (problems.weights(*shapes[: 2 if stops else 3]) for _ in range(2))
+    keys = {**problems.KEYS, "proj_type": proj_type, "rank": rank}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "correct_bias": correct_bias}
+    a = GaLoreAdamW([{"params": ours, **keys}], paper=True, **options)
+    b = upstream.GaLoreAdamW([{"params": theirs, **keys}], **options)
+    for step in range(45):
+        problems.train(a, ours, step, step + 1)
+        problems.train(b, theirs, step, step + 1)
+        assert problems.same(ours, theirs, rtol=1e-6), f"step {step}"
+
+
+def test_a_rank_above_everything_makes_groups_for_the_paper_alone(upstream):
+    """MeLo's factors of rank 8 under GaLore of rank 512, as in the source project."""
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList([nn.Linear(24, 8, bias=False), nn.Linear(8, 24, bias=False)])
+    with pytest.raises(ValueError, match="would project nothing"):
+        param_groups(model, 512)
+    [group] = param_groups(model, 512, paper=True)
+    assert all(layout.rank == 8 for layout in map(GaLoreAdamW([group], paper=True).layout, group["params"]))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class GaLoreAdamW(GaLore):
         refresh: how bases are replaced (`Refresh()` where None).
         residual: add Fira's scaled residual.
         paper: reproduce the arithmetic of the published code.
+        correct_bias: False leaves M and V without bias correction (as BERT's original optimizer did).
         maximize: ascend.
         foreach: run the moments of a group as multi-tensor operations, which costs the temporaries of
             all at once; None: on accelerators, unless fused.
@@ -75,6 +76,7 @@ class GaLoreAdamW(GaLore):
         refresh: Refresh | None = None,
         residual: bool = False,
         paper: bool = False,
+        correct_bias: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -83,17 +85,20 @@ class GaLoreAdamW(GaLore):
             raise ValueError("foreach and fused exclude each other: set one of them")
         if paper and fused:
             raise ValueError("the fused kernel has not the published arithmetic: leave out fused or paper")
+        if fused and not correct_bias:
+            raise ValueError("the fused kernel corrects the bias: leave out fused, or set correct_bias=True")
         if paper and residual:
             raise ValueError("the residual is not part of the published GaLore: leave out residual or paper")
         if eps is None:
             eps = 1e-6 if paper else 1e-8
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": residual,
-            "foreach": foreach, "fused": fused,
+            "foreach": foreach, "fused": fused, "correct_bias": correct_bias,
         }  # fmt: skip
         super().__init__(params, defaults, refresh=refresh, paper=paper, maximize=maximize)
 
     inner = "AdamW"
+    later = frozenset({"correct_bias"})
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_adam(group)
@@ -164,7 +169,8 @@ class GaLoreAdamW(GaLore):
         for i, item in enumerate(items):
             p, plain = item.param, item.layout is None
             device = p.device
-            one_kernel = fused if fused is not None else device.type == "cpu" and not (foreach or group["paper"])
+            as_kernel = not (foreach or group["paper"]) and group["correct_bias"]
+            one_kernel = fused if fused is not None else device.type == "cpu" and as_kernel
             # The kernel takes numbers in the order of memory, where tensors of other strides would be mixed up.
             dense = item.grad.is_contiguous() and (not plain or p.is_contiguous())
             one_kernel = one_kernel and dense and not item.record.sharded
@@ -205,7 +211,8 @@ class GaLoreAdamW(GaLore):
         N = N.to(p.dtype)
         if layout is not None:
             N = (project_back(N, self.bases(p)) * group["scale"]).reshape(p.shape)
-        p.add_(N, alpha=-lr * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step))
+        corrected = math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step) if group["correct_bias"] else 1.0
+        p.add_(N, alpha=-lr * corrected)
         if group["weight_decay"] > 0.0:
             p.add_(p, alpha=-lr * group["weight_decay"])
 
@@ -257,8 +264,11 @@ def _fused_adam(
 
 
 def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], group: dict[str, Any]) -> list[Tensor]:
-    """Moves M and V by R in place and returns N; with `paper`, N lacks its bias correction as published."""
+    """Moves M and V by R in place and returns N; with `paper`, N lacks its bias correction as published.
+
+    Without `correct_bias` it lacks it for good."""
     beta1, beta2 = group["betas"]
+    correct = group["correct_bias"] and not group["paper"]
     if group["paper"]:
         torch._foreach_mul_(M, beta1)
         torch._foreach_add_(M, R, alpha=1.0 - beta1)
@@ -267,10 +277,10 @@ def _adam(R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], g
     torch._foreach_mul_(V, beta2)
     torch._foreach_addcmul_(V, R, R, value=1.0 - beta2)
     denominator = torch._foreach_sqrt(V)
-    if not group["paper"]:
+    if correct:
         torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in steps])
     torch._foreach_add_(denominator, group["eps"])
     N = torch._foreach_div(M, denominator)
-    if not group["paper"]:
+    if correct:
         torch._foreach_div_(N, [1 - beta1**t for t in steps])
     return list(N)

@@ -44,11 +44,13 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         *,
         refresh: Refresh | None = None,
         residual: bool = False,
+        correct_bias: bool = True,
         maximize: bool = False,
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay,
-            refresh=refresh, residual=residual, maximize=maximize, foreach=False, fused=False,
+            refresh=refresh, residual=residual, correct_bias=correct_bias, maximize=maximize,
+            foreach=False, fused=False,
         )  # fmt: skip
 
     inner = "8-bit AdamW"

@@ -36,6 +36,8 @@ class GaLore(Optimizer):
 
     inner = ""
     """The update rule where nothing is projected, by name."""
+    later: frozenset[str] = frozenset()
+    """Settings that states saved by earlier versions lack; the optimizer's own then hold."""
 
     def __init__(
         self,
@@ -93,8 +95,9 @@ class GaLore(Optimizer):
         elif self._too_small:
             shapes = ", ".join("×".join(map(str, s)) for s in sorted(set(self._too_small))[:4])
             said = (
-                f"{len(self._too_small)} weights ({shapes}) have no side above their rank: they are updated "
-                "without projection and without scale; choose a smaller rank to project them"
+                f"{len(self._too_small)} weights ({shapes}) have no side above their rank"
+                + (", where the published code stops with an error" if self.defaults["paper"] else "")
+                + ": they are updated without projection and without scale; choose a smaller rank to project them"
             )
             if not self._projected:
                 said += ", since nothing is projected now"
@@ -129,9 +132,12 @@ class GaLore(Optimizer):
         counters. Nothing is aliased: the tensors given stay the caller's.
         """
         for saved_group in state_dict["param_groups"]:
-            if missing := sorted(self._keys - saved_group.keys()):
+            if missing := sorted(self._keys - saved_group.keys() - self.later):
                 raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key in self.later:
+                group.setdefault(key, self.defaults[key])
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         own = [(p, g) for g in self.param_groups for p in g["params"]]
         for i, (p, group) in zip(saved_ids, own, strict=True):

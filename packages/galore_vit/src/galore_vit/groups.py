@@ -24,6 +24,7 @@ def param_groups(
     targets: str | None = None,
     conv: bool = False,
     split_qkv: bool = True,
+    paper: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups for a GaLore optimizer: plain parameters, projected ones, and those projected in parts.
 
@@ -41,6 +42,10 @@ def param_groups(
         targets: regular expression searched in the parameter's name, instead of the numbered blocks.
         conv: also project convolution weights, the patch embedding's among them, as out × (in · kernel).
         split_qkv: project q, k and v of a fused weight apart.
+        paper: for an optimizer with `paper=True`, which takes a rank above every side too and rotates then.
+
+    Raises:
+        ValueError: where nothing would be projected.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
@@ -71,7 +76,7 @@ def param_groups(
     groups: list[dict[str, Any]] = [{"params": plain}]
     for split, params in parts.items():
         groups.append({"params": params, **keys, **({"split": split} if split > 1 else {})})
-    _refuse_nothing(groups[1:])
+    _refuse_nothing(groups[1:], paper)
     return [g for g in groups if g["params"]]
 
 
@@ -92,9 +97,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
 
 
-def _refuse_nothing(groups: list[dict[str, Any]]) -> None:
+def _refuse_nothing(groups: list[dict[str, Any]], paper: bool) -> None:
     """Raises where not one weight would be projected: GaLore would then be plain Adam under another name."""
-    weights = [(p, {**GALORE_DEFAULTS, **g}) for g in groups for p in g["params"]]
+    weights = [(p, {**GALORE_DEFAULTS, **g, "paper": paper}) for g in groups for p in g["params"]]
     if not weights:
         raise ValueError(
             "GaLore finds no weight to project: no trainable matrix lies in a numbered block of this model; "

@@ -34,7 +34,7 @@ class Layout:
     n: int
     """Columns; of a convolution: in-channels × kernel positions."""
     rank: int
-    """r, smaller than m and n."""
+    """r, smaller than m and n; equal to the smaller where `paper` rotates a whole weight."""
     left: bool
     """Whether P is used: R = Pᵀ G."""
     right: bool
@@ -85,15 +85,17 @@ def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None
     """The layout of a weight of this shape in this parameter group; None where the weight is not projected.
 
     Not projected: weights of a group without `rank`, vectors, and weights whose smaller side is not above
-    the rank.
+    the rank. With `paper` in the group the last are rotated whole by all their singular vectors, as the published
+    code does, but for a wide weight with `reverse_std`, where it stops with an error.
     """
     if "rank" not in group or len(shape) < 2:
         return None
-    r = group["rank"]
+    r, kind = group["rank"], group["proj_type"]
     k, m, n = sides(shape, group["split"])
     if r >= min(m, n):
-        return None
-    kind = group["proj_type"]
+        if not group.get("paper") or (kind == "reverse_std" and m < n):
+            return None
+        r = min(m, n)
     left = kind in ("left", "full") or (kind == "std" and m < n) or (kind == "reverse_std" and m >= n)
     right = kind == "full" or not left
     return Layout(k, m, n, r, left, right)

@@ -1,0 +1,121 @@
+"""GaLore in transformers' Trainer, and in a loop of one's own with accelerate.
+
+    Trainer(model, args, optimizers=(galore_optimizer(model, args, rank=64), None), …)
+    Trainer(model, args, optimizer_cls_and_kwargs=galore_cls_and_kwargs(model, args, rank=64), …)
+
+Both read lr, weight decay and Adam's numbers from the TrainingArguments, and Trainer's own words for GaLore where
+they are set: ``optim="galore_adamw"``, ``optim_args="rank=64, update_proj_gap=100"``, ``optim_target_modules``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from galore_vit.adafactor import GaLoreAdafactor
+from galore_vit.adamw import GaLoreAdamW
+from galore_vit.adamw8bit import GaLoreAdamW8bit
+from galore_vit.groups import param_groups
+
+KINDS: dict[str, type[GaLoreAdamW] | type[GaLoreAdafactor]] = {
+    "galore_adamw": GaLoreAdamW,
+    "galore_adamw_8bit": GaLoreAdamW8bit,
+    "galore_adafactor": GaLoreAdafactor,
+}
+"""Trainer's names for the three optimizers."""
+GROUP_KEYS: dict[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+"""What ``optim_args`` may hold, with Trainer's defaults."""
+
+
+def galore_optimizer(model: nn.Module, args: Any = None, **settings: Any) -> Optimizer:
+    """A GaLore optimizer over a model's trainable parameters, for Trainer's ``optimizers=`` or a loop of one's own.
+
+    The blocks' matrices are projected (:func:`galore_vit.param_groups`); weight decay is that of everything with two
+    dimensions or more, as in Trainer, and not of biases and norms.
+
+    Args:
+        model: as the loop trains it.
+        args: transformers' TrainingArguments, or None. From it come lr, weight decay, betas and ε, and the words
+            ``optim``, ``optim_args`` and ``optim_target_modules`` where ``optim`` is one of GaLore's.
+        settings: what is given here counts before ``args``: ``optim`` (one of ``KINDS``), ``rank``,
+            ``update_proj_gap``, ``scale``, ``proj_type``, ``targets`` (module names as in ``optim_target_modules``: a
+            list of parts of names, or one regular expression for whole names), ``lr``, ``weight_decay``, and any
+            option of the optimizer (``refresh``, ``residual``, ``paper``, …).
+
+    Raises:
+        ValueError: where a word is unknown, or nothing would be projected.
+    """
+    kind, options = galore_cls_and_kwargs(model, args, **settings)
+    return kind(options.pop("params"), **options)
+
+
+def galore_cls_and_kwargs(
+    model: nn.Module, args: Any = None, **settings: Any
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The class and its arguments, parameter groups included, for Trainer's ``optimizer_cls_and_kwargs=``.
+
+    The arguments are those of :func:`galore_optimizer`. Trainer takes the groups out when it makes the optimizer, so
+    the pair serves one Trainer.
+    """
+    words = _words_of(args)
+    optim = settings.get("optim", words.get("optim", "galore_adamw"))
+    if optim == "galore_adafactor":  # which has neither β nor this ε
+        words = {key: value for key, value in words.items() if key not in ("betas", "eps")}
+        words |= {"scale_parameter": False, "relative_step": False}
+    words = {**words, **settings}
+    words.pop("optim", None)
+    if optim not in KINDS:
+        instead = "" if not str(optim).endswith("_layerwise") else "; layer by layer is galore_vit.InBackward"
+        raise ValueError(f"optim must be one of {', '.join(KINDS)}, not {optim!r}{instead}")
+    targets, decay = words.pop("targets", None), words.pop("weight_decay", 0.0)
+    keys = {key: words.pop(key, default) for key, default in GROUP_KEYS.items()}
+    paper = bool(words.get("paper"))
+    groups = param_groups(model, **keys, targets=None if targets is None else _pattern(targets), paper=paper)
+    return KINDS[optim], {"params": _decayed_apart(groups, decay), **words}
+
+
+def _words_of(args: Any) -> dict[str, Any]:
+    """What TrainingArguments say, in this module's words."""
+    if args is None:
+        return {}
+    words: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    optim = str(getattr(args.optim, "value", args.optim))
+    if not optim.startswith("galore_"):
+        return words
+    words["optim"] = optim
+    if args.optim_target_modules is not None:
+        words["targets"] = args.optim_target_modules
+    for part in (args.optim_args or "").replace(" ", "").split(","):
+        key, _, value = part.partition("=")
+        if key in GROUP_KEYS:
+            words[key] = type(GROUP_KEYS[key])(value)
+        elif part:
+            raise ValueError(f"optim_args takes {', '.join(GROUP_KEYS)} for GaLore, not {part!r}")
+    return words
+
+
+def _pattern(targets: str | Sequence[str]) -> str | None:
+    """Trainer's target modules as a regular expression for parameters' names; None for "all-linear"."""
+    if isinstance(targets, str):
+        return None if targets.replace("_", "-") == "all-linear" else rf"^(?:{targets})\.weight$"
+    return rf"(?:{'|'.join(map(re.escape, targets))}).*\.weight$"
+
+
+def _decayed_apart(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Each group in two, those with weight decay and those without."""
+    out = []
+    for group in groups:
+        for wanted, value in ((True, decay), (False, 0.0)):
+            params = [p for p in group["params"] if (p.ndim >= 2) == wanted]
+            if params:
+                out.append({**group, "params": params, "weight_decay": value})
+    return out
