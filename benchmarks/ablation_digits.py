@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_apps.results import Summary, read_results, summarise
-from memtrain_common.bench import write_results
+from memtrain_apps.ablate.results import Summary, read_results, summarise
+from memtrain_common.measuring.bench import write_results
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = Path(sys.executable).parent / "ablate"

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from backrazor.tasks.train import Trained, make_model, train_one
 from backrazor.tasks.train_flags import TrainConfig
-from memtrain_common.bench import write_results
-from memtrain_common.classifiers import logits_of
 from memtrain_common.console import Console
-from memtrain_common.data_order import stratified
+from memtrain_common.data.images.batches import evaluation_batches
+from memtrain_common.data.images.image_set import PictureSet
+from memtrain_common.data.images.sets import load_pictures
+from memtrain_common.data.order import stratified
 from memtrain_common.errors import UserError
-from memtrain_common.intervals import mean_and_ci
-from memtrain_common.picture_batches import evaluation_batches
-from memtrain_common.picture_sets import load_pictures
-from memtrain_common.pictures import PictureSet
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.models.classifiers import logits_of
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from backrazor.packing import pack
 from backrazor.tasks.memory import saved
 from backrazor.tasks.memory_flags import MemoryConfig
 from backrazor.tasks.shapes import Shaped, shaped
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console, format_table
+from memtrain_common.measuring.bench import write_results
 from torch import nn
 
 OUT = Path(__file__).parent / "results" / "backrazor_memory.json"

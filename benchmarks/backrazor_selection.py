@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from backrazor import Razor
 from backrazor.saved import Dense, Geometry, Saved
-from memtrain_common.bench import write_results
-from memtrain_common.cifar_resnet import CifarResNet
-from memtrain_common.classifiers import build_classifier
-from memtrain_common.image_tree import picture_folder
-from memtrain_common.llama2c import Llama2cTokenizer, load_llama2c
+from memtrain_common.data.images.folders import picture_folder
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.cifar_resnet import CifarResNet
+from memtrain_common.models.classifiers import build_classifier
+from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results" / "backrazor_selection.json"

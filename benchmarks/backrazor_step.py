@@ -30,10 +30,10 @@ from backrazor import Razor
 from backrazor.cpu_kernels import library
 from backrazor.tasks.memory_flags import MemoryConfig
 from backrazor.tasks.shapes import shaped
-from memtrain_common.bench import pairwise, write_results
 from memtrain_common.console import Console, format_bytes
-from memtrain_common.memory import PeakMeter, memory_in_use
-from memtrain_common.prediction import fake_step
+from memtrain_common.measuring.bench import pairwise, write_results
+from memtrain_common.measuring.memory import PeakMeter, memory_in_use
+from memtrain_common.measuring.prediction import fake_step
 from torch import nn
 
 Way = Literal["dense", "razor", "checkpoint"]

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from galore_vit.tasks.flags import Optim, TrainConfig
 from galore_vit.tasks.train import Trial, train_one
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console
+from memtrain_common.data.images.images import ImageSet, load_images
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageSet, load_images
-from memtrain_common.intervals import mean_and_ci
-from memtrain_common.run_folder import RunFolder
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.runs.run_folder import RunFolder
 
 SEEDS = (0, 1, 2)
 CONFIG = TrainConfig(data="breastmnist", epochs=40, rank=16, gap=50, scale=1.0, batch_size=64)

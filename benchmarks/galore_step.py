@@ -22,7 +22,7 @@ from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, Refresh, param_groups, stat
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases
 from galore_vit.projection import Bases, Layout, add_projected_back, project
 from galore_vit.state_size import adamw_state_bytes_formula
-from memtrain_common.bench import pairwise, ratio_of, write_results
+from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from torch import Tensor, nn
 
 SEED, RANK, GAP = 0, 64, 50

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from memtrain_common.bench import write_results
+from memtrain_common.measuring.bench import write_results
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "help_time.json"

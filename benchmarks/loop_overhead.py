@@ -22,14 +22,14 @@ from lte.injection import inject
 from lte.merging import Merger
 from lte.parameters import clip_grad_norm_per_head, param_groups
 from lte.tasks.train_config import lte_config
-from memtrain_common.bench import ratio_of, write_results
-from memtrain_common.checkpoint import Checkpoints
 from memtrain_common.console import Console
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import FitConfig, fit
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.schedule import cosine_with_warmup
-from memtrain_common.text import Crops, load_corpus
+from memtrain_common.data.text.corpus import Crops, load_corpus
+from memtrain_common.measuring.bench import ratio_of, write_results
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.runs.checkpoint import Checkpoints
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.schedule import cosine_with_warmup
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "loop_overhead.json"

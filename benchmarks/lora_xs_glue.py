@@ -35,13 +35,13 @@ from lora_xs.tasks.glue_flags import GlueConfig
 from lora_xs.tasks.glue_grid import interval
 from lora_xs.tasks.models import load_classifier
 from lora_xs.tasks.schedules import schedule
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console, format_table
-from memtrain_common.data_order import epoch_batch
-from memtrain_common.distributed import World
-from memtrain_common.glue import TASKS, load_glue
-from memtrain_common.loop import FitConfig, fit
-from memtrain_common.rng import seed_all
+from memtrain_common.data.order import epoch_batch
+from memtrain_common.data.text.glue import TASKS, load_glue
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.training.distributed import World
+from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.rng import seed_all
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 

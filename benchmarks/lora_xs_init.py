@@ -22,8 +22,8 @@ import torch
 import tyro
 from lora_xs import ROBERTA_TARGETS, LoRAXSConfig, inject, remove
 from lora_xs.svd import svd_bases
-from memtrain_common.bench import pairwise, ratio_of, write_results
 from memtrain_common.console import Console
+from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForSequenceClassification

@@ -16,9 +16,9 @@ import peft
 import torch
 import tyro
 from lora_xs import ROBERTA_TARGETS, LoRAXSConfig, inject
-from memtrain_common.bench import pairwise, write_results
 from memtrain_common.console import Console
-from memtrain_common.memory import SavedActivations
+from memtrain_common.measuring.bench import pairwise, write_results
+from memtrain_common.measuring.memory import SavedActivations
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 

@@ -20,13 +20,13 @@ import torch
 import tyro
 from lora_xs import CAUSAL_LM_TARGETS, LoRAXSConfig, inject, trained
 from lora_xs.tasks.schedules import schedule
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console
-from memtrain_common.data_order import epoch_batch
+from memtrain_common.data.order import epoch_batch
 from memtrain_common.errors import DivergedError
-from memtrain_common.llama2c import Llama2cTokenizer, load_llama2c
-from memtrain_common.loop import FitConfig, fit
-from memtrain_common.rng import seed_all
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
+from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
 Init = Literal["svd", "random"]

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from memtrain_common.bench import write_results
-from memtrain_common.text import load_corpus, ngram_entropies
+from memtrain_common.data.text.corpus import load_corpus, ngram_entropies
+from memtrain_common.measuring.bench import write_results
 
 HERE = Path(__file__).parent
 RESULT, PICTURE = HERE / "results" / "lte_default_run.json", HERE / "results" / "lte_default_loss.png"

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from lte.cli import configure
 from lte.tasks.train import train_one
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console
-from memtrain_common.text import Crops, load_corpus
+from memtrain_common.data.text.corpus import Crops, load_corpus
+from memtrain_common.measuring.bench import write_results
 
 RESULT = Path(__file__).parent / "results" / "lte_defaults.json"
 BASE = "--lte-heads 4 --lora-r 32 --lora-alpha 128 --lte-merge-steps 1 --learning-rate 1e-3 --rest-learning-rate 4e-3"

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 from lte.tasks.prepare import prepare
-from memtrain_common.bench import pairwise, write_results
-from memtrain_common.text import load_corpus
-from memtrain_common.tokenizers import GPT2Tokenizer
+from memtrain_common.data.text.corpus import load_corpus
+from memtrain_common.data.text.tokenizers import GPT2Tokenizer
+from memtrain_common.measuring.bench import pairwise, write_results
 
 RESULT = Path(__file__).parent / "results" / "lte_prepare.json"
 DOCUMENT = 6000  # characters: about an OpenWebText document

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from lte import LTEConfig, Merger, clip_grad_norm_per_head, inject, param_groups
-from memtrain_common.bench import write_results
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import FitConfig, fit, mean_loss
-from memtrain_common.plots import plot_loss
-from memtrain_common.rng import seed_all
-from memtrain_common.schedule import cosine_with_warmup
-from memtrain_common.text import Corpus, Crops, load_corpus
+from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.plots import plot_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import cosine_with_warmup
 
 RESULT = Path(__file__).parent / "results" / "lte_shakespeare.json"
 SCRATCH = Path(tempfile.gettempdir()) / "lte_shakespeare"  # who is at which arm

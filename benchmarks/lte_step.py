@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lte import LTEConfig, LTELinear, inject
-from memtrain_common.bench import pairwise, write_results
-from memtrain_common.gpt import Block, GPTConfig
+from memtrain_common.measuring.bench import pairwise, write_results
+from memtrain_common.models.gpt import Block, GPTConfig
 from torch import Tensor, nn
 
 RESULT = Path(__file__).parent / "results" / "lte_step.json"

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lte import LTEConfig, Merger, Ranks, inject, param_groups, shared_parameters
-from memtrain_common.bench import write_results
-from memtrain_common.distributed import launch
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.training.distributed import launch
 
 RESULT = Path(__file__).parent / "results" / "lte_wire.json"
 SIZE, STEPS, T, HEADS = 4, 20, 10, 4

@@ -28,12 +28,12 @@ COMBINATIONS = (
 def measure_model(name: str) -> list[dict[str, Any]]:
     """Predicted and measured bytes of every combination, or why it is refused."""
     import torch
-    from memtrain_apps.axes import Axes
-    from memtrain_apps.forecast import Workplace, predict_arm
-    from memtrain_apps.measuring import measure_place
-    from memtrain_apps.quiet import quiet_libraries
-    from memtrain_apps.shape_models import Step
-    from memtrain_apps.shapes import find_shape
+    from memtrain_apps.compose.axes import Axes
+    from memtrain_apps.plan.forecast import Workplace, predict_arm
+    from memtrain_apps.plan.measuring import measure_place
+    from memtrain_apps.plan.shape_models import Step
+    from memtrain_apps.plan.shapes import find_shape
+    from memtrain_apps.run.quiet import quiet_libraries
     from memtrain_common.errors import UserError
 
     quiet_libraries()
@@ -64,7 +64,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure every model, and write ``results/prediction_error.json``."""
     import torch
-    from memtrain_common.bench import write_results
+    from memtrain_common.measuring.bench import write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one model, printed as JSON")

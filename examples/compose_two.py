@@ -4,7 +4,7 @@ import lora_xs
 import torch
 from backrazor import Razor
 from digits import accuracy, digits, network
-from memtrain_common.memory import SavedActivations, measure
+from memtrain_common.measuring.memory import SavedActivations, measure
 from torch.nn.functional import cross_entropy
 
 x, y, test_x, test_y = digits()

@@ -3,7 +3,7 @@
 import torch
 from backrazor import Razor
 from digits import accuracy, digits, network
-from memtrain_common.memory import SavedActivations
+from memtrain_common.measuring.memory import SavedActivations
 from torch.nn.functional import cross_entropy
 
 x, y, test_x, test_y = digits()

@@ -1,7 +1,7 @@
 """Files of images as their publishers lay them out, small and random."""
 
 import numpy as np
-from memtrain_common.medmnist_sets import SETS
+from memtrain_common.data.images.medmnist_sets import SETS
 from PIL import Image
 
 

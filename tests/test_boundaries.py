@@ -60,6 +60,122 @@ def test_the_shared_package_imports_no_method():
         assert not names & {*METHODS, APPS}, f"{path} imports a method"
 
 
+# Rooms, the uppermost first: a file imports from its own room and from those below it.
+ROOMS = {
+    COMMON: ("commands", "training", "runs", "models", "measuring", "data"),
+    APPS: ("ablate", "plan", "run", "compose"),
+}
+# Beside the rooms: what every room may import, and what stands over all of them.
+GROUND = {COMMON: {"errors", "files", "console"}, APPS: set()}
+ROOF = {COMMON: {"hf"}, APPS: {"cli"}}
+BESIDE_EACH_OTHER = {("ablate", "plan"), ("plan", "ablate")}
+
+
+def modules(root):
+    """Dotted names of a package's modules (without the package's own) -> their files; a room's __init__ is the room."""
+    names = {}
+    for path in files(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def arrows(root, known=None):
+    """Module -> modules of the same package that it imports anywhere in it, ``TYPE_CHECKING`` included."""
+    known = known or modules(root)
+    found = {}
+    for name, path in known.items():
+        here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                words = [a.name.split(".") for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                words = [(node.module or "").split(".") if node.module else []]
+                if node.level:
+                    words = [[root.name, *[p for p in here if p][: len(here) - node.level + 1], *words[0]]]
+                words = [[*words[0], alias.name] for alias in node.names]
+            else:
+                continue
+            for word in words:
+                if word[:1] == [root.name]:
+                    inside = word[1:]
+                    while inside and ".".join(inside) not in known:
+                        inside = inside[:-1]
+                    targets.add(".".join(inside))
+        found[name] = targets - {name, ""}
+    return found
+
+
+def upward(package, found):
+    """(module, imported) of each import that points upwards, or past what a room may see."""
+    rooms, ground, roof = ROOMS[package], GROUND[package], ROOF[package]
+    wrong = []
+    for name, targets in found.items():
+        room = name.split(".")[0]
+        for target in targets:
+            other = target.split(".")[0]
+            if other in ground or room in roof or name == "":
+                continue
+            level = rooms.index(room) if room in rooms else len(rooms)
+            if (
+                other not in rooms
+                or rooms.index(other) < level
+                or (room, other) in BESIDE_EACH_OTHER
+                or (room == "data" and name.split(".")[1] == "images" and target.split(".")[1] == "text")
+                or (room == "data" and name.split(".")[1] == "text" and target.split(".")[1] == "images")
+            ):
+                wrong.append((name, target))
+    return sorted(wrong)
+
+
+def circles(found):
+    """Groups of modules that import each other (strongly connected, more than one)."""
+    reach = {}
+    for start in found:
+        seen, queue = set(), [start]
+        while queue:
+            for target in found.get(queue.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    queue.append(target)
+        reach[start] = seen
+    groups = {frozenset({a, *(b for b in reach[a] if a in reach[b])}) for a in reach if a in reach[a]}
+    return sorted(sorted(g) for g in groups if len(g) > 1)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_file_has_a_room_and_every_room_says_what_it_is_for(package):
+    root = MODULES[package]
+    for name, path in modules(root).items():
+        first = name.split(".")[0]
+        assert first in {*ROOMS[package], *GROUND[package], *ROOF[package], ""}, f"{path} stands in no room"
+        if path.name == "__init__.py" and name:
+            text = path.read_text()
+            assert ast.get_docstring(ast.parse(text)), path
+            assert len(text.splitlines()) == 1, f"{path} holds more than the line that says what the room is for"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_import_points_upwards(package):
+    assert upward(package, arrows(MODULES[package])) == []
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_package_has_a_circle_of_imports(package):
+    assert circles(arrows(MODULES[package])) == []
+
+
+def test_a_file_in_the_wrong_room_and_an_arrow_upwards_are_found():
+    """The checks above can fail: the loop moved to the data, a run that knows the loop, and a circle."""
+    found = arrows(MODULES[COMMON])
+    assert ("data.loop", "runs.run_folder") in upward(COMMON, {"data.loop": found["training.loop"]})
+    assert upward(COMMON, {"runs.run_folder": {"training.loop"}}) == [("runs.run_folder", "training.loop")]
+    assert upward(COMMON, {"data.text.corpus": {"data.images.sets"}})
+    assert upward(APPS, {"run.training": {"plan.plan"}, "plan.plan": {"ablate.grid"}}) != []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
 def test_the_mathematics_of_lte_needs_torch_alone():
     """Everything but the command works where nothing but torch is installed."""
     script = """

@@ -19,7 +19,7 @@ def weights(optimizer, scale, steps, **options):
 
 
 def test_no_step_explodes_where_gradients_of_a_block_span_eight_decades():
-    from memtrain_apps.adamw8bit import AdamW8bit
+    from memtrain_apps.compose.adamw8bit import AdamW8bit
 
     scale = 10 ** -(torch.rand(64, 128, generator=torch.Generator().manual_seed(1)) * 8)
     (before, after), made = weights(AdamW8bit, scale, steps=20)
@@ -35,7 +35,7 @@ def test_no_step_explodes_where_gradients_of_a_block_span_eight_decades():
 
 
 def test_the_steps_are_adamws_where_gradients_are_alike():
-    from memtrain_apps.adamw8bit import AdamW8bit
+    from memtrain_apps.compose.adamw8bit import AdamW8bit
 
     (_, ours), _ = weights(AdamW8bit, 1.0, steps=20)
     (_, exact), _ = weights(torch.optim.AdamW, 1.0, steps=20)
@@ -43,7 +43,7 @@ def test_the_steps_are_adamws_where_gradients_are_alike():
 
 
 def test_what_never_had_a_gradient_stays():
-    from memtrain_apps.adamw8bit import AdamW8bit
+    from memtrain_apps.compose.adamw8bit import AdamW8bit
 
     scale = torch.ones(64, 128)
     scale[:2] = 0  # one whole block of 256

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from memtrain_apps.arms import Job, is_out_of_memory, memory_limit, run_jobs, wait_until_free
+from memtrain_apps.ablate.arms import Job, is_out_of_memory, memory_limit, run_jobs, wait_until_free
 from memtrain_common.errors import DivergedError, UserError
 
 FORK = multiprocessing.get_context("fork")  # quicker here than the server of the commands

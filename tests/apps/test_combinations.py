@@ -5,14 +5,14 @@ import copy
 
 import pytest
 import torch
-from memtrain_apps.axes import Axes, combinations, refusal
-from memtrain_apps.compose import compose, trained_names
-from memtrain_apps.families import head_name
+from memtrain_apps.compose.axes import Axes, combinations, refusal
+from memtrain_apps.compose.compose import compose, trained_names
+from memtrain_apps.compose.families import head_name
 from memtrain_common.errors import UserError
-from memtrain_common.loop import FitConfig, fit
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.vit import _vit
+from memtrain_common.models.vit import _vit
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.rng import seed_all
 from torch import nn
 
 STEPS = 10

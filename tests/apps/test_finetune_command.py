@@ -7,9 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from memtrain_apps.axes import USED_BY, Axes
-from memtrain_apps.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
-from memtrain_common.vit import load_vit
+from memtrain_apps.compose.axes import USED_BY, Axes
+from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
+from memtrain_common.models.vit import load_vit
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed
 

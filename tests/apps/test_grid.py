@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from memtrain_apps.ablate_config import AblateConfig, configure
-from memtrain_apps.axes import Axes, names
-from memtrain_apps.grid import grid_of, read_grid
+from memtrain_apps.ablate.config import AblateConfig, configure
+from memtrain_apps.ablate.grid import grid_of, read_grid
+from memtrain_apps.compose.axes import Axes, names
 from memtrain_common.errors import UserError
 
 

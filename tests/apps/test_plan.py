@@ -7,26 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from memtrain_apps import known
-from memtrain_apps.axes import Axes
-from memtrain_apps.compose import compose
-from memtrain_apps.cuda_choices import CudaChoices
-from memtrain_apps.forecast import (
+from memtrain_apps.compose.axes import Axes
+from memtrain_apps.compose.compose import compose
+from memtrain_apps.plan import known
+from memtrain_apps.plan.config import configure, planned_shape
+from memtrain_apps.plan.cuda_choices import CudaChoices
+from memtrain_apps.plan.forecast import (
     Workplace,
     between,
     count_step,
     largest,
     predict_arm,
 )
-from memtrain_apps.measuring import measure_place
-from memtrain_apps.moments import step_moments
-from memtrain_apps.plan import make_plan
-from memtrain_apps.plan_config import configure, planned_shape
-from memtrain_apps.shape_models import Step, build_model, loss_of, make_batch
-from memtrain_apps.shapes import CNNS, Shape, find_shape, known_names
-from memtrain_apps.units import parse_bytes
+from memtrain_apps.plan.measuring import measure_place
+from memtrain_apps.plan.moments import step_moments
+from memtrain_apps.plan.plan import make_plan
+from memtrain_apps.plan.shape_models import Step, build_model, loss_of, make_batch
+from memtrain_apps.plan.shapes import CNNS, Shape, find_shape, known_names
+from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
-from memtrain_common.prediction import fake_step, predict
+from memtrain_common.measuring.prediction import fake_step, predict
 from support import ROOT, assert_refused, run_command, run_ranks
 from torch import nn
 
@@ -101,7 +101,7 @@ def test_names_are_found_with_and_without_owner_and_tuning():
 
 
 def test_finetunes_names_are_the_shapes_that_it_builds():
-    from memtrain_common.classifiers import MODELS, build_classifier
+    from memtrain_common.models.classifiers import MODELS, build_classifier
 
     assert set(MODELS) <= set(known_names())
     for name in set(MODELS) - set(CNNS):
@@ -225,7 +225,7 @@ def predict_with_mask(place, axes, micro_batches):
 
     from torch._subclasses.fake_tensor import FakeTensor
 
-    with mock.patch("memtrain_common.prediction._as_if_real") as real:
+    with mock.patch("memtrain_common.measuring.prediction._as_if_real") as real:
         real.side_effect = lambda: mock.patch(
             "transformers.utils.import_utils.is_fake_tensor", lambda x: isinstance(x, FakeTensor)
         )
@@ -249,10 +249,10 @@ def test_depth_is_drawn_out_exactly(family, save):
 def test_a_library_is_not_first_imported_on_fake_tensors():
     """PEFT imports libraries with tables of 4-bit levels: they would be counted once, and be fake from then on."""
     code = """
-from memtrain_apps.axes import Axes
-from memtrain_apps.moments import step_moments
-from memtrain_apps.shape_models import Step
-from memtrain_apps.shapes import find_shape
+from memtrain_apps.compose.axes import Axes
+from memtrain_apps.plan.moments import step_moments
+from memtrain_apps.plan.shape_models import Step
+from memtrain_apps.plan.shapes import find_shape
 step = Step(find_shape("facebook/deit-tiny-patch16-224").with_depth(1), cuda=False)
 assert step_moments(step, Axes("lora"), 1) == step_moments(step, Axes("lora"), 1)
 """
@@ -357,9 +357,9 @@ def test_cudas_autocast_computes_norms_in_float32():
 
 
 def fsdp_step(place, axes, out):
-    from memtrain_apps.families import blocks
-    from memtrain_common.distributed import launch, parallelize
-    from memtrain_common.prediction import LiveBytes
+    from memtrain_apps.compose.families import blocks
+    from memtrain_common.measuring.prediction import LiveBytes
+    from memtrain_common.training.distributed import launch, parallelize
 
     world, device = launch("cpu")
     with LiveBytes() as live:
@@ -500,7 +500,7 @@ def test_measured_stands_beside_predicted(tmp_path):
 
 
 def test_a_large_model_is_planned_without_being_allocated():
-    from memtrain_common.memory import memory_in_use
+    from memtrain_common.measuring.memory import memory_in_use
 
     before = memory_in_use(torch.device("cpu"))
     plan = plan_of(

@@ -7,9 +7,9 @@ import statistics
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from memtrain_apps.charts import Box, byte_ticks, place_labels, text_width, ticks
-from memtrain_apps.report import render
-from memtrain_apps.results import CATEGORIES, summarise
+from memtrain_apps.ablate.charts import Box, byte_ticks, place_labels, text_width, ticks
+from memtrain_apps.ablate.report import render
+from memtrain_apps.ablate.results import CATEGORIES, summarise
 
 MIB = 1 << 20
 

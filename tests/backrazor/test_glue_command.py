@@ -7,7 +7,7 @@ import matplotlib.figure
 import pytest
 import torch
 from backrazor.tasks.glue_flags import PRESETS, GlueConfig, check
-from memtrain_common import checkpoint
+from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command
 
 pytestmark = pytest.mark.usefixtures("loaded")

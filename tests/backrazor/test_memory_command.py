@@ -9,7 +9,7 @@ import pytest
 from backrazor.tasks.memory import alike, saved
 from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
 from backrazor.tasks.shapes import shaped
-from memtrain_common.prediction import fake_step
+from memtrain_common.measuring.prediction import fake_step
 from support import assert_refused, run_command
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -92,7 +92,7 @@ def test_a_folder_of_transformers(tmp_path, encoder):
     assert "8 sequences of 20 tokens" in done.stdout
     too_long = memory(tmp_path, encoder, "--sequence-length", "65")
     assert_refused(too_long, "beyond the 64 positions")
-    from memtrain_common.vit import build_vit
+    from memtrain_common.models.vit import build_vit
 
     build_vit("mini", image_size=16, patch_size=4, classes=3).save_pretrained(tmp_path / "vit")
     done = memory(tmp_path, "vit", "--layers", "none")

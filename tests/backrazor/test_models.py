@@ -8,8 +8,8 @@ import timm
 import torch
 import torchvision
 from backrazor import Razor
-from memtrain_common.gpt import GPT, GPTConfig
-from memtrain_common.memory import SavedActivations
+from memtrain_common.measuring.memory import SavedActivations
+from memtrain_common.models.gpt import GPT, GPTConfig
 from torch import nn
 from transformers import (
     BertConfig,

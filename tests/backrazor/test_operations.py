@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from backrazor import OPERATIONS, Razor, describe
 from backrazor.ops.pointwise import ACTIVATIONS
-from memtrain_common.prediction import fake_step
+from memtrain_common.measuring.prediction import fake_step
 from slow import paper_pruned, pruned
 
 D = torch.float64

@@ -299,7 +299,7 @@ def test_empty_and_tiny_batches(shape):
 
 def test_no_transient_exceeds_a_layers_dense_activations():
     """What lives beyond the plain forward pass's tensors while a tensor is packed: at most the layer's own size."""
-    from memtrain_common.prediction import predict
+    from memtrain_common.measuring.prediction import predict
 
     def build():
         return nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
@@ -315,8 +315,8 @@ def test_no_transient_exceeds_a_layers_dense_activations():
 
 
 def test_predicted_equals_measured_to_the_byte():
-    from memtrain_common.memory import SavedActivations
-    from memtrain_common.prediction import predict
+    from memtrain_common.measuring.memory import SavedActivations
+    from memtrain_common.measuring.prediction import predict
 
     def build():
         return nn.Sequential(

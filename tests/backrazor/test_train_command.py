@@ -13,13 +13,13 @@ from backrazor.tasks.saving import dense_activations, saving_of, train_only
 from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, total_steps, train_one
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
-from memtrain_common import checkpoint
-from memtrain_common.classifiers import build_classifier, classification_loss
 from memtrain_common.console import Console
+from memtrain_common.data.images.sets import load_pictures
 from memtrain_common.errors import UserError
-from memtrain_common.memory import SavedActivations
-from memtrain_common.picture_sets import load_pictures
-from memtrain_common.vit import build_vit, load_vit
+from memtrain_common.measuring.memory import SavedActivations
+from memtrain_common.models.classifiers import build_classifier, classification_loss
+from memtrain_common.models.vit import build_vit, load_vit
+from memtrain_common.runs import checkpoint
 from support import Command, assert_refused, rows, run_command, run_ranks
 from torch import nn
 

@@ -9,9 +9,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from memtrain_common.data.text.corpus import Crops, load_corpus
+from memtrain_common.data.text.nanogpt_meta import read_meta_pickle, write_meta_pickle
 from memtrain_common.errors import UserError
-from memtrain_common.nanogpt_meta import read_meta_pickle, write_meta_pickle
-from memtrain_common.text import Crops, load_corpus
 
 WORDS = "the quick brown fox, naïve 日本 jumps\n"
 

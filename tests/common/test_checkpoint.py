@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from memtrain_common import checkpoint as module
-from memtrain_common.checkpoint import Checkpoints, load, verify
 from memtrain_common.errors import UserError
-from memtrain_common.state_tree import decode, encode
+from memtrain_common.runs import checkpoint as module
+from memtrain_common.runs.checkpoint import Checkpoints, load, verify
+from memtrain_common.runs.state_tree import decode, encode
 from torch import nn
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path):
     script = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-from memtrain_common.checkpoint import Checkpoints
+from memtrain_common.runs.checkpoint import Checkpoints
 from memtrain_common.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

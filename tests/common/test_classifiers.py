@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 from image_files import google_file
-from memtrain_common.classifiers import CNNS, MODELS, build_classifier, classification_loss, logits_of, usual_size
+from memtrain_common.data.images.batches import IMAGENET, Normalize, evaluation_batches
+from memtrain_common.data.images.sets import load_pictures
 from memtrain_common.errors import UserError
-from memtrain_common.picture_batches import IMAGENET, Normalize, evaluation_batches
-from memtrain_common.picture_sets import load_pictures
-from memtrain_common.vit import build_vit
+from memtrain_common.models.classifiers import (
+    CNNS,
+    MODELS,
+    build_classifier,
+    classification_loss,
+    logits_of,
+    usual_size,
+)
+from memtrain_common.models.vit import build_vit
 
 
 @pytest.mark.parametrize("name", ["vit-mini", "resnet18", "mobilenet_v2", "resnet20"])

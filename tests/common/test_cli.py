@@ -7,9 +7,9 @@ import signal
 from typing import Literal
 
 import pytest
-from memtrain_common.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.commands.run_flags import LearningRate, Lr
 from memtrain_common.errors import DivergedError, Stopped, UserError
-from memtrain_common.run_flags import LearningRate, Lr
 
 
 @dataclasses.dataclass(frozen=True)

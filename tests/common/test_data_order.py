@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from memtrain_common.data_order import epoch_batch, epoch_order, random_bits, random_offsets, rank_share
+from memtrain_common.data.order import epoch_batch, epoch_order, random_bits, random_offsets, rank_share
 
 
 def splitmix64(state, n):

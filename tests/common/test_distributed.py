@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from memtrain_common.console import Console
-from memtrain_common.distributed import launch, parallelize, unwrap
+from memtrain_common.data.text.corpus import Corpus, Crops
+from memtrain_common.data.text.tokenizers import ByteTokenizer
 from memtrain_common.errors import Stopped, UserError
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import FitConfig, fit, mean_loss
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.text import Corpus, Crops
-from memtrain_common.tokenizers import ByteTokenizer
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.distributed import launch, parallelize, unwrap
+from memtrain_common.training.loop import FitConfig, fit, mean_loss
 from support import run_ranks
 
 TOKENS = (np.arange(4000) ** 2 % 251).astype(np.uint8)

@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from memtrain_common.documents import Source, find_sources, split_of
+from memtrain_common.data.text.documents import Source, find_sources, split_of
 from memtrain_common.errors import UserError
 
 TEXTS = ['One.\nTwo, "three"', "naïve — 日本\r\n", "x" * 200_000, ""]

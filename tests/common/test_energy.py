@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from memtrain_common import energy
-from memtrain_common.energy import EnergyMeter, nvml_counters, rapl_counters
+from memtrain_common.measuring import energy
+from memtrain_common.measuring.energy import EnergyMeter, nvml_counters, rapl_counters
 
 
 class Clock:

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from memtrain_common import glue
+from memtrain_common.data.text import glue
 from memtrain_common.errors import UserError
 
 HEADS = {

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch.nn import functional as F
 
 CONFIG = GPTConfig(block_size=9, vocab_size=13, n_layer=3, n_head=2, n_embd=8, bias=True)

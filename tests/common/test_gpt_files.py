@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, GPTConfig
-from memtrain_common.gpt_files import PlainGPT, download_gpt2, read_gpt2, read_nanogpt, write_gpt2, write_nanogpt
+from memtrain_common.models.gpt import GPT, GPTConfig
+from memtrain_common.models.gpt_files import PlainGPT, download_gpt2, read_gpt2, read_nanogpt, write_gpt2, write_nanogpt
 
 SHAPE = {"block_size": 13, "vocab_size": 71, "n_layer": 3, "n_head": 3, "n_embd": 24}
 ASKED = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "dataset": "shakespeare_char"}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from image_files import image_folder, random_file
-from memtrain_common.data_order import stratified
+from memtrain_common.data.images.images import ImageBatches, fold, load_images, to_pixels
+from memtrain_common.data.images.medmnist import Split
+from memtrain_common.data.order import stratified
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageBatches, fold, load_images, to_pixels
-from memtrain_common.medmnist import Split
 
 
 def test_digits_are_all_there_once():

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from memtrain_common.data.text.instruct import ANSWER_IS, PROMPT, examples, find_file, pair_of, read_rows
 from memtrain_common.errors import UserError
-from memtrain_common.instruct import ANSWER_IS, PROMPT, examples, find_file, pair_of, read_rows
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from memtrain_common.errors import DivergedError, Stopped, UserError
-from memtrain_common.loop import FitConfig, fit, mean_loss
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.schedule import cosine_with_warmup
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.schedule import cosine_with_warmup
 from torch import nn
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_files import random_file
+from memtrain_common.data.images.medmnist import check_labels, file_name, read_npz
+from memtrain_common.data.images.medmnist_sets import SETS, SIZES
 from memtrain_common.errors import UserError
-from memtrain_common.medmnist import check_labels, file_name, read_npz
-from memtrain_common.medmnist_sets import SETS, SIZES
 
 
 def test_the_table_is_the_published_one():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from memtrain_common.measuring.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 
 FLOAT = 4

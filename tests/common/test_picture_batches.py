@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import image_folder
-from memtrain_common.image_tree import picture_folder
-from memtrain_common.picture_batches import (
+from memtrain_common.data.images.batches import (
     IMAGENET,
     RECIPES,
     Normalize,
@@ -19,7 +18,8 @@ from memtrain_common.picture_batches import (
     jittered,
     randomly_cropped,
 )
-from memtrain_common.pictures import ArrayPictures, PictureSplit
+from memtrain_common.data.images.folders import picture_folder
+from memtrain_common.data.images.image_set import ArrayPictures, PictureSplit
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as F

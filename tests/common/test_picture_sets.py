@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 from image_files import image_folder, random_file
+from memtrain_common.data.images.sets import NAMES, fetch, load_pictures
 from memtrain_common.errors import UserError
-from memtrain_common.picture_sets import NAMES, fetch, load_pictures
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets

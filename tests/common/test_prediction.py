@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.memory import SavedActivations, measure, memory_in_use
-from memtrain_common.prediction import LiveBytes, predict
+from memtrain_common.measuring.memory import SavedActivations, measure, memory_in_use
+from memtrain_common.measuring.prediction import LiveBytes, predict
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

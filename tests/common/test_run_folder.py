@@ -8,15 +8,16 @@ import types
 
 import pytest
 import torch
-from memtrain_common.bench import pairwise, ratio_of, write_results
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
-from memtrain_common.loop import FitConfig
-from memtrain_common.memory import Ledger
-from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.run_folder import RunFolder, default_run_path, versions
-from memtrain_common.trackers import check_tracker, open_tracker
+from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
+from memtrain_common.measuring.environment import versions
+from memtrain_common.measuring.memory import Ledger
+from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.runs.run_folder import RunFolder, default_run_path
+from memtrain_common.runs.trackers import check_tracker, open_tracker
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.loop import FitConfig
 
 
 def test_config_json_repeats_the_run(tmp_path):
@@ -72,7 +73,7 @@ def test_a_folder_in_use_is_refused_to_another_process(tmp_path):
 import sys
 from pathlib import Path
 from memtrain_common.errors import UserError
-from memtrain_common.run_folder import RunFolder
+from memtrain_common.runs.run_folder import RunFolder
 for take in (RunFolder.create, RunFolder.open):
     try:
         take(Path({str(run.path)!r}))
@@ -208,7 +209,7 @@ def test_pairwise_ratios_and_results_that_name_their_making(tmp_path):
     ("flags", "dies", "expected"), [("avx2", True, False), ("amx_bf16", False, False), ("amx_bf16", True, True)]
 )
 def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_path, flags, dies, expected):
-    from memtrain_common import processor
+    from memtrain_common.training import cpu_workarounds as processor
 
     (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")

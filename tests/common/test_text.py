@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus, ngram_entropies
+from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, default_prompt
 from memtrain_common.errors import UserError
-from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
-from memtrain_common.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, default_prompt
 
 
 def write(folder, **files):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_files import google_file
 from memtrain_common.errors import UserError
-from memtrain_common.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
+from memtrain_common.models.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
 from safetensors.torch import load_file, save_file
 
 

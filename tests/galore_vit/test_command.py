@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from image_files import image_folder, random_file
-from memtrain_common import checkpoint
-from memtrain_common.medmnist_sets import SETS
-from memtrain_common.vit import build_vit
+from memtrain_common.data.images.medmnist_sets import SETS
+from memtrain_common.models.vit import build_vit
+from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command, run_ranks
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -163,7 +163,7 @@ def test_what_each_way_of_training_moves(tmp_path, pictures):
         heads += [t for n, t in state.items() if n == "classifier.weight"]
         assert not torch.equal(heads[0], begun["classifier.weight"])
     from galore_vit.melo_file import read_melo
-    from memtrain_common.vit import load_vit
+    from memtrain_common.models.vit import load_vit
 
     vit, _ = load_vit(tmp_path / "vit", image_size=8, classes=2)
     again = read_melo(vit, tmp_path / "melo" / "adapter.safetensors")

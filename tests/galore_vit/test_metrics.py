@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from galore_vit.metrics import accuracy, auc, calibration_error
 from image_files import random_file
-from memtrain_common.medmnist_sets import SETS
+from memtrain_common.data.images.medmnist_sets import SETS
 
 FLAGS = ["breastmnist", "bloodmnist", "retinamnist", "chestmnist"]
 

@@ -99,7 +99,7 @@ QUESTIONS = [(f"{a} plus {b}?", a + b) for a in range(4) for b in range(4)]
 def language_model(tmp_path_factory, words_tokenizer):
     """A folder with a small Llama that knows the words of the prompt and of sums."""
     import transformers
-    from memtrain_common.instruct import PROMPT
+    from memtrain_common.data.text.instruct import PROMPT
 
     folder = tmp_path_factory.mktemp("llama")
     texts = [

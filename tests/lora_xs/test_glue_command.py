@@ -269,7 +269,7 @@ def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_pat
 def test_the_encoders_dropout_is_on_while_it_trains(encoder, tmp_path):
     from lora_xs.tasks.glue import adapted_model
     from lora_xs.tasks.glue_flags import GlueConfig
-    from memtrain_common.encoders import load_tokenizer
+    from memtrain_common.models.encoders import load_tokenizer
 
     folder = with_dropout(encoder, 0.5, tmp_path / "dropping")
     model = adapted_model(GlueConfig(task="sst2", model=str(folder), rank=2), load_tokenizer(str(folder)))

@@ -14,9 +14,9 @@ from lora_xs import load_adapter
 from lora_xs.tasks.answers import gsm8k_answer, gsm8k_correct
 from lora_xs.tasks.evaluate import wilson
 from lora_xs.tasks.instruct import IGNORED, collate, loss_of, shared_batch, tokenize
-from memtrain_common.distributed import World
-from memtrain_common.encoders import load_tokenizer
-from memtrain_common.instruct import Example
+from memtrain_common.data.text.instruct import Example
+from memtrain_common.models.encoders import load_tokenizer
+from memtrain_common.training.distributed import World
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_ranks
 

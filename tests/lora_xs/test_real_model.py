@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_xs import CAUSAL_LM_TARGETS, LoRAXSConfig, inject, load_adapter, save_adapter, trained
 from memtrain_common.errors import UserError
-from memtrain_common.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
+from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
 from support import rows, run_command
 
 DATA = os.environ.get("MEMTRAIN_DATA")

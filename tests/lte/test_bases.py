@@ -4,7 +4,7 @@ import pytest
 import torch
 from lte import LTEConfig, LTELinear, Merger, inject, merge, merged_state_dict, param_groups
 from lte.bases import NF4, dequantize_4bit, join_float32, quantize_4bit, split_float32
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 
 BASES = {
@@ -127,7 +127,7 @@ def test_training_and_merging_on_a_low_precision_base(config):
 
 def test_a_four_bit_weight_is_made_again_in_the_backward_pass():
     """Its gradients are those of the weight it stands for, and no weight in full is saved."""
-    from memtrain_common.memory import SavedActivations
+    from memtrain_common.measuring.memory import SavedActivations
 
     layer = layer_of(64, 64, base="4bit").train()
     with torch.no_grad():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from lte import LTEConfig, LTELinear, Merger, inject, merge, merged_state_dict
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 
 EXACT = {"rtol": 0, "atol": 1e-12}

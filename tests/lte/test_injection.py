@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lte import LTEConfig, LTELinear, Merger, clip_grad_norm_per_head, inject, merge, param_groups
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 
 SMALL = GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True)

@@ -171,7 +171,7 @@ def test_merging_and_evaluating_under_autocast_keep_the_masters_precision(dtype)
 
 def test_saves_the_input_and_rank_r_only():
     """Saved for the backward pass: x (shared with the caller), the factors, and u (H, t, r)."""
-    from memtrain_common.memory import SavedActivations
+    from memtrain_common.measuring.memory import SavedActivations
 
     layer = layer_of(2, 16, 16, 3, bias=False)
     x = torch.randn(4, 5, 16, dtype=torch.float64, requires_grad=True)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from lte.tasks.pieces import Cutting
 from lte.tasks.prepare import DATASETS, prepare, resolve
-from memtrain_common.documents import find_sources
+from memtrain_common.data.text.corpus import load_corpus
+from memtrain_common.data.text.documents import find_sources
+from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 from memtrain_common.errors import UserError
-from memtrain_common.text import load_corpus
-from memtrain_common.tokenizers import GPT2Tokenizer
 from support import Command, assert_refused, run_command
 
 END = 50256

@@ -24,13 +24,13 @@ from lte import (
 from lte.headed import sum_of_products, tree_sum
 from lte.merging import sends_factors
 from memtrain_common.console import Console
-from memtrain_common.distributed import launch
+from memtrain_common.data.text.corpus import Corpus, Crops
+from memtrain_common.data.text.tokenizers import ByteTokenizer
 from memtrain_common.errors import LostRankError, Stopped, UserError
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import FitConfig, fit, mean_loss
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.text import Corpus, Crops
-from memtrain_common.tokenizers import ByteTokenizer
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.distributed import launch
+from memtrain_common.training.loop import FitConfig, fit, mean_loss
 from safetensors.torch import load_file
 from support import newest_checkpoint, run_ranks
 

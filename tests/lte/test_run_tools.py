@@ -17,11 +17,11 @@ from lte.tasks.prepare import prepare
 from lte.tasks.sample import sample
 from lte.tasks.starting import find_weights, read_run
 from matplotlib.image import imread
+from memtrain_common.data.text.corpus import Crops, load_corpus
+from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import mean_loss
-from memtrain_common.text import Crops, load_corpus
-from memtrain_common.tokenizers import GPT2Tokenizer
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.training.loop import mean_loss
 from safetensors.torch import load_file
 from support import assert_refused, newest_checkpoint, rows, run_command
 

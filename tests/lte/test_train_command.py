@@ -14,10 +14,10 @@ import pytest
 import torch
 from lte.cli import configure, train
 from lte.tasks.train_config import PRESETS, TrainConfig, check, lte_config
+from memtrain_common.data.text.corpus import Crops, load_corpus
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import mean_loss
-from memtrain_common.text import Crops, load_corpus
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.training.loop import mean_loss
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
 

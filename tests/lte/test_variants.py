@@ -19,8 +19,8 @@ from lte import (
     merged_state_dict,
     param_groups,
 )
-from memtrain_common.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.loop import FitConfig, fit
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.training.loop import FitConfig, fit
 from torch import nn
 
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from memtrain_common.cli import run_command
+from memtrain_common.commands.cli import run_command
 
 FINETUNE = """Fine-tune a model with one choice on each of three axes: --train, --save, --optim.
 
@@ -14,42 +14,42 @@ Without flags: a small GPT on the source of Python's standard library. The first
 
 
 def _finetune(argv: Sequence[str]) -> None:
-    from .config import FINETUNE_PRESETS, FinetuneConfig, configure
+    from .run.config import FINETUNE_PRESETS, FinetuneConfig, configure
 
     config = configure(argv, FinetuneConfig, prog="finetune", description=FINETUNE, presets=FINETUNE_PRESETS)
-    from .finetune import run_finetune
+    from .run.finetune import run_finetune
 
     run_finetune(config, argv)
 
 
 def _pretrain(argv: Sequence[str]) -> None:
-    from .config import PRETRAIN_PRESETS, PretrainConfig, configure
+    from .run.config import PRETRAIN_PRESETS, PretrainConfig, configure
 
     config = configure(argv, PretrainConfig, prog="pretrain", description=PRETRAIN, presets=PRETRAIN_PRESETS)
-    from .pretrain import run_pretrain
+    from .run.pretrain import run_pretrain
 
     run_pretrain(config, argv)
 
 
 def _ablate(argv: Sequence[str]) -> None:
-    from .ablate_config import configure
+    from .ablate.config import configure
 
     request = configure(argv)
-    from .ablate import run_ablation
+    from .ablate.ablate import run_ablation
 
     run_ablation(request, argv)
 
 
 def _plan(argv: Sequence[str]) -> None:
-    from .plan_config import configure
+    from .plan.config import configure
 
     config = configure(argv)
     if config.list_models:
-        from .shapes import known_names
+        from .plan.shapes import known_names
 
         print("\n".join(known_names()))
         return
-    from .plan import run_plan
+    from .plan.command import run_plan
 
     run_plan(config)
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from memtrain_common.cli import run_command
+from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 
 

@@ -1,5 +1,5 @@
 """What every memtrain method shares: data, models, one training loop, checkpoints and one memory ruler.
 
-Import from the modules: ``from memtrain_common.loop import fit``. Nothing is imported here, so that a command
+Import from the modules: ``from memtrain_common.training.loop import fit``. Nothing is imported here, so that a command
 which only prints its help does not load torch.
 """

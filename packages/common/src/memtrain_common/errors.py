@@ -6,7 +6,7 @@ import signal
 class UserError(Exception):
     """Something that the user can mend. The message is one sentence: what is wrong and what would be right.
 
-    :func:`memtrain_common.cli.run_command` prints it without a traceback and exits with ``exit_code``.
+    :func:`memtrain_common.commands.cli.run_command` prints it without a traceback and exits with ``exit_code``.
     """
 
     exit_code = 2

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from memtrain_common.cli import changed_fields, flag_value, parse, run_command
-from memtrain_common.configure import flag, refuse_unused
+from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.commands.configure import flag, refuse_unused
 from memtrain_common.errors import UserError
 
 from .tasks.flags import PRESETS, EvalConfig, InfoConfig, TrainConfig
@@ -52,7 +52,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
 
 def saved_config(run: Path) -> TrainConfig:
     """The configuration in a run's folder."""
-    from memtrain_common.run_folder import RunFolder
+    from memtrain_common.runs.run_folder import RunFolder
 
     try:
         return TrainConfig(**RunFolder.open(run).read_config()["config"])

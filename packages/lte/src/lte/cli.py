@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
 from .tasks.nanogpt import translate
@@ -37,7 +37,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
         ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
         return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
-    from memtrain_common.run_folder import RunFolder
+    from memtrain_common.runs.run_folder import RunFolder
 
     if not argv[0].startswith("-"):
         raise UserError(f"--resume brings its own configuration: leave out the preset {argv[0]!r}")

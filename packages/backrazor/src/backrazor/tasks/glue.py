@@ -7,24 +7,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from memtrain_common.checkpoint import load as load_checkpoint
-from memtrain_common.configure import MAY_CHANGE
+from memtrain_common.commands.configure import MAY_CHANGE
+from memtrain_common.commands.session import open_run
+from memtrain_common.commands.summary import run_facts
 from memtrain_common.console import Console, format_table
-from memtrain_common.data_order import epoch_batch, rank_share
-from memtrain_common.distributed import World, launch, parallelize, unwrap
-from memtrain_common.encoders import load_classifier, load_tokenizer
+from memtrain_common.data.order import epoch_batch, rank_share
+from memtrain_common.data.text.glue import TASKS
+from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
 from memtrain_common.files import write_json
-from memtrain_common.glue import TASKS
-from memtrain_common.glue_batches import Prepared, evaluation, model_loss, prepare_glue
-from memtrain_common.loop import FitConfig, FitResult, fit
-from memtrain_common.memory import Ledger
-from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder, open_run
-from memtrain_common.schedule import linear_with_warmup
-from memtrain_common.summary import run_facts
-from memtrain_common.trackers import check_tracker
+from memtrain_common.measuring.memory import Ledger
+from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.models.encoders import load_classifier, load_tokenizer
+from memtrain_common.runs.checkpoint import load as load_checkpoint
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.runs.trackers import check_tracker
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import World, launch, parallelize, unwrap
+from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import linear_with_warmup
 from torch import Tensor, nn
 
 from .glue_flags import PROG, GlueConfig

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.configure import at_least, below_one, configure, one_of, positive, required
-from memtrain_common.run_flags import LearningRate, RunFlags
+from memtrain_common.commands.configure import at_least, below_one, configure, one_of, positive, required
+from memtrain_common.commands.run_flags import LearningRate, RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 

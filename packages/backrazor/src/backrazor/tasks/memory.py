@@ -12,10 +12,10 @@ import transformers  # fake_step tells it something, so it must be loaded by the
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
-from memtrain_common.loop import DTYPES
-from memtrain_common.memory import SavedActivations
-from memtrain_common.prediction import fake_step
-from memtrain_common.processor import avoid_broken_amx
+from memtrain_common.measuring.memory import SavedActivations
+from memtrain_common.measuring.prediction import fake_step
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.loop import DTYPES
 
 from ..razor import Razor
 from .memory_flags import MemoryConfig

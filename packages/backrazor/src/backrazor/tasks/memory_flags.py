@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.cli import parse
-from memtrain_common.configure import at_least, fraction, refuse_unused
+from memtrain_common.commands.cli import parse
+from memtrain_common.commands.configure import at_least, fraction, refuse_unused
 from memtrain_common.errors import UserError
 
 from .razor_flags import Attention, RazorMode, Values

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from memtrain_common.console import format_bytes
-from memtrain_common.plots import COLOURS
+from memtrain_common.measuring.plots import COLOURS
 
 MOST = 24  # bars that are told apart; the rest is added up
 

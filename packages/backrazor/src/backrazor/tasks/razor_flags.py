@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from memtrain_common.configure import fraction, refuse_unused
+from memtrain_common.commands.configure import fraction, refuse_unused
 
 Mode = Literal["full", "bitfit", "backrazor", "head"]
 RazorMode = Literal["default", "paper"]

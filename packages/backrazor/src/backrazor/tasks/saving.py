@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from memtrain_common.commands.summary import ledger_table
 from memtrain_common.errors import UserError
-from memtrain_common.loop import DTYPES
-from memtrain_common.memory import Ledger, SavedActivations
-from memtrain_common.prediction import fake_copy, fake_step
-from memtrain_common.summary import ledger_table
+from memtrain_common.measuring.memory import Ledger, SavedActivations
+from memtrain_common.measuring.prediction import fake_copy, fake_step
+from memtrain_common.training.loop import DTYPES
 from torch import Tensor, nn
 
 from ..razor import Razor
@@ -19,7 +19,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def saving_of(config: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """``saving`` for :func:`memtrain_common.loop.fit`: a Razor with the flags' settings, or nothing."""
+    """``saving`` for :func:`memtrain_common.training.loop.fit`: a Razor with the flags' settings, or nothing."""
     if config.mode != "backrazor":
         return nullcontext
     razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)

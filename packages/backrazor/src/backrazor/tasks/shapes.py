@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.classifiers import MODELS, build_classifier, classification_loss, usual_size
 from memtrain_common.errors import UserError
+from memtrain_common.models.classifiers import MODELS, build_classifier, classification_loss, usual_size
 from torch import Tensor, nn
 
 from .memory_flags import KNOWN, MemoryConfig
@@ -77,7 +77,7 @@ def shaped(config: MemoryConfig) -> Shaped:
 
 def _folder(config: MemoryConfig, path: Path) -> Shaped:
     import transformers
-    from memtrain_common.encoders import from_pretrained
+    from memtrain_common.models.encoders import from_pretrained
 
     settings = from_pretrained(transformers.AutoConfig, str(path), "configuration")
     images = type(settings) in transformers.AutoModelForImageClassification._model_mapping

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.checkpoint import load as load_checkpoint
-from memtrain_common.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
+from memtrain_common.commands.session import open_run
+from memtrain_common.commands.summary import run_facts
 from memtrain_common.console import Console, format_table
-from memtrain_common.distributed import gather_objects, launch, parallelize, unwrap, world
+from memtrain_common.data.images.batches import PictureBatches, evaluation_batches
+from memtrain_common.data.images.image_set import PictureSet
+from memtrain_common.data.images.sets import fetch, load_pictures
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
-from memtrain_common.loop import FitConfig, FitResult, fit
-from memtrain_common.memory import Ledger
-from memtrain_common.picture_batches import PictureBatches, evaluation_batches
-from memtrain_common.picture_sets import fetch, load_pictures
-from memtrain_common.pictures import PictureSet
-from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder, open_run
-from memtrain_common.schedule import cosine_with_warmup, linear_with_warmup
-from memtrain_common.summary import run_facts
-from memtrain_common.trackers import check_tracker
+from memtrain_common.measuring.memory import Ledger
+from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.models.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
+from memtrain_common.runs.checkpoint import load as load_checkpoint
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.runs.trackers import check_tracker
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import gather_objects, launch, parallelize, unwrap, world
+from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import cosine_with_warmup, linear_with_warmup
 from torch import nn
 
 from .saving import NAMES, dense_activations, fix_statistics, saving_of, side_by_side, train_only

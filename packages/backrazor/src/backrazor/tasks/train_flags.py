@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
+from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
+from memtrain_common.commands.run_flags import LearningRate, RunFlags
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import LearningRate, RunFlags
 
 from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
 

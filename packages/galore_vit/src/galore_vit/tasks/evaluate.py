@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from memtrain_common.console import Console, format_table
-from memtrain_common.distributed import launch
+from memtrain_common.data.images.images import load_images
 from memtrain_common.errors import UserError
-from memtrain_common.images import load_images
-from memtrain_common.intervals import mean_and_ci
-from memtrain_common.rng import seed_all
+from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.training.distributed import launch
+from memtrain_common.training.rng import seed_all
 
 from ..cli import PROG, saved_config
 from .flags import EvalConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.run_flags import Lr, RunFlags
+from memtrain_common.commands.run_flags import Lr, RunFlags
 
 Data = Literal[
     "digits", "folder", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from memtrain_common.console import Console, format_bytes, format_table
+from memtrain_common.data.images.medmnist import file_name
+from memtrain_common.data.images.medmnist_sets import SETS, SIZES
 from memtrain_common.errors import UserError
-from memtrain_common.medmnist import file_name
-from memtrain_common.medmnist_sets import SETS, SIZES
-from memtrain_common.vit import build_vit
+from memtrain_common.models.vit import build_vit
 
 from ..adamw import GaLoreAdamW
 from ..adamw8bit import GaLoreAdamW8bit

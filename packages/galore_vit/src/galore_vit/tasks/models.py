@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.data.images.images import ImageSet
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageSet
-from memtrain_common.vit import build_vit, load_vit, patch_for
+from memtrain_common.models.vit import build_vit, load_vit, patch_for
 from torch import Tensor, nn
 
 from ..melo import HEAD, MeLo, add_melo

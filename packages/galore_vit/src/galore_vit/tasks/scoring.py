@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from memtrain_common.data.images.images import ImageSet, to_pixels
+from memtrain_common.data.images.medmnist import Split
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageSet, to_pixels
-from memtrain_common.medmnist import Split
 from numpy.typing import NDArray
 from torch import nn
 

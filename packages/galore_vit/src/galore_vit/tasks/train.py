@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common import checkpoint
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import launch, parallelize, unwrap, world
+from memtrain_common.data.images.images import ImageBatches, ImageSet, fold, load_images
 from memtrain_common.errors import UserError
-from memtrain_common.images import ImageBatches, ImageSet, fold, load_images
-from memtrain_common.intervals import mean_and_ci
-from memtrain_common.loop import FitConfig, FitResult, fit
-from memtrain_common.memory import CATEGORIES, Ledger
-from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder, default_run_path, device_name
-from memtrain_common.schedule import cosine_with_warmup
+from memtrain_common.measuring.environment import device_name
+from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.measuring.memory import CATEGORIES, Ledger
+from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.runs import checkpoint
+from memtrain_common.runs.run_folder import RunFolder, default_run_path
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import launch, parallelize, unwrap, world
+from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import cosine_with_warmup
 from torch import nn
 
 from ..cli import MAY_CHANGE, PROG

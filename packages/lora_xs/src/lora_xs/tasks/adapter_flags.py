@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memtrain_common.cli import parse
-from memtrain_common.configure import at_least, required
+from memtrain_common.commands.cli import parse
+from memtrain_common.commands.configure import at_least, required
 from memtrain_common.errors import UserError
 
 from .shared_flags import AdapterFlags, Dtype

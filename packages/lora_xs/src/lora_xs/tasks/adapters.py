@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from memtrain_common.console import Console, format_bytes, format_table
-from memtrain_common.encoders import load_tokenizer
 from memtrain_common.errors import UserError
+from memtrain_common.models.encoders import load_tokenizer
 
 from ..adapter_file import describe_adapter
 from ..adapter_header import ADAPTER, HEAD_FILE

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from memtrain_common.bench import write_results
 from memtrain_common.console import Console, format_bytes, format_seconds, format_table
-from memtrain_common.data_order import epoch_batch
-from memtrain_common.loop import FitConfig, FitResult, fit
-from memtrain_common.rng import seed_all
+from memtrain_common.data.order import epoch_batch
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
 from ..adapter_file import save_adapter

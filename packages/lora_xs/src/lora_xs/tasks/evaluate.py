@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 from memtrain_common.console import Console, format_table
-from memtrain_common.distributed import launch
-from memtrain_common.encoders import load_tokenizer
+from memtrain_common.data.text.instruct import Row, find_file, read_rows, rows_from_hub
 from memtrain_common.errors import UserError
-from memtrain_common.instruct import Row, find_file, read_rows, rows_from_hub
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.run_folder import default_run_path
+from memtrain_common.models.encoders import load_tokenizer
+from memtrain_common.runs.run_folder import default_run_path
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import launch
 from torch import Tensor, nn
 
 from . import official_math

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from memtrain_common.configure import at_least, configure, one_of, positive, required
+from memtrain_common.commands.configure import at_least, configure, one_of, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import ROBERTA_TARGETS

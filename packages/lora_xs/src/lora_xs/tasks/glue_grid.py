@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.console import Console, format_table
+from memtrain_common.data.text.glue import TASKS
 from memtrain_common.errors import Stopped
-from memtrain_common.glue import TASKS
-from memtrain_common.run_folder import RunFolder, default_run_path
+from memtrain_common.runs.run_folder import RunFolder, default_run_path
 
 from ..adapter_file import describe_adapter
 from .glue import prepare, run_glue

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.configure import MAY_CHANGE
+from memtrain_common.commands.configure import MAY_CHANGE
+from memtrain_common.commands.session import open_run
 from memtrain_common.console import Console
-from memtrain_common.data_order import epoch_batch
-from memtrain_common.distributed import World, launch
-from memtrain_common.encoders import load_tokenizer
+from memtrain_common.data.order import epoch_batch
+from memtrain_common.data.text.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
 from memtrain_common.errors import UserError
-from memtrain_common.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
-from memtrain_common.loop import FitConfig
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import open_run
+from memtrain_common.models.encoders import load_tokenizer
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import World, launch
+from memtrain_common.training.loop import FitConfig
+from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
 from ..config import LoRAXSConfig

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.configure import at_least, configure, required
+from memtrain_common.commands.configure import at_least, configure, required
+from memtrain_common.commands.run_flags import Dtype, LearningRate
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import Dtype, LearningRate
 
 from ..config import CAUSAL_LM_TARGETS
 from .shared_flags import TrainingFlags, check_training

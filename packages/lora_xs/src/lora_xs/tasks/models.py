@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from memtrain_common.encoders import from_pretrained, load_classifier
 from memtrain_common.errors import UserError
+from memtrain_common.models.encoders import from_pretrained, load_classifier
 from torch import nn
 
 from ..adapter_file import describe_adapter, load_adapter

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from memtrain_common.schedule import cosine_with_warmup, linear_with_warmup
+from memtrain_common.training.schedule import cosine_with_warmup, linear_with_warmup
 
 
 def schedule(kind: str, warmup_iters: int, decay_iters: int) -> Callable[[int], float]:

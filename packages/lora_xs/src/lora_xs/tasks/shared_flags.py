@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from memtrain_common.configure import at_least, below_one, positive
-from memtrain_common.run_flags import Dtype, LearningRate, RunFlags
+from memtrain_common.commands.configure import at_least, below_one, positive
+from memtrain_common.commands.run_flags import Dtype, LearningRate, RunFlags
 
 Init = Literal["svd", "random"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.checkpoint import load as load_checkpoint
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import parallelize
-from memtrain_common.loop import FitConfig, FitResult, fit
-from memtrain_common.memory import CATEGORIES, Ledger
-from memtrain_common.run_folder import RunFolder
+from memtrain_common.measuring.memory import CATEGORIES, Ledger
+from memtrain_common.runs.checkpoint import load as load_checkpoint
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.distributed import parallelize
+from memtrain_common.training.loop import FitConfig, FitResult, fit
 from torch import Tensor, nn
 
 from ..adapter_checks import base_digests

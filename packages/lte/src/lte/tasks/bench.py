@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from memtrain_common.cli import parse, run_command
+from memtrain_common.commands.cli import parse, run_command
 from memtrain_common.errors import UserError
 
 from .nanogpt import translate
@@ -13,7 +13,7 @@ from .source_presets import SOURCE_PRESETS
 from .train_config import TrainConfig, check
 
 if TYPE_CHECKING:
-    from memtrain_common.gpt import GPT
+    from memtrain_common.models.gpt import GPT
 
 PROG = "lte-bench"
 DESCRIPTION = """Time the training that lte-train would begin with the same preset and flags, and measure its memory.

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_table
-from memtrain_common.distributed import launch
-from memtrain_common.gpt import GPT
-from memtrain_common.memory import CATEGORIES
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import device_name
-from memtrain_common.text import Corpus, Crops, load_corpus
-from memtrain_common.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus
+from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from memtrain_common.measuring.environment import device_name
+from memtrain_common.measuring.memory import CATEGORIES
+from memtrain_common.models.gpt import GPT
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import launch
+from memtrain_common.training.rng import seed_all
 
 from .bench import BenchConfig, flops_per_token, peak_flops, plain_train_config
 from .starting import gpt_config, with_architecture

@@ -3,12 +3,12 @@
 from contextlib import closing
 
 import torch
-from memtrain_common.batches import to_device
 from memtrain_common.console import Console
-from memtrain_common.distributed import World
-from memtrain_common.gpt import next_token_loss
-from memtrain_common.loop import DTYPES
-from memtrain_common.text import Corpus, Crops
+from memtrain_common.data.batches import to_device
+from memtrain_common.data.text.corpus import Corpus, Crops
+from memtrain_common.models.gpt import next_token_loss
+from memtrain_common.training.distributed import World
+from memtrain_common.training.loop import DTYPES
 
 from .starting import plain_model, starting_gpt
 from .train_config import TrainConfig

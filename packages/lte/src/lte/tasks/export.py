@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from memtrain_common.cli import parse, run_command
+from memtrain_common.commands.cli import parse, run_command
 from memtrain_common.errors import UserError
 
 PROG = "lte-export"
@@ -46,9 +46,9 @@ def export(argv: Sequence[str]) -> None:
         raise UserError("--tokenizer-dir is for --format transformers: nanoGPT takes GPT-2's vocabulary from tiktoken")
     if config.format == "transformers" and config.dataset:
         raise UserError("--dataset is for --format nanogpt, whose sample.py looks for a vocabulary there")
-    from memtrain_common.bins import GPT2_FILES
     from memtrain_common.console import format_bytes
-    from memtrain_common.gpt_files import write_gpt2, write_nanogpt
+    from memtrain_common.data.text.bins import GPT2_FILES
+    from memtrain_common.models.gpt_files import write_gpt2, write_nanogpt
 
     from .starting import read_run
 

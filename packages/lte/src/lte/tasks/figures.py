@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtrain_common.cli import parse
-from memtrain_common.comparing_plots import plot_groups, plot_memory_against_time, plot_validation
+from memtrain_common.commands.cli import parse
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.errors import UserError
+from memtrain_common.measuring.comparing_plots import plot_groups, plot_memory_against_time, plot_validation
 
 from .summary import Finished, read_finished
 from .train_config import PROG

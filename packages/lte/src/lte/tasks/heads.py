@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from memtrain_common.distributed import World
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.schedule import cosine_with_warmup
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.distributed import World
+from memtrain_common.training.schedule import cosine_with_warmup
 from torch import Tensor, nn
 
 from ..injection import inject, merged_state_dict
@@ -34,7 +34,7 @@ class Heads:
     shards: HeadShards
 
     def fit_options(self) -> dict[str, Any]:
-        """Arguments of :func:`memtrain_common.loop.fit`."""
+        """Arguments of :func:`memtrain_common.training.loop.fit`."""
         return {
             "after_step": self.merger.step,
             "clip": partial(clip_grad_norm_per_head, self.model, ranks=self.ranks),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from memtrain_common.cli import flag_value, parse, run_command
+from memtrain_common.commands.cli import flag_value, parse, run_command
 from memtrain_common.errors import UserError
 
 PROG = "lte-prepare"

@@ -20,16 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.console import Console, format_bytes, format_count, format_table
-from memtrain_common.documents import Source, find_sources, is_table
+from memtrain_common.data.hub import hub_rows
+from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
+from memtrain_common.data.text.documents import Source, find_sources, is_table
+from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
+from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
 from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import write_json
-from memtrain_common.folders import LOCK, lock_folder
-from memtrain_common.hub import hub_rows
-from memtrain_common.nanogpt_meta import write_meta_pickle
-from memtrain_common.stop_signals import StopSignals
-from memtrain_common.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
+from memtrain_common.runs.lock import LOCK, lock_folder
+from memtrain_common.training.stop_signals import StopSignals
 
 from .pieces import Cutting, Piece
 from .prepare import PROG, DataSet, PrepareConfig

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memtrain_common.cli import parse, run_command
+from memtrain_common.commands.cli import parse, run_command
 from memtrain_common.errors import UserError
 
 from .nanogpt import translate
 
 if TYPE_CHECKING:
-    from memtrain_common.tokenizers import Tokenizer
+    from memtrain_common.data.text.tokenizers import Tokenizer
 
 PROG = "lte-sample"
 DESCRIPTION = """Generate text. nanoGPT's --key=value is understood.
@@ -77,10 +77,10 @@ def sample(argv: Sequence[str]) -> None:
     config = configure(argv)
     import torch
     from memtrain_common.console import Console
-    from memtrain_common.distributed import launch
-    from memtrain_common.loop import DTYPES
-    from memtrain_common.processor import avoid_broken_amx
-    from memtrain_common.tokenizers import printable
+    from memtrain_common.data.text.tokenizers import printable
+    from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+    from memtrain_common.training.distributed import launch
+    from memtrain_common.training.loop import DTYPES
 
     from .starting import plain_model
 
@@ -128,7 +128,7 @@ def _start(start: str) -> str:
 
 def _tokenizer(config: SampleConfig, data: dict[str, Any] | None, vocab_size: int) -> "Tokenizer":
     """The tokenizer that a run remembers, that of the bins, or GPT-2's where the vocabulary is as large."""
-    from memtrain_common.bins import read_tokenizer, tokenizer_of
+    from memtrain_common.data.text.bins import read_tokenizer, tokenizer_of
 
     folder = Path(config.tokenizer_dir) if config.tokenizer_dir else None
     if config.data_dir:
@@ -148,7 +148,7 @@ def _tokenizer(config: SampleConfig, data: dict[str, Any] | None, vocab_size: in
 
 
 def _encode(coder: "Tokenizer", text: str) -> list[int]:
-    from memtrain_common.tokenizers import GPT2Tokenizer
+    from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 
     if not isinstance(coder, GPT2Tokenizer):
         return [int(t) for t in coder.encode(text.encode())]

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.checkpoint import load, verify
+from memtrain_common.data.text.corpus import Corpus
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, GPTConfig
-from memtrain_common.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt
-from memtrain_common.run_folder import RunFolder
-from memtrain_common.state_tree import same_shapes
-from memtrain_common.text import Corpus
+from memtrain_common.models.gpt import GPT, GPTConfig
+from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt
+from memtrain_common.runs.checkpoint import load, verify
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.runs.state_tree import same_shapes
 from torch import nn
 
 from ..injection import inject, merged_state_dict

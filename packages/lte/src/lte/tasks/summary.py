@@ -7,8 +7,8 @@ from typing import Any
 
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
-from memtrain_common.loop import FitResult
-from memtrain_common.run_folder import RunFolder
+from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.training.loop import FitResult
 
 SUMMARY = "summary.json"
 

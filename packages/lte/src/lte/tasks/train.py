@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.distributed import World, gather_objects, launch, parallelize, unwrap, world
+from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus, ngram_entropies
+from memtrain_common.data.text.tokenizers import default_prompt, printable
 from memtrain_common.errors import UserError
-from memtrain_common.gpt import GPT, next_token_loss
-from memtrain_common.loop import FitConfig, FitResult, fit, mean_loss
-from memtrain_common.memory import CATEGORIES, Ledger
-from memtrain_common.plots import plot_loss, plot_memory
-from memtrain_common.processor import avoid_broken_amx
-from memtrain_common.rng import seed_all
-from memtrain_common.run_folder import RunFolder, default_run_path, device_name
-from memtrain_common.text import Corpus, Crops, load_corpus, ngram_entropies
-from memtrain_common.tokenizers import default_prompt, printable
-from memtrain_common.trackers import check_tracker
+from memtrain_common.measuring.environment import device_name
+from memtrain_common.measuring.memory import CATEGORIES, Ledger
+from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.models.gpt import GPT, next_token_loss
+from memtrain_common.runs.run_folder import RunFolder, default_run_path
+from memtrain_common.runs.trackers import check_tracker
+from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import World, gather_objects, launch, parallelize, unwrap, world
+from memtrain_common.training.loop import FitConfig, FitResult, fit, mean_loss
+from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
 from ..merging import averaged

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from memtrain_common.commands.run_flags import LearningRate, RunFlags
 from memtrain_common.errors import UserError
-from memtrain_common.run_flags import LearningRate, RunFlags
 
 from ..config import REPLICAS, REST, VECTORS, LTEConfig
 

@@ -1,0 +1,1 @@
+"""Many runs side by side: ``ablate``, its grids and its report."""

@@ -1,0 +1,1 @@
+"""The three axes (train, save, optim) as plain code: inject, save, build."""

@@ -1,0 +1,170 @@
+"""The three axes: which numbers are trained, what is kept for the backward pass, what state the optimizer keeps.
+
+No torch here: commands build their flags from these names, and refuse what has no meaning before anything is loaded.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from memtrain_common.commands.configure import flag
+from memtrain_common.errors import UserError
+
+Train = Literal["full", "head", "bitfit", "lora", "melo", "lora-xs", "lte"]
+Save = Literal["all", "backrazor", "checkpoint", "offload"]
+Optim = Literal["sgd", "adamw", "adamw8bit", "galore-adamw", "galore-adamw8bit", "galore-adafactor"]
+TRAIN: tuple[Train, ...] = get_args(Train)
+SAVE: tuple[Save, ...] = get_args(Save)
+OPTIM: tuple[Optim, ...] = get_args(Optim)
+
+ADAPTERS = ("lora", "melo", "lora-xs", "lte")
+"""Choices of ``train`` that add matrices of a rank."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """One choice on each axis, and the settings of the choices."""
+
+    train: Train = "full"
+    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v
+    (melo); r×r adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
+    save: Save = "all"
+    """What is kept for the backward pass: everything; the largest part of each activation (backrazor); block inputs
+    (checkpoint); everything, in host memory (offload)."""
+    optim: Optim = "adamw"
+    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the
+    projected gradient (galore-…)."""
+    # -- train
+    rank: int = 8
+    """r of lora, melo, lora-xs and lte."""
+    alpha: float = 0.0
+    """α: an adapter is multiplied by α/r; 0 takes α = r."""
+    adapt: Literal["attention", "all"] = "all"
+    """Matrices that get adapters: those of attention, or those of the MLP (and convolutions) too. melo has q and v."""
+    dropout: float = 0.0
+    """Dropout before LoRA's A. It keeps a copy of every adapted layer's input."""
+    heads: int = 4
+    """lte's heads a layer; each sees its own share of the batch."""
+    merge_steps: int = 10
+    """Optimizer steps between merges of lte's heads."""
+    # -- save
+    keep: float = 0.1
+    """Back Razor's part of each activation that is kept."""
+    razor_mode: Literal["default", "paper"] = "default"
+    """Back Razor's own packing, or the paper's."""
+    # -- optim
+    galore_rank: int = 4
+    """GaLore's r: dimensions of a gradient's subspace."""
+    gap: int = 50
+    """GaLore's T: optimizer steps between two refreshes of a subspace."""
+    galore_scale: float = 1.0
+    """GaLore's α on the update of a projected weight."""
+
+    @property
+    def name(self) -> str:
+        """``train+save+optim``."""
+        return f"{self.train}+{self.save}+{self.optim}"
+
+    @property
+    def scale(self) -> float:
+        """α/r."""
+        return (self.alpha or self.rank) / self.rank
+
+
+USED_BY = {
+    "rank": ("train", ADAPTERS),
+    "alpha": ("train", ADAPTERS),
+    "adapt": ("train", ("lora", "lora-xs", "lte")),
+    "dropout": ("train", ("lora",)),
+    "heads": ("train", ("lte",)),
+    "merge_steps": ("train", ("lte",)),
+    "keep": ("save", ("backrazor",)),
+    "razor_mode": ("save", ("backrazor",)),
+    "galore_rank": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
+    "gap": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
+    "galore_scale": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
+}
+"""Setting -> the axis and the choices that read it."""
+
+
+def combinations() -> Iterator[Axes]:
+    """All 7 × 4 × 6, with default settings, meaningful or not."""
+    for train in TRAIN:
+        for save in SAVE:
+            for optim in OPTIM:
+                yield Axes(train, save, optim)
+
+
+def refusal(axes: Axes) -> str | None:
+    """Why the combination has no meaning, whatever the model, and what to choose instead; None if it has one."""
+    galore = axes.optim.startswith("galore")
+    if axes.train == "head" and axes.save != "all":
+        return (
+            f"save {axes.save} would do nothing with train head: no gradient passes through the frozen backbone, so "
+            "nothing of it is kept; choose save all"
+        )
+    if galore and axes.train in ("head", "bitfit"):
+        trained = "the head alone" if axes.train == "head" else "biases and the head"
+        return (
+            f"optim {axes.optim} would project nothing: train {axes.train} trains {trained}, no matrix of a block; "
+            "choose optim adamw, or another train"
+        )
+    if galore and axes.train in ADAPTERS and axes.galore_rank >= axes.rank:
+        return (
+            f"optim {axes.optim} of rank {axes.galore_rank} would project nothing: train {axes.train} trains matrices "
+            f"of rank {axes.rank}; choose a galore rank below it, or optim adamw"
+        )
+    return None
+
+
+def check(axes: Axes) -> Axes:
+    """The axes themselves.
+
+    Raises:
+        UserError: naming a value out of its range, a setting that nothing reads, or a combination without meaning.
+    """
+    for name in ("rank", "heads", "galore_rank", "gap"):
+        if getattr(axes, name) < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {getattr(axes, name)}")
+    if axes.merge_steps < 0:
+        raise UserError(f"--merge-steps must be 0 (never) or a number of steps, got {axes.merge_steps}")
+    if not (0 <= axes.alpha < math.inf):
+        raise UserError(f"--alpha must be positive, or 0 for α = r, got {axes.alpha}")
+    if not (0 < axes.galore_scale < math.inf):
+        raise UserError(f"--galore-scale must be positive, got {axes.galore_scale}")
+    if not 0 <= axes.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and below 1, got {axes.dropout}")
+    if not 0 < axes.keep <= 1:
+        raise UserError(f"--keep must be above 0 and at most 1, got {axes.keep}")
+    why = refusal(axes)
+    if why is not None:
+        raise UserError(why)
+    return axes
+
+
+def refuse_unused(axes: Axes, given: set[str]) -> None:
+    """Refuse settings that the user gave and no choice reads.
+
+    Args:
+        given: names of :class:`Axes` fields that stood on the command line.
+
+    Raises:
+        UserError: naming the flag and the choice that it belongs to.
+    """
+    for name, (axis, choices) in USED_BY.items():
+        if name in given and getattr(axes, axis) not in choices:
+            raise UserError(
+                f"{flag(name)} would do nothing with --{axis} {getattr(axes, axis)}: it belongs to "
+                f"{', '.join(choices)}; leave it out"
+            )
+
+
+def read_settings(axes: Axes) -> dict[str, float | int | str]:
+    """The settings that the three choices read, for a record of the run."""
+    return {n: getattr(axes, n) for n, (axis, choices) in USED_BY.items() if getattr(axes, axis) in choices}
+
+
+def names() -> list[str]:
+    return [f.name for f in dataclasses.fields(Axes)]

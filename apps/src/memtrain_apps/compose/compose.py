@@ -1,0 +1,277 @@
+"""The composition, in plain sight: inject what is trained, make what is kept, build the optimizer."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from memtrain_common.errors import UserError
+from memtrain_common.training.training_state import Stateful
+from torch import Tensor, nn
+
+from .axes import Axes, check
+from .checkpointing import CheckpointBlocks
+from .families import blocks, head_name, matrices
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What ``fit`` needs beside batches and a loss."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    saving: Callable[[], AbstractContextManager[Any]]
+    after_step: Callable[[], Any] | None = None
+    clip: Callable[[float], Tensor] | None = None
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+
+
+def load_libraries(train: str, optim: str) -> None:
+    """Import what :func:`compose` will: imported on fake tensors, a library's own tables of levels would stay fake."""
+    if train in ("lora", "melo"):
+        import peft  # noqa: F401
+    if optim == "adamw8bit":
+        from . import adamw8bit  # noqa: F401
+
+
+def compose(
+    model: nn.Module,
+    axes: Axes,
+    *,
+    lr: float,
+    head_lr: float = 0.0,
+    weight_decay: float = 0.0,
+    predicting: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    say: Callable[[str], None] = lambda _: None,
+) -> Composed:
+    """Everything that a training by ``axes`` needs, made from a plain model, which is changed in place.
+
+    Args:
+        lr: of what is trained.
+        head_lr: of the task head; 0 takes ``lr``.
+        weight_decay: of matrices.
+        predicting: the model's tensors are fake, so that nothing may look at their numbers.
+        wrap: makes the model one of several processes'.
+        say: told what a method leaves out.
+
+    Raises:
+        UserError: if the combination has no meaning, or none for this model.
+    """
+    check(axes)
+    keeps = saving(model, axes)  # before adapters: a block is found by the plain model's names
+    model = inject(model, axes, predicting=predicting)
+    wrapped = wrap(model)
+    optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
+    if axes.train != "lte":
+        return Composed(wrapped, optimizer, keeps)
+    import lte
+
+    merger = lte.Merger(model, axes.merge_steps)
+    clip = partial(lte.clip_grad_norm_per_head, model)
+    return Composed(wrapped, optimizer, keeps, merger.step, clip, {"merger": merger})
+
+
+# -- train ---------------------------------------------------------------------------------------------------------
+
+
+def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Module:
+    """The model with adapters where ``axes.train`` has some, and ``requires_grad`` set on what is trained."""
+    head = head_name(model)
+    alpha = axes.alpha or float(axes.rank)
+    if axes.train == "full":
+        return model.requires_grad_(True)
+    if axes.train in ("head", "bitfit"):
+        if axes.train == "head" and head is None:
+            raise UserError(f"train head needs a task head, and {type(model).__name__} has none: choose another train")
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            bias = axes.train == "bitfit" and name.endswith("bias")
+            parameter.requires_grad_(bias or name.split(".")[0] == head)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(f"train bitfit finds no bias in {type(model).__name__}: build it with biases")
+        return model
+    if axes.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(
+            r=axes.rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
+            lora_dropout=axes.dropout,
+            target_modules=matrices(model, axes.adapt),
+            modules_to_save=[head] if head else None,
+        )
+        return get_peft_model(model, settings)
+    if axes.train == "melo":
+        from galore_vit.melo import MeLo, add_melo
+
+        if head != "classifier":
+            raise UserError(
+                f"train melo is LoRA on q and v of a classifier, which {type(model).__name__} is not: choose train lora"
+            )
+        try:
+            return add_melo(model, MeLo(axes.rank, alpha))
+        except ValueError as error:
+            raise UserError(f"train melo: {error}; or choose train lora") from None
+    if axes.train == "lora-xs":
+        import lora_xs
+
+        config = lora_xs.LoRAXSConfig(
+            axes.rank,
+            alpha,
+            tuple(matrices(model, axes.adapt)),
+            init="random" if predicting else "svd",  # a fake weight has no decomposition; the bytes are the same
+            head=(head,) if head else (),
+        )
+        try:
+            return lora_xs.inject(model, config, cache=not predicting)
+        except lora_xs.LoRAXSError as error:
+            raise UserError(f"train lora-xs: {error}") from None
+    import lte
+    from lte.config import REST
+
+    rest = tuple(w for w in REST if w != "embeddings") if head else REST
+    try:
+        return lte.inject(
+            model,
+            lte.LTEConfig(
+                heads=axes.heads,
+                rank=axes.rank,
+                alpha=alpha,
+                targets=tuple(matrices(model, axes.adapt)),
+                exclude=(head or "lm_head",),
+                trainable=rest,
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"train lte: {error}") from None
+
+
+def merged(model: nn.Module, axes: Axes) -> nn.Module:
+    """The plain model with what was trained merged into its weights; the given one is used up."""
+    if axes.train in ("lora", "melo"):
+        return model.merge_and_unload()  # type: ignore[operator]
+    if axes.train == "lora-xs":
+        import lora_xs
+
+        return lora_xs.merge(model, keep=False)
+    if axes.train == "lte":
+        import lte
+        from lte.injection import lte_layers
+
+        state = lte.merged_state_dict(model)
+        for name, layer in lte_layers(model).items():
+            m, n = layer.weight.shape
+            model.set_submodule(name, nn.Linear(n, m, bias=layer.bias is not None, dtype=layer.weight.dtype))
+        model.load_state_dict(state)
+    return model
+
+
+# -- save ----------------------------------------------------------------------------------------------------------
+
+
+def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context of each forward pass."""
+    device = next(model.parameters()).device
+    if axes.save == "backrazor":
+        import backrazor
+
+        return partial(backrazor.Razor, axes.keep, mode=axes.razor_mode)
+    if axes.save == "checkpoint":
+        return partial(CheckpointBlocks, blocks(model).values())
+    if axes.save == "offload":
+        if device.type == "cpu":
+            raise UserError(
+                "save offload would do nothing on the CPU: what is saved lies in host memory already; choose save all, "
+                "checkpoint or backrazor, or a GPU by --device cuda"
+            )
+        return partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
+    return nullcontext
+
+
+# -- optim ---------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(
+    model: nn.Module, axes: Axes, *, lr: float, head_lr: float, weight_decay: float, say: Callable[[str], None]
+) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters: matrices decayed, vectors not, the task head at its own rate."""
+    if axes.optim.startswith("galore"):
+        groups = _galore_groups(model, axes)
+    else:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    groups = _split(groups, _head_parameters(model), lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+    if axes.optim == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    if axes.optim == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if axes.optim == "adamw8bit":
+        from .adamw8bit import AdamW8bit, quantises
+
+        if not any(quantises(p) for group in groups for p in group["params"]):
+            raise UserError(
+                f"optim adamw8bit would keep nothing in 8 bits: no matrix that train {axes.train} trains has 4,096 "
+                "numbers in whole blocks of 256; choose optim adamw"
+            )
+        return AdamW8bit(groups, lr=lr)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        optimizer = _galore(groups, axes.optim, lr)
+    for warning in heard:
+        say(str(warning.message))
+    return optimizer
+
+
+def _galore(groups: list[dict[str, Any]], name: str, lr: float) -> torch.optim.Optimizer:
+    import galore_vit
+
+    if name == "galore-adafactor":
+        return galore_vit.GaLoreAdafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
+    return (galore_vit.GaLoreAdamW if name == "galore-adamw" else galore_vit.GaLoreAdamW8bit)(groups, lr=lr)
+
+
+def _galore_groups(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
+    import galore_vit
+
+    targets = {"full": None, "lora-xs": r"\.lora_xs\."}.get(axes.train, r"\.lora_[AB]\b")  # LTE's have the same names
+    try:
+        return galore_vit.param_groups(model, axes.galore_rank, axes.gap, axes.galore_scale, targets=targets)
+    except ValueError as error:
+        raise UserError(f"optim {axes.optim} with train {axes.train}: {error}") from None
+
+
+def _head_parameters(model: nn.Module) -> set[Tensor]:
+    """The task head's, under the names that PEFT's and LoRA-XS's wrappers give it too."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    head = head_name(inner)
+    return set(getattr(inner, head).parameters()) if head else set()
+
+
+def _split(
+    groups: list[dict[str, Any]], head: set[Tensor], *, lr: float, head_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    out = []
+    for group in groups:
+        for of_head in (False, True):
+            for decayed in (True, False):
+                chosen = [p for p in group["params"] if (p in head) == of_head and (p.ndim >= 2) == decayed]
+                if chosen:
+                    rates = {"lr": head_lr if of_head else lr, "weight_decay": weight_decay if decayed else 0.0}
+                    out.append({**group, "params": chosen, **rates})
+    return out
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are trained."""
+    return [plain_name(n) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without what PEFT puts before it and between its parts."""
+    return re.sub(r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.default(?=\.|$)", "", name)

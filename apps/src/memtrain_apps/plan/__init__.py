@@ -1,0 +1,1 @@
+"""What fits a memory before any run: ``plan``."""

@@ -1,0 +1,182 @@
+"""What ``plan`` is asked: flags and their checks. No torch here."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from memtrain_common.commands.cli import parse
+from memtrain_common.commands.configure import at_least, flag, required
+from memtrain_common.commands.units import parse_bytes
+from memtrain_common.errors import UserError
+
+from ..compose.axes import OPTIM, SAVE, TRAIN, Axes, Optim, Save, Train, check
+from .shapes import Shape, find_shape
+
+DESCRIPTION = """Which combinations of --train, --save and --optim fit a memory budget, without allocating the model.
+
+plan --model google/vit-large-patch16-224 --batch 64 --budget 8GiB"""
+TOKENS = {"text": 128, "language": 512}
+"""Tokens of a row where --seq-len is not given."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Every flag of plan."""
+
+    model: str = ""
+    """A well-known model's name (google/vit-*, facebook/deit-*, bert-*, roberta-*, gpt2*, Llama-2, Llama-3, TinyLlama,
+    Mistral-7B, Qwen2.5; finetune's names too), or a folder with a config.json."""
+    list_models: bool = False
+    """Only list the names that are known."""
+    budget: str = ""
+    """Memory of one device, with its unit: 8GiB (8,589,934,592 bytes) or 8GB (8,000,000,000)."""
+    batch: int = 32
+    """Samples a micro-batch, over all GPUs (finetune's --batch-size)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step."""
+    # -- the model's input and precision
+    seq_len: int = 0
+    """Tokens of a row; 0 takes 128 of an encoder and 512 of a language model."""
+    image_size: int = 0
+    """Pixels of an image's side; 0 takes the model's."""
+    classes: int = 0
+    """Outputs of the task head; 0 takes 1000 of pictures and 2 of text."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """The weights' dtype, and with it that of gradients and optimizer state. finetune and pretrain train float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast's dtype (finetune's --dtype); weights keep theirs."""
+    # -- the machine
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where the step would run; nothing runs there now."""
+    gpus: int = 1
+    """Processes, each with a device and the budget of its own."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several GPUs: whole copies of the model, or shards."""
+    reserve: str = "768MiB"
+    """Part of the budget that no tensor gets: the CUDA context, kernels and their workspace; on the CPU Python and
+    libraries."""
+    margin: float = 0.05
+    """Part of the predicted peak that is added for the allocator's rounding and fragmentation."""
+    # -- the axes: which choices are planned, and their settings
+    train: tuple[Train, ...] = TRAIN
+    """Choices of --train."""
+    save: tuple[Save, ...] = SAVE
+    """Choices of --save."""
+    optim: tuple[Optim, ...] = OPTIM
+    """Choices of --optim."""
+    rank: int = 8
+    """r of lora, melo, lora-xs and lte."""
+    adapt: Literal["attention", "all"] = "all"
+    """Matrices that get adapters: those of attention, or those of the MLP too."""
+    dropout: float = 0.0
+    """Dropout before LoRA's A."""
+    heads: int = 4
+    """lte's heads a layer."""
+    keep: float = 0.1
+    """Back Razor's part of each activation that is kept."""
+    razor_mode: Literal["default", "paper"] = "default"
+    """Back Razor's own packing, or the paper's."""
+    galore_rank: int = 4
+    """GaLore's r."""
+    # -- the answer
+    order: Literal["best", "time", "peak"] = "best"
+    """best: what trains the most numbers, of those what keeps gradients exact, of those the fastest; time: the fastest
+    first; peak: the least memory."""
+    top: int = 15
+    """Rows of each table; 0 shows all."""
+    json: bool = False
+    """Print one JSON object instead of tables: every combination, bytes as numbers."""
+    measure: bool = False
+    """Also train two steps of the best that fits on --device, here, and set what it held beside the prediction."""
+    workers: int = 0
+    """Processes that count; 0 takes one a core, at most 4."""
+
+    def axes(self, train: Train, save: Save, optim: Optim) -> Axes:
+        """A combination with the settings of these flags."""
+        own = {f.name for f in dataclasses.fields(Axes)} - {"train", "save", "optim"}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
+        return Axes(train, save, optim, **settings)
+
+    @property
+    def budget_bytes(self) -> int:
+        return parse_bytes(self.budget, "--budget")
+
+    @property
+    def reserve_bytes(self) -> int:
+        return 0 if self.reserve == "0" else parse_bytes(self.reserve, "--reserve")
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the predicted peak may be."""
+        return int((self.budget_bytes - self.reserve_bytes) / (1 + self.margin))
+
+
+def configure(argv: Sequence[str]) -> PlanConfig:
+    """Flags into a checked configuration.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    config = parse(PlanConfig, argv, prog="plan", description=DESCRIPTION)
+    if config.list_models:
+        return config
+    required(
+        config,
+        model="a well-known model's name, or a folder with a config.json; --list-models names those that are known",
+        budget="a device's memory with its unit, as 8GiB",
+    )
+    at_least(
+        config, batch=1, gradient_accumulation_steps=1, seq_len=0, image_size=0, classes=0, gpus=1, margin=0, top=0,
+        workers=0,
+    )  # fmt: skip
+    if not config.margin <= 1:
+        raise UserError(f"--margin {config.margin} must be at most 1: it is a part of the peak, 0.05 for a twentieth")
+    for name in ("train", "save", "optim"):
+        if not getattr(config, name):
+            raise UserError(f"{flag(name)} names no choice: leave it out for all")
+    check(config.axes("lora", "all", "adamw"))
+    if config.usable_bytes <= 0:
+        raise UserError(
+            f"--budget {config.budget} leaves nothing for tensors: {config.reserve} are set aside for what is none of "
+            "them (--reserve)"
+        )
+    if config.batch % config.gpus:
+        raise UserError(f"--batch {config.batch} must be divisible by the {config.gpus} GPUs (--gpus)")
+    if config.gpus > 1 and config.device == "cpu":
+        raise UserError("--gpus is of --device cuda: a plan for the CPU is for one process")
+    if config.measure and config.gpus > 1:
+        raise UserError("--measure runs in one process: leave --gpus out")
+    if config.json and config.measure:
+        raise UserError("--measure prints a table: leave --json out")
+    return config
+
+
+def planned_shape(config: PlanConfig) -> tuple[Shape, int]:
+    """The model's shape with the flags' input and head, and the tokens of a row (0 of pictures).
+
+    Raises:
+        UserError: if the model is not known, or a flag does not fit it.
+    """
+    shape = find_shape(config.model)
+    if shape.task != "pictures" and config.image_size:
+        raise UserError(f"--image-size is for pictures, and {config.model} reads text: leave it out")
+    if shape.task == "pictures" and config.seq_len:
+        raise UserError(f"--seq-len is for text, and {config.model} sees pictures: choose --image-size")
+    if shape.task == "language" and config.classes:
+        raise UserError(f"--classes is for classifiers, and {config.model} is a language model: leave it out")
+    if config.classes:
+        shape = shape.changed(num_labels=config.classes)
+    if config.image_size:
+        patch = int(shape.config.get("patch_size", 1))
+        if config.image_size % patch:
+            raise UserError(f"--image-size {config.image_size} is not filled by patches of {patch}: choose a multiple")
+        shape = shape.changed(image_size=config.image_size)
+    if shape.task == "pictures":
+        return shape, 0
+    tokens = config.seq_len or min(TOKENS[shape.task], shape.positions or TOKENS[shape.task])
+    if tokens < 2:
+        raise UserError("--seq-len must be at least 2")
+    if shape.positions and tokens > shape.positions:
+        raise UserError(f"--seq-len {tokens} is more than the {shape.positions} positions of {config.model}")
+    return shape, tokens

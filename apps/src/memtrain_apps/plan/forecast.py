@@ -1,0 +1,216 @@
+"""What a combination will hold, composed from the moments of its forward and backward pass and of its optimizer's step.
+
+A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by
+the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of
+which grows by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that
+bound, and from deeper models where the bound is not yet reached.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+from memtrain_common.errors import UserError
+
+from ..compose.axes import Axes, Optim, refusal
+from .moments import OptimizerMoments, StepMoments, optimizer_moments, step_moments
+from .shape_models import Step
+
+SCALED_LOSS = 4
+"""Bytes of the loss divided by the number of micro-batches."""
+LOOSE = 0.005
+"""Part of the peak that the bound may be above what was counted."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What one process of a run has to do, whatever the axes say."""
+
+    step: Step
+    rows: int
+    """Samples of a micro-batch of one process."""
+    micro_batches: int = 1
+    """An optimizer step's."""
+    processes: int = 1
+    parallel: str = "ddp"
+
+    @property
+    def shards(self) -> int:
+        return self.processes if self.parallel == "fsdp" else 1
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one device holds, in bytes where nothing else is said."""
+
+    axes: Axes
+    rows: int
+    """Samples of a micro-batch of one process."""
+    micro_batches: int
+    ledger: dict[str, int]
+    """By category, as ``memtrain_common.measuring.memory`` has them; what is offloaded is in ``host``."""
+    host: int
+    buckets: int
+    """DDP's copy of the gradients, in which they are summed."""
+    gathered: int
+    """FSDP's whole weights and gradients: the part outside the blocks, two blocks and the buffer of one."""
+    peak: int
+    """The most that lives at any moment of a training step."""
+    flops: int
+    """Of the matrix products of an optimizer step, on one device."""
+    trained: int
+    """Numbers."""
+    parameters: int
+    """Numbers."""
+
+
+def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: OptimizerMoments) -> Forecast:
+    """The two sets of moments as one training step.
+
+    The peak is that of the forward and backward pass (the state lies beside it), of the optimizer's step, or of LTE's
+    merge. With micro-batches the gradients of the earlier ones lie beside each pass. Under FSDP it is a bound.
+    """
+    rest = step.left - step.weights - step.buffers - step.gradients  # the batch
+    passing = step.peak if place.micro_batches == 1 else max(step.peak, step.beside + step.gradients) + SCALED_LOSS
+    weights, gradients, buckets, gathered = step.weights, step.gradients, 0, 0
+    if place.shards > 1:
+        weights, gradients = step.shard_weights, step.shard_gradients
+        gathered = step.rest_weights + 3 * step.block_weights + 2 * (step.rest_gradients + step.block_gradients)
+        passing = step.beside - step.weights + weights + gradients + gathered
+    elif place.processes > 1:
+        buckets = gradients
+    standing = weights + step.buffers + rest + optim.state
+    return Forecast(
+        axes=axes,
+        rows=place.rows,
+        micro_batches=place.micro_batches,
+        ledger={
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer": optim.state,
+            "activations": step.activations,
+            "buffers": step.buffers,
+        },
+        host=step.host,
+        buckets=buckets,
+        gathered=gathered,
+        peak=buckets + max(passing + optim.state, standing + gradients + optim.extra, standing + optim.merging),
+        flops=step.flops * place.micro_batches,
+        trained=step.trained,
+        parameters=step.parameters,
+    )
+
+
+# -- counting --------------------------------------------------------------------------------------------------------
+
+
+def count_step(place: Workplace, axes: Axes) -> StepMoments:
+    """The forward and backward pass of a micro-batch, of the model at its whole depth."""
+    refuse(place, axes)
+    return _whole_depth(place.step, lambda step: step_moments(step, axes, place.rows, place.shards), _draw_out, 2)
+
+
+def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerMoments | str]:
+    """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
+    count = lambda step: optimizer_moments(step, axes, optims, place.shards)  # noqa: E731
+    return cast(dict[Optim, OptimizerMoments | str], _whole_depth(place.step, count, _lines, 1))
+
+
+def predict_arm(place: Workplace, axes: Axes) -> Forecast:
+    """One combination by itself.
+
+    Raises:
+        UserError: if it has no meaning.
+    """
+    moments = count_step(place, axes)
+    found = count_optimizers(place, axes, (axes.optim,))[axes.optim]
+    if isinstance(found, str):
+        raise UserError(found)
+    return compose_forecast(place, axes, moments, found)
+
+
+def refuse(place: Workplace, axes: Axes) -> None:
+    """Refuse what has no meaning, or none on several processes.
+
+    Raises:
+        UserError: with the reason, and what to choose instead.
+    """
+    why = refusal(axes)
+    if why is None and axes.train == "lte":
+        if place.rows % axes.heads:
+            why = (
+                f"train lte gives each of its {axes.heads} heads an equal part of a micro-batch, and {place.rows} "
+                "samples cannot be parted so; choose a multiple"
+            )
+        elif place.shards > 1:
+            why = "train lte merges into whole weights, which FSDP does not have; choose ddp"
+    if why is not None:
+        raise UserError(why)
+
+
+def _whole_depth(step: Step, count: Callable[[Step], Any], draw_out: Callable[..., Any], low: int) -> Any:
+    """Count at the whole depth, or draw out what is counted of shallower models, from ``low`` blocks and one more.
+
+    A step's first and last block may differ from those between them, so that it takes 2; an optimizer's do not.
+    """
+    depth = step.shape.depth
+    at = lambda blocks: replace(step, shape=step.shape.with_depth(blocks))  # noqa: E731
+    while step.shape.uniform and low + 1 < depth:
+        found = draw_out(count(at(low)), count(at(low + 1)), low + 1, depth)
+        if found is not None:
+            return found
+        low = 2 * low + 1
+    return count(step)
+
+
+def _line(shallow: Any, deep: Any, blocks: int, depth: int) -> Any:
+    """Every number on the line through both."""
+    names = [f.name for f in fields(deep)]
+    more = depth - blocks
+    return replace(deep, **{n: getattr(deep, n) + more * (getattr(deep, n) - getattr(shallow, n)) for n in names})
+
+
+def _lines(shallow: dict[Optim, Any], deep: dict[Optim, Any], blocks: int, depth: int) -> dict[Optim, Any]:
+    return {o: d if isinstance(d, str) else _line(shallow[o], d, blocks, depth) for o, d in deep.items()}
+
+
+def _draw_out(shallow: StepMoments, deep: StepMoments, blocks: int, depth: int) -> StepMoments | None:
+    """The same, the peaks by their bound; None where that is too far above what was counted."""
+    more = depth - blocks
+    line: StepMoments = _line(shallow, deep, blocks, depth)
+    grows = {n: getattr(deep, n) - getattr(shallow, n) for n in ("weights", "buffers", "activations", "gradients")}
+    standing = grows["weights"] + grows["buffers"]
+    bounds = {
+        "peak": standing + max(grows["activations"], grows["gradients"]),
+        "beside": standing + grows["activations"],
+    }
+    peaks = {}
+    for name, bound in bounds.items():
+        counted = getattr(deep, name) - getattr(shallow, name)
+        peaks[name] = getattr(deep, name) + more * max(bound, counted)
+        if more * abs(bound - counted) > LOOSE * peaks[name]:
+            return None
+    return replace(line, **peaks)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def between(known: dict[int, int], rows: int) -> int:
+    """An upper bound of a peak at ``rows``, from peaks at fewer and at more: it bends upwards only, so that the
+    straight line between two of its points is nowhere below it."""
+    if rows in known:
+        return known[rows]
+    low, high = max(r for r in known if r < rows), min(r for r in known if r > rows)
+    return known[low] + -(-(known[high] - known[low]) * (rows - low) // (high - low))
+
+
+def largest(known: dict[int, int], usable: int, multiple: int = 1) -> int:
+    """The most rows, a multiple of ``multiple``, whose peak is surely at most ``usable``; 0 if none do."""
+    low, high = min(known) // multiple, max(known) // multiple
+    if between(known, max(min(known), low * multiple)) > usable:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if between(known, middle * multiple) <= usable else (low, middle - 1)
+    return low * multiple

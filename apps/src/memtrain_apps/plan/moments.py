@@ -1,0 +1,295 @@
+"""The moments of a training step at which memory may peak, each counted on fake tensors.
+
+The three axes are nearly independent. Weights, gradients and saved activations depend on (train, save); the optimizer's
+state and what its step takes besides on (train, optim). So a forward and backward pass for each of the first and an
+optimizer step for each of the second tell every combination: see :func:`memtrain_apps.plan.forecast.compose_forecast`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from memtrain_common.errors import UserError
+from memtrain_common.measuring.memory import SavedActivations, storages_of
+from memtrain_common.measuring.prediction import LiveBytes, fake_step
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from ..compose.axes import Axes, Optim
+from ..compose.compose import Composed, build_optimizer, compose, load_libraries
+from ..compose.families import blocks
+from .cuda_choices import CudaChoices
+from .shape_models import Step, build_model, loss_of, make_batch
+
+
+@dataclass(frozen=True)
+class StepMoments:
+    """A forward and backward pass, in bytes where nothing else is said. The optimizer's state is not in it."""
+
+    parameters: int
+    """Numbers."""
+    trained: int
+    """Numbers."""
+    weights: int
+    buffers: int
+    gradients: int
+    activations: int
+    """Saved for the backward pass, on the device."""
+    host: int
+    """Saved for the backward pass, in host memory."""
+    peak: int
+    """The most that lives at any moment of the first micro-batch."""
+    beside: int
+    """The most that lives beside the gradients that are accumulated already."""
+    left: int
+    """What lives after the backward pass: weights, buffers, gradients, and the batch."""
+    flops: int
+    """Floating-point operations of the matrix products."""
+    shard_weights: int = 0
+    """Of one process under FSDP, which cuts each parameter along its first dimension; this and what follows are counted
+    where there are several processes."""
+    shard_gradients: int = 0
+    rest_weights: int = 0
+    """Weights outside the blocks."""
+    rest_gradients: int = 0
+    block_weights: int = 0
+    """Weights of the largest block."""
+    block_gradients: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerMoments:
+    """An optimizer step, in bytes."""
+
+    state: int
+    """What stays between steps."""
+    extra: int
+    """The most that lives beside weights, gradients and state while it steps."""
+    merging: int
+    """The most that lives besides while LTE merges, when the gradients are gone."""
+
+
+class StepBytes(LiveBytes):
+    """Live bytes, also beside accumulated gradients, and the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accumulated = 0
+        self.beside = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        self.beside = max(self.beside, self.bytes - self.accumulated)
+        return result
+
+    def count_gradients(self, model: nn.Module) -> None:
+        """Know a gradient as accumulated from the moment when it lies in ``.grad``."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._accumulate)
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.accumulated += parameter.grad.nbytes
+
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        self.peak_bytes = self.bytes
+        self.beside = self.bytes - self.accumulated
+
+
+class HostMemory(torch.autograd.graph.saved_tensors_hooks):
+    """What ``torch.autograd.graph.save_on_cpu`` does to a GPU: what is saved leaves it, and comes back when needed."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        super().__init__(self._leave, lambda packed: torch.empty(packed[0], dtype=packed[1]))
+
+    def _leave(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+
+def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMoments:
+    """Count the forward and backward pass of one micro-batch of ``rows``.
+
+    Args:
+        shards: processes that share each parameter; the pass itself is counted with whole ones.
+
+    Raises:
+        UserError: if the combination has no meaning for the model.
+    """
+    load_libraries(axes.train, axes.optim)
+    live = StepBytes()
+    with _fake(live, step):
+        model, composed = _composed(step, axes)
+        live.count_gradients(model)
+        host = HostMemory() if axes.save == "offload" else None
+        live.restart()
+        live.flops = 0
+        batch = make_batch(step, rows)
+        recording = SavedActivations(model, by_layer=False)
+        # the order of the loop: what is kept outermost, then the recording; autocast is in loss_of
+        with host or composed.saving(), recording:
+            value = loss_of(step, model, batch)
+        activations = sum(recording.by_layer().values())
+        del recording
+        # by the engine itself: Tensor.backward would leave CudaChoices, and checkpoints run their forward pass again
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.run_backward(
+            (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+        del value
+        parameters = list(model.parameters())
+        return StepMoments(
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            weights=_bytes(parameters),
+            buffers=_bytes(model.buffers()),
+            gradients=_bytes(p.grad for p in parameters),
+            activations=activations,
+            host=host.bytes if host else 0,
+            peak=live.peak_bytes,
+            beside=live.beside,
+            left=live.bytes,
+            flops=live.flops,
+            **(_parts(model, shards) if shards > 1 else {}),
+        )
+
+
+def optimizer_moments(
+    step: Step, axes: Axes, optims: Iterable[Optim], shards: int = 1
+) -> dict[Optim, OptimizerMoments | str]:
+    """Count the steps of several optimizers over one model; instead of a count, the sentence that refuses it.
+
+    Args:
+        axes: its ``save`` and ``optim`` do not matter.
+        shards: processes that share each parameter and its state; GaLore is counted whole, since its bases are.
+    """
+    found: dict[Optim, OptimizerMoments | str] = {}
+    for cut in (False, True):
+        mine = [o for o in optims if cut == (shards > 1 and not o.startswith("galore"))]
+        if not mine:
+            continue
+        for optim in mine:
+            load_libraries(axes.train, optim)
+        live = StepBytes()
+        with _fake(live, step):
+            model, composed = _composed(step, replace(axes, save="all", optim="sgd", merge_steps=1))
+            merging = _growth(live, composed.after_step) if composed.after_step is not None else 0
+            if cut:
+                for p in model.parameters():
+                    if p.dim():
+                        p.data = p.data[: _rows(p, shards)].clone()
+            for optim in mine:
+                try:
+                    found[optim] = _optimizer_moments(
+                        model, replace(axes, save="all", optim=optim), live, step.cuda, merging
+                    )
+                except UserError as error:
+                    found[optim] = str(error)
+                for p in model.parameters():
+                    p.grad = None
+    return found
+
+
+def _optimizer_moments(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool, merging: int) -> OptimizerMoments:
+    """Two steps: the first makes the state (and GaLore's bases), the second finds it there.
+
+    torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
+    PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once.
+    """
+    optimizer = build_optimizer(model, axes, lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None)
+    counts: dict[Tensor, int] = {}
+    native = isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        if native and cuda:
+            group["foreach"] = True
+        if axes.optim.startswith("galore") or (native and cuda):
+            counts.update(dict.fromkeys(group["params"], 1))
+        else:
+            group["params"] = _one_of_each(group["params"], counts)
+    for parameter in counts:
+        parameter.grad = torch.empty_like(parameter)
+    first = _growth(live, optimizer.step)
+    made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
+    extra = max(0, first - made, _growth(live, optimizer.step))
+    state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
+    return OptimizerMoments(state, extra, merging)
+
+
+def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
+    """The most bytes that live during a call beside what lived before it."""
+    live.restart()
+    before = live.bytes
+    call()
+    return live.peak_bytes - before
+
+
+@contextmanager
+def _fake(live: StepBytes, step: Step) -> Iterator[None]:
+    import transformers.utils.import_utils as utilities
+
+    with ExitStack() as stack:
+        stack.enter_context(fake_step(live))
+        # Texts of different lengths need their mask: transformers must not leave it out as it does where nothing is
+        # padded, which is what a fake mask would tell it.
+        stack.enter_context(mock.patch.object(utilities, "is_fake_tensor", lambda x: isinstance(x, FakeTensor)))
+        stack.enter_context(CudaChoices() if step.cuda else nullcontext())
+        yield
+
+
+def _composed(step: Step, axes: Axes) -> tuple[nn.Module, Composed]:
+    """The model as it is trained. Offloading is put around the forward pass by the caller: the CPU refuses it."""
+    on_device = replace(axes, save="all") if axes.save == "offload" else axes
+    composed = compose(build_model(step.shape, step.weights), on_device, lr=1e-3, predicting=True)
+    return composed.model, composed
+
+
+def _parts(model: nn.Module, shards: int) -> dict[str, int]:
+    """What FSDP2 cuts, and what it gathers: a block at a time, and the rest from the first to the last."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    parts = [list(block.parameters()) for block in blocks(inner).values()]
+    inside = {p for part in parts for p in part}
+    rest = [p for p in model.parameters() if p not in inside]
+    cut = [(p, _rows(p, shards) * p[:1].nbytes if p.dim() else p.nbytes) for p in model.parameters()]
+    return {
+        "shard_weights": sum(n for _, n in cut),
+        "shard_gradients": sum(n for p, n in cut if p.grad is not None),
+        "rest_weights": _bytes(rest),
+        "rest_gradients": _bytes(p.grad for p in rest),
+        "block_weights": max(_bytes(part) for part in parts),
+        "block_gradients": max(_bytes(p.grad for p in part) for part in parts),
+    }
+
+
+def _rows(parameter: Tensor, shards: int) -> int:
+    """Rows of a process's part; parts are padded to equal ones."""
+    return -(-parameter.shape[0] // shards)
+
+
+def _one_of_each(parameters: list[Tensor], counts: dict[Tensor, int]) -> list[Tensor]:
+    """One parameter of each shape; ``counts`` learns how many it stands for."""
+    first: dict[tuple[Any, ...], Tensor] = {}
+    for parameter in parameters:
+        key = (parameter.shape, parameter.dtype)
+        first.setdefault(key, parameter)
+        counts[first[key]] = counts.get(first[key], 0) + 1
+    return list(first.values())
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of the unique storages behind whatever is a tensor."""
+    found = {s._cdata: s.nbytes() for v in values if isinstance(v, Tensor) for s in storages_of(v)}
+    return sum(found.values())

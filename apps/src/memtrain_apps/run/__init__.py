@@ -1,0 +1,1 @@
+"""One run: ``finetune`` and ``pretrain``, and the workloads they train on."""

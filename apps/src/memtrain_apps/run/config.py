@@ -1,0 +1,217 @@
+"""What ``finetune`` and ``pretrain`` are asked to do: flags and presets. No torch here."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from memtrain_common.commands import configure as common
+from memtrain_common.commands.run_flags import Lr, RunFlags
+from memtrain_common.errors import UserError
+
+from ..compose.axes import Axes, check, names, refuse_unused
+
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclass(frozen=True)
+class RunConfig(RunFlags, Axes):
+    """Flags of both commands, after those of the axes."""
+
+    # -- the run
+    explain_memory: bool = False
+    """Only say what each choice saves, what still dominates, and the cheapest next step; nothing is trained."""
+    save_model: bool = True
+    """Write the trained model, adapters merged, to the run folder's model/."""
+    # -- optimization
+    lr: Lr = 0.0
+    """Peak learning rate; 0 takes the usual one of --train and --optim, which is said."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (sgd: added to the gradient)."""
+    batch_size: int = 64
+    """Samples a micro-batch, over all processes."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip. lte clips each head by its own norm."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up the rate falls to 0 by a cosine, or stays."""
+    warmup_ratio: float = 0.05
+    """Part of the steps in which the rate rises."""
+    # -- system
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: whole copies of the model, or shards."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    threads: int = 0
+    """CPU threads; 0 leaves it to torch. Results repeat to the bit for one number of them."""
+    workers: int = 0
+    """Processes that prepare batches ahead."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Every flag of finetune; kept in the run folder's config.json."""
+
+    # -- data and model
+    data: str = "digits"
+    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder;
+    glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
+    data_dir: str = ""
+    """Folder (or zip) with the data in its public form."""
+    size: int = 28
+    """Pixels of a MedMNIST file."""
+    labels: tuple[int, ...] = ()
+    """Only the pictures of these classes, in this order; empty takes all."""
+    model: str = ""
+    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty
+    takes vit-mini. Language: folder of a transformers model, or its name on the hub."""
+    weights: str = ""
+    """Pictures: pretrained weights (transformers' folder, Google's .npz, timm's .safetensors; a CNN's state dict)."""
+    image_size: int = 0
+    """Pixels that the model sees; 0 takes the model's."""
+    recipe: Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"] = "none"
+    """Augmentation of pictures."""
+    max_length: int = 128
+    """Tokens that a text is cut to."""
+    head_lr: float = 0.0
+    """Peak learning rate of the task head; 0 takes --lr."""
+    epochs: float = 10.0
+    """Passes over the training rows."""
+    eval_epochs: float = 1.0
+    """Epochs between evaluations; the checkpoint that validates best is tested."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Every flag of pretrain; kept in the run folder's config.json."""
+
+    # -- data and model
+    data_dir: str = ""
+    """Folder of text; empty takes the source of Python's standard library."""
+    tokenizer: Literal["bytes", "chars", "gpt2"] = "bytes"
+    """What a token is."""
+    tokenizer_dir: str = ""
+    """Folder with GPT-2's encoder.json and vocab.bpe."""
+    model: Literal["gpt", "llama"] = "gpt"
+    """nanoGPT's GPT, or transformers' Llama of the same size (RMSNorm, rotary positions, gated MLP)."""
+    n_layer: int = 4
+    """Blocks."""
+    n_head: int = 4
+    """Attention heads."""
+    n_embd: int = 128
+    """Width."""
+    block_size: int = 64
+    """Tokens of context."""
+    bias: bool = False
+    """Biases in linear layers and norms (gpt); bitfit needs them."""
+    batch_size: int = 16
+    """Crops a micro-batch, over all processes."""
+    max_iters: int = 500
+    """Optimizer steps."""
+    eval_interval: int = 100
+    """Steps between evaluations."""
+    eval_iters: int = 20
+    """Batches of an evaluation."""
+
+
+VIT_S = FinetuneConfig(
+    data="cifar100", model="vit-s-16", batch_size=32, recipe="vit", optim="sgd", lr=1e-3, epochs=10, adapt="attention",
+    rank=4, alpha=8.0, dropout=0.1,
+)  # fmt: skip
+FINETUNE_PRESETS = {
+    "default": FinetuneConfig(),
+    # the runs of the Back Razor + LoRA fork: ViT-S/16, SGD
+    "vit-s-ftfull": replace(VIT_S, train="full"),
+    "vit-s-bitfit": replace(VIT_S, train="bitfit"),
+    "vit-s-backrazor": replace(VIT_S, train="full", save="backrazor", keep=0.2),
+    "vit-s-lora": replace(VIT_S, train="lora", lr=3e-4),
+    "vit-s-lora-mlp": replace(VIT_S, train="lora", lr=3e-4, adapt="all"),
+    "vit-s-lora-backrazor": replace(VIT_S, train="lora", lr=3e-4, save="backrazor", keep=0.2),
+    # ltegalorevit.py: LTE with GaLore over its heads' matrices
+    "path-lte-galore": FinetuneConfig(
+        train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16,
+        epochs=1, lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant",
+        warmup_ratio=0.0, grad_clip=0.0,
+    ),
+    "rte-lora-xs-backrazor": FinetuneConfig(
+        train="lora-xs", save="backrazor", data="glue:rte", rank=16, batch_size=32, lr=1e-3, head_lr=5e-3, epochs=50,
+    ),
+}  # fmt: skip
+PRETRAIN_PRESETS = {
+    "default": PretrainConfig(),
+    # GaLore with Back Razor on a Llama-shaped model: rank 128, gap 200, scale 0.25, a fifth of each activation
+    "llama-galore-backrazor": PretrainConfig(
+        model="llama", save="backrazor", keep=0.2, optim="galore-adamw", galore_rank=128, gap=200, galore_scale=0.25,
+        lr=0.01, n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=32, max_iters=10_000,
+    ),
+}  # fmt: skip
+
+# What a resumed run may do otherwise than it began. The data's hash is compared besides.
+MAY_CHANGE = {"out", "resume", "data_dir", "tracker", "device", "workers", "save_model", "log_interval"}
+
+# Usual peak learning rates: with Adam's state, and with sgd.
+LEARNING_RATES = {
+    "full": (5e-4, 1e-2), "head": (1e-3, 3e-2), "bitfit": (1e-3, 3e-2), "lora": (1e-3, 3e-2), "melo": (1e-3, 3e-2),
+    "lora-xs": (4e-3, 1e-1), "lte": (1e-3, 3e-2),
+}  # fmt: skip
+
+
+def usual_lr(axes: Axes) -> float:
+    """The learning rate where none is given."""
+    adam, sgd = LEARNING_RATES[axes.train]
+    return sgd if axes.optim == "sgd" else adam
+
+
+def configure(
+    argv: Sequence[str], config_type: type[Config], *, prog: str, description: str, presets: dict[str, Config]
+) -> Config:
+    """Flags, presets and a resumed run's own configuration into a checked configuration."""
+
+    def check_all(config: Config, before: Config) -> Config:
+        refuse_unused(config, _given(argv))
+        return checked(config)
+
+    return common.configure(
+        config_type, argv, prog=prog, description=description, presets=presets, check=check_all, may_change=MAY_CHANGE
+    )
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """Names of the axes' settings that stand on the command line."""
+    words = {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
+    return words & set(names())
+
+
+def checked(config: Config) -> Config:
+    """The configuration itself.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    check(config)
+    at_least: dict[str, Any] = {
+        "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0,
+        "warmup_ratio": 0, "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0,
+        "max_length": 2, "head_lr": 0, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1,
+        "eval_interval": 1, "eval_iters": 1,
+    }  # fmt: skip
+    own = {f.name for f in fields(config)}
+    for name, least in at_least.items():
+        if name in own and not least <= getattr(config, name) < math.inf:
+            raise UserError(f"{common.flag(name)} must be at least {least}, got {getattr(config, name)}")
+    for name in ("epochs", "eval_epochs"):
+        if name in own and not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{common.flag(name)} must be above 0, got {getattr(config, name)}")
+    if not config.warmup_ratio < 1:
+        raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
+    if config.train == "lte" and config.batch_size % config.heads:
+        raise UserError(
+            f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees "
+            "its own share of a batch"
+        )
+    if config.train == "lte" and config.parallel == "fsdp":
+        raise UserError("--parallel fsdp does not go with --train lte, which merges into whole weights: choose ddp")
+    if config.parallel == "fsdp" and config.save_model:
+        raise UserError("--parallel fsdp writes checkpoints, but no whole model: give --no-save-model, or choose ddp")
+    return config

@@ -1,0 +1,127 @@
+"""Language to fine-tune on: GLUE with an encoder, instructions with a causal language model."""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import torch
+from lora_xs.tasks.instruct import IGNORED, collate, load_rows, tokenize
+from lora_xs.tasks.instruct import loss_of as instruct_loss
+from lora_xs.tasks.instruct_flags import InstructConfig
+from lora_xs.tasks.models import load_causal_lm
+from memtrain_common.data.order import epoch_batch, rank_share
+from memtrain_common.data.text.glue import TASKS
+from memtrain_common.data.text.glue_batches import evaluation, model_loss, prepare_glue
+from memtrain_common.data.text.instruct import examples
+from memtrain_common.errors import UserError
+from memtrain_common.models.encoders import load_classifier, load_tokenizer
+from memtrain_common.training.distributed import World
+from torch import Tensor, nn
+
+from .config import FinetuneConfig
+from .workload import Workload
+
+HELD_OUT = 64
+"""Rows of an instruction file that validate where it has more than ten times as many; else a tenth."""
+
+
+def glue_workload(config: FinetuneConfig, world: World) -> Workload:
+    """``--data glue:TASK``: the task's rows and an encoder with a fresh head; reported is GLUE's development set."""
+    task = config.data.removeprefix("glue:")
+    if task not in TASKS:
+        raise UserError(f"--data glue:{task} is no task of GLUE: choose one of {', '.join(f'glue:{t}' for t in TASKS)}")
+    _need_model(config)
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare_glue(task, config.data_dir, tokenizer, max_length=config.max_length)
+    model, _ = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
+    rows = len(prepared.ids["train"])
+
+    def batches(i: int) -> dict[str, Tensor]:
+        order = epoch_batch(config.seed, i, batch=config.batch_size, size=rows)
+        return prepared.batch("train", rank_share(order, world.rank, world.size).tolist())
+
+    def evaluate(m: nn.Module, split: str) -> dict[str, float]:
+        return evaluation(task, prepared, m, config.batch_size)
+
+    return Workload(
+        model=model,
+        batches=batches,
+        loss=model_loss,
+        evaluate=evaluate,
+        metric=TASKS[task].metrics[0],
+        higher_is_better=True,
+        about={"name": config.data, "train": rows, "sha256": prepared.sha256},
+        splits=("val",),
+        extra={"tokenizer": tokenizer},
+        **_lengths(config, rows),
+    )
+
+
+def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
+    """``--data metamathqa|commonsense|FILE``: prompts and responses, the prompt left out of the loss."""
+    _need_model(config)
+    tokenizer = load_tokenizer(config.model)
+    flags = InstructConfig(data=config.data, data_dir=config.data_dir, model=config.model, max_length=config.max_length)
+    found = [tokenize(e, tokenizer, config.max_length) for e in examples(load_rows(flags))]
+    kept = [r for r in found if len(r.ids) > r.prompt]
+    if len(kept) < 2:
+        raise UserError(
+            f"{config.data} has {len(kept)} rows with a response within --max-length {config.max_length} tokens"
+        )
+    held = min(HELD_OUT, max(1, len(kept) // 10))
+    places = {round((i + 0.5) * len(kept) / held) for i in range(held)}
+    validation = [kept[i] for i in sorted(places) if i < len(kept)]
+    train = [r for i, r in enumerate(kept) if i not in places]
+    model = load_causal_lm(config.model)
+    pad = tokenizer.pad_token_id
+
+    def batches(i: int) -> dict[str, Tensor]:
+        order = rank_share(
+            epoch_batch(config.seed, i, batch=config.batch_size, size=len(train)), world.rank, world.size
+        )
+        return collate([train[j] for j in order.tolist()], pad)
+
+    @torch.no_grad()
+    def evaluate(m: nn.Module, split: str) -> dict[str, float]:
+        device = next(m.parameters()).device
+        total = count = 0.0
+        for start in range(0, len(validation), config.batch_size):
+            batch = collate(validation[start : start + config.batch_size], pad)
+            n = float((batch["labels"][:, 1:] != IGNORED).sum())  # a token's label is scored by the one before it
+            total += float(instruct_loss(m, {k: v.to(device) for k, v in batch.items()})) * n
+            count += n
+        return {"loss": total / count}
+
+    digest = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
+    return Workload(
+        model=model,
+        batches=batches,
+        loss=instruct_loss,
+        evaluate=evaluate,
+        metric="loss",
+        higher_is_better=False,
+        about={"name": config.data, "train": len(train), "val": len(validation), "sha256": digest},
+        splits=("val",),
+        extra={"tokenizer": tokenizer},
+        **_lengths(config, len(train)),
+    )
+
+
+def _need_model(config: FinetuneConfig) -> None:
+    if not config.model:
+        raise UserError(f"--data {config.data} needs --model: a folder of transformers, or a model's name on the hub")
+    for name in ("labels", "weights", "image_size"):
+        if getattr(config, name) != getattr(FinetuneConfig(), name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for pictures, and --data {config.data} has none: leave it out"
+            )
+
+
+def _lengths(config: FinetuneConfig, rows: int) -> dict[str, Any]:
+    per_epoch = rows / (config.batch_size * config.gradient_accumulation_steps)
+    return {
+        "steps": max(1, math.ceil(config.epochs * per_epoch)),
+        "eval_interval": max(1, math.ceil(config.eval_epochs * per_epoch)),
+        "units_per_step": config.batch_size * config.gradient_accumulation_steps,
+    }

@@ -1,0 +1,1 @@
+"""What commands share: flags, presets, errors as one sentence, the session around a training."""

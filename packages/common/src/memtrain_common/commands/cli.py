@@ -1,0 +1,169 @@
+"""Commands from frozen dataclasses: flags by tyro, presets by name, and errors as one sentence.
+
+A field's docstring is its flag's help. Nothing here imports torch: ``--help`` must stay fast.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from ..errors import Stopped, UserError
+
+Config = TypeVar("Config")
+
+
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Config] | None = None,
+    default: Config | None = None,
+) -> Config:
+    """Turn ``[PRESET] --flag value …`` into a ``config_type``.
+
+    Args:
+        config_type: a dataclass; ``n_layer: int = 4`` becomes ``--n-layer``.
+        argv: the words after the program's name. A first word without a dash names a preset.
+        prog: the program's name, for messages.
+        description: the first lines of ``--help``.
+        presets: configurations by name; flags override their values.
+        default: what flags override when no preset is named; the dataclass's own defaults if None.
+
+    Raises:
+        UserError: on an unknown flag or preset (with the nearest name), or a value of the wrong type.
+        SystemExit: with code 0, after printing the help.
+    """
+    presets = presets or {}
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in presets:
+            raise UserError(f"unknown preset {name!r}{_nearest(name, presets)}: the presets are {_list(presets)}")
+        default = presets[name]
+    if presets:
+        description += f"\n\nPresets, by name as the first word: {_list(presets)}."
+    known = [f.name.replace("_", "-") for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            config, unknown = tyro.cli(
+                config_type,
+                prog=prog,
+                description=description,
+                args=words,
+                default=config_type() if default is None else default,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_sentence(complaints.getvalue())) from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if flag.startswith("-"):
+            near = _nearest(flag.lstrip("-").replace("_", "-"), known, dashes="--")
+            raise UserError(f"unknown flag {flag}{near}; {prog} --help lists the flags")
+        raise UserError(f"unexpected word {flag!r}; flags begin with --, and a preset is the first word")
+    return config
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of one flag, before everything is parsed: ``--resume RUN`` decides the other flags' defaults.
+
+    Raises:
+        UserError: if it is given twice, or without a value.
+    """
+    values = [word[len(flag) + 1 :] for word in argv if word.startswith(flag + "=")]
+    values += [after for word, after in zip(argv, [*argv[1:], "--"], strict=False) if word == flag]
+    if len(values) > 1:
+        raise UserError(f"{flag} was given {len(values)} times: give it once")
+    if values and (not values[0] or values[0].startswith("--")):
+        raise UserError(f"{flag} needs a value")
+    return values[0] if values else None
+
+
+def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Sequence[str] | None = None) -> int:
+    """Run ``main(argv)`` and turn what the user can mend into one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    try:
+        with _sigterm_as_interrupt():
+            main(sys.argv[1:] if argv is None else argv)
+        return 0
+    except UserError as error:
+        code, line = error.exit_code, f"error: {error}"
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") != "0":  # every process stops; the first one says so
+            return stop.exit_code
+        code, line = stop.exit_code, str(stop)
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+        name = signal.Signals(signum).name
+        code, line = 128 + signum, f"stopped by {name} while nothing was being trained: nothing was lost"
+    except BrokenPipeError:  # the reader of a pipe (`--help | head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "the run folder"
+        code = UserError.exit_code
+        line = f"error: could not write {where} ({error.strerror}): free some space, or choose another place with --out"
+    print(f"{prog}: {line}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; while training, the loop takes both over."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations of one type that differ, by name: ``{name: (old, new)}``."""
+    names = [f.name for f in dataclasses.fields(old)]
+    return {n: (getattr(old, n), getattr(new, n)) for n in names if getattr(old, n) != getattr(new, n)}
+
+
+def _nearest(word: str, names: Mapping[str, Any] | Sequence[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _sentence(box: str) -> str:
+    """tyro's message as one line: it stands between the first rule (a box's upper edge, or dashes) and the second."""
+    lines: list[str] = []
+    inside = False
+    for line in box.splitlines():
+        text = line.strip("│ ")
+        rule = line.startswith(("╭", "╰")) or (len(text) > 9 and set(text) <= set("─-"))
+        if rule and inside and lines:
+            break
+        inside = inside or rule
+        if inside and not rule and text:
+            lines.append(text)
+    return " ".join(lines) or " ".join(box.split())

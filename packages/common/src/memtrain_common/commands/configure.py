@@ -1,0 +1,114 @@
+"""What commands' flags have in common: a resumed run's own configuration, and checks that name the flag. No torch."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UserError
+from .cli import changed_fields, flag_value, parse
+
+Config = TypeVar("Config")
+
+# What a resumed run may do otherwise than it began.
+MAY_CHANGE = {"out", "resume", "tracker", "device", "data_dir"}
+
+
+def configure(
+    config_type: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Config],
+    check: Callable[[Config, Config], Config],
+    may_change: Set[str] = MAY_CHANGE,
+) -> Config:
+    """Flags and presets, or with ``--resume`` the configuration that the run began with, checked.
+
+    Args:
+        config_type: with fields ``resume`` and ``out``.
+        argv, prog, description, presets: as :func:`memtrain_common.commands.cli.parse` has them.
+        check: (the configuration, the preset or the resumed run that flags were laid over) -> the configuration, or a
+            UserError.
+        may_change: fields that a resumed run may have otherwise than it began.
+
+    Raises:
+        UserError: if a flag contradicts the run that is resumed.
+    """
+    resume = flag_value(argv, "--resume")
+    if resume is None:
+        plain = presets.get(argv[0]) if argv else None
+        config = parse(config_type, argv, prog=prog, description=description, presets=presets)
+        return check(config, plain or config_type())
+    from ..runs.run_folder import RunFolder
+
+    saved = RunFolder.open(Path(resume)).read_config()
+    if not saved.get("command", "").startswith(prog + " "):
+        raise UserError(f"{resume} was made by another command ({saved.get('command')}), not by {prog}")
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
+        before = config_type(**values)
+    except TypeError as error:
+        raise UserError(f"{resume} was not made by this version of {prog}: {error}") from None
+    config = parse(config_type, argv, prog=prog, description=description, default=before)
+    for name, (old, new) in changed_fields(before, config).items():
+        if name not in may_change:
+            raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
+    return check(replace(config, out=resume), before)  # type: ignore[type-var]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def at_least(config: Any, **least: float) -> None:
+    """Refuse fields below their least value."""
+    for name, value in least.items():
+        if not getattr(config, name) >= value:
+            raise UserError(f"{flag(name)} must be at least {value}, got {getattr(config, name)}")
+
+
+def positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{flag(name)} must be positive, got {getattr(config, name)}")
+
+
+def below_one(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) < 1:
+            raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
+
+
+def required(config: Any, **why: str) -> None:
+    """Refuse empty fields, saying what would be right."""
+    for name, text in why.items():
+        if not getattr(config, name):
+            raise UserError(f"{flag(name)} is missing: {text}")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def fraction(config: Any, *names: str) -> None:
+    """Refuse fields outside of (0, 1]."""
+    for name in names:
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{flag(name)} must be above 0 and at most 1, got {getattr(config, name)}")
+
+
+def refuse_unused(config: Any, plain: Any, names: Sequence[str], why: str) -> None:
+    """Refuse flags that would do nothing beside another one.
+
+    Args:
+        config: flags over a preset.
+        plain: the preset.
+        names: fields that must be as in the preset.
+        why: what makes them useless.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(plain, name):
+            raise UserError(f"{flag(name)} {getattr(config, name)} would do nothing: {why}, so leave it out")

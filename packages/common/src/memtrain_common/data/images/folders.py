@@ -1,0 +1,70 @@
+"""Labelled pictures in folders named for their classes, on disk or in a zip."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import UserError
+from ..order import stratified
+from .image_set import PICTURES, FilePictures, PictureSet, PictureSplit, Tree
+from .medmnist import SPLITS
+
+
+def picture_folder(path: Path) -> PictureSet:
+    """``path/train/CLASS/*.png``, likewise val and test; or ``path/CLASS/*.png``, cut 8 : 1 : 1.
+
+    Where there is train and test but no val, a tenth of train validates. In a zip the same; folders around the
+    whole are passed over.
+
+    Raises:
+        UserError: if the folders are not so, naming which.
+    """
+    tree = Tree(path)
+    top = ""
+    while len(inside := tree.folders(top)) == 1 and inside[0] not in SPLITS:
+        top = f"{top}/{inside[0]}" if top else inside[0]
+    at = f"{top}/" if top else ""
+    roots = {split: at + split for split in SPLITS if split in inside}
+    if not roots:
+        roots = {"all": top}
+    elif not {"train", "test"} <= roots.keys():
+        raise UserError(f"{path} has {' and '.join(roots)}, and needs train and test (val may be cut from train)")
+    names = {split: tree.folders(root) for split, root in roots.items()}
+    classes = next(iter(names.values()))
+    for split, found in names.items():
+        if found != classes:
+            other = sorted(set(found) ^ set(classes))
+            raise UserError(
+                f"{tree.where(roots[split])} and {tree.where(next(iter(roots.values())))} differ in the class "
+                f"{other[0]!r}"
+            )
+    if len(classes) < 2:
+        raise UserError(f"{path} holds {len(classes)} folders of pictures, and a class each, two at least, is needed")
+    splits = {split: _split(tree, root, classes) for split, root in roots.items()}
+    if "all" in splits:
+        parts = stratified(splits["all"].labels, 10, seed=0)
+        whole = splits["all"]
+        splits = {"train": whole.take(parts > 1), "val": whole.take(parts == 0), "test": whole.take(parts == 1)}
+    elif "val" not in splits:
+        splits |= tenth(splits["train"])
+    task = "binary-class" if len(classes) == 2 else "multi-class"
+    return PictureSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
+
+
+def tenth(train: PictureSplit) -> dict[str, PictureSplit]:
+    """A tenth of every class of train as val, the rest as train; the same for every seed."""
+    parts = stratified(train.labels, 10, seed=0)
+    return {"train": train.take(parts > 0), "val": train.take(parts == 0)}
+
+
+def _split(tree: Tree, root: str, classes: list[str]) -> PictureSplit:
+    names: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        place = f"{root}/{name}" if root else name
+        found = tree.pictures(place)
+        if not found:
+            raise UserError(f"{tree.where(place)} holds no picture ({', '.join(PICTURES)})")
+        names += found
+        labels += [label] * len(found)
+    return PictureSplit(FilePictures(tree, names), np.array(labels, np.int64))

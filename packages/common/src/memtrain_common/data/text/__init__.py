@@ -1,0 +1,1 @@
+"""Text and rows of text: corpora, token bins, tokenizers, documents, GLUE, instructions."""

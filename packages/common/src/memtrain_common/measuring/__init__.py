@@ -1,0 +1,1 @@
+"""Measurements of a run: memory (measured and predicted), energy, timing; and their pictures."""

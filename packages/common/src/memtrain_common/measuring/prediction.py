@@ -1,0 +1,190 @@
+"""The memory ledger before there is any memory: a training step on fake tensors.
+
+A fake tensor (``torch._subclasses.FakeTensorMode``) has a shape, a dtype, a device and a storage with a size, and no
+numbers. A step on fake tensors runs the same Python and the same autograd as a real one, so what an operation saves,
+what a method packs and what an optimizer keeps are counted by the very code that measures a real step; nothing is
+allocated, and a model of 7 billion weights takes seconds on a laptop.
+"""
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .memory import Ledger, SavedActivations, measure, storages_of
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a training step will hold."""
+
+    ledger: Ledger
+    """As :func:`memtrain_common.measuring.memory.measure` would have measured it."""
+    peak_bytes: int
+    """The most that live tensors hold at any moment of a step whose optimizer has its state already. Workspace inside
+    an operation, the CUDA context and the allocator's fragmentation come on top."""
+
+
+def predict(
+    build: Callable[[], nn.Module],
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    *,
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    micro_batches: int = 1,
+    by_layer: bool = True,
+) -> Prediction:
+    """The ledger and the peak of a training step, without allocating it.
+
+    Everything is made inside: ``build``, ``loss`` and ``optimizer`` are called while every new tensor is fake, so a
+    configuration suffices (``AutoModel.from_config``), and no file of weights is read. For a model that exists,
+    ``build`` may return it or a part of it: real weights are taken over as fake ones, the model itself is not touched.
+
+    Args:
+        build: makes the model, wrapped and with its gradients switched as it will be trained.
+        loss: (model) -> the loss of one micro-batch, a scalar; it makes the batch too.
+        optimizer: (model) -> the optimizer. None predicts a backward pass and no state.
+        saving: makes the context of each forward pass, as ``fit`` takes it.
+        micro_batches: forward and backward passes an optimizer step; their gradients add up.
+        by_layer: as :class:`~memtrain_common.measuring.memory.SavedActivations` has it.
+
+    A number that a program reads out of a tensor (``.item()``, ``if mask.all():``) does not exist here. It reads 1;
+    a condition reads True, but False where it is an ``any``: most ask whether something is wrong. A program that goes
+    another way on the real numbers is predicted wrongly.
+    """
+    with fake_step() as live, ExitStack() as stack:
+        model = _as_fake(build())
+        stack.enter_context(_as_if_real())  # again: ``build`` may have imported what must be told
+        made = optimizer(model) if optimizer is not None else None
+        ledger = Ledger()
+        for step in range(2):  # the optimizer makes its state in the first
+            activations: dict[str, int] = {}
+            live.peak_bytes = live.bytes
+            for micro in range(micro_batches):
+                recording = SavedActivations(model, by_layer=by_layer) if step == micro == 0 else None
+                with saving(), recording or nullcontext():
+                    value = loss(model)
+                if recording is not None:
+                    activations = recording.by_layer()
+                    del recording
+                value.backward()
+                del value
+            if made is not None:
+                made.step()
+            if step == 0:
+                ledger = measure(model, made, activations)
+            for parameter in model.parameters():
+                parameter.grad = None
+        return Prediction(ledger, live.peak_bytes)
+
+
+@contextmanager
+def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
+    """Inside, every new tensor is fake, and what lives is added up; for steps that :func:`predict` does not fit.
+
+    Args:
+        live: what adds up, where it is to count more than bytes; None makes one.
+    """
+    with ExitStack() as stack:
+        random = torch.get_rng_state()  # fake operations may draw from the real generator
+        stack.callback(torch.set_rng_state, random)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
+        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references
+        # that are freed twice.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
+        stack.enter_context(_as_if_real())
+        yield stack.enter_context(live or LiveBytes())
+
+
+def _as_if_real() -> AbstractContextManager[Any]:
+    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since
+    it takes them for a sign that a graph is traced; here they stand for real ones."""
+    utilities = sys.modules.get("transformers.utils.import_utils")
+    if utilities is None:
+        return nullcontext()
+    return mock.patch.object(utilities, "is_fake_tensor", return_value=False)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that live, real or fake, and answers for the numbers that fake tensors do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.peak_bytes = 0
+        self._live: dict[int, int] = {}  # a storage's key -> its bytes
+        self._any = WeakIdKeyDictionary()  # results of ``any``
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return self._number(args[0])
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.any:
+            self._any[result] = True
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                for storage in storages_of(value):
+                    self._note(storage)
+        return result
+
+    def _number(self, tensor: Tensor) -> bool | int | float:
+        if tensor.dtype == torch.bool:
+            return tensor not in self._any
+        return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key in self._live or not n_bytes:
+            return
+        if storage.device.type == "cuda":
+            n_bytes = -(-n_bytes // 512) * 512  # the caching allocator's smallest unit
+        self._live[key] = n_bytes
+        self.bytes += n_bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._live.pop(key)
+
+
+def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid. Where nothing would
+    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped; elsewhere those of the
+    fake mode itself, which only remember what was made, are overlooked."""
+
+    def swap(old: Tensor, new: Tensor) -> None:
+        if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
+            with mock.patch.object(weakref, "getweakrefs", return_value=[]):
+                original(old, new)
+
+    return swap
+
+
+def fake_copy(model: nn.Module) -> nn.Module:
+    """Within :func:`fake_step`: a copy of the model with fake tensors instead of its real ones; ties stay."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
+            elif isinstance(tensor, Tensor):
+                memo[id(tensor)] = torch.empty_like(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _as_fake(model: nn.Module) -> nn.Module:
+    tensors = (*model.parameters(), *model.buffers())
+    return model if all(isinstance(t, FakeTensor) for t in tensors) else fake_copy(model)

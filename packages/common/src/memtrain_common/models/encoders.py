@@ -1,0 +1,86 @@
+"""Encoders with a task head, and their tokenizers: from folders of transformers, or by their names on the hub."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..errors import UserError
+
+HEADS = ("classifier", "score")  # what transformers calls them
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A fresh task head is what was asked for; transformers need not warn of it."""
+    logger = logging.getLogger("transformers")
+    before, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def from_pretrained(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
+    """``loader.from_pretrained(name)``, its failures as one sentence.
+
+    Args:
+        loader: a class of transformers.
+        name: a folder, or a name on the hub.
+        what: what an error calls it: "model", "tokenizer".
+        kwargs: for the loader.
+    """
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"there is no folder {name}: --model needs a model's folder, or its name on the hub")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} has no config.json: --model needs a folder as transformers' save_pretrained writes it")
+    try:
+        with _quiet():
+            return loader.from_pretrained(name, **kwargs)
+    except Exception as error:  # transformers, safetensors, tokenizers and the hub fail by classes of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"cannot load the {what} of {name} ({reason})") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """With a padding token: its own, or the end of text."""
+    tokenizer = from_pretrained(transformers.AutoTokenizer, name, "tokenizer")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {name} has neither a padding nor an end token: it needs one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+    """A sequence classifier, and the modules that must be trained in full: its task head, and whatever else the folder
+    lacks and starts at random (the pooler of an encoder that was saved without one). The model is in training mode,
+    which transformers' loading leaves: its dropout is on.
+
+    Args:
+        num_labels: 1 is a regression.
+        pad_id: of the tokenizer, where the model's configuration names none.
+    """
+    problem = "regression" if num_labels == 1 else "single_label_classification"
+    model, loading = from_pretrained(
+        transformers.AutoModelForSequenceClassification, name, "model", num_labels=num_labels, problem_type=problem,
+        ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32,
+    )  # fmt: skip
+    if model.config.pad_token_id is None:  # a decoder's classifier looks for the last token that is none
+        model.config.pad_token_id = pad_id
+    heads = [n for n in HEADS if isinstance(getattr(model, n, None), nn.Module)]
+    inside = tuple(f"{n}." for n in heads)
+    wrong = [str(key[0]) for key in loading["mismatched_keys"] if not str(key[0]).startswith(inside)]
+    if wrong:
+        raise UserError(f"{name} has {wrong[0]} of another shape than its config.json says: the folder is inconsistent")
+    fresh = {key.rpartition(".")[0] for key in loading["missing_keys"] if not key.startswith(inside)}
+    return model.train(), (*heads, *sorted(fresh))

@@ -1,0 +1,161 @@
+"""The folder of one run: what it was asked, what it measured, and how to go on with it.
+
+::
+
+    runs/NAME/
+      config.json      command, configuration, versions, git commit, device, data: everything to repeat the run
+      metrics.jsonl    one object a logged step
+      log.txt          the console
+      energy.csv       seconds, watts, joules so far (where there is a counter)
+      memory.json      the memory ledger
+      loss.png, memory.png
+      tensorboard/
+      checkpoints/     see memtrain_common.runs.checkpoint
+      .lock            held while a process trains in the folder
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoints
+from ..errors import UserError
+from ..files import write_json
+from ..measuring.environment import git_commit, versions
+from .lock import LOCK, lock_folder
+
+
+
+
+class RunFolder:
+    """A run's files. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> None:
+        self.path, self.writes = path, writes
+        self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints, writes=writes)
+        self._metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+        """A new run's folder, which must be missing or empty.
+
+        Raises:
+            UserError: if there is something in it already, or it cannot be made.
+        """
+        if writes:
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a file: --out needs the name of a folder")
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock_folder(path)
+            except OSError as error:
+                raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
+            if (path / "config.json").exists():
+                raise UserError(f"{path} holds another run: choose a new --out, or go on with it by --resume {path}")
+            if any(
+                p.name != LOCK and p.suffix != ".partial" for p in path.iterdir()
+            ):  # a kill may leave a partial file
+                raise UserError(f"{path} is not empty: --out needs a new or empty folder")
+        return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
+
+    @classmethod
+    def open(cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+        """The folder of a run that was begun before.
+
+        Raises:
+            UserError: if it is not one.
+        """
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a run: --resume needs a folder with a config.json, as --out makes it")
+        if writes:
+            lock_folder(path)
+        return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
+
+    def write_config(self, config: Any, *, prog: str, argv: Sequence[str], **more: Any) -> None:
+        """Write ``config.json``. ``config`` is a dataclass; ``more`` is kept beside it (device, data)."""
+        if self.writes:
+            content = {"config": dataclasses.asdict(config), **_making(prog, argv), **more}
+            write_json(self.path / "config.json", content)
+
+    def add_resume(self, config: Any, *, prog: str, argv: Sequence[str]) -> None:
+        """Note in ``config.json`` that the run was gone on with: the configuration now, and by which command."""
+        if self.writes:
+            content = {**self.read_config(), "config": dataclasses.asdict(config)}
+            content["resumed"] = [*content.get("resumed", []), _making(prog, argv)]
+            write_json(self.path / "config.json", content)
+
+    def read_config(self) -> dict[str, Any]:
+        """What :meth:`write_config` wrote.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        try:
+            content = json.loads((self.path / "config.json").read_text())
+            if isinstance(content["config"], dict):
+                return content
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.path / 'config.json'} is damaged: it must be the JSON object that the run wrote")
+
+    def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows to ``metrics.jsonl``."""
+        if self.writes:
+            with self._metrics.open("a") as file:
+                file.writelines(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last line that a kill cut short is left out."""
+        if not self._metrics.exists():
+            return []
+        text = self._metrics.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def metrics_bytes(self) -> int:
+        """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""
+        if not self._metrics.exists():
+            return 0
+        if not self.writes:
+            return self._metrics.stat().st_size
+        with self._metrics.open("r+b") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+    def truncate_metrics(self, n_bytes: int) -> None:
+        """Drop the rows that were written after a checkpoint: the resumed run writes them again."""
+        if self.writes and self._metrics.exists() and self._metrics.stat().st_size > n_bytes:
+            os.truncate(self._metrics, n_bytes)
+
+
+def _making(prog: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What a result's reader needs to make it again."""
+    return {
+        "command": shlex.join([prog, *argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def default_run_path(prog: str, root: str = "runs") -> Path:
+    """``runs/PROG-DATE-TIME``, with a counter where that is taken."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(root) / f"{prog}-{stamp}"
+    n = 2
+    while path.exists():
+        path = Path(root) / f"{prog}-{stamp}-{n}"
+        n += 1
+    return path
+
+

@@ -1,0 +1,67 @@
+"""What :func:`memtrain_common.training.loop.fit` is asked, and what it answers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..measuring.memory import Ledger
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long to train and when to look; every interval is in optimizer steps."""
+
+    max_iters: int
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step: step s uses batches s·g … s·g + g − 1, and the mean of their losses."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast's dtype; float16 adds a gradient scaler."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    eval_interval: int = 100
+    log_interval: int = 10
+    checkpoint_interval: int = 0
+    """0: as often as evaluation. A new best evaluation is saved besides."""
+    best_metric: str = "loss"
+    """The evaluation's number that decides which checkpoint is the best and stays."""
+    higher_is_better: bool = False
+    workers: int = 0
+    """Processes that prepare batches ahead; 0 prepares them in the loop."""
+    units_per_step: int = 0
+    """Tokens or samples in an optimizer step over all processes, for the rate."""
+    unit: str = "samples"
+    tracker: str = "none"
+    """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
+    tracker_project: str = "memtrain"
+    """W&B's and trackio's project."""
+    tracker_name: str = ""
+    """The run's name there; empty takes the run folder's."""
+    agree_interval: int = 1
+    """With ``parts``: steps between two times that the processes ask each other whether a signal came."""
+    patience_s: float = 0.0
+    """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
+
+
+@dataclass
+class FitResult:
+    """What a finished run has to tell."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Seconds of training, evaluation and saving left out; earlier parts of a resumed run included."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """The last evaluation."""
+    best: tuple[int, float] | None = None
+    """Step and value of the best evaluation."""
+    units_per_second: float = 0.0
+    """Mean over the steps of this process after the first (which measures memory, and compiles)."""
+    ledger: Ledger | None = None
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    """Of "training" and "evaluation", apart."""
+    joules: float | None = None
+    energy_source: str = "unavailable"
