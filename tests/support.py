@@ -95,6 +95,15 @@ def run_installed(words: Sequence[str], cwd: Path) -> subprocess.CompletedProces
     return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
+def pip_environment() -> dict[str, str]:
+    """This environment for a pip that knows nothing of the machine's own settings: no constraints, no find-links.
+
+    What a test installs must not depend on them; and the environment's commands (hatchling's) come first on PATH.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
     """Exit code 2, and one sentence on stderr that holds the expected words; no traceback."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, pip_environment
 
 MEMBERS = [*sorted(p.parent for p in ROOT.glob("packages/*/pyproject.toml")), ROOT / "apps"]
 OURS = {tomllib.loads((m / "pyproject.toml").read_text())["project"]["name"] for m in MEMBERS}
@@ -61,7 +61,7 @@ def test_plain_pip_installs_a_package_alone(member, clone, stocked, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=pip_environment(),
     )
     assert done.returncode == 0, done.stderr
     installed = {p.name.split("-")[0] for p in site.glob("*.dist-info")}
@@ -75,6 +75,15 @@ def test_plain_pip_installs_a_package_alone(member, clone, stocked, tmp_path):
         assert shown.returncode == 0, shown.stderr
         assert f"usage: {command}" in shown.stdout
     assert (site / module / "py.typed").exists()
+
+
+def test_the_settings_of_this_machines_pip_do_not_reach_a_test(monkeypatch):
+    """Neither a variable nor a file of configuration: pip's own list has only the empty file that is named."""
+    monkeypatch.setenv("PIP_CONSTRAINT", "/a/constraint.txt")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a/folder")
+    words = [sys.executable, "-m", "pip", "config", "list"]
+    shown = subprocess.run(words, capture_output=True, text=True, env=pip_environment(), check=True)
+    assert shown.stdout.split() == [f":env:.config-file='{os.devnull}'"]
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.name)
