@@ -28,7 +28,7 @@ def parameter(*shape):
 CASES = {
     "linear": (F.linear, lambda: (leaf(3, 5, 7), leaf(4, 7), leaf(4))),
     "linear one row": (F.linear, lambda: (leaf(7), leaf(4, 7))),
-    "addmm": (lambda b, x, w: torch.addmm(b, x, w), lambda: (leaf(4), leaf(5, 7), leaf(7, 4))),
+    "addmm": (lambda b, x, w: torch.addmm(b, x, w), lambda: (leaf(4), leaf(5, 7), parameter(7, 4))),
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b, 2, 1), lambda: (leaf(2, 4, 9), leaf(6, 4, 3), leaf(6))),
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, 1, 2), lambda: (leaf(2, 4, 7, 6), leaf(6, 2, 3, 3), leaf(6))),
     "conv2d same": (lambda x, w: F.conv2d(x, w, padding="same"), lambda: (leaf(4, 7, 6), leaf(6, 4, 4, 3))),
@@ -56,7 +56,7 @@ CASES = {
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), lambda: (leaf(3, 6, 5, 2), leaf(6), leaf(6))),
     "group_norm plain": (lambda x: F.group_norm(x, 3), lambda: (leaf(3, 6, 5),)),
     "softmax": (lambda x: F.softmax(x, 1), lambda: (leaf(3, 5, 7),)),
-    "matmul": (torch.matmul, lambda: (leaf(2, 3, 5, 4), leaf(3, 4, 6))),
+    "matmul": (lambda a, b: torch.matmul(a * 1.0, b * 1.0), lambda: (leaf(2, 3, 5, 4), leaf(3, 4, 6))),
     "gelu": (F.gelu, lambda: (leaf(40),)),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), lambda: (leaf(40),)),
     "silu": (F.silu, lambda: (leaf(40),)),
@@ -78,9 +78,9 @@ CASES = {
     "max_pool2d dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, (1, 1), 2, True), lambda: (leaf(2, 3, 7, 8),)),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1), lambda: (leaf(2, 3, 7, 8),)),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), lambda: (leaf(2, 3, 7, 8),)),
-    "mul": (torch.mul, lambda: (leaf(5, 70), leaf(5, 70))),
-    "mul by a small one": (torch.mul, lambda: (leaf(5, 70), leaf(70))),
-    "mul broadcast": (torch.mul, lambda: (leaf(5, 1, 7), leaf(4, 7))),
+    "mul": (lambda a, b: torch.mul(a * 1.0, b * 1.0), lambda: (leaf(5, 70), leaf(5, 70))),
+    "mul by a small one": (lambda a, b: torch.mul(a * 1.0, b * 1.0), lambda: (leaf(5, 70), leaf(70))),
+    "mul broadcast": (lambda a, b: torch.mul(a * 1.0, b * 1.0), lambda: (leaf(5, 1, 7), leaf(4, 7))),
     "rms chain": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), lambda: (leaf(5, 70),)),
     "gelu_new": (
         lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
@@ -268,6 +268,7 @@ def test_attention_uses_what_the_formulas_say(mode, written_out):
     scale = 8**-0.5
 
     def by_hand(q, k, v):
+        q, k, v = q * 1.0, k * 1.0, v * 1.0  # leaves would be weights
         return torch.matmul(F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale, dim=-1), v)
 
     call = by_hand if written_out else F.scaled_dot_product_attention

@@ -22,7 +22,7 @@ single = functools.partial(paper_pruned, keep=KEEP, values=torch.float32)
 MORE = {
     "relu_": (lambda x: torch.relu_(x * 2.0), lambda: (leaf(40),)),
     "matmul by a weight": (lambda x, w: x @ w, lambda: (leaf(3, 5, 7), parameter(7, 4))),
-    "mul by a weight": (torch.mul, lambda: (leaf(50, 30), leaf(30))),
+    "mul by a weight": (torch.mul, lambda: (leaf(50, 30), parameter(30))),
     "dropout": (lambda x: _seeded(F.dropout, x, 0.3), lambda: (leaf(5, 40),)),
 }
 

@@ -70,7 +70,7 @@ class Chains:
 
     def follow(self, name: str, first: Any, second: Any = None) -> Any:
         """Label the result of a link with one tensor, or two of the same chain; NotImplemented where it is none."""
-        if isinstance(second, Tensor) and not isinstance(first, Tensor):
+        if isinstance(second, Tensor) and not isinstance(first, Tensor) and name in ("add", "mul"):
             first, second = second, first
         if not isinstance(first, Tensor) or not first.is_floating_point() or not first.requires_grad:
             return NotImplemented
@@ -84,6 +84,8 @@ class Chains:
             expression = (name, X, other[1])
         elif second is None:
             expression = (name, left)
+        elif not isinstance(second, int | float):
+            return NotImplemented
         else:
             expression = (name, left, float(second))
         return (x, expression) if _begins_known(expression) else NotImplemented

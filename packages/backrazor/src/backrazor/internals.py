@@ -2,8 +2,9 @@
 
 Most of it asks a question that PyTorch has no public answer to: which saved-tensor hook is on, whether a compiled
 function or a ``torch.func`` transform is running. One thing is changed: functions of ``torch.nn.functional`` that are
-compositions, such as ``multi_head_attention_forward``, first ask whether a mode is on, and if so hand themselves over
-to it whole. A copy that does not ask runs with the mode on, so that the calls within it are met.
+compositions first ask whether a mode is on, and if so hand themselves over to it whole. A copy of
+``multi_head_attention_forward`` that does not ask runs with the mode on, so that the calls within it are met. Other
+compositions (``local_response_norm``, ``lp_pool2d``, losses) are left whole to PyTorch, and so are exact.
 """
 
 import functools
@@ -21,12 +22,13 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 _QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
+ENTERED = frozenset({F.multi_head_attention_forward})
+
+
 @functools.cache
 def unasking(func: Any) -> Callable[..., Any] | None:
-    """A copy of a Python function of ``torch.nn.functional`` that does not hand itself over; None for anything else."""
-    if not isinstance(func, types.FunctionType) or func.__globals__ is not vars(F):
-        return None
-    if not set(func.__code__.co_names) & set(_QUESTIONS):
+    """A copy of a composition that does not hand itself over; None for what is not entered."""
+    if func not in ENTERED:
         return None
     names = {**func.__globals__, **dict.fromkeys(_QUESTIONS, lambda *_: False)}
     copy = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
@@ -64,6 +66,11 @@ def saved_tensor_hook() -> Any:
 def within_transform() -> bool:
     """Whether a transform of ``torch.func`` (vmap, grad, jvp) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def within_trace() -> bool:
+    """Whether ``torch.jit.trace`` is recording."""
+    return torch._C._get_tracing_state() is not None
 
 
 def within_compiled_call() -> bool:

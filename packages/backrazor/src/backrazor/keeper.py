@@ -9,6 +9,7 @@ from .groups import groups_for
 from .saved import Dense, Geometry, Saved, eight_bit, prune, prune_as_paper
 from .store import Held, Holder, Store
 from .values import FORMATS
+from .weights import PARAMETER, rank
 
 MODES = ("default", "paper")
 ATTENTION = ("pruned", "exact")
@@ -46,13 +47,15 @@ class Keeper:
         self.chains.clear()
 
     def hold(self, x: Tensor, *, values: str | None = None, probabilities: bool = False, own: bool = False) -> Held:
-        """What stands for ``x``, pruned; stored once for all operations that save it.
+        """What stands for ``x``, pruned; stored once for all operations that save it. A weight is kept by reference.
 
         Args:
             values: the mode "paper"'s format for this operation; float16 if not given.
             probabilities: of a softmax: kept in 8 bits where values are in 16.
             own: not shared.
         """
+        if rank(x) == PARAMETER:
+            return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
         if self.mode == "paper" and not probabilities:
             found = self._store.find(x, "pruned") if not own and x.is_contiguous() else None
             return found if found is not None else Held(Holder(self.prune(x, values=values)), None)

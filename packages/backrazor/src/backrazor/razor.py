@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import RazorError
@@ -13,10 +14,11 @@ from .internals import (
     saved_tensor_hook,
     unasking,
     within_compiled_call,
+    within_trace,
     within_transform,
 )
 from .keeper import Keeper
-from .table import rules
+from .table import mark_computed, rules
 
 
 class Razor(Keeper, TorchFunctionMode):
@@ -73,32 +75,35 @@ class Razor(Keeper, TorchFunctionMode):
             _refuse_compile(torch.compiler.is_compiling())
             return func(*args, **kwargs)
         rule = self._rules.get(func)
-        if rule is not None:
-            if not self._steps_aside(args):
-                result = rule(self, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            return func(*args, **kwargs)
+        if rule is not None and not self._steps_aside((*args, *kwargs.values())):
+            result = rule(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         copy = unasking(func)
         if copy is None:
-            return func(*args, **kwargs)
+            return mark_computed(func, func(*args, **kwargs), (*args, *kwargs.values()))
         super().__enter__()
         try:
             return copy(*args, **kwargs)
         finally:
             super().__exit__(None, None, None)
 
-    def _steps_aside(self, args: tuple[Any, ...]) -> bool:
-        """Whether this call is not ours: in a checkpointed part, or on tensors that are more than their elements."""
+    def _steps_aside(self, values: tuple[Any, ...]) -> bool:
+        """Whether this call is not ours: in a checkpointed part, or of tensors that are no activations of numbers."""
         if within_transform():
             raise RazorError(
                 "torch.func transforms (vmap, grad, jvp) cannot be used within a Razor: they need plain autograd"
+            )
+        if within_trace():
+            raise RazorError(
+                "torch.jit.trace and Razor do not go together: a trace would record the packing instead of the model; "
+                "trace the model outside the Razor"
             )
         _refuse_compile(within_compiled_call())
         hook = saved_tensor_hook()
         if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
-        return any(is_wrapper(arg) for arg in args)
+        return any(isinstance(v, Tensor) and (v.is_complex() or is_wrapper(v)) for v in values)
 
 
 def _refuse_compile(compiled: bool) -> None:

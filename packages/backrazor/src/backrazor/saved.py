@@ -178,7 +178,7 @@ def prune_as_paper(x: Tensor, keep: float, values: str) -> Saved:
         return Saved((x,), Dense(Geometry.of(x)))
     geometry = Geometry(tuple(x.shape), tuple(torch.empty(x.shape, device="meta").stride()))
     samples = x.shape[0] if x.dim() > 1 else 1
-    return Saved(paper_packing.pack(x.detach().reshape(samples, -1), keep, values), PaperPruned(geometry))
+    return Saved(paper_packing.pack(x.detach().reshape(samples, -1).contiguous(), keep, values), PaperPruned(geometry))
 
 
 def eight_bit(x: Tensor) -> Saved:

@@ -4,6 +4,8 @@ x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arr
 is PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are so.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .keeper import Keeper
 from .ops import attention, chains, conv, linear, lossless, norms, pointwise
+from .weights import mark, of_weights_alone
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,11 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "matmul",
-        (torch.matmul, torch.bmm, *_methods("matmul", "__matmul__", "bmm")),
+        (torch.matmul, torch.bmm, torch.mm, *_methods("matmul", "__matmul__", "bmm", "mm")),
         attention.matmul,
-        "y; with a Parameter as a linear layer",
-        "two activations: dA = g B̂ᵀ, dB = Âᵀ g",
-        "Â, B̂; P̂ once for softmax and product",
+        "y; dx where the other factor is a weight: a leaf, or a view, transpose, cast or slice of one",
+        "dW = gᵀ x̂; two activations: dA = g B̂ᵀ, dB = Âᵀ g",
+        "x̂ beside a weight; otherwise Â, B̂; P̂ once for softmax and product",
         "the paper's: Q, K, P and V are pruned alike; attention='exact' leaves it to PyTorch",
     ),
     Operation(
@@ -218,9 +222,9 @@ OPERATIONS: tuple[Operation, ...] = (
         "mul",
         (torch.mul, *_methods("mul", "__mul__", "__rmul__")),
         chains.mul,
-        "y; d big where the other is small; a factor without gradient is kept by reference",
-        "d small = Σ g x̂; two activations: dA = g ~B, dB = g ~A; known chains as one operation",
-        "x̂ for a small factor's gradient; two 8-bit copies for two activations",
+        "y; dx where the other factor is a weight or small; a factor without gradient is kept by reference",
+        "d small = Σ g x̂; dW = g ~x; two activations: dA = g ~B, dB = g ~A; known chains as one operation",
+        "x̂ for a small factor's gradient, ~x for a weight's; two 8-bit copies for two activations",
         "an elementwise gradient needs every element, a sum needs the largest",
     ),
     *(
@@ -254,9 +258,50 @@ DENSE: dict[str, str] = {
 }
 
 
+_LAYERS = ("linear", "addmm", "conv", "scaled_dot_product_attention")
+_MAKES_ACTIVATIONS = frozenset(
+    {F.embedding, *(call for o in OPERATIONS if o.name.startswith(_LAYERS) for call in o.calls)}
+)
+"""What a layer makes of a learned table is an activation, whatever it is made of."""
+
+
+@functools.cache
 def rules() -> dict[Any, Callable[..., Any]]:
-    """From a function of torch to its rule."""
-    return {call: operation.rule for operation in OPERATIONS for call in operation.calls}
+    """From a function of torch to its rule, which answers NotImplemented to arguments that it does not know."""
+    return {call: _known_arguments_only(operation.rule, call) for operation in OPERATIONS for call in operation.calls}
+
+
+def _known_arguments_only(rule: Callable[..., Any], call: Any) -> Callable[..., Any]:
+    parameters = list(inspect.signature(rule).parameters.values())[1:]
+    kinds = [p.kind for p in parameters]
+    places = len(parameters) if inspect.Parameter.VAR_POSITIONAL in kinds else kinds.count(_EITHER)
+    least = sum(p.default is p.empty and p.kind is _EITHER for p in parameters)
+    anything = inspect.Parameter.VAR_KEYWORD in kinds
+    names = {p.name for p in parameters}
+    layer = call in _MAKES_ACTIVATIONS
+
+    def known(razor: Keeper, *args: Any, **kwargs: Any) -> Any:
+        if not anything and (len(args) > places or not kwargs.keys() <= names or len(args) + len(kwargs) < least):
+            return NotImplemented
+        if not layer and of_weights_alone((*args, *kwargs.values())):
+            return NotImplemented
+        return rule(razor, *args, **kwargs)
+
+    return known
+
+
+_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def mark_computed(call: Any, result: Any, values: tuple[Any, ...]) -> Any:
+    """The result of a call that PyTorch answered: a weight, where it was computed of weights alone."""
+    if isinstance(result, Tensor):
+        if result.grad_fn is not None and call not in _MAKES_ACTIVATIONS and of_weights_alone(values):
+            mark(result)
+    elif type(result) in (tuple, list) and of_weights_alone(values):
+        for part in result:
+            mark(part)
+    return result
 
 
 def describe() -> list[dict[str, str]]:

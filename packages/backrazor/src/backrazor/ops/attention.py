@@ -6,7 +6,9 @@ With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V, and hats on w
     dQ = s dS K̂      dK = s dSᵀ Q̂     dmask = dS
 
 P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the
-forward pass saw. The output is PyTorch's own; P is formed for a few samples at a time, only to be packed.
+forward pass saw. The output is PyTorch's own, of the kernel that it chooses; P is formed for a few samples at a time,
+only to be packed. On a CPU dropout's mask is the one that PyTorch drew, drawn a second time; on a GPU, where a kernel
+draws it, the output is computed here, with another mask of the same probability.
 """
 
 import math
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from ..coded import mask_bits
 from ..function import Function, Kept, save
+from ..internals import is_fake
 from ..keeper import Keeper
 from ..saved import Geometry, Saved
 from ..store import Held, Holder
+from ..weights import LEAF, rank
 from .linear import Linear
 
 
@@ -46,13 +50,21 @@ def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
 
 
 class Matmul(Function):
-    """C = A B; dA = g B̂ᵀ, dB = Âᵀ g, with leading dimensions broadcast as in ``torch.matmul``."""
+    """C = A B; dA = g B̂ᵀ, dB = Âᵀ g, with leading dimensions broadcast as in ``torch.matmul``.
+
+    A factor that is a weight ("a" or "b") is kept by reference, so that the other one's gradient is exact.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, razor: Keeper) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: str, razor: Keeper) -> Tensor:
         ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
-        needs_a, needs_b, _ = ctx.needs_input_grad
-        save(ctx, a=razor.hold(a) if needs_b else None, b=razor.hold(b) if needs_a else None)
+        needs_a, needs_b, *_ = ctx.needs_input_grad
+        kept: dict[str, Held | Tensor] = {}
+        if needs_b:
+            kept["a"] = a if weight == "a" else razor.hold(a)
+        if needs_a:
+            kept["b"] = b if weight == "b" else razor.hold(b)
+        save(ctx, **kept)
         return torch.matmul(a, b)
 
     @staticmethod
@@ -61,10 +73,15 @@ class Matmul(Function):
         a_shape, a_dtype, b_shape, b_dtype = ctx.like
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = (g @ kept.dense("b", g.dtype).mT).sum_to_size(a_shape).to(a_dtype)
+            b = kept.dense("b", g.dtype)
+            if len(a_shape) == 2 < g.dim():  # W x: one product, not one for each sample
+                da = g.movedim(-2, 0).flatten(1) @ b.movedim(-2, 0).flatten(1).T
+            else:
+                da = (g @ b.mT).sum_to_size(a_shape)
+            da = da.to(a_dtype)
         if ctx.needs_input_grad[1]:
             db = (kept.dense("a", g.dtype).mT @ g).sum_to_size(b_shape).to(b_dtype)
-        return da, db, None
+        return da, db, None, None
 
 
 class Attention(Function):
@@ -80,9 +97,10 @@ class Attention(Function):
         p_drop: float,
         causal: bool,
         scale: float,
-        gqa: bool,
+        done: tuple[Tensor | None, Tensor | None],
         razor: Keeper,
     ) -> Tensor:
+        out, kept_by_dropout = done
         ctx.settings = (p_drop, scale)
         ctx.like = [Geometry.of(x) for x in (q, k, v)]  # a gradient has the layout of its tensor
         ctx.mask_like = (mask.shape, mask.dtype) if mask is not None else None
@@ -95,15 +113,14 @@ class Attention(Function):
         for i in range(0, batch, step):
             p = probabilities(q[i : i + step], k[i : i + step], _part(mask, i, step, batch), causal, scale)
             named[f"p{i}"] = _alone(razor.prune(p, probabilities=True))
-            if p_drop:
+            if kept_by_dropout is not None:
+                named[f"drop{i}"] = _alone(mask_bits(kept_by_dropout[i : i + step]))
+            elif p_drop:
                 p, drop = torch.native_dropout(p, p_drop, True)
                 named[f"drop{i}"] = _alone(mask_bits(drop))
                 outs.append(p.to(v.dtype) @ _repeat(v[i : i + step], q.shape[1]))
-        if p_drop:
+        if out is None:
             out = torch.cat(outs)
-        else:
-            call = F.scaled_dot_product_attention
-            out = call(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
         save(
             ctx,
             q=razor.hold(q) if needs[1] else None,
@@ -159,6 +176,24 @@ class Attention(Function):
         return *grads, dmask.to(ctx.mask_like[1]) if dmask is not None else None, None, None, None, None, None
 
 
+def _as_pytorch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, shape: tuple[int, ...], settings: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """PyTorch's own output over (B, H, N, d), and what its dropout kept, bool of ``shape`` (B, H, N, M)."""
+    p_drop = settings["dropout_p"]
+    if p_drop and query.device.type != "cpu":
+        return None, None
+    drawn = None
+    before = torch.get_rng_state() if p_drop and not is_fake(query) else None
+    with torch.no_grad():
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    if p_drop:
+        drawn = query.new_empty(shape, dtype=torch.bool)
+        if before is not None:
+            drawn.bernoulli_(1 - p_drop, generator=torch.Generator().set_state(before))
+    return out.reshape(*shape[:3], -1), drawn
+
+
 def _alone(saved: Saved) -> Held:
     return Held(Holder(saved), None)
 
@@ -212,15 +247,24 @@ def softmax(
 
 
 def matmul(razor: Keeper, input: Tensor, other: Tensor) -> Tensor:
-    """``torch.matmul``, ``torch.bmm``, ``@``: with a trained weight a linear layer, otherwise two activations."""
+    """``torch.matmul``, ``torch.bmm``, ``@``: with a trained weight as a linear layer, otherwise two activations."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == 0 or other.numel() == 0:
         return NotImplemented
-    if isinstance(other, torch.nn.Parameter) and other.dim() == 2 and other.requires_grad:
+    left, right = rank(input), rank(other)
+    if razor.attention == "exact" and max(left, right) == LEAF:
+        return NotImplemented  # it may be a value as well as a weight
+    if right > left and other.dim() == 2 and other.requires_grad:
         return Linear.apply(input, other, None, True, razor)
-    both = input.requires_grad and other.requires_grad
-    if not both or razor.attention == "exact" or input.dim() < 2 or other.dim() < 2:
+    if input.dim() < 2 or other.dim() < 2:
         return NotImplemented
-    return Matmul.apply(input, other, razor)
+    if left != right:  # a frozen weight keeps nothing of x
+        weight = other if right > left else input
+        return (
+            Matmul.apply(input, other, "b" if right > left else "a", razor) if weight.requires_grad else NotImplemented
+        )
+    if left or not (input.requires_grad and other.requires_grad) or razor.attention == "exact":
+        return NotImplemented  # two weights: PyTorch keeps both by reference
+    return Matmul.apply(input, other, "", razor)
 
 
 def scaled_dot_product_attention(
@@ -245,13 +289,15 @@ def scaled_dot_product_attention(
     q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
     if not q.shape[0] == k.shape[0] == v.shape[0] or (attn_mask is not None and query.dim() > 4):
         return NotImplemented
-    if k.shape[1] != q.shape[1] and not enable_gqa:
+    if (k.shape[1] != q.shape[1] and not enable_gqa) or dropout_p >= 1:
         return NotImplemented
+    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    done = _as_pytorch(query, key, value, attn_mask, (*q.shape[:-1], k.shape[-2]), settings)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) for t in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out: Tensor = Attention.apply(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, razor)
+    out: Tensor = Attention.apply(q, k, v, attn_mask, dropout_p, is_causal, scale, done, razor)
     if query.dim() > 4:
         return out.reshape(*lead, *out.shape[-3:])
     return out.reshape(out.shape[4 - query.dim() :]) if query.dim() < 4 else out

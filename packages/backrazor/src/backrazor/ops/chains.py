@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..chains import HALF_X, MEAN_SQUARE, ONE_PLUS_TANH, QUICK, alike
 from ..keeper import Keeper
+from ..weights import rank
 from .pointwise import ACTIVATIONS, Pointwise
 from .products import SMALL, Gated, Normalised, Product, Scaled
 
@@ -25,6 +26,16 @@ def mul(razor: Keeper, input: Any, other: Any) -> Any:
         return whole
     if not (input.is_floating_point() and other.is_floating_point()) or not input.numel() or not other.numel():
         return NotImplemented
+    left, right = rank(input), rank(other)
+    if left != right:
+        x, weight = (input, other) if right > left else (other, input)
+        is_small = weight.numel() * SMALL <= x.numel()
+        # A frozen weight, or a constant beside a trained one, is kept by reference by PyTorch.
+        return (
+            Scaled.apply(x, weight, razor) if weight.requires_grad and (x.requires_grad or is_small) else NotImplemented
+        )
+    if left:
+        return NotImplemented  # two weights: PyTorch keeps both by reference
     if not (input.requires_grad and other.requires_grad):
         big, small = (input, other) if input.numel() >= other.numel() else (other, input)
         if small.requires_grad and small.numel() * SMALL <= big.numel():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..function import Function, Kept, save
 from ..keeper import Keeper
+from ..weights import rank
 
 
 class Linear(Function):
@@ -64,6 +65,6 @@ def linear(razor: Keeper, input: Tensor, weight: Tensor, bias: Tensor | None = N
 def addmm(razor: Keeper, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``torch.addmm`` as GPT-2's Conv1D calls it: bias + x W."""
     plain = beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == mat2.shape[-1]
-    if not plain or not mat2.requires_grad or not mat2.is_leaf or mat1.numel() == 0:
+    if not plain or not mat2.requires_grad or mat1.numel() == 0 or rank(mat2) <= rank(mat1):
         return NotImplemented
     return Linear.apply(mat1, mat2, input, True, razor)

@@ -122,28 +122,26 @@ class MeanPool(Function):
         return ctx.pool_backward(g, g.new_empty(1).expand(ctx.shape)), None, None
 
 
-def avg_pool2d(razor: Keeper, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def avg_pool2d(
+    razor: Keeper,
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
     """``F.avg_pool2d``."""
-
-    def backward(
-        g: Tensor,
-        x: Tensor,
-        kernel_size: Sizes,
-        stride: Sizes | None = None,
-        padding: Sizes = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        kernel = _pair(kernel_size)
-        step = kernel if stride is None or stride == [] else _pair(stride)
-        rest = (_pair(padding), ceil_mode, count_include_pad, divisor_override)
-        return torch.ops.aten.avg_pool2d_backward(g, x, kernel, step, *rest)
-
     if not input.requires_grad or input.numel() == 0:
         return NotImplemented
+    kernel = _pair(kernel_size)
+    step = kernel if stride is None or stride == [] else _pair(stride)
+    settings = (kernel, step, _pair(padding), ceil_mode, count_include_pad, divisor_override)
     return MeanPool.apply(
-        input, lambda x: F.avg_pool2d(x, *args, **kwargs), lambda g, x: backward(g, x, *args, **kwargs)
+        input,
+        lambda x: F.avg_pool2d(x, *settings),
+        lambda g, x: torch.ops.aten.avg_pool2d_backward(g, x, *settings),
     )
 
 

@@ -96,8 +96,11 @@ def _layer_grad(ctx: Any, g: Tensor, x: Tensor, mean: Any, rstd: Tensor, weight:
     normalised = mean is None
     at = (torch.zeros_like(rstd), torch.ones_like(rstd)) if normalised else (mean, rstd)
     shape = list(g.shape[g.dim() - ctx.dims :])
-    mask = list(ctx.needs_input_grad[:3])
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    mask = [needs_x, needs_weight, needs_bias and weight is not None]  # the kernel has no bias without a weight
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(g.contiguous(), x, shape, *at, weight, weight, mask)
+    if needs_bias and dbias is None:
+        dbias = g.sum_to_size(shape)
     return dx.mul_(rstd) if normalised and dx is not None else dx, dweight, dbias
 
 
@@ -188,10 +191,10 @@ class GroupNorm(Function):
         n, c = x.shape[:2]
         ctx.sizes = (n, c, x.numel() // (n * c), groups)
         ctx.dtypes = [t.dtype if t is not None else None for t in (x, weight, bias)]
-        x = x.contiguous()
+        x = _as_kernel(x)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, x.numel() // (n * c), groups, eps)
-        shape = [n, groups, -1]
-        normal = (x.view(shape) - mean.view(n, groups, 1)).mul_(rstd.view(n, groups, 1)).view(x.shape)
+        shape = [n, groups, *[1] * (x.dim() - 1)]
+        normal = (x.unflatten(1, (groups, -1)) - mean.view(shape)).mul_(rstd.view(shape)).flatten(1, 2)
         gamma, beta = (t.view(_channels(x)) if t is not None else None for t in (weight, bias))
         held = _share(razor, razor.hold_coded(normal, NORMAL), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
@@ -202,7 +205,7 @@ class GroupNorm(Function):
         kept = Kept(ctx)
         n, _, _, groups = ctx.sizes
         wide = torch.promote_types(g.dtype, torch.float32)
-        g, x, rstd = g.to(wide).contiguous(), kept.dense("x", wide), kept.dense("rstd", wide)
+        g, x, rstd = g.to(wide).contiguous(), kept.dense("x", wide).contiguous(), kept.dense("rstd", wide)
         weight = kept.dense("weight", wide) if "weight" in kept else None
         needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         mask = [needs_x, needs_weight, needs_bias]
@@ -212,6 +215,12 @@ class GroupNorm(Function):
             grads[0].view(n, groups, -1).mul_(rstd.view(n, groups, 1))
         dx, dweight, dbias = (t.to(d) if m else None for t, d, m in zip(grads, ctx.dtypes, mask, strict=True))
         return dx, None, dweight, dbias, None, None
+
+
+def _as_kernel(x: Tensor) -> Tensor:
+    """``x`` in the memory that PyTorch's group norm works on: channels last stays so on a CPU."""
+    channels_last = x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _channels(x: Tensor) -> list[int]:

@@ -148,11 +148,22 @@ class Piecewise(Function):
         return mask.mul_(high - low).add_(low).mul_(g), None, None, None, None, None
 
 
+SETTINGS: dict[Any, tuple[str, ...]] = {
+    F.softplus: ("beta", "threshold"),
+    F.gelu: ("approximate",),
+    torch.sigmoid: (),
+    torch.tanh: (),
+}
+"""What an activation function takes beside its input; of the others "inplace"."""
+
+
 def activation(call: Any) -> Any:
     """The rule of one activation function."""
 
     def rule(razor: Keeper, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = {F.softplus: ("beta", "threshold"), F.gelu: ("approximate",)}.get(call, ("inplace",))
+        names = SETTINGS.get(call, ("inplace",))
+        if len(args) > len(names) or not kwargs.keys() <= set(names):
+            return NotImplemented
         settings = {**dict(zip(names, args, strict=False)), **kwargs}
         inplace = settings.pop("inplace", False)
         if not input.requires_grad or not input.is_floating_point():

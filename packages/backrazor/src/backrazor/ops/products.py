@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..function import Function, Kept, save
 from ..keeper import Keeper
-from ..saved import Affine, Saved
+from ..saved import Affine, Dense, Saved
 from .pointwise import ACTIVATIONS
 
 SMALL = 16
@@ -22,13 +22,18 @@ SMALL = 16
 
 
 class Scaled(Function):
-    """y = x w with a small w that broadcasts over x: dx = g w (exact), dw = Σ g x̂."""
+    """y = x w with a w that is small, or a weight: dx = g w (exact), dw = Σ g x̂.
+
+    Where nothing is summed, dw is elementwise, and x is kept in 8.125 bits.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, razor: Keeper) -> Tensor:
-        ctx.like = (x.dtype, w.shape, w.dtype)
+        ctx.like = (x.shape, x.dtype, w.shape, w.dtype)
         y = x * w
-        held = razor.hold(x) if ctx.needs_input_grad[1] else None
+        held = None
+        if ctx.needs_input_grad[1]:
+            held = razor.hold(x) if w.numel() * SMALL <= x.numel() else razor.hold_eight_bit(x)
         save(ctx, x=held, w=w if ctx.needs_input_grad[0] else None)
         if held is not None and razor.mode != "paper" and y.dtype == x.dtype and razor.same_geometry(held, x, y):
             base = held.saved
@@ -41,12 +46,13 @@ class Scaled(Function):
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
-        x_dtype, w_shape, w_dtype = ctx.like
+        x_shape, x_dtype, w_shape, w_dtype = ctx.like
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = (kept.dense("x", g.dtype, own=True).mul_(g)).sum_to_size(w_shape).to(w_dtype)
+            x = kept.dense("x", g.dtype, own=True)
+            dw = (x.mul_(g) if x.shape == g.shape else x * g).sum_to_size(w_shape).to(w_dtype)
         if ctx.needs_input_grad[0]:
-            dx = (g * kept.dense("w", g.dtype)).to(x_dtype)
+            dx = (g * kept.dense("w", g.dtype)).sum_to_size(x_shape).to(x_dtype)
         return dx, dw, None
 
 
@@ -101,12 +107,17 @@ class Normalised(Function):
     def forward(ctx: Any, x: Tensor, r: Tensor, razor: Keeper) -> Tensor:
         y = x * r
         ctx.dtype = x.dtype
-        save(ctx, x=razor.hold(y), r=r)
+        held = razor.hold(y)
+        # By reference it is x that is kept, as PyTorch does: y may be changed in place.
+        ctx.normalised = not isinstance(held.saved.recipe, Dense)
+        save(ctx, x=held if ctx.normalised else x, r=r)
         return y
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
         x = kept.dense("x", g.dtype, own=True)
+        if not ctx.normalised:
+            x.mul_(kept.dense("r", g.dtype))
         inner = x.mul_((x * g).mean(-1, keepdim=True))
         return torch.sub(g, inner, out=inner).mul_(kept.dense("r", g.dtype)).to(ctx.dtype), None, None
