@@ -67,7 +67,7 @@ def groups_for(keep: float) -> Groups | None:
 
 @functools.cache
 def binomials(n: int, k: int, device: torch.device) -> Tensor:
-    """C(p, j) for j = 1 … k: int32 (k, n). The j-th place is at most n − k + j − 1: larger numbers are not looked up."""
+    """C(p, j) for j = 1 … k: int32 (k, n). A j-th place is at most n − k + j − 1; larger ones are never looked up."""
     rows = [[min(math.comb(p, j), MOST_SUBSETS) for p in range(n)] for j in range(1, k + 1)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
