@@ -25,8 +25,8 @@ from backrazor.tasks.train import Trained, make_model, train_one
 from backrazor.tasks.train_flags import TrainConfig
 from memtrain_common.console import Console
 from memtrain_common.data.images.batches import evaluation_batches
-from memtrain_common.data.images.image_set import PictureSet
-from memtrain_common.data.images.sets import load_pictures
+from memtrain_common.data.images.image_set import ImageSet
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.data.order import stratified
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
@@ -45,7 +45,7 @@ class Study:
     """A model, pictures, and what is the same for all arms."""
 
     about: str
-    pictures: PictureSet
+    pictures: ImageSet
     config: TrainConfig
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -54,14 +54,14 @@ class Study:
     """Also the least keep with attention left as it is."""
 
 
-def part(pictures: PictureSet, split: str, n: int) -> PictureSet:
+def part(pictures: ImageSet, split: str, n: int) -> ImageSet:
     """The set with about n of a split's pictures, every class evenly."""
     found = pictures.splits[split]
     some = found.take(stratified(found.labels, len(found) // n, seed=1) == 0)
     return replace(pictures, splits={**pictures.splits, split: some})
 
 
-def classes_of(pictures: PictureSet, first: int, last: int) -> PictureSet:
+def classes_of(pictures: ImageSet, first: int, last: int) -> ImageSet:
     """The set with the classes first to last alone, numbered from 0."""
     splits = {}
     for name, split in pictures.splits.items():
@@ -70,8 +70,8 @@ def classes_of(pictures: PictureSet, first: int, last: int) -> PictureSet:
     return replace(pictures, classes=pictures.classes[first : last + 1], splits=splits)
 
 
-def cifar10(data: Path) -> PictureSet:
-    return load_pictures("cifar10", str(data / "cifar10"))
+def cifar10(data: Path) -> ImageSet:
+    return load_images("cifar10", str(data / "cifar10"))
 
 
 def resnet_weights(data: Path) -> str:
@@ -90,7 +90,7 @@ def resnet20(data: Path) -> Study:
 
 
 def breastmnist(data: Path) -> Study:
-    pictures = load_pictures("breastmnist", str(data / "medmnist"))
+    pictures = load_images("breastmnist", str(data / "medmnist"))
     config = replace(BASE, data="breastmnist", model="resnet20", weights=resnet_weights(data), image_size=28,
                      epochs=10.0, batch_size=32, warmup_iters=20, augment="flip-shift")  # fmt: skip
     return Study("ResNet-20 with CIFAR-10's weights, tuned to BreastMNIST (28 pixels)", pictures, config,

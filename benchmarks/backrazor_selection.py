@@ -89,7 +89,7 @@ def resnet(data: Path) -> tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]
 
     def batch(i: int) -> tuple[Tensor, Tensor]:
         rows = order[i * 64 : (i + 1) * 64]
-        pixels = torch.stack([torch.from_numpy(test.pictures[r].copy()) for r in rows]).permute(0, 3, 1, 2) / 255
+        pixels = torch.stack([torch.from_numpy(test.images[r].copy()) for r in rows]).permute(0, 3, 1, 2) / 255
         shape = (1, 3, 1, 1)
         return (pixels - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape), torch.tensor(
             test.labels[rows]

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from galore_vit.tasks.flags import Optim, TrainConfig
+from galore_vit.tasks.models import describe
 from galore_vit.tasks.train import Trial, train_one
 from memtrain_common.console import Console
-from memtrain_common.data.images.images import ImageSet, load_images
+from memtrain_common.data.images.image_set import ImageSet
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
@@ -85,7 +87,7 @@ def write(images: ImageSet, arms: dict[Optim, list[dict[str, Any]]]) -> None:
         seeds=SEEDS,
         model="ViT, 96 wide, 4 blocks, patches of 7 in 28 pixels, from scratch; no augmentation, no weight decay",
         training={k: getattr(CONFIG, k) for k in ("epochs", "batch_size", "rank", "gap", "scale", "schedule")},
-        data=images.describe(),
+        data=describe(images),
         results={optim: best(found) for optim, found in arms.items()},
         arms=arms,
         published={name: {"AUC": a, "ACC": c} for name, (a, c) in PUBLISHED.items()},

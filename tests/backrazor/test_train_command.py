@@ -14,7 +14,7 @@ from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, m
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
 from memtrain_common.console import Console
-from memtrain_common.data.images.sets import load_pictures
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.memory import SavedActivations
 from memtrain_common.models.classifiers import build_classifier, classification_loss
@@ -254,7 +254,7 @@ def test_the_real_breastmnist(tmp_path, real_data):
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
-DIGITS = load_pictures("digits")
+DIGITS = load_images("digits")
 
 
 def test_the_presets_are_the_published_settings_and_hold_their_own_checks():
@@ -321,7 +321,7 @@ def test_the_accuracy_is_of_the_whole_split():
     with torch.no_grad():
         found = evaluate(TrainConfig(eval_batch_size=77), DIGITS, made, "test", made.model)
         split = DIGITS.splits["test"]
-        images = np.stack([split.pictures[i] for i in range(len(split))])
+        images = np.stack([split.images[i] for i in range(len(split))])
         logits = made.model(made.normalize(images)).logits
     labels = torch.from_numpy(split.labels)
     assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))

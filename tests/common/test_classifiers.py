@@ -5,7 +5,7 @@ import pytest
 import torch
 from image_files import google_file
 from memtrain_common.data.images.batches import IMAGENET, Normalize, evaluation_batches
-from memtrain_common.data.images.sets import load_pictures
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.models.classifiers import (
     CNNS,
@@ -123,7 +123,7 @@ def test_resnet20_with_its_published_weights_knows_real_pictures(real_data):
     weights = next((real_data / "weights" / "resnet_cifar10").glob("*.th"))
     found = build_classifier("resnet20", 10, weights=str(weights))
     assert found.head_kept
-    test = load_pictures("folder", str(next((real_data / "cifar10").glob("*.zip"))), bad="unchecked").splits["test"]
+    test = load_images("folder", str(next((real_data / "cifar10").glob("*.zip"))), bad="unchecked").splits["test"]
     part = test.take(np.arange(0, 10000, 20))
     right = 0
     with torch.no_grad():

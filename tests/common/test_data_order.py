@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from memtrain_common.data.order import epoch_batch, epoch_order, random_bits, random_offsets, rank_share
+from memtrain_common.data.order import epoch_batch, epoch_order, random_bits, random_offsets, rank_share, stratified
 
 
 def splitmix64(state, n):
@@ -79,3 +79,11 @@ def test_refusals():
         random_offsets(0, 0, size=1, high=0)
     with pytest.raises(ValueError, match="0 samples"):
         epoch_batch(0, 0, batch=1, size=0)
+
+
+def test_stratified_parts_are_even_in_every_class():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    parts = stratified(labels, 5, seed=1)
+    for c, n in enumerate((10, 6, 4)):
+        assert (np.bincount(parts[labels == c], minlength=5) == n).all()
+    assert not np.array_equal(parts, stratified(labels, 5, seed=2))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_files import random_file
-from memtrain_common.data.images.medmnist import check_labels, file_name, read_npz
+from memtrain_common.data.images.medmnist import check_labels, file_name, read_medmnist
 from memtrain_common.data.images.medmnist_sets import SETS, SIZES
 from memtrain_common.errors import UserError
 
@@ -28,24 +28,24 @@ def test_breastmnist_itself():
     folder = Path(os.environ["MEMTRAIN_DATA"]) / "medmnist"
     if not (folder / "breastmnist.npz").is_file():
         pytest.skip("the folder of data sets has no medmnist/breastmnist.npz")
-    splits = read_npz(folder, "breastmnist")
-    assert tuple(len(s.images) for s in splits.values()) == SETS["breastmnist"].samples
-    assert splits["test"].images.shape == (156, 28, 28)
+    splits = read_medmnist("breastmnist", folder).splits
+    assert tuple(map(len, splits.values())) == SETS["breastmnist"].samples
+    assert splits["test"].images.array.shape == (156, 28, 28)
     assert splits["test"].labels.mean() == pytest.approx(0.731, abs=1e-3)  # the majority's share
 
 
 @pytest.mark.parametrize("flag", ["breastmnist", "bloodmnist", "chestmnist"])
 def test_ones_own_file_of_the_same_form(tmp_path, flag):
     labels = random_file(tmp_path, flag, 20)
-    found = read_npz(tmp_path, flag, verify=False)["test"]
+    found = read_medmnist(flag, tmp_path, verify=False).splits["test"]
     assert np.array_equal(found.labels.reshape(20, -1), labels)
-    assert found.images.shape == ((20, 28, 28, 3) if SETS[flag].channels == 3 else (20, 28, 28))
+    assert found.images.array.shape == ((20, 28, 28, 3) if SETS[flag].channels == 3 else (20, 28, 28))
 
 
 def test_a_wrong_md5_is_refused(tmp_path):
     random_file(tmp_path, "breastmnist", 20)
     with pytest.raises(UserError, match="published file has 750601b1f35ba3300ea97c75c52ff8f6"):
-        read_npz(tmp_path, "breastmnist")
+        read_medmnist("breastmnist", tmp_path)
 
 
 def rewritten(folder, **changes):
@@ -69,18 +69,18 @@ def rewritten(folder, **changes):
 def test_damaged_contents_are_refused(tmp_path, changes, match):
     rewritten(tmp_path, **changes)
     with pytest.raises(UserError, match=match):
-        read_npz(tmp_path, "breastmnist", verify=False)
+        read_medmnist("breastmnist", tmp_path, verify=False)
 
 
 def test_other_refusals(tmp_path):
     with pytest.raises(UserError, match="no MedMNIST 2D set"):
-        read_npz(tmp_path, "mnist")
+        read_medmnist("mnist", tmp_path)
     with pytest.raises(UserError, match="not 32"):
-        read_npz(tmp_path, "breastmnist", 32)
+        read_medmnist("breastmnist", tmp_path, 32)
     with pytest.raises(UserError, match=r"breastmnist_64\.npz"):
-        read_npz(tmp_path, "breastmnist", 64)
+        read_medmnist("breastmnist", tmp_path, 64)
     (tmp_path / file_name("breastmnist")).write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(UserError, match="damaged"):
-        read_npz(tmp_path, "breastmnist", verify=False)
+        read_medmnist("breastmnist", tmp_path, verify=False)
     with pytest.raises(UserError, match=r"must lie in 0\.\.6"):
         check_labels(np.array([0, 7]), "multi-class", 7, "labels")

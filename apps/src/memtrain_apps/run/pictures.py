@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from memtrain_common.data.images.batches import PictureBatches, evaluation_batches
-from memtrain_common.data.images.image_set import PictureSet, PictureSplit
-from memtrain_common.data.images.sets import load_pictures
+from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
+from memtrain_common.data.images.image_set import ImageSet, ImageSplit
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.models.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.training.distributed import World
@@ -20,7 +20,7 @@ from .workload import Workload
 
 def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     """The set and the classifier that the flags name; fresh weights come from torch's generator."""
-    pictures = with_labels(load_pictures(config.data, config.data_dir, size=config.size), config.labels)
+    pictures = with_labels(load_images(config.data, config.data_dir, size=config.size), config.labels)
     name = config.model or "vit-mini"
     size = config.image_size or (0 if config.weights else usual_size(name) or pictures.size)
     if not size and not config.weights:
@@ -28,7 +28,7 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     classifier = build_classifier(name, len(pictures.classes), weights=config.weights, image_size=size)
     rows = len(pictures.splits["train"])
     per_epoch = rows / (config.batch_size * config.gradient_accumulation_steps)
-    batches = PictureBatches(
+    batches = ImageBatches(
         pictures.splits["train"],
         config.batch_size,
         classifier.image_size,
@@ -53,7 +53,7 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     )
 
 
-def with_labels(found: PictureSet, labels: tuple[int, ...]) -> PictureSet:
+def with_labels(found: ImageSet, labels: tuple[int, ...]) -> ImageSet:
     """Only the pictures of these classes, which become 0, 1, …
 
     Raises:
@@ -74,13 +74,13 @@ def with_labels(found: PictureSet, labels: tuple[int, ...]) -> PictureSet:
     for name, split in found.splits.items():
         rows = np.flatnonzero(np.isin(split.labels, labels))
         new = np.array([labels.index(c) for c in split.labels[rows].tolist()], np.int64)
-        splits[name] = PictureSplit(split.pictures.take(rows), new)
+        splits[name] = ImageSplit(split.images.take(rows), new)
     return replace(found, classes=tuple(found.classes[c] for c in labels), splits=splits)
 
 
 @torch.no_grad()
 def _evaluate(
-    pictures: PictureSet, classifier: Classifier, config: FinetuneConfig, model: nn.Module, split: str
+    pictures: ImageSet, classifier: Classifier, config: FinetuneConfig, model: nn.Module, split: str
 ) -> dict[str, float]:
     device = next(model.parameters()).device
     total = correct = count = 0.0

@@ -12,9 +12,9 @@ import torch
 from memtrain_common.commands.session import open_run
 from memtrain_common.commands.summary import run_facts
 from memtrain_common.console import Console, format_table
-from memtrain_common.data.images.batches import PictureBatches, evaluation_batches
-from memtrain_common.data.images.image_set import PictureSet
-from memtrain_common.data.images.sets import fetch, load_pictures
+from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
+from memtrain_common.data.images.image_set import ImageSet
+from memtrain_common.data.images.sets import fetch, load_images
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
 from memtrain_common.measuring.memory import Ledger
@@ -59,7 +59,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
             fetch(config.data, config.data_dir)
         gather_objects(None)  # the others wait
     left_out: list[str] = []
-    pictures = load_pictures(
+    pictures = load_images(
         config.data, config.data_dir, size=config.size, validate=config.validate, bad=config.bad_images,
         verify=config.verify, say=left_out.append,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         _report(config, run, console, arms)
 
 
-def image_size(config: TrainConfig, pictures: PictureSet) -> int:
+def image_size(config: TrainConfig, pictures: ImageSet) -> int:
     """Pixels of the model's input: those asked for, those it was made for, or the pictures' own.
 
     Raises:
@@ -103,7 +103,7 @@ def image_size(config: TrainConfig, pictures: PictureSet) -> int:
 
 def train_one(
     config: TrainConfig,
-    pictures: PictureSet,
+    pictures: ImageSet,
     run: RunFolder | None,
     console: Console,
     device: torch.device,
@@ -121,7 +121,7 @@ def train_one(
     place = world()
     made = made or make_model(config, pictures)
     model = made.model.to(device)
-    batches = PictureBatches(
+    batches = ImageBatches(
         pictures.splits["train"],
         config.batch_size,
         made.image_size,
@@ -180,7 +180,7 @@ def train_one(
     return Trained(model, result, dense, test)
 
 
-def make_model(config: TrainConfig, pictures: PictureSet) -> Classifier:
+def make_model(config: TrainConfig, pictures: ImageSet) -> Classifier:
     """The model with ``requires_grad`` set on what is trained; its random numbers are the seed's."""
     seed_all(config.seed)
     made = build_classifier(
@@ -209,7 +209,7 @@ def make_optimizer(model: nn.Module, head: str, config: TrainConfig) -> torch.op
     return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def total_steps(config: TrainConfig, pictures: PictureSet) -> int:
+def total_steps(config: TrainConfig, pictures: ImageSet) -> int:
     """Optimizer steps: those asked for, or those of the epochs."""
     per_step = config.batch_size * config.gradient_accumulation_steps
     return config.max_iters or max(1, math.ceil(config.epochs * len(pictures.splits["train"]) / per_step))
@@ -226,7 +226,7 @@ def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
 
 
 def evaluate(
-    config: TrainConfig, pictures: PictureSet, made: Classifier, split: str, model: nn.Module
+    config: TrainConfig, pictures: ImageSet, made: Classifier, split: str, model: nn.Module
 ) -> dict[str, float]:
     """Mean loss and accuracy over a split; of a multi-label set the accuracy is the mean over labels."""
     device = next(model.parameters()).device
@@ -252,7 +252,7 @@ def evaluate(
     return {"loss": loss, "accuracy": right / n}
 
 
-def _identity(config: TrainConfig, pictures: PictureSet) -> dict[str, Any]:
+def _identity(config: TrainConfig, pictures: ImageSet) -> dict[str, Any]:
     """What a checkpoint must agree in."""
     free = MAY_CHANGE | {"workers", "download", "bad_images", "compare_dense"}
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

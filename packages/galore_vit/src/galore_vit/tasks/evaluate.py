@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from memtrain_common.console import Console, format_table
-from memtrain_common.data.images.images import load_images
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.training.distributed import launch
@@ -23,7 +23,7 @@ def run_evaluation(config: EvalConfig) -> None:
     """Everything that ``galore-vit eval`` does once its flags are checked."""
     console = Console()
     if config.predictions:
-        images = load_images(config.data, config.data_dir, config.size, verify=config.verify)
+        images = load_images(config.data, config.data_dir, size=config.size, fit=True, verify=config.verify)
         scores = read_predictions(Path(config.predictions))
         wanted = len(images.classes)
         if not (scores.shape[1] == wanted or (images.task == "binary-class" and scores.shape[1] == 1)):
@@ -40,7 +40,8 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
     run = Path(config.run)
     trained = saved_config(run)
     _, device = launch(config.device)
-    images = load_images(trained.data, config.data_dir or trained.data_dir, trained.size, verify=trained.verify)
+    place = config.data_dir or trained.data_dir
+    images = load_images(trained.data, place, size=trained.size, fit=True, verify=trained.verify)
     found: list[Score] = []
     rows: list[tuple[str, ...]] = [HEADING]
     for trial in trials(trained):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.data.images.images import ImageSet
+from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.errors import UserError
 from memtrain_common.models.vit import build_vit, load_vit, patch_for
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ from .flags import TrainConfig
 def image_size(config: TrainConfig, images: ImageSet) -> int:
     """Pixels of the model's input."""
     return config.image_size or images.size
+
+
+def describe(images: ImageSet) -> dict[str, Any]:
+    """What a run's config.json keeps of its images."""
+    more = {"classes": list(images.classes), "size": images.size, "sha256": images.arrays_sha256}
+    return {**images.describe(), **more}
 
 
 def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]) -> nn.Module:

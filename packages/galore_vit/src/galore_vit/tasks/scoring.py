@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from memtrain_common.data.images.images import ImageSet, to_pixels
-from memtrain_common.data.images.medmnist import Split
+from memtrain_common.data.images.batches import Normalize, evaluation_batches
+from memtrain_common.data.images.image_set import ImageSet, ImageSplit
 from memtrain_common.errors import UserError
 from numpy.typing import NDArray
 from torch import nn
@@ -36,15 +36,14 @@ class Score:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, size: int, *, multi_label: bool, batch: int = 256) -> Scores:
+def predict(model: nn.Module, split: ImageSplit, size: int, *, multi_label: bool, batch: int = 256) -> Scores:
     """Probabilities (N, classes) of a split's images, by the model in eval mode."""
     device = next(model.parameters()).device
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     parts = []
-    for start in range(0, len(split.images), batch):
-        pixels = to_pixels(split.images[start : start + batch], size).to(device)
-        logits = model(pixel_values=pixels).logits.double()
+    for pixels, _ in evaluation_batches(split, size, normalize=Normalize(), resize="nearest", batch=batch):
+        logits = model(pixel_values=pixels.to(device)).logits.double()
         parts.append((logits.sigmoid() if multi_label else logits.softmax(-1)).cpu())
     for module, training in modes:
         module.training = training
@@ -71,9 +70,14 @@ def mean_loss(labels: NDArray[np.int64], scores: Scores, multi_label: bool) -> f
     return float(-np.log(p[np.arange(len(labels)), labels]).mean())
 
 
+def official_name(images: ImageSet) -> str:
+    """How MedMNIST calls a set in the names of result files, whose parts an underscore divides."""
+    return images.file_stem or images.name.replace("_", "-")
+
+
 def official_file(images: ImageSet, split: str, found: Score, run: Any) -> str:
     """The name that MedMNIST gives a file of predictions."""
-    return f"{images.official_name}_{split}_[AUC]{found.auc:.3f}_[ACC]{found.acc:.3f}@{run}.csv"
+    return f"{official_name(images)}_{split}_[AUC]{found.auc:.3f}_[ACC]{found.acc:.3f}@{run}.csv"
 
 
 def write_predictions(path: Path, scores: Scores) -> None:
@@ -109,7 +113,7 @@ def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: A
     folder.mkdir(parents=True, exist_ok=True)
     labels = images.splits[split].labels
     found = score(labels, scores, images.task)
-    for old in folder.glob(f"{images.official_name}_{split}_*@{run}.csv"):
+    for old in folder.glob(f"{official_name(images)}_{split}_*@{run}.csv"):
         old.unlink()  # of an earlier evaluation of the same run
     write_predictions(folder / official_file(images, split, found, run), scores)
     (folder / f"{split}.json").write_text(json.dumps({"split": split, "images": len(labels), **found.numbers}) + "\n")

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.data.images.images import ImageBatches, ImageSet, fold, load_images
+from memtrain_common.data.images.batches import ImageBatches
+from memtrain_common.data.images.image_set import ImageSet, fold
+from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.environment import device_name
 from memtrain_common.measuring.intervals import mean_and_ci
@@ -28,7 +30,7 @@ from torch import nn
 
 from ..cli import MAY_CHANGE, PROG
 from .flags import TrainConfig
-from .models import check_classes, image_size, loss_of, make_model
+from .models import check_classes, describe, image_size, loss_of, make_model
 from .optimizers import make_optimizer
 from .scoring import Score, mean_loss, predict, score, write_all
 
@@ -80,25 +82,25 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         avoid_broken_amx()
     if config.batch_size % place.size:
         raise UserError(f"--batch-size {config.batch_size} must be divisible by the {place.size} processes")
-    images = load_images(config.data, config.data_dir, config.size, verify=config.verify)
+    images = load_images(config.data, config.data_dir, size=config.size, fit=True, verify=config.verify)
     for trial in trials(config):
         check_classes(trial_images(images, config, trial))
     if config.resume:
         run = RunFolder.open(Path(config.resume), writes=place.is_main)
-        before = run.read_config()["data"]["sha256"]
-        if before != images.sha256:
+        before, now = run.read_config()["data"]["sha256"], images.arrays_sha256
+        if before != now:
             raise UserError(
-                f"{config.resume} was trained on other images (SHA-256 {before[:12]}…, not {images.sha256[:12]}…): "
+                f"{config.resume} was trained on other images (SHA-256 {before[:12]}…, not {now[:12]}…): "
                 "give it the same --data-dir, or begin a new run"
             )
     else:
         path = Path(config.out) if config.out else default_run_path(f"{PROG}-train")
         run = RunFolder.create(path, writes=place.is_main)
     config = dataclasses.replace(config, out=str(run.path))
-    about = {"data": images.describe(), "device": device_name(device), "processes": place.size}
+    about = {"data": describe(images), "device": device_name(device), "processes": place.size}
     run.write_config(config, prog=PROG, argv=argv, **about)
     console = Console(run.path / "log.txt" if place.is_main else None, quiet=not place.is_main)
-    counts = ", ".join(f"{len(split.images)} {name}" for name, split in images.splits.items())
+    counts = ", ".join(f"{len(split)} {name}" for name, split in images.splits.items())
     console.say(f"{run.path}: {images.name}, {images.size} pixels, {len(images.classes)} classes, {counts} images")
     done = []
     for trial in trials(config):
@@ -134,7 +136,8 @@ def train_one(
         config.batch_size,
         image_size(config, images),
         trial.seed,
-        augment=config.augment,
+        recipe=config.augment,
+        resize="nearest",
         multi_label=images.multi_label,
         rank=rank,
         world_size=world().size,
@@ -197,7 +200,7 @@ def _make(
 
 def steps_per_epoch(config: TrainConfig, images: ImageSet) -> int:
     """Optimizer steps in which every training image is seen once."""
-    return math.ceil(len(images.splits["train"].images) / (config.batch_size * config.gradient_accumulation_steps))
+    return math.ceil(len(images.splits["train"]) / (config.batch_size * config.gradient_accumulation_steps))
 
 
 def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float] | None:
@@ -219,7 +222,7 @@ def _evaluate(images: ImageSet, size: int, model: nn.Module) -> dict[str, float]
 def _identity(config: TrainConfig, trial: Trial, images: ImageSet) -> dict[str, Any]:
     """What a checkpoint must agree in: all that the weights depend on."""
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
-    return {**kept, **dataclasses.asdict(trial), "images_sha256": images.sha256}
+    return {**kept, **dataclasses.asdict(trial), "images_sha256": images.arrays_sha256}
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

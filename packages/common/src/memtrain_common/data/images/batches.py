@@ -1,4 +1,4 @@
-"""Batches of pictures by number: decoded, cropped, mirrored and coloured as published recipes do, then normalised.
+"""Batches of images by number: decoded, cropped, mirrored and coloured as published recipes do, then normalised.
 
 A batch, augmentation included, is a pure function of (seed, number). The geometry and the colours are torchvision's;
 only its random numbers are ours.
@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..order import epoch_batch, random_bits, rank_share
-from .image_set import ArrayPictures, PictureSplit, Pixels
-from .images import flip_and_shift
+from .image_set import ArrayImages, ImageSplit, Pixels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Recipe = Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"]
 Jitter = Literal["none", "torch", "tf"]
+Resize = Literal["bilinear", "nearest"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 # Part of the area, (least, most), by recipe; the sides' ratio is between 3/4 and 4/3.
 _CROPS = {"vit": (0.05, 1.0), "cotuning": (0.08, 1.0), "cnn": (0.22, 1.0)}
@@ -65,10 +65,10 @@ IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
-class PictureBatches:
+class ImageBatches:
     """Training batches by number, for :func:`memtrain_common.training.loop.fit`: (pixels (B, 3, S, S), labels)."""
 
-    split: PictureSplit
+    split: ImageSplit
     batch_size: int
     """Over all processes."""
     size: int
@@ -78,6 +78,9 @@ class PictureBatches:
     jitter: Jitter = "none"
     """Random brightness, contrast, saturation and hue, after the crop."""
     normalize: Normalize = Normalize()
+    resize: Resize = "bilinear"
+    """How S is reached without a crop: bilinear before anything else, or by nearest neighbours after all the rest, as
+    MedMNIST's protocol has it: images in memory are mirrored and moved in pixels of their own."""
     multi_label: bool = False
     rank: int = 0
     world_size: int = 1
@@ -85,23 +88,25 @@ class PictureBatches:
     def __call__(self, number: int) -> tuple["Tensor", "Tensor"]:
         rows = epoch_batch(self.seed, number, batch=self.batch_size, size=len(self.split))
         share = rank_share(np.arange(self.batch_size), self.rank, self.world_size)
-        images = self._pictures(rows, share, number)
+        images = self._images(rows, share, number)
         if self.recipe not in ("none", "vit"):
             chance = random_bits(self.seed, number, 1, size=3 * self.batch_size).reshape(3, -1)[:, share]
-            images = flip_and_shift(images, chance, "flip-shift" if self.recipe == "flip-shift" else "flip")
+            images = mirrored(images, chance[0])
+            if self.recipe == "flip-shift":
+                images = shifted(images, chance[1:])
         if self.jitter != "none":
             turns = self._uniform(number)[share, 4 * _TRIES :]
             images = np.stack([jittered(i, u, self.jitter) for i, u in zip(images, turns, strict=True)])
-        return self.normalize(images), as_labels(self.split.labels[rows[share]], self.multi_label)
+        return self.normalize(nearest(images, self.size)), as_labels(self.split.labels[rows[share]], self.multi_label)
 
-    def _pictures(self, rows: NDArray[np.int64], share: NDArray[np.int64], number: int) -> Pixels:
+    def _images(self, rows: NDArray[np.int64], share: NDArray[np.int64], number: int) -> Pixels:
         """(B, S, S, 3) bytes, cropped where the recipe crops."""
         if self.recipe not in _CROPS:
-            return scaled(self.split, rows[share], self.size)
+            return scaled(self.split, rows[share], self.size, self.resize)
         uniform = self._uniform(number)
         out = np.empty((len(share), self.size, self.size, 3), np.uint8)
         for i, j in enumerate(share):
-            out[i] = randomly_cropped(self.split.pictures[rows[j]], uniform[j], self.size, self.recipe)
+            out[i] = randomly_cropped(self.split.images[rows[j]], uniform[j], self.size, self.recipe)
         return out
 
     def _uniform(self, number: int) -> Uniform:
@@ -111,13 +116,23 @@ class PictureBatches:
 
 
 def evaluation_batches(
-    split: PictureSplit, size: int, *, recipe: Recipe, normalize: Normalize, batch: int, multi_label: bool = False
+    split: ImageSplit,
+    size: int,
+    *,
+    recipe: Recipe = "none",
+    normalize: Normalize,
+    resize: Resize = "bilinear",
+    batch: int,
+    multi_label: bool = False,
 ) -> Iterator[tuple["Tensor", "Tensor"]]:
-    """All pictures in their order, as the recipe evaluates them."""
+    """All images in their order, as the recipe evaluates them."""
     for start in range(0, len(split), batch):
         rows = np.arange(start, min(start + batch, len(split)))
-        images = scaled(split, rows, size) if recipe not in ("cotuning", "cnn") else centred(split, rows, size, recipe)
-        yield normalize(images), as_labels(split.labels[rows], multi_label)
+        if recipe in ("cotuning", "cnn"):
+            images = centred(split, rows, size, recipe)
+        else:
+            images = scaled(split, rows, size, resize)
+        yield normalize(nearest(images, size)), as_labels(split.labels[rows], multi_label)
 
 
 def as_labels(labels: NDArray[np.int64], multi_label: bool) -> "Tensor":
@@ -127,22 +142,53 @@ def as_labels(labels: NDArray[np.int64], multi_label: bool) -> "Tensor":
     return found.float() if multi_label else found
 
 
-def scaled(split: PictureSplit, rows: NDArray[np.int64], size: int) -> Pixels:
-    """(B, size, size, 3): each picture scaled to the square whatever its shape, bilinear."""
-    pictures = split.pictures
-    if isinstance(pictures, ArrayPictures) and pictures.images.shape[1:3] == (size, size):
-        images = pictures.images[rows]
-        return images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
-    return np.stack([_resized(pictures[i], [size, size]) for i in rows])
+def scaled(split: ImageSplit, rows: NDArray[np.int64], size: int, resize: Resize = "bilinear") -> Pixels:
+    """(B, size, size, 3): each image scaled to the square whatever its shape, bilinear; "nearest" is left to do.
+
+    Raises:
+        ValueError: if images that are not in memory shall be scaled by nearest neighbours.
+    """
+    images = split.images
+    if isinstance(images, ArrayImages) and (resize == "nearest" or images.array.shape[1:3] == (size, size)):
+        array = images.array[rows]
+        return array if array.ndim == 4 else np.repeat(array[..., None], 3, axis=3)
+    if resize == "nearest":
+        raise ValueError("nearest neighbours are taken of images in memory alone: load the set with fit=True")
+    return np.stack([_resized(images[i], [size, size]) for i in rows])
 
 
-def centred(split: PictureSplit, rows: NDArray[np.int64], size: int, recipe: Recipe) -> Pixels:
+def nearest(images: Pixels, size: int) -> Pixels:
+    """(B, H, W, 3) -> (B, size, size, 3) by nearest neighbours."""
+    import torch
+
+    if images.shape[1:3] == (size, size):
+        return images
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(x, (size, size), mode="nearest-exact").permute(0, 2, 3, 1).numpy()
+
+
+def mirrored(images: Pixels, chance: NDArray[np.uint64]) -> Pixels:
+    """Half of the images (B, H, W, 3) turned left to right, by random bits (B,)."""
+    turned = (chance >> np.uint64(63)).astype(bool)
+    return np.where(turned[:, None, None, None], images[:, :, ::-1], images)
+
+
+def shifted(images: Pixels, chance: NDArray[np.uint64]) -> Pixels:
+    """Images (B, S, S, 3) moved down and right by up to S/8, black beyond the edge, by random bits (2, B)."""
+    side = images.shape[1]
+    reach = max(1, side // 8)
+    moves = (chance >> np.uint64(11)) % np.uint64(2 * reach + 1)  # (2, B)
+    padded = np.pad(images, [(0, 0), (reach, reach), (reach, reach), (0, 0)])
+    return np.stack([p[y : y + side, x : x + side] for p, (y, x) in zip(padded, moves.T.astype(int), strict=True)])
+
+
+def centred(split: ImageSplit, rows: NDArray[np.int64], size: int, recipe: Recipe) -> Pixels:
     """(B, size, size, 3): scaled to a little more, and the middle."""
     larger = [8 * size // 7, 8 * size // 7] if recipe == "cotuning" else [math.ceil(size / 0.875)]
     way = "bicubic" if recipe == "cotuning" else "bilinear"
     out = np.empty((len(rows), size, size, 3), np.uint8)
     for k, i in enumerate(rows):
-        image = _resized(split.pictures[i], larger, way)
+        image = _resized(split.images[i], larger, way)
         top, left = (round((n - size) / 2) for n in image.shape[:2])
         out[k] = image[top : top + size, left : left + size]
     return out

@@ -6,6 +6,7 @@ pixels. The python version of the archives is a pickle, which runs what is in it
 
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ...errors import UserError
 from .folders import picture_folder, tenth
-from .image_set import ArrayPictures, FilePictures, PictureSet, PictureSplit
+from .image_set import ArrayImages, ImageSet, ImageSplit, in_memory
 
 SIDE = 32
 # set: (label bytes, train files, test file, file of class names, classes)
@@ -23,7 +24,7 @@ _BINARY = {
 }
 
 
-def read_cifar(name: str, data_dir: Path) -> PictureSet:
+def read_cifar(name: str, data_dir: Path) -> ImageSet:
     """The set, with a tenth of train as val.
 
     Args:
@@ -49,7 +50,7 @@ def read_cifar(name: str, data_dir: Path) -> PictureSet:
         found = picture_folder(data_dir if data_dir.is_file() or not zips else zips[0])
         if len(found.classes) != classes:
             raise UserError(f"{data_dir} has {len(found.classes)} classes of pictures, and {name} has {classes}")
-        return in_memory(PictureSet(name, found.task, found.classes, found.splits), SIDE)
+        return in_memory(replace(found, name=name), SIDE)
     pickled = any(data_dir.glob("cifar-10*-python*")) or (data_dir / "cifar-10-batches-py").is_dir()
     why = "; the python version is a pickle, which may run anything when it is read, so it is not" if pickled else ""
     raise UserError(
@@ -71,7 +72,7 @@ def _members(archive: Path, wanted: set[str]) -> dict[str, bytes]:
         raise UserError(f"{archive} is damaged or no tar archive: {error}") from None
 
 
-def _from_binary(name: str, read: Callable[[str], bytes | None], where: str) -> PictureSet:
+def _from_binary(name: str, read: Callable[[str], bytes | None], where: str) -> ImageSet:
     label_bytes, train, test, meta, count = _BINARY[name]
     names = (read(meta) or b"").decode("utf-8", "replace").split()
     classes = tuple(names) if len(names) == count else tuple(map(str, range(count)))
@@ -91,27 +92,5 @@ def _from_binary(name: str, read: Callable[[str], bytes | None], where: str) -> 
         if labels.max() >= count:
             raise UserError(f"{where} has the label {labels.max()}, and {name} has labels 0 to {count - 1}")
         images = table[:, label_bytes:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-        splits[split] = PictureSplit(ArrayPictures(np.ascontiguousarray(images)), labels)
-    return PictureSet(name, "multi-class", classes, {**splits, **tenth(splits["train"])}, SIDE)
-
-
-def in_memory(found: PictureSet, side: int) -> PictureSet:
-    """Small files of one size, decoded once and kept as arrays.
-
-    Raises:
-        UserError: naming a picture of another size, or one that cannot be read.
-    """
-    from tqdm import tqdm
-
-    splits = {}
-    for name, split in found.splits.items():
-        images = np.empty((len(split), side, side, 3), np.uint8)
-        rows = tqdm(range(len(split)), desc=f"reading {name}", leave=False, delay=1, disable=None)
-        for i in rows:
-            picture = split.pictures[i]
-            if picture.shape != (side, side, 3):
-                what = split.pictures.names[i] if isinstance(split.pictures, FilePictures) else f"picture {i}"
-                raise UserError(f"{what} has {picture.shape[1]}×{picture.shape[0]} pixels, not {side}×{side}")
-            images[i] = picture
-        splits[name] = PictureSplit(ArrayPictures(images), split.labels)
-    return PictureSet(found.name, found.task, found.classes, splits, side)
+        splits[split] = ImageSplit(ArrayImages(np.ascontiguousarray(images)), labels)
+    return ImageSet(name, "multi-class", classes, {**splits, **tenth(splits["train"])}, SIDE)

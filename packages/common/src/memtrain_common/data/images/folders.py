@@ -6,11 +6,11 @@ import numpy as np
 
 from ...errors import UserError
 from ..order import stratified
-from .image_set import PICTURES, FilePictures, PictureSet, PictureSplit, Tree
-from .medmnist import SPLITS
+from .image_set import SPLITS, FileImages, ImageSet, ImageSplit
+from .tree import PICTURES, Tree
 
 
-def picture_folder(path: Path) -> PictureSet:
+def picture_folder(path: Path) -> ImageSet:
     """``path/train/CLASS/*.png``, likewise val and test; or ``path/CLASS/*.png``, cut 8 : 1 : 1.
 
     Where there is train and test but no val, a tenth of train validates. In a zip the same; folders around the
@@ -48,16 +48,16 @@ def picture_folder(path: Path) -> PictureSet:
     elif "val" not in splits:
         splits |= tenth(splits["train"])
     task = "binary-class" if len(classes) == 2 else "multi-class"
-    return PictureSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
+    return ImageSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
 
 
-def tenth(train: PictureSplit) -> dict[str, PictureSplit]:
+def tenth(train: ImageSplit) -> dict[str, ImageSplit]:
     """A tenth of every class of train as val, the rest as train; the same for every seed."""
     parts = stratified(train.labels, 10, seed=0)
     return {"train": train.take(parts > 0), "val": train.take(parts == 0)}
 
 
-def _split(tree: Tree, root: str, classes: list[str]) -> PictureSplit:
+def _split(tree: Tree, root: str, classes: list[str]) -> ImageSplit:
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -67,4 +67,4 @@ def _split(tree: Tree, root: str, classes: list[str]) -> PictureSplit:
             raise UserError(f"{tree.where(place)} holds no picture ({', '.join(PICTURES)})")
         names += found
         labels += [label] * len(found)
-    return PictureSplit(FilePictures(tree, names), np.array(labels, np.int64))
+    return ImageSplit(FileImages(tree, names), np.array(labels, np.int64))

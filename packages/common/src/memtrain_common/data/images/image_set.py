@@ -1,18 +1,15 @@
-"""Pictures that are decoded when they are asked for: files in a folder, files in a zip, or arrays in memory.
+"""Labelled images in splits: files in a folder or a zip, decoded when they are asked for, or arrays in memory.
 
-A :class:`PictureSet` of 100,000 photographs costs their names;
-:class:`memtrain_common.data.images.images.ImageSet` holds small pictures of one size as arrays.
+An :class:`ImageSet` of 100,000 photographs costs their names, or, of small images, their bytes.
 """
 
 import hashlib
 import io
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,26 +17,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ...errors import UserError
-from .medmnist import SPLITS
+from ..order import stratified
+from .tree import Tree
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SPLITS = ("train", "val", "test")
 MULTI_LABEL = "multi-label, binary-class"
 Bad = Literal["refuse", "skip", "unchecked"]
 Pixels = NDArray[np.uint8]
 
 
-class Pictures(Protocol):
-    """A sequence of pictures, each (H, W, 3) bytes."""
+class Images(Protocol):
+    """A sequence of images, each (H, W, 3) bytes."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Pixels: ...
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Pictures":
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Images":
         """Those of the rows, in their order."""
         ...
 
-    def join(self, other: Any) -> "Pictures":
+    def join(self, other: Any) -> "Images":
         """These and then those of the same source."""
         ...
 
@@ -48,34 +46,34 @@ class Pictures(Protocol):
         ...
 
 
-class ArrayPictures:
+class ArrayImages:
     """Pictures of one size in memory: (N, H, W) grey or (N, H, W, 3)."""
 
-    def __init__(self, images: Pixels) -> None:
-        self.images = images
+    def __init__(self, array: Pixels) -> None:
+        self.array = array
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.array)
 
     def __getitem__(self, i: int) -> Pixels:
-        image = self.images[i]
+        image = self.array[i]
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "ArrayPictures":
-        return ArrayPictures(self.images[np.asarray(rows, np.int64)])
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "ArrayImages":
+        return ArrayImages(self.array[np.asarray(rows, np.int64)])
 
-    def join(self, other: "ArrayPictures") -> "ArrayPictures":
-        return ArrayPictures(np.concatenate([self.images, other.images]))
+    def join(self, other: "ArrayImages") -> "ArrayImages":
+        return ArrayImages(np.concatenate([self.array, other.array]))
 
     def fingerprint(self) -> Iterator[bytes]:
-        yield str(self.images.shape).encode()
-        yield np.ascontiguousarray(self.images).tobytes()
+        yield str(self.array.shape).encode()
+        yield np.ascontiguousarray(self.array).tobytes()
 
 
-class FilePictures:
+class FileImages:
     """Pictures in files, by their names within a folder or a zip."""
 
-    def __init__(self, tree: "Tree", names: Sequence[str]) -> None:
+    def __init__(self, tree: Tree, names: Sequence[str]) -> None:
         self.tree, self.names = tree, tuple(names)
 
     def __len__(self) -> int:
@@ -84,11 +82,11 @@ class FilePictures:
     def __getitem__(self, i: int) -> Pixels:
         return decode(self.tree.read(self.names[i]), self.tree.where(self.names[i]))
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "FilePictures":
-        return FilePictures(self.tree, [self.names[i] for i in rows])
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "FileImages":
+        return FileImages(self.tree, [self.names[i] for i in rows])
 
-    def join(self, other: "FilePictures") -> "FilePictures":
-        return FilePictures(self.tree, self.names + other.names)
+    def join(self, other: "FileImages") -> "FileImages":
+        return FileImages(self.tree, self.names + other.names)
 
     def fingerprint(self) -> Iterator[bytes]:
         for name in self.names:
@@ -118,105 +116,40 @@ def decode(content: bytes, where: str, *, scale: int = 1) -> Pixels:
         raise UserError(f"{where} is not a picture that can be read: {reason}") from None
 
 
-class Tree:
-    """The files of a folder, or of a zip, by their paths within it ("train/cat/1.png")."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.zipped = root.is_file()
-        self._archives: dict[int, zipfile.ZipFile] = {}
-        if self.zipped:
-            infos = self._archive().infolist()
-            names = [i.filename.rstrip("/") for i in infos if "__MACOSX" not in i.filename]
-            self._files = {i.filename: i for i in infos if not i.is_dir()}
-            parents = {"/".join(n.split("/")[:k]) for n in names for k in range(1, n.count("/") + 1)}
-            self._folders = parents | {n for n in names if n not in self._files}
-            self._inside: dict[str, list[str]] = {}  # a folder -> the files in it
-            for name in self._files:
-                self._inside.setdefault(name.rpartition("/")[0], []).append(name)
-        elif not root.is_dir():
-            raise UserError(f"{root} is not a folder or a zip: --data-dir must name one of pictures")
-
-    def _archive(self) -> zipfile.ZipFile:
-        """The zip, opened once a process: a worker that was forked shares no file position with the others."""
-        pid = os.getpid()
-        if pid not in self._archives:
-            try:
-                self._archives[pid] = zipfile.ZipFile(self.root)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"{self.root} is damaged or no zip: {error}") from None
-        return self._archives[pid]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archives": {}}  # of another process
-
-    def folders(self, prefix: str = "") -> list[str]:
-        """Names of the folders in a folder, sorted."""
-        if not self.zipped:
-            return sorted(p.name for p in (self.root / prefix).iterdir() if p.is_dir() and not p.name.startswith("."))
-        start = f"{prefix}/" if prefix else ""
-        inside = (n[len(start) :] for n in self._folders if n.startswith(start))
-        return sorted(n for n in inside if n and "/" not in n and not n.startswith((".", "__MACOSX")))
-
-    def pictures(self, prefix: str) -> list[str]:
-        """Paths of the pictures in a folder, sorted; not of those in its folders."""
-        if self.zipped:
-            names: Iterable[str] = self._inside.get(prefix, ())
-        else:
-            names = (f"{prefix}/{p.name}" for p in (self.root / prefix).iterdir() if p.is_file())
-        return sorted(n for n in names if n.lower().endswith(PICTURES) and not n.rpartition("/")[2].startswith("."))
-
-    def holds(self, name: str) -> bool:
-        return name in self._files if self.zipped else (self.root / name).is_file()
-
-    def where(self, name: str) -> str:
-        """What a message calls a file."""
-        return str(self.root / name)
-
-    def stamp(self, name: str) -> int:
-        """A number that changes with the content: a zip's CRC, a file's size in bytes."""
-        return self._files[name].CRC if self.zipped else (self.root / name).stat().st_size
-
-    def read(self, name: str) -> bytes:
-        """
-        Raises:
-            UserError: if the file is not there, or its part of the zip is damaged.
-        """
-        try:
-            return self._archive().read(name) if self.zipped else (self.root / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise UserError(f"{self.where(name)} cannot be read: {reason}") from None
-
-
 @dataclass(frozen=True)
-class PictureSplit:
+class ImageSplit:
     """Pictures with their labels."""
 
-    pictures: Pictures
+    images: Images
     labels: NDArray[np.int64]
     """(N,) classes, or (N, labels) of 0 and 1."""
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def take(self, rows: NDArray[Any]) -> "PictureSplit":
+    def take(self, rows: NDArray[Any]) -> "ImageSplit":
         """The rows, by index or by a mask."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return PictureSplit(self.pictures.take(rows), self.labels[rows])
+        return ImageSplit(self.images.take(rows), self.labels[rows])
+
+    def join(self, other: "ImageSplit") -> "ImageSplit":
+        """This split and then another of the same source."""
+        return ImageSplit(self.images.join(other.images), np.concatenate([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """Pictures and labels in the splits train, val and test; val may be missing where all of it is trained on."""
 
     name: str
     task: str
     """MedMNIST's words: multi-class, ordinal-regression, binary-class, or multi-label, binary-class."""
     classes: tuple[str, ...]
-    splits: dict[str, PictureSplit]
+    splits: dict[str, ImageSplit]
     size: int = 0
-    """Pixels of a picture's side, where all have the same; else 0."""
+    """Pixels of an image's side, where all have the same; else 0."""
+    file_stem: str = ""
+    """MedMNIST's name of the file, of which it makes those of result files: ``breastmnist``, ``breastmnist_64``."""
 
     @property
     def multi_label(self) -> bool:
@@ -229,8 +162,19 @@ class PictureSet:
         for name, split in sorted(self.splits.items()):
             digest.update(f"{name} {split.labels.shape}".encode())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
-            for part in split.pictures.fingerprint():
+            for part in split.images.fingerprint():
                 digest.update(part)
+        return digest.hexdigest()
+
+    @cached_property
+    def arrays_sha256(self) -> str:
+        """Hash of all images and labels, of a set in memory; galore-vit's runs know their images by it."""
+        digest = hashlib.sha256()
+        for split in (self.splits[name] for name in SPLITS):
+            assert isinstance(split.images, ArrayImages)
+            for array in (split.images.array, split.labels):
+                digest.update(str(array.shape).encode())
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -238,7 +182,56 @@ class PictureSet:
         return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts, "sha256": self.sha256}
 
 
-def without_damaged(found: PictureSet, bad: Bad, say: Callable[[str], None] = print) -> PictureSet:
+def trained_on_val(found: ImageSet) -> ImageSet:
+    """The set with val joined to train, and no val."""
+    joined = found.splits["train"].join(found.splits["val"])
+    return replace(found, splits={"train": joined, "test": found.splits["test"]})
+
+
+def fold(found: ImageSet, k: int, folds: int, seed: int = 0) -> ImageSet:
+    """The set with part k of train and val together, cut into ``folds`` stratified parts, as val; test stays.
+
+    Raises:
+        UserError: if there are fewer images than folds.
+    """
+    pool = found.splits["train"].join(found.splits["val"])
+    if folds > len(pool):
+        raise UserError(f"{folds} folds cannot be cut from {len(pool)} images")
+    parts = stratified(pool.labels, folds, seed)
+    return replace(found, splits={**found.splits, "train": pool.take(parts != k), "val": pool.take(parts == k)})
+
+
+def in_memory(found: ImageSet, side: int, *, fit: bool = False) -> ImageSet:
+    """The set with its files decoded once and kept as arrays.
+
+    Args:
+        side: pixels of each image's side. Arrays stay as they are.
+        fit: scale the shorter side to it (bilinear) and cut the middle out, where a file has another size.
+
+    Raises:
+        UserError: naming an image that cannot be read, or, without ``fit``, one of another size.
+    """
+    from PIL import Image, ImageOps
+
+    splits = {}
+    for name, split in found.splits.items():
+        if not isinstance(split.images, FileImages):
+            return found
+        array = np.empty((len(split), side, side, 3), np.uint8)
+        for i in tqdm(range(len(split)), desc=f"reading {name}", leave=False, delay=1, disable=None):
+            image = split.images[i]
+            if image.shape[:2] != (side, side):
+                if not fit:
+                    what = f"{split.images.names[i]} has {image.shape[1]}×{image.shape[0]} pixels"
+                    raise UserError(f"{what}, not {side}×{side}")
+                way = Image.Resampling.BILINEAR
+                image = np.asarray(ImageOps.fit(Image.fromarray(image), (side, side), way))
+            array[i] = image
+        splits[name] = ImageSplit(ArrayImages(array), split.labels)
+    return replace(found, splits=splits, size=side)
+
+
+def without_damaged(found: ImageSet, bad: Bad, say: Callable[[str], None] = print) -> ImageSet:
     """The set after every picture was decoded once (JPEGs at an eighth of their size), on all cores.
 
     Args:
@@ -253,9 +246,9 @@ def without_damaged(found: PictureSet, bad: Bad, say: Callable[[str], None] = pr
         return found
     splits, complaints = dict(found.splits), []
     for name, split in found.splits.items():
-        if not isinstance(split.pictures, FilePictures):
+        if not isinstance(split.images, FileImages):
             continue
-        reasons = damaged(split.pictures, f"checking {name}")
+        reasons = damaged(split.images, f"checking {name}")
         complaints += [r for r in reasons if r]
         splits[name] = split.take(np.array([r is None for r in reasons]))
     if not complaints:
@@ -270,16 +263,16 @@ def without_damaged(found: PictureSet, bad: Bad, say: Callable[[str], None] = pr
     return replace(found, splits=splits)
 
 
-def damaged(pictures: FilePictures, label: str) -> list[str | None]:
+def damaged(images: FileImages, label: str) -> list[str | None]:
     """For each picture None, or what is wrong with it."""
 
     def look(name: str) -> str | None:
         try:
-            decode(pictures.tree.read(name), pictures.tree.where(name), scale=8)
+            decode(images.tree.read(name), images.tree.where(name), scale=8)
         except UserError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(look, pictures.names)
-        return list(tqdm(results, desc=label, total=len(pictures), leave=False, delay=1, disable=None))
+        results = pool.map(look, images.names)
+        return list(tqdm(results, desc=label, total=len(images), leave=False, delay=1, disable=None))

@@ -3,26 +3,14 @@
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError
+from .image_set import SPLITS, ArrayImages, ImageSet, ImageSplit
 from .medmnist_sets import SETS, SIZES, MedMNISTSet
-
-SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split's images and labels."""
-
-    images: NDArray[np.uint8]
-    """(N, H, W) grey or (N, H, W, 3)."""
-    labels: NDArray[np.int64]
-    """(N,) class indices, or (N, labels) of 0 and 1 for a multi-label set."""
 
 
 def file_name(flag: str, size: int = 28) -> str:
@@ -30,12 +18,12 @@ def file_name(flag: str, size: int = 28) -> str:
     return f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz"
 
 
-def read_npz(folder: str | Path, flag: str, size: int = 28, *, verify: bool = True) -> dict[str, Split]:
-    """The splits of a published set from its npz file in `folder`.
+def read_medmnist(flag: str, folder: Path, size: int = 28, *, verify: bool = True) -> ImageSet:
+    """A published set from its npz file.
 
     Args:
-        folder: where the file lies under its published name.
         flag: the set, such as `breastmnist`.
+        folder: where the file lies under its published name.
         size: 28, 64, 128 or 224 pixels.
         verify: compare the file's MD5 with the published one; without it, a file of one's own in the
             same form is read, whose counts may differ.
@@ -45,16 +33,17 @@ def read_npz(folder: str | Path, flag: str, size: int = 28, *, verify: bool = Tr
     if size not in SIZES:
         raise UserError(f"MedMNIST images have {', '.join(map(str, SIZES))} pixels, not {size}")
     known = SETS[flag]
-    path = Path(folder) / file_name(flag, size)
+    path = folder / file_name(flag, size)
     if not path.is_file():
         raise UserError(f"{path} is not there: put the set's npz file under this name")
     if verify:
         _check_md5(path, known.md5[SIZES.index(size)])
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {split: _split(arrays, split, known, size, path) for split in SPLITS}
+            splits = {split: _split(arrays, split, known, size, path) for split in SPLITS}
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path} is damaged or no npz file: {error}") from error
+    return ImageSet(flag, known.task, tuple(map(str, range(known.classes))), splits, size, path.stem)
 
 
 def _check_md5(path: Path, published: str) -> None:
@@ -64,7 +53,7 @@ def _check_md5(path: Path, published: str) -> None:
         raise UserError(f"{path} has MD5 {found}, and the published file has {published}: fetch it again")
 
 
-def _split(arrays: Mapping[str, np.ndarray], split: str, known: MedMNISTSet, size: int, path: Path) -> Split:
+def _split(arrays: Mapping[str, np.ndarray], split: str, known: MedMNISTSet, size: int, path: Path) -> ImageSplit:
     for kind in ("images", "labels"):
         if f"{split}_{kind}" not in arrays:
             raise UserError(
@@ -79,7 +68,7 @@ def _split(arrays: Mapping[str, np.ndarray], split: str, known: MedMNISTSet, siz
         )
     if len(labels) != len(images):
         raise UserError(f"{path} has {len(labels)} {split} labels for {len(images)} images")
-    return Split(images, check_labels(labels, known.task, known.classes, f"{split}_labels of {path}"))
+    return ImageSplit(ArrayImages(images), check_labels(labels, known.task, known.classes, f"{split}_labels of {path}"))
 
 
 def check_labels(labels: np.ndarray, task: str, classes: int, what: str) -> NDArray[np.int64]:

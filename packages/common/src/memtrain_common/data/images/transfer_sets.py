@@ -12,13 +12,14 @@ import numpy as np
 
 from ...errors import UserError
 from .folders import tenth
-from .image_set import FilePictures, PictureSet, PictureSplit, Tree
+from .image_set import FileImages, ImageSet, ImageSplit
+from .tree import Tree
 
 Rows = list[tuple[str, int]]
 """A picture's path within the set's folder, and its class."""
 
 
-def aircraft(data_dir: Path) -> PictureSet:
+def aircraft(data_dir: Path) -> ImageSet:
     """FGVC-Aircraft (Maji et al., 2013): 100 variants; ``data/images_variant_{train,val,test}.txt``."""
     root = _folder(data_dir, "data/variants.txt", "fgvc-aircraft-2013b", "FGVC-Aircraft")
     classes = [line.strip() for line in _lines(root / "data/variants.txt")]
@@ -34,7 +35,7 @@ def aircraft(data_dir: Path) -> PictureSet:
     return _set("aircraft", root, splits, classes)
 
 
-def cars(data_dir: Path) -> PictureSet:
+def cars(data_dir: Path) -> ImageSet:
     """Stanford Cars (Krause et al., 2013): 196 models; annotations are MATLAB files in ``devkit``."""
     root = _folder(data_dir, "devkit/cars_meta.mat", "stanford_cars", "Stanford Cars")
     classes = [str(c) for c in _mat(root / "devkit/cars_meta.mat", "class_names").tolist()]
@@ -51,7 +52,7 @@ def cars(data_dir: Path) -> PictureSet:
     return _set("cars", root, splits, classes)
 
 
-def cub200(data_dir: Path) -> PictureSet:
+def cub200(data_dir: Path) -> ImageSet:
     """Caltech-UCSD Birds-200-2011 (Wah et al., 2011): 200 species; lists by the image's number."""
     root = _folder(data_dir, "train_test_split.txt", "CUB_200_2011", "CUB-200-2011")
 
@@ -69,7 +70,7 @@ def cub200(data_dir: Path) -> PictureSet:
     return _set("cub200", root, splits, classes)
 
 
-def flowers102(data_dir: Path) -> PictureSet:
+def flowers102(data_dir: Path) -> ImageSet:
     """Oxford Flowers-102 (Nilsback and Zisserman, 2008): ``imagelabels.mat`` and ``setid.mat``, 10 + 10 a class."""
     root = _folder(data_dir, "setid.mat", "flowers-102", "Flowers-102")
     labels = np.atleast_1d(_mat(root / "imagelabels.mat", "labels"))  # by the image's number less one, from 1
@@ -82,7 +83,7 @@ def flowers102(data_dir: Path) -> PictureSet:
     return _set("flowers102", root, splits, [str(i) for i in range(1, int(labels.max()) + 1)])
 
 
-def food101(data_dir: Path) -> PictureSet:
+def food101(data_dir: Path) -> ImageSet:
     """Food-101 (Bossard et al., 2014): ``meta/{train,test}.txt``; train's labels are noisy by intention."""
     root = _folder(data_dir, "meta/classes.txt", "food-101", "Food-101")
     classes = [line.strip() for line in _lines(root / "meta/classes.txt")]
@@ -98,7 +99,7 @@ def food101(data_dir: Path) -> PictureSet:
     return _set("food101", root, splits, classes)
 
 
-def pets(data_dir: Path) -> PictureSet:
+def pets(data_dir: Path) -> ImageSet:
     """Oxford-IIIT Pet (Parkhi et al., 2012): 37 breeds; ``annotations/{trainval,test}.txt``: name, class, …"""
     root = _folder(data_dir, "annotations/trainval.txt", "oxford-iiit-pet", "Oxford-IIIT Pet")
     names: dict[int, str] = {}
@@ -114,7 +115,7 @@ def pets(data_dir: Path) -> PictureSet:
     return _set("pets", root, splits, [names.get(i, str(i)) for i in range(max(names) + 1)])
 
 
-READERS: dict[str, Callable[[Path], PictureSet]] = {
+READERS: dict[str, Callable[[Path], ImageSet]] = {
     "aircraft": aircraft,
     "cars": cars,
     "cub200": cub200,
@@ -171,7 +172,7 @@ def _mat(path: Path, key: str) -> Any:
     return content[key]
 
 
-def _set(name: str, root: Path, splits: dict[str, Rows], classes: Iterable[str]) -> PictureSet:
+def _set(name: str, root: Path, splits: dict[str, Rows], classes: Iterable[str]) -> ImageSet:
     """The set, with val cut from train where there is none."""
     tree, titles = Tree(root), tuple(classes)
     made = {}
@@ -182,7 +183,7 @@ def _set(name: str, root: Path, splits: dict[str, Rows], classes: Iterable[str])
         labels = np.array([label for _, label in rows], np.int64)
         if labels.size and not 0 <= labels.min() <= labels.max() < len(titles):
             raise UserError(f"the {split} list of {root} has a class outside of 1 to {len(titles)}")
-        made[split] = PictureSplit(FilePictures(tree, [path for path, _ in rows]), labels)
+        made[split] = ImageSplit(FileImages(tree, [path for path, _ in rows]), labels)
     if "val" not in made:
         made |= tenth(made["train"])
-    return PictureSet(name, "multi-class", titles, made)
+    return ImageSet(name, "multi-class", titles, made)

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from image_files import image_folder
+from image_files import image_folder, random_file
 from memtrain_common.data.images.batches import (
     IMAGENET,
     RECIPES,
+    ImageBatches,
     Normalize,
-    PictureBatches,
     _permutation,
     crop_box,
     evaluation_batches,
@@ -19,7 +19,8 @@ from memtrain_common.data.images.batches import (
     randomly_cropped,
 )
 from memtrain_common.data.images.folders import picture_folder
-from memtrain_common.data.images.image_set import ArrayPictures, PictureSplit
+from memtrain_common.data.images.image_set import ArrayImages, ImageSplit
+from memtrain_common.data.images.sets import load_images
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as F
@@ -39,7 +40,7 @@ def test_a_batch_is_a_function_of_seed_and_number_and_shared_by_processes(tmp_pa
     split = photos(tmp_path)
 
     def batches(**more):
-        return PictureBatches(split, 6, 8, 3, recipe=recipe, jitter=jitter, **more)
+        return ImageBatches(split, 6, 8, 3, recipe=recipe, jitter=jitter, **more)
 
     whole, labels = batches()(5)
     assert whole.shape == (6, 3, 8, 8)
@@ -119,11 +120,11 @@ def test_evaluation_is_torchvisions(tmp_path):
         found = list(evaluation_batches(split, 14, recipe=recipe, normalize=IMAGENET, batch=4))
         assert [len(x) for x, _ in found] == [4, 2]
         whole = torch.cat([x for x, _ in found])
-        expected = torch.stack([transform(Image.fromarray(split.pictures[i])) for i in range(6)])
+        expected = torch.stack([transform(Image.fromarray(split.images[i])) for i in range(6)])
         assert torch.allclose(whole, expected, atol=1e-6)
         assert torch.equal(torch.cat([y for _, y in found]), torch.from_numpy(split.labels))
     cotuning = next(evaluation_batches(split, 14, recipe="cotuning", normalize=Normalize(), batch=6))[0]
-    box = [np.asarray(Image.fromarray(split.pictures[i]).resize((16, 16)))[1:15, 1:15] for i in range(6)]
+    box = [np.asarray(Image.fromarray(split.images[i]).resize((16, 16)))[1:15, 1:15] for i in range(6)]
     assert torch.allclose(cotuning, Normalize()(np.stack(box)))
 
 
@@ -142,11 +143,67 @@ def test_colours():
 
 def test_arrays_go_the_short_way_to_the_same_numbers():
     images = DRAW.integers(0, 256, (10, 8, 8)).astype(np.uint8)
-    split = PictureSplit(ArrayPictures(images), np.arange(10))
-    pixels, labels = PictureBatches(split, 4, 8, 0)(1)
+    split = ImageSplit(ArrayImages(images), np.arange(10))
+    pixels, labels = ImageBatches(split, 4, 8, 0)(1)
     expected = torch.from_numpy(images[labels.numpy()])[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     assert torch.allclose(pixels, expected, atol=1e-6)
-    flipped, again = PictureBatches(split, 4, 8, 0, recipe="flip")(1)
+    flipped, again = ImageBatches(split, 4, 8, 0, recipe="flip")(1)
     assert torch.equal(labels, again)
     same = [torch.equal(a, b) or torch.equal(a.flip(-1), b) for a, b in zip(pixels, flipped, strict=True)]
     assert all(same)
+
+
+def test_a_multi_label_set(tmp_path):
+    random_file(tmp_path, "chestmnist", 20)
+    images = load_images("chestmnist", str(tmp_path), verify=False)
+    assert images.multi_label
+    assert len(images.classes) == 14
+    pixels, labels = ImageBatches(images.splits["train"], 4, 28, 0, multi_label=True)(0)
+    assert pixels.shape == (4, 3, 28, 28)
+    assert labels.dtype == torch.float32
+    assert labels.shape == (4, 14)
+
+
+def grey_split(n=20):
+    draw = np.random.default_rng(0)
+    return ImageSplit(ArrayImages(draw.integers(1, 256, (n, 8, 8)).astype(np.uint8)), np.arange(n))
+
+
+def test_nearest_neighbours_are_the_last_that_is_done(tmp_path):
+    content = grey_split()
+    for recipe in ("none", "flip", "flip-shift"):
+        own, labels = ImageBatches(content, 6, 8, 3, recipe=recipe)(2)
+        for size in (16, 13, 5):
+            found, same = ImageBatches(content, 6, size, 3, recipe=recipe, resize="nearest")(2)
+            rows = torch.arange(size).mul(8).add(4).div(size, rounding_mode="floor")  # of the middle of each pixel
+            assert torch.equal(found, own[:, :, rows][..., rows])
+            assert torch.equal(same, labels)
+    whole = next(evaluation_batches(content, 16, normalize=Normalize(), resize="nearest", batch=20))[0]
+    expected = torch.from_numpy(content.images.array).repeat_interleave(2, 1).repeat_interleave(2, 2) / 127.5 - 1
+    assert torch.allclose(whole, expected[:, None].expand(-1, 3, -1, -1), atol=1e-6)
+    with pytest.raises(ValueError, match="in memory alone"):
+        ImageBatches(photos(tmp_path), 6, 8, 3, resize="nearest")(0)
+
+
+def test_every_image_is_seen_once_an_epoch():
+    seen = torch.cat([ImageBatches(grey_split(), 6, 8, 3)(i)[1] for i in range(10)])
+    assert (seen.bincount() == 3).all()
+
+
+def test_augmentation_moves_and_mirrors_what_is_there():
+    content = grey_split()
+    mirrored, moved = 0, 0
+    for number in range(10):
+        plain, labels = ImageBatches(content, 6, 8, 3)(number)
+        flipped, same = ImageBatches(content, 6, 8, 3, recipe="flip")(number)
+        shifted, _ = ImageBatches(content, 6, 8, 3, recipe="flip-shift")(number)
+        assert torch.equal(labels, same)
+        for a, b, c in zip(plain, flipped, shifted, strict=True):
+            assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+            mirrored += int(not torch.equal(a, b))
+            moved += int(not torch.equal(b, c))
+            places = [torch.nn.functional.pad(b, (1, 1, 1, 1), value=-1)[:, y : y + 8, x : x + 8]
+                      for y in range(3) for x in range(3)]  # fmt: skip
+            assert any(torch.equal(c, place) for place in places)
+    assert 15 < mirrored < 45
+    assert moved > 40

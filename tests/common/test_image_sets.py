@@ -1,4 +1,4 @@
-"""Sets of pictures in their publishers' form: what is read, and what is refused."""
+"""Sets of images in their publishers' form: what is read, and what is refused."""
 
 import io
 import json
@@ -8,7 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 from image_files import image_folder, random_file
-from memtrain_common.data.images.sets import NAMES, fetch, load_pictures
+from memtrain_common.data.images.image_set import fold
+from memtrain_common.data.images.sets import NAMES, fetch, load_images
 from memtrain_common.errors import UserError
 from PIL import Image
 from scipy.io import savemat
@@ -24,7 +25,7 @@ def picture(path, value):
 
 
 def shades(split):
-    return [int(split.pictures[i].mean().round()) for i in range(len(split))]
+    return [int(split.images[i].mean().round()) for i in range(len(split))]
 
 
 # -- CIFAR -----------------------------------------------------------------------------------------------------------
@@ -56,17 +57,17 @@ def test_cifar10_binary(tmp_path, form):
         with tarfile.open(place, "w:gz") as tar:
             tar.add(inner, "cifar-10-batches-bin")
         place = place.parent if "folder" in form else place
-    found = load_pictures("cifar10", str(place))
+    found = load_images("cifar10", str(place))
     assert {k: len(s) for k, s in found.splits.items()} == {"train": 90, "val": 10, "test": 7}
     assert found.classes == tuple("abcdefghij")
     record = parts["test_batch.bin"][3]
     assert found.splits["test"].labels[3] == record[0]
     red_green_blue = [record[1 + c * 1024 + 5 * 32 + 9] for c in range(3)]  # row 5, column 9
-    assert found.splits["test"].pictures[3][5, 9].tolist() == red_green_blue
-    everything = load_pictures("cifar10", str(place), validate="none")
+    assert found.splits["test"].images[3][5, 9].tolist() == red_green_blue
+    everything = load_images("cifar10", str(place), validate="none")
     assert {k: len(s) for k, s in everything.splits.items()} == {"train": 100, "test": 7}
     rows = np.concatenate([parts[f"data_batch_{i}.bin"] for i in range(1, 6)])
-    assert sorted(p.tobytes() for p in everything.splits["train"].pictures.images) == sorted(
+    assert sorted(p.tobytes() for p in everything.splits["train"].images.array) == sorted(
         np.ascontiguousarray(r[1:].reshape(3, 32, 32).transpose(1, 2, 0)).tobytes() for r in rows
     )
 
@@ -76,7 +77,7 @@ def test_cifar100_has_its_fine_labels(tmp_path):
     table[:, 1] = DRAW.integers(0, 100, 40)
     for name in ("train.bin", "test.bin"):
         (tmp_path / name).write_bytes(table.tobytes())
-    found = load_pictures("cifar100", str(tmp_path))
+    found = load_images("cifar100", str(tmp_path))
     assert found.splits["test"].labels.tolist() == table[:, 1].tolist()
     assert len(found.classes) == 100
 
@@ -91,28 +92,28 @@ def test_cifar_as_pictures_in_a_zip(tmp_path):
                     Image.new("RGB", (32, 32), (25 * c, 0, 0)).save(content, "png")
                     archive.writestr(f"{split}/class{c}/{i:04d}.png", content.getvalue())
     for place in (path, tmp_path):
-        found = load_pictures("cifar10", str(place))
+        found = load_images("cifar10", str(place))
         assert {k: len(s) for k, s in found.splits.items()} == {"train": 90, "val": 10, "test": 100}
-        assert all((found.splits["test"].pictures[i][..., 0] == 25 * y).all() for i, y in
+        assert all((found.splits["test"].images[i][..., 0] == 25 * y).all() for i, y in
                    enumerate(found.splits["test"].labels))  # fmt: skip
 
 
 def test_cifar_refusals(tmp_path):
     with pytest.raises(UserError, match=r"holds no data_batch_1\.bin"):
-        load_pictures("cifar10", str(tmp_path))
+        load_images("cifar10", str(tmp_path))
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match="is a pickle, which may run anything"):
-        load_pictures("cifar10", str(tmp_path))
+        load_images("cifar10", str(tmp_path))
     parts = cifar10(tmp_path / "bin")
     (tmp_path / "bin" / "data_batch_2.bin").write_bytes(parts["data_batch_2.bin"].tobytes()[:-1])
     with pytest.raises(UserError, match=r"data_batch_2\.bin has 61459 bytes, which are not records of 3073"):
-        load_pictures("cifar10", str(tmp_path / "bin"))
+        load_images("cifar10", str(tmp_path / "bin"))
     (tmp_path / "bin" / "data_batch_2.bin").unlink()
     with pytest.raises(UserError, match=r"has no data_batch_2\.bin"):
-        load_pictures("cifar10", str(tmp_path / "bin"))
+        load_images("cifar10", str(tmp_path / "bin"))
     (tmp_path / "no.tar.gz").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged or no tar archive"):
-        load_pictures("cifar10", str(tmp_path / "no.tar.gz"))
+        load_images("cifar10", str(tmp_path / "no.tar.gz"))
 
 
 # -- the sets of photographs ------------------------------------------------------------------------------------------
@@ -205,9 +206,9 @@ def test_a_set_of_photographs_is_read_as_torchvision_reads_it(tmp_path, monkeypa
     """The same pictures with the same labels; torchvision knows no CUB-200, of which the labels are known here."""
     make, theirs, splits, classes = SETS[name]
     make(tmp_path)
-    found = load_pictures(name, str(tmp_path))
+    found = load_images(name, str(tmp_path))
     inner = next(p for p in tmp_path.iterdir())
-    assert load_pictures(name, str(inner)).sha256 == found.sha256
+    assert load_images(name, str(inner)).sha256 == found.sha256
     assert len(found.classes) == classes
     monkeypatch.setattr(datasets.Flowers102, "_check_integrity", lambda self: True)  # made-up files, other MD5s
     for split in splits:
@@ -230,33 +231,33 @@ def test_a_set_of_photographs_is_read_as_torchvision_reads_it(tmp_path, monkeypa
 def test_refused_sets(tmp_path):
     for name in SETS:
         with pytest.raises(UserError, match="--data-dir must be the folder of"):
-            load_pictures(name, str(tmp_path))
+            load_images(name, str(tmp_path))
         with pytest.raises(UserError, match="needs --data-dir"):
-            load_pictures(name)
+            load_images(name)
     make_food101(tmp_path)
     (tmp_path / "food-101" / "images" / "ramen" / "3.jpg").unlink()
     with pytest.raises(UserError, match=r"ramen/3\.jpg is not there, though the train list of food101 names it"):
-        load_pictures("food101", str(tmp_path))
+        load_images("food101", str(tmp_path))
     make_flowers102(tmp_path)
     (tmp_path / "flowers-102" / "setid.mat").write_bytes(b"no matrix at all")
     with pytest.raises(UserError, match=r"setid\.mat is damaged or no MATLAB file"):
-        load_pictures("flowers102", str(tmp_path))
+        load_images("flowers102", str(tmp_path))
     make_aircraft(tmp_path)
     path = tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_val.txt"
     path.write_text("0000003 Concorde\n")
     with pytest.raises(UserError, match=r"'Concorde', which .*variants\.txt lacks"):
-        load_pictures("aircraft", str(tmp_path))
+        load_images("aircraft", str(tmp_path))
     path.write_text("0000003\n")
     with pytest.raises(UserError, match="line 1: '0000003' has 1 words instead of 2"):
-        load_pictures("aircraft", str(tmp_path))
+        load_images("aircraft", str(tmp_path))
     make_cars(tmp_path)
     kind = np.dtype([("bbox_x1", object), ("fname", object)])
     unlabelled = np.array([(1, "00030.jpg"), (1, "00031.jpg")], kind)[None]
     savemat(tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat", {"annotations": unlabelled})
     with pytest.raises(UserError, match="the one with labels is needed"):
-        load_pictures("cars", str(tmp_path))
+        load_images("cars", str(tmp_path))
     with pytest.raises(UserError, match="no known set"):
-        load_pictures("mnist", str(tmp_path))
+        load_images("mnist", str(tmp_path))
 
 
 def test_downloads_that_cannot_be(tmp_path):
@@ -279,12 +280,12 @@ def zipped(folder, path, prefix=""):
 def test_a_zip_holds_what_its_folder_holds(tmp_path, splits):
     folder = image_folder(tmp_path / "pets", 20, splits=splits)
     zipped(folder, tmp_path / "pets.zip", "pets-1.0/")
-    plain, packed = (load_pictures("folder", str(tmp_path / n)) for n in ("pets", "pets.zip"))
+    plain, packed = (load_images("folder", str(tmp_path / n)) for n in ("pets", "pets.zip"))
     assert plain.classes == packed.classes == ("cat", "dog")
     for name, split in plain.splits.items():
         other = packed.splits[name]
         assert np.array_equal(split.labels, other.labels)
-        assert all(np.array_equal(split.pictures[i], other.pictures[i]) for i in range(len(split)))
+        assert all(np.array_equal(split.images[i], other.images[i]) for i in range(len(split)))
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -302,44 +303,119 @@ def test_damaged_pictures_are_named_and_refused_or_left_out(tmp_path, kind):
         place = tmp_path / "pets.zip"
         zipped(folder, place)
     with pytest.raises(UserError, match=r"3\.png is not a picture .*\(3 such files\).*--bad-images skip"):
-        load_pictures("folder", str(place))
+        load_images("folder", str(place))
     said = []
-    left = load_pictures("folder", str(place), bad="skip", say=said.append)
+    left = load_images("folder", str(place), bad="skip", say=said.append)
     assert {k: len(s) for k, s in left.splits.items()} == {"train": 22, "val": 24, "test": 24}
     assert (np.bincount(left.splits["train"].labels) == 11).all()
     assert "left out 3 damaged pictures" in said[0]
     assert all(name in said[0] for name in ("cat/3.png", "dog/7.png", "dog/x.jpg"))
-    unseen = load_pictures("folder", str(place), bad="unchecked")
+    unseen = load_images("folder", str(place), bad="unchecked")
     with pytest.raises(UserError, match=r"3\.png is not a picture that can be read: image file is truncated"):
-        [unseen.splits["train"].pictures[i] for i in range(24)]
+        [unseen.splits["train"].images[i] for i in range(24)]
 
 
 def test_a_damaged_zip(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK no zip")
     with pytest.raises(UserError, match="damaged or no zip"):
-        load_pictures("folder", str(tmp_path / "a.zip"))
+        load_images("folder", str(tmp_path / "a.zip"))
 
 
 def test_only_train_is_refused_and_not_cut(tmp_path):
     image_folder(tmp_path / "pets", 4, splits=("train",))
     with pytest.raises(UserError, match="has train, and needs train and test"):
-        load_pictures("folder", str(tmp_path / "pets"))
+        load_images("folder", str(tmp_path / "pets"))
 
 
 def test_the_names(tmp_path):
     random_file(tmp_path, "bloodmnist", 30)
-    found = load_pictures("bloodmnist", str(tmp_path), verify=False)
+    found = load_images("bloodmnist", str(tmp_path), verify=False)
     assert found.size == 28
-    assert found.splits["val"].pictures[0].shape == (28, 28, 3)
-    digits = load_pictures("digits")
-    assert digits.splits["test"].pictures[5].shape == (8, 8, 3)
+    assert found.splits["val"].images[0].shape == (28, 28, 3)
+    digits = load_images("digits")
+    assert digits.splits["test"].images[5].shape == (8, 8, 3)
     assert len(set(NAMES)) == 22
 
 
 def test_the_real_cifar10(real_data):
     """Not decoded here: tests/common/test_classifiers.py looks at some of its pictures."""
     (path,) = (real_data / "cifar10").glob("*.zip")
-    found = load_pictures("folder", str(path), bad="unchecked")
+    found = load_images("folder", str(path), bad="unchecked")
     assert {k: len(s) for k, s in found.splits.items()} == {"train": 45000, "val": 5000, "test": 10000}
     assert found.classes[:3] == ("airplane", "automobile", "bird")
     assert (np.bincount(found.splits["val"].labels) == 500).all()
+
+
+# -- in memory, and folds ----------------------------------------------------------------------------------------------
+
+
+def test_digits_are_all_there_once():
+    images = load_images("digits")
+    counts = {name: len(s) for name, s in images.splits.items()}
+    assert counts == {"train": 1197, "val": 200, "test": 400}
+    rows = np.concatenate([s.images.array.reshape(len(s), -1) for s in images.splits.values()])
+    from sklearn.datasets import load_digits
+
+    theirs = np.round(load_digits().data * 255 / 16).astype(np.uint8)
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, theirs))
+    assert images.sha256 == load_images("digits").sha256
+
+
+def test_folders_in_splits_and_without(tmp_path):
+    three = load_images("folder", str(image_folder(tmp_path / "three", 5)), size=8, fit=True)
+    assert {n: len(s) for n, s in three.splits.items()} == {"train": 10, "val": 10, "test": 10}
+    assert three.classes == ("cat", "dog")
+    assert three.task == "binary-class"
+    assert three.splits["test"].images.array.shape == (10, 8, 8, 3)
+    bright = [three.splits["val"].images.array[three.splits["val"].labels == c].mean() for c in (0, 1)]
+    assert bright[0] < 60 < 100 < bright[1]  # labels belong to their pictures
+    two = load_images("folder", str(image_folder(tmp_path / "two", 20, splits=("train", "test"))), size=8, fit=True)
+    assert {n: len(s) for n, s in two.splits.items()} == {"train": 36, "val": 4, "test": 40}
+    flat = image_folder(tmp_path / "flat", 20, splits=("all",), classes=("a", "b", "c")) / "all"
+    one = load_images("folder", str(flat), size=8, fit=True)
+    assert {n: len(s) for n, s in one.splits.items()} == {"train": 48, "val": 6, "test": 6}
+    assert all(set(s.labels) == {0, 1, 2} for s in one.splits.values())
+
+
+def test_refused_folders(tmp_path):
+    with pytest.raises(UserError, match="needs --data-dir"):
+        load_images("folder")
+    with pytest.raises(UserError, match="not a folder"):
+        load_images("folder", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="two at least"):
+        load_images("folder", str(tmp_path))
+    lacking = image_folder(tmp_path / "lacking", 2)
+    (lacking / "val" / "dog").rename(lacking / "val" / "wolf")
+    with pytest.raises(UserError, match="differ in the class 'dog'"):
+        load_images("folder", str(lacking))
+    broken = image_folder(tmp_path / "broken", 2)
+    (broken / "train" / "cat" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"0\.png is not a picture"):
+        load_images("folder", str(broken), fit=True)
+    empty = image_folder(tmp_path / "empty", 2)
+    for path in (empty / "test" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="holds no picture"):
+        load_images("folder", str(empty))
+    no_test = image_folder(tmp_path / "no_test", 2, splits=("train", "val"))
+    with pytest.raises(UserError, match="needs train and test"):
+        load_images("folder", str(no_test))
+
+
+def test_folds_validate_on_everything_once():
+    images = load_images("digits")
+    seen = []
+    for k in range(4):
+        part = fold(images, k, 4)
+        assert len(part.splits["train"]) + len(part.splits["val"]) == 1397
+        assert part.splits["test"] is images.splits["test"]
+        seen += [
+            bytes(i) + bytes([y])
+            for i, y in zip(part.splits["val"].images.array, part.splits["val"].labels, strict=True)
+        ]
+    both = [images.splits["train"], images.splits["val"]]
+    assert sorted(seen) == sorted(
+        bytes(i) + bytes([y]) for s in both for i, y in zip(s.images.array, s.labels, strict=True)
+    )
+    with pytest.raises(UserError, match="2000 folds"):
+        fold(images, 0, 2000)
