@@ -11,6 +11,7 @@ from lora_xs import (
     disable,
     inject,
     merge,
+    param_groups,
     remove,
     rows,
     set_active,
@@ -238,3 +239,15 @@ def test_state_dict_resumes_exactly(mixed, inputs, train_r):
     assert not torch.equal(model(*inputs), want)
     model.load_state_dict(state)
     assert torch.equal(model(*inputs), want)
+
+
+def test_param_groups_are_an_optimizers_and_hold_all_that_is_trained(mixed):
+    model = inject(mixed, LoRAXSConfig(rank=3, targets=TARGETS, train_bases=True))
+    groups = param_groups(model, lr=1e-3, head_lr=5e-4)
+    assert [(g["name"], g["lr"]) for g in groups] == [("R", 1e-3), ("bases", 1e-3), ("head", 5e-4)]
+    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in groups for p in g["params"]} == everything
+    assert [g["lr"] for g in param_groups(model, lr=1.0, bases_lr=2.0)] == [1.0, 2.0, 1.0]
+    plain = inject(torch.nn.Sequential(nn.Linear(4, 4)), LoRAXSConfig(rank=2))
+    optimizer = torch.optim.SGD(param_groups(plain), lr=0.7)  # no bases, no head: one group; no rate: the optimizer's
+    assert [(g["name"], g["lr"]) for g in optimizer.param_groups] == [("R", 0.7)]

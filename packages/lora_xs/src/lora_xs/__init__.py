@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapter_header import AdapterInfo as AdapterInfo
     from .adapters import add as add
     from .adapters import disable as disable
+    from .adapters import param_groups as param_groups
     from .adapters import rows as rows
     from .adapters import set_active as set_active
     from .adapters import trained as trained
@@ -44,6 +45,7 @@ _HOME = {
     "inject": "injection",
     "load_adapter": "adapter_file",
     "merge": "merging",
+    "param_groups": "adapters",
     "remove": "injection",
     "rows": "adapters",
     "save_adapter": "adapter_file",

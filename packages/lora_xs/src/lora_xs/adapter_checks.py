@@ -38,7 +38,7 @@ def base_digests(model: nn.Module, *, reuse: bool, without: tuple[str, ...] = ()
     prefixes = tuple(name + "." for name in without)
     weights = [p for name, p in base_weights(model).items() if not name.startswith(prefixes)]
     if any(weight.is_meta for weight in weights):
-        raise LoRAXSError("weights on the meta device have no bytes to check; load the base weights first.")
+        raise LoRAXSError("weights on the meta device have no bytes to check; load the base weights first")
     digests = weight_digests(weights, reuse=reuse)
     short = torch.tensor([list(digest[:2]) for digest in digests], dtype=torch.uint8)
     return hashlib.sha256(b"".join(digests)).hexdigest(), short
@@ -53,7 +53,7 @@ def check_base_weights(model: nn.Module, info: AdapterInfo, expected: Tensor, fi
     if short.shape != expected.shape:
         raise LoRAXSError(
             f"{file} was made for other base weights: it knows {expected.shape[0]} of them, this model has "
-            f"{short.shape[0]}."
+            f"{short.shape[0]}"
         )
     prefixes = tuple(name + "." for name in without)
     names = [name for name in base_weights(model) if not name.startswith(prefixes)]
@@ -61,7 +61,7 @@ def check_base_weights(model: nn.Module, info: AdapterInfo, expected: Tensor, fi
     first = differ[0] if differ else "one"
     raise LoRAXSError(
         f"{file} was made for other base weights: {first} differs ({len(differ)} of {len(names)} do). "
-        "Load the base model that the adapter was trained on, in the same precision."
+        "Load the base model that the adapter was trained on, in the same precision"
     )
 
 
@@ -69,25 +69,25 @@ def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[nn
     named = dict(model.named_modules())
     adapted = [layer.name for module in model.modules() if (layer := layer_of(module)) is not None]
     if adapted and adapted != [m.name for m in info.modules]:
-        raise LoRAXSError(f"{file} adapts other modules than the adapters that the model has.")
+        raise LoRAXSError(f"{file} adapts other modules than the adapters that the model has")
     found = []
     for m in info.modules:
         module = named.get(m.name)
         if module is None:
-            raise LoRAXSError(f"{file} is an adapter for another model: this one has no module {m.name}.")
+            raise LoRAXSError(f"{file} is an adapter for another model: this one has no module {m.name}")
         if reason := refusal(module):
-            raise LoRAXSError(f"{file} is an adapter for another model: {m.name} {reason}.")
+            raise LoRAXSError(f"{file} is an adapter for another model: {m.name} {reason}")
         kind = kind_of(module)
         assert kind is not None
         if (kind.name, *matrix_shape(module)) != (m.kind, m.out, m.width):
             out, width = matrix_shape(module)
             raise LoRAXSError(
                 f"{file} is an adapter for another model: {m.name} is a {kind.name} of {out}×{width} here, "
-                f"but was a {m.kind} of {m.out}×{m.width}."
+                f"but was a {m.kind} of {m.out}×{m.width}"
             )
         layer = layer_of(module)
         if layer is not None and layer.rank != m.rank:
-            raise LoRAXSError(f"{file} has rank {m.rank} at {m.name}, but the model's bases there have {layer.rank}.")
+            raise LoRAXSError(f"{file} has rank {m.rank} at {m.name}, but the model's bases there have {layer.rank}")
         found.append(module)
     return found
 
@@ -95,15 +95,15 @@ def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[nn
 def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path) -> dict[str, Tensor]:
     state, header = files.read(folder / HEAD_FILE, HEAD_FORMAT)
     if header.get("base_sha256") != info.base_sha256:
-        raise LoRAXSError(f"{folder / HEAD_FILE} belongs to another adapter than {folder / ADAPTER}.")
+        raise LoRAXSError(f"{folder / HEAD_FILE} belongs to another adapter than {folder / ADAPTER}")
     known = model.state_dict()
     for key, value in state.items():
         if key not in known:
-            raise LoRAXSError(f"the task head in {folder} has {key}, which this model lacks; head=False leaves it out.")
+            raise LoRAXSError(f"the task head in {folder} has {key}, which this model lacks; head=False leaves it out")
         if known[key].shape != value.shape:
             raise LoRAXSError(
                 f"the task head in {folder} has {key} of shape {tuple(value.shape)}, this model has "
-                f"{tuple(known[key].shape)}; head=False leaves it out."
+                f"{tuple(known[key].shape)}; head=False leaves it out"
             )
     return state
 

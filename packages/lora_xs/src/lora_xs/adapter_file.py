@@ -72,7 +72,7 @@ def save_adapter(
     pairs = layers(model)
     lost = [layer.name for _, layer in pairs if not layer.regenerable]
     if bases is False and lost:
-        raise LoRAXSError(f"the bases of {lost[0]} do not follow from the base weights; save with bases=True.")
+        raise LoRAXSError(f"the bases of {lost[0]} do not follow from the base weights; save with bases=True")
     config = pairs[0][1].configs[name]
     modules = []
     for module, layer in pairs:
@@ -144,7 +144,7 @@ def load_adapter(
     tensors, header = files.read(file, ADAPTER_FORMAT)
     info = parse_header(file, header)
     if not check_base and not info.stored_bases:
-        raise LoRAXSError(f"{file} stores no bases, so its base weights must be checked: they are what it is made of.")
+        raise LoRAXSError(f"{file} stores no bases, so its base weights must be checked: they are what it is made of")
     found = matching_modules(model, info, file)
     head_state = matching_heads(model, info, Path(path)) if head and info.heads else {}
     if check_base:
@@ -164,13 +164,13 @@ def load_adapter(
         check_new(model, name)
         check_not_merged(model, "load_adapter")
         if info.config.train_bases:
-            raise LoRAXSError(f"{file} trained its own bases; it cannot share those of the model's other adapters.")
+            raise LoRAXSError(f"{file} trained its own bases; it cannot share those of the model's other adapters")
         pairs = [(layer.A.detach(), layer.B.detach()) for _, layer in layers(model)]
     for i, (A, B) in enumerate(pairs):
         if not bool(((probe(A, B) - tensors["probe"][i]).abs() <= PROBE_TOLERANCE).all()):
             raise LoRAXSError(
                 f"the bases of {info.modules[i].name} are not those that {file} was trained on; "
-                + ("load it onto a model without adapters." if not on_plain else "save it with bases=True instead.")
+                + ("load it onto a model without adapters." if not on_plain else "save it with bases=True instead")
             )
     if on_plain:
         bases = [(r.name, r.module, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]

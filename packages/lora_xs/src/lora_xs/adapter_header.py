@@ -53,7 +53,7 @@ def parse_header(file: Path, header: dict[str, str]) -> AdapterInfo:
             heads=tuple(json.loads(header["heads"])),
         )
     except (KeyError, TypeError, json.JSONDecodeError, zlib.error) as error:
-        raise LoRAXSError(f"{file} has no complete LoRA-XS header ({error}).") from error
+        raise LoRAXSError(f"{file} has no complete LoRA-XS header ({error})") from error
 
 
 def pack(value: Any) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -94,12 +95,32 @@ def _restored(model: nn.Module) -> Iterator[list[XSLayer | XSHead]]:
             part.active, part.rows = active_, rows_
 
 
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    head_lr: float | None = None,
+    bases_lr: float | None = None,
+    name: str | None = None,
+) -> list[dict[str, Any]]:
+    """Optimizer groups of what adapter `name` (None: the active one) trains: R, the bases where they are trained, the
+    task head. Each group says which it is under "name"; a group without parameters is left out.
+
+    Args:
+        lr: of R; None leaves it to the optimizer.
+        head_lr: of the task head; None is `lr`.
+        bases_lr: of A and B under `train_bases`; None is `lr`.
+    """
+    rates = {"R": lr, "bases": lr if bases_lr is None else bases_lr, "head": lr if head_lr is None else head_lr}
+    groups = [{"params": params, "name": group} for group, params in trained(model, name).items() if params]
+    return [group | ({} if (rate := rates[str(group["name"])]) is None else {"lr": rate}) for group in groups]
+
+
 def trained(model: nn.Module, name: str | None = None) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of adapter `name` (None: the active one), as {"R", "bases", "head"}: the
-    groups that get learning rates of their own."""
+    """The parameters of `param_groups`, as {"R", "bases", "head"}: the name from before there were groups."""
     name = active(model) if name is None else name
     if name is None:
-        raise LoRAXSError("no adapter is active, so nothing is trained; call set_active first.")
+        raise LoRAXSError("no adapter is active, so nothing is trained; call set_active first")
     check_known(model, name)
     pairs = [layer for _, layer in layers(model)]
     return {
@@ -114,7 +135,7 @@ def chosen(model: nn.Module, name: str | None, what: str) -> str:
     check_not_merged(model, what)
     name = active(model) if name is None else name
     if name is None:
-        raise LoRAXSError(f"no adapter is active; say which one is for {what}.")
+        raise LoRAXSError(f"no adapter is active; say which one is for {what}")
     check_known(model, name)
     return name
 
@@ -123,19 +144,19 @@ def check_new(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken, and bases that an adapter trains for itself."""
     check_name(name)
     if name in adapters(model):
-        raise LoRAXSError(f"there is already an adapter {name!r}.")
+        raise LoRAXSError(f"there is already an adapter {name!r}")
     if layers(model)[0][1].bases_config.train_bases:
-        raise LoRAXSError("train_bases=True trains A and B for one adapter; no second one can share them.")
+        raise LoRAXSError("train_bases=True trains A and B for one adapter; no second one can share them")
 
 
 def check_known(model: nn.Module, name: str) -> None:
     """Refuse a name that no adapter has."""
     if name not in adapters(model):
-        raise LoRAXSError(f"there is no adapter {name!r}; the model has {', '.join(adapters(model))}.")
+        raise LoRAXSError(f"there is no adapter {name!r}; the model has {', '.join(adapters(model))}")
 
 
 def check_not_merged(model: nn.Module, what: str) -> None:
     """Refuse an operation that a merged adapter would spoil."""
     merged = next((layer.merged for _, layer in layers(model) if layer.merged is not None), None)
     if merged is not None:
-        raise LoRAXSError(f"adapter {merged!r} is merged into the weights; call unmerge before {what}.")
+        raise LoRAXSError(f"adapter {merged!r} is merged into the weights; call unmerge before {what}")

@@ -59,7 +59,7 @@ def make_bases(
         if request.rank > min(shape):
             raise LoRAXSError(
                 f"rank {request.rank} is larger than {request.name}, a {shape[0]}×{shape[1]} matrix; "
-                f"use at most {min(shape)}, or give this module its own rank in rank_pattern."
+                f"use at most {min(shape)}, or give this module its own rank in rank_pattern"
             )
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
@@ -111,7 +111,7 @@ def _decompose(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     else:
         W = matrix_of(request.module)  # the only other copy of this one weight
         if not bool(torch.isfinite(W).all()):
-            raise LoRAXSError(f"{request.name} has weights that are not finite; no bases can be made of them.")
+            raise LoRAXSError(f"{request.name} has weights that are not finite; no bases can be made of them")
         values = svd_bases(W, request.rank, exact=config.svd == "exact")
     A.copy_(values[0])
     B.copy_(values[1])
@@ -157,7 +157,7 @@ def _from_cache(path: Path, request: Request, config: LoRAXSConfig) -> tuple[Ten
         try:
             tensors, _ = files.read(path, CACHE_FORMAT)
         except LoRAXSError as error:
-            warnings.warn(f"{error} The bases of {request.name} are computed again.", stacklevel=2)
+            warnings.warn(f"{error}. The bases of {request.name} are computed again.", stacklevel=2)
         else:
             A, B = _empty(request, config)
             return A.copy_(tensors["A"]), B.copy_(tensors["B"])
@@ -165,5 +165,5 @@ def _from_cache(path: Path, request: Request, config: LoRAXSConfig) -> tuple[Ten
     try:
         files.write(path, {"A": A, "B": B}, {}, CACHE_FORMAT)
     except OSError as error:
-        warnings.warn(f"The bases of {request.name} could not be cached: {error}.", stacklevel=2)
+        warnings.warn(f"The bases of {request.name} could not be cached: {error}", stacklevel=2)
     return A, B

@@ -72,29 +72,29 @@ class LoRAXSConfig:
         for name in ("exclude", "head", "targets"):
             value = getattr(self, name)
             if isinstance(value, str) and name != "targets":
-                raise LoRAXSError(f"{name} must be a tuple of names, not the string {value!r}.")
+                raise LoRAXSError(f"{name} must be a tuple of names, not the string {value!r}")
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise LoRAXSError(f"rank must be a whole number of at least 1, not {self.rank!r}.")
+            raise LoRAXSError(f"rank must be a whole number of at least 1, not {self.rank!r}")
         for key, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise LoRAXSError(f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}.")
+                raise LoRAXSError(f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}")
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for what, alpha in alphas.items():
             # α = 0 would train nothing without a word.
             if alpha is not None and not alpha > 0:
-                raise LoRAXSError(f"{what} must be greater than 0, not {alpha!r}.")
+                raise LoRAXSError(f"{what} must be greater than 0, not {alpha!r}")
         if not self.targets:
-            raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear".')
+            raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear"')
         if self.init not in ("svd", "random"):
-            raise LoRAXSError(f'init must be "svd" or "random", not {self.init!r}.')
+            raise LoRAXSError(f'init must be "svd" or "random", not {self.init!r}')
         if self.svd not in ("randomized", "exact"):
-            raise LoRAXSError(f'svd must be "randomized" or "exact", not {self.svd!r}.')
+            raise LoRAXSError(f'svd must be "randomized" or "exact", not {self.svd!r}')
         if not 0 <= self.dropout < 1:
-            raise LoRAXSError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+            raise LoRAXSError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.r_std < 0:
-            raise LoRAXSError(f"r_std must not be negative, but is {self.r_std!r}.")
+            raise LoRAXSError(f"r_std must not be negative, but is {self.r_std!r}")
 
     def rank_of(self, name: str) -> int:
         """r of the module called `name`."""
@@ -109,18 +109,6 @@ class LoRAXSConfig:
         """α/r of the module called `name`."""
         return self.alpha_of(name) / self.rank_of(name)
 
-    def bases_key(self) -> tuple[Any, ...]:
-        """What decides A and B: two adapters can share bases only if these agree."""
-        seed = self.seed if self.init == "random" else None
-        return (
-            self.init,
-            self.svd,
-            self.rank,
-            tuple(sorted(self.rank_pattern.items())),
-            seed,
-            self.train_bases,
-        )
-
     def to_json(self) -> str:
         """One line of JSON with every field."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -131,7 +119,7 @@ class LoRAXSConfig:
         try:
             return cls(**json.loads(text))
         except (json.JSONDecodeError, TypeError) as error:
-            raise LoRAXSError(f"this is not a LoRA-XS configuration: {error}.") from error
+            raise LoRAXSError(f"this is not a LoRA-XS configuration: {error}") from error
 
 
 def matches(name: str, suffixes: Iterable[str]) -> bool:

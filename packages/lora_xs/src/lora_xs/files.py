@@ -74,7 +74,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and header of a file that `write` made; a damaged one is refused."""
     tensors, header = _open(path, kind, tensors=True)
     if _checksum(tensors, {k: v for k, v in header.items() if k != "sha256"}) != header.get("sha256"):
-        raise LoRAXSError(f"{path} is damaged: its contents do not have the SHA-256 that its header states.")
+        raise LoRAXSError(f"{path} is damaged: its contents do not have the SHA-256 that its header states")
     return tensors, header
 
 
@@ -83,10 +83,10 @@ def _open(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], d
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != kind:
-                raise LoRAXSError(f"{path} is no {kind} file: its header gives the format {header.get('format')!r}.")
+                raise LoRAXSError(f"{path} is no {kind} file: its header gives the format {header.get('format')!r}")
             return {name: file.get_tensor(name) for name in file.keys()} if tensors else {}, header  # noqa: SIM118
     except FileNotFoundError as error:
-        raise LoRAXSError(f"there is no file {path}.") from error
+        raise LoRAXSError(f"there is no file {path}") from error
     except SafetensorError as error:
         raise LoRAXSError(f"{path} is no complete safetensors file ({error}); was it truncated?") from error
 

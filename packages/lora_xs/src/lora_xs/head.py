@@ -69,7 +69,7 @@ class XSHead(nn.Module):
                 return None
             return self.copies[self.active](*args, **kwargs)
         if out.shape[0] != len(self.rows):
-            raise LoRAXSError(f"{self.name} got {out.shape[0]} rows, but adapters were given for {len(self.rows)}.")
+            raise LoRAXSError(f"{self.name} got {out.shape[0]} rows, but adapters were given for {len(self.rows)}")
         answers = {None: out, self.first: out}
         for name in {row for row in self.rows if row is not None and row in self.copies}:
             answers[name] = self.copies[name](*args, **kwargs)

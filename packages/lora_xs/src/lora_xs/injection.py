@@ -86,7 +86,7 @@ def remove(model: Model) -> Model:
     head."""
     for module, layer in layers(model):
         if layer.merged is not None:
-            raise LoRAXSError("the adapter is merged; call unmerge before remove.")
+            raise LoRAXSError("the adapter is merged; call unmerge before remove")
         _detach(module, ATTRIBUTE, layer)
     for module, head in heads(model):
         _detach(module, heads_.ATTRIBUTE, head)
@@ -111,14 +111,14 @@ def initial_r(layer: XSLayer, config: LoRAXSConfig) -> Tensor:
 def check_name(name: str) -> None:
     """Adapter names become parts of parameter names."""
     if not name or "." in name:
-        raise LoRAXSError(f"an adapter's name must not be empty or contain a dot, but is {name!r}.")
+        raise LoRAXSError(f"an adapter's name must not be empty or contain a dot, but is {name!r}")
 
 
 def find_targets(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
     """The modules to adapt, by name, in the model's order; every name in the configuration must match
     something."""
     if any(layer_of(module) is not None for module in model.modules()):
-        raise LoRAXSError("the model already has LoRA-XS adapters; use add, or remove them first.")
+        raise LoRAXSError("the model already has LoRA-XS adapters; use add, or remove them first")
     head_names = tuple(find_heads(model, config))
     named = {name: module for name, module in model.named_modules() if name}
     inside_head = {n for n in named if any(n == h or n.startswith(h + ".") for h in head_names)}
@@ -135,7 +135,7 @@ def find_targets(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]
             and module is not output
         }
         if not found:
-            raise LoRAXSError('targets="all-linear" found no Linear or Conv1D module in this model.')
+            raise LoRAXSError('targets="all-linear" found no Linear or Conv1D module in this model')
     else:
         found = {n: m for n, m in candidates.items() if matches_targets(n, config.targets)}
         wanted = (config.targets,) if isinstance(config.targets, str) else config.targets
@@ -150,13 +150,13 @@ def find_targets(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]
     ):
         for suffix in names:
             if not any(matches(name, (suffix,)) for name in found):
-                raise LoRAXSError(f"{what} names {suffix!r}, which matches none of the targeted modules.")
+                raise LoRAXSError(f"{what} names {suffix!r}, which matches none of the targeted modules")
     found = {name: module for name, module in found.items() if not matches(name, config.exclude)}
     if not found:
-        raise LoRAXSError("exclude leaves no module to adapt.")
+        raise LoRAXSError("exclude leaves no module to adapt")
     for name, module in found.items():
         if reason := refusal(module):
-            raise LoRAXSError(f"{name} {reason}. Leave it out by `exclude` or name other targets.")
+            raise LoRAXSError(f"{name} {reason}. Leave it out by `exclude` or name other targets")
     return found
 
 
@@ -172,7 +172,7 @@ def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
     outermost = [n for n in found if not any(n.startswith(other + ".") for other in found)]
     for name in outermost:
         if not any(True for _ in named[name].parameters()):
-            raise LoRAXSError(f"the head {name} has no parameters to train; name another one in `head`.")
+            raise LoRAXSError(f"the head {name} has no parameters to train; name another one in `head`")
     return {name: named[name] for name in outermost}
 
 

@@ -76,7 +76,7 @@ def is_quantized(weight: Tensor) -> bool:
 def dense(weight: Tensor) -> Tensor:
     """The weight as an ordinary tensor, dequantised where it is quantised."""
     if hasattr(weight, "full_tensor"):
-        raise LoRAXSError("the weights are already sharded; call lora_xs before fully_shard, not after.")
+        raise LoRAXSError("the weights are already sharded; call lora_xs before fully_shard, not after")
     return weight.detach().dequantize() if is_quantized(weight) else weight.detach()
 
 

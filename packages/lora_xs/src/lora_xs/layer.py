@@ -95,7 +95,7 @@ class XSLayer(nn.Module):
         """Of the adapters in use, which must agree on it while they are trained."""
         used = {self.configs[name].dropout for name in self.rows or (self.active,) if name is not None}
         if self.training and len(used) > 1:
-            raise LoRAXSError(f"the adapters of one batch have different dropouts: {sorted(used)}.")
+            raise LoRAXSError(f"the adapters of one batch have different dropouts: {sorted(used)}")
         return max(used, default=0.0)
 
     def scaled(self, name: str | None) -> Tensor:
@@ -108,7 +108,7 @@ class XSLayer(nn.Module):
         """(α/r)·R of the adapter of each row of the batch: (rows×r×r)."""
         assert self.rows is not None
         if z.shape[0] != len(self.rows):
-            raise LoRAXSError(f"{self.name} got {z.shape[0]} rows, but adapters were given for {len(self.rows)} rows.")
+            raise LoRAXSError(f"{self.name} got {z.shape[0]} rows, but adapters were given for {len(self.rows)} rows")
         distinct = {name: self.scaled(name).to(z.dtype) for name in self.rows}
         return torch.stack([distinct[name] for name in self.rows])
 
@@ -175,5 +175,5 @@ def layers(model: nn.Module) -> list[tuple[nn.Module, XSLayer]]:
     found = [(module, layer_of(module)) for module in model.modules()]
     pairs = [(module, layer) for module, layer in found if layer is not None]
     if not pairs:
-        raise LoRAXSError("the model has no LoRA-XS adapters; call inject or load_adapter first.")
+        raise LoRAXSError("the model has no LoRA-XS adapters; call inject or load_adapter first")
     return pairs

@@ -36,7 +36,7 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
     # Two passes, so that a failure leaves the model whole and success never holds two copies of it.
     for module, layer in pairs:
         if not bool(torch.isfinite(_merged_weight(module, layer, name)).all()):
-            raise LoRAXSError(f"merging {name!r} into {layer.name} gives weights that are not finite.")
+            raise LoRAXSError(f"merging {name!r} into {layer.name} gives weights that are not finite")
     for module, layer in pairs:
         parameter = nn.Parameter(_merged_weight(module, layer, name), requires_grad=False)
         old = module.weight
@@ -68,7 +68,7 @@ def unmerge(model: Model) -> Model:
     """Put the weights from before `merge` back: the same tensors, so the same bytes and the same ties."""
     pairs = layers(model)
     if all(layer.merged is None for _, layer in pairs):
-        raise LoRAXSError("no adapter is merged.")
+        raise LoRAXSError("no adapter is merged")
     for module, layer in pairs:
         (module.weight,) = layer.original
         layer.original, layer.merged = [], None

@@ -62,9 +62,9 @@ def import_peft(
         cache, progress: as for `inject`.
     """
     if bases not in ("svd", "file"):
-        raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}.')
+        raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}')
     if any(layer_of(module) is not None for module in model.modules()):
-        raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here.")
+        raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here")
     folder = Path(path)
     settings = _read_settings(folder)
     factors, rest = _read_factors(folder)
@@ -72,14 +72,14 @@ def import_peft(
     for key, f in factors.items():
         module = named.get(key)
         if module is None:
-            raise LoRAXSError(f"{folder} is an adapter for another model: this one has no module {key}.")
+            raise LoRAXSError(f"{folder} is an adapter for another model: this one has no module {key}")
         if reason := refusal(module):
-            raise LoRAXSError(f"{folder} is an adapter for another model: {key} {reason}.")
+            raise LoRAXSError(f"{folder} is an adapter for another model: {key} {reason}")
         if (f.B.shape[0], f.A.shape[1]) != matrix_shape(module):
             out, width = matrix_shape(module)
             raise LoRAXSError(
                 f"{folder} is an adapter for another model: {key} is {out}×{width} here, its update is "
-                f"{f.B.shape[0]}×{f.A.shape[1]}."
+                f"{f.B.shape[0]}×{f.A.shape[1]}"
             )
     # In the model's order, which is that of the adapters.
     factors = {key: factors[key] for key in named if key in factors}
@@ -97,7 +97,7 @@ def import_peft(
     state = model.state_dict()
     for key, value in rest.items():
         if key not in state or state[key].shape != value.shape:
-            raise LoRAXSError(f"{folder} has {key} of shape {tuple(value.shape)}, which does not fit this model.")
+            raise LoRAXSError(f"{folder} has {key} of shape {tuple(value.shape)}, which does not fit this model")
     attach(
         model,
         config,
@@ -147,7 +147,7 @@ def _project(f: _Factors, A: Tensor, B: Tensor, key: str, folder: Path) -> Tenso
     if difference > RESIDUAL * total:
         raise LoRAXSError(
             f"the update of {key} in {folder} lies outside the SVD bases of this model's weight "
-            f'(by {difference / total:.1%}); import it with bases="file".'
+            f'(by {difference / total:.1%}); import it with bases="file"'
         )
     return R
 
@@ -161,16 +161,16 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
     except FileNotFoundError as error:
-        raise LoRAXSError(f"there is no file {folder / 'adapter_config.json'}.") from error
+        raise LoRAXSError(f"there is no file {folder / 'adapter_config.json'}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LoRAXSError(f"{folder / 'adapter_config.json'} is not JSON: {error}.") from error
+        raise LoRAXSError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
     if settings.get("peft_type") != "LORA":
-        raise LoRAXSError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA can be imported.")
+        raise LoRAXSError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA can be imported")
     for option in ("use_dora", "lora_bias"):
         if settings.get(option):
-            raise LoRAXSError(f"{folder} uses {option}, which is more than B·A; it cannot be imported.")
+            raise LoRAXSError(f"{folder} uses {option}, which is more than B·A; it cannot be imported")
     if settings.get("bias", "none") != "none":
-        raise LoRAXSError(f"{folder} trains biases (bias={settings['bias']!r}); it cannot be imported.")
+        raise LoRAXSError(f"{folder} trains biases (bias={settings['bias']!r}); it cannot be imported")
     return settings
 
 
@@ -186,9 +186,9 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise LoRAXSError(f"{file} cannot be read safely: it is damaged or holds more than tensors.") from error
+            raise LoRAXSError(f"{file} cannot be read safely: it is damaged or holds more than tensors") from error
     else:
-        raise LoRAXSError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin.")
+        raise LoRAXSError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
     parts: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, value in tensors.items():
@@ -196,7 +196,7 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
             # An Embedding's factors are stored as they are, a Conv2d's with its kernel's dimensions.
             parts.setdefault(match["module"], {})[match["factor"] or "R"] = value.flatten(1)
         elif "lora_" in key:
-            raise LoRAXSError(f"{file} has the entry {key}, which is neither lora_A, lora_B nor a latent mapping.")
+            raise LoRAXSError(f"{file} has the entry {key}, which is neither lora_A, lora_B nor a latent mapping")
         elif ".original_module." not in key:
             rest[
                 key.removeprefix(PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
@@ -205,10 +205,10 @@ def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]
     for module, part in parts.items():
         for factor in "AB":
             if factor not in part:
-                raise LoRAXSError(f"{file} has no lora_{factor} for {module}; the file is incomplete.")
+                raise LoRAXSError(f"{file} has no lora_{factor} for {module}; the file is incomplete")
         factors[module] = _Factors(part["A"], part["B"], part.get("R"))
     if not factors:
-        raise LoRAXSError(f"{file} holds no LoRA matrices.")
+        raise LoRAXSError(f"{file} holds no LoRA matrices")
     return factors, rest
 
 
@@ -231,7 +231,7 @@ def _config(
     # PEFT adds the classifier of a sequence-classification model without naming it.
     head = tuple(n for n in named if n and any(key.startswith(n + ".") for key in rest) and n.count(".") == 0)
     if rest and not head:
-        raise LoRAXSError(f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks.")
+        raise LoRAXSError(f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks")
     return LoRAXSConfig(
         rank=rank,
         alpha=alpha,
