@@ -1,11 +1,13 @@
 """The configuration, its matching of names, and what the package imports."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
 from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
+from lora_xs.config import in_layers
 from lora_xs.layer import layers
 
 
@@ -32,6 +34,111 @@ def adapted(model):
 def test_bad_values_are_refused(fields, message):
     with pytest.raises(LoRAXSError, match=message):
         LoRAXSConfig(**fields)
+
+
+def test_the_words_of_peft():
+    ours = LoRAXSConfig(8, 16, ("q_proj", "v_proj"), exclude=("0.q_proj",), head=("score",), dropout=0.1)
+    theirs = LoRAXSConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], exclude_modules=["0.q_proj"],
+        modules_to_save=["score"], lora_dropout=0.1,
+    )  # fmt: skip
+    assert theirs == ours
+    assert (ours.r, ours.lora_alpha, ours.target_modules) == (8, 16, ("q_proj", "v_proj"))
+    assert (ours.exclude_modules, ours.modules_to_save, ours.lora_dropout) == (("0.q_proj",), ("score",), 0.1)
+    assert dataclasses.replace(theirs, rank=4) == dataclasses.replace(ours, rank=4)
+    assert dataclasses.replace(ours, lora_alpha=None).alpha == 16
+    assert LoRAXSConfig.from_json(theirs.to_json()) == ours
+    assert LoRAXSConfig(r=2, target_modules="all-linear") == LoRAXSConfig(2)
+    assert LoRAXSConfig(r=2, target_modules={"b", "a"}).targets == ("a", "b")
+    with pytest.raises(LoRAXSError, match="r is PEFT's word for rank: give one of the two"):
+        LoRAXSConfig(rank=4, r=8)
+    with pytest.raises(LoRAXSError, match="rank must be a whole number of at least 1, not 0"):
+        LoRAXSConfig(target_modules=["a"])
+
+
+@pytest.mark.parametrize("layers_to_transform", [1, [1], (0, 1)])
+def test_layers_to_transform(llama, layers_to_transform):
+    config = LoRAXSConfig(2, target_modules=["q_proj"], layers_to_transform=layers_to_transform)
+    wanted = [1] if layers_to_transform != (0, 1) else [0, 1]
+    assert adapted(inject(llama(), config)) == [f"model.layers.{i}.self_attn.q_proj" for i in wanted]
+    named = dataclasses.replace(config, layers_pattern="layers")
+    assert adapted(inject(llama(), named)) == [f"model.layers.{i}.self_attn.q_proj" for i in wanted]
+    with pytest.raises(LoRAXSError, match="leaves no module to adapt"):
+        inject(llama(), dataclasses.replace(config, layers_pattern="h"))
+    with pytest.raises(LoRAXSError, match=r"layers_to_transform=\[7\] leaves no module"):
+        inject(llama(), LoRAXSConfig(2, layers_to_transform=7))
+    assert LoRAXSConfig.from_json(config.to_json()) == config
+
+
+def test_the_first_number_of_a_name_is_its_layer_as_in_peft():
+    peft_utils = pytest.importorskip("peft.tuners.tuners_utils")
+    peft = pytest.importorskip("peft")
+    # One thing differs: without a pattern PEFT finds no number in "layers.1.w", a list at the model's top.
+    names = ("a.layers.1.experts.0.w", "a.layers.0.experts.1.w", "a.blocks.1.w", "1.w", "m.h.1.layers.0.w")
+    for pattern in ((), ("layers",), ("layers", "h")):
+        ours = LoRAXSConfig(2, targets=("w",), layers_to_transform=(1,), layers_pattern=pattern)
+        theirs = peft.LoraConfig(target_modules=["w"], layers_to_transform=[1], layers_pattern=list(pattern))
+        for name in names:
+            assert in_layers(name, ours) == bool(peft_utils.check_target_module_exists(theirs, name)), (name, pattern)
+
+
+def test_a_lora_config_is_read(llama):
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], layers_to_transform=[1], lora_dropout=0.1,
+        rank_pattern={r"self_attn\.q_proj": 2}, alpha_pattern={"down_proj": 3}, modules_to_save=["model.norm"],
+    )  # fmt: skip
+    config = LoRAXSConfig.from_peft(theirs, seed=3)
+    wrapped = peft.get_peft_model(llama(), theirs)
+    model = inject(llama(), config)
+    own = {n: layer for _, layer in layers(model) for n in [layer.name]}
+    found = {n.removeprefix("base_model.model."): m for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    assert set(own) == set(found)
+    for name, layer in own.items():
+        assert layer.rank == found[name].r["default"]
+        assert layer.scale("default") == found[name].scaling["default"]
+    assert config.seed == 3
+    saved = {n for n, _ in wrapped.named_modules() if n.endswith("modules_to_save.default")}
+    assert len(saved) == 1
+    assert model.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"use_rslora": True}, {"alpha": 16.0}),
+        ({"task_type": "SEQ_CLS"}, {"head": None}),
+        ({"task_type": "QUESTION_ANS"}, {"head": ("qa_outputs",)}),
+        ({"task_type": "CAUSAL_LM"}, {"head": ()}),
+        ({"target_modules": "all-linear"}, {"targets": "all-linear"}),
+        ({"target_modules": r".*\.q"}, {"targets": r".*\.q"}),
+        ({"target_parameters": ["experts.down_proj"]}, {"targets": ("a", "experts.down_proj")}),
+        ({"exclude_modules": ["b"]}, {"exclude": ("b",)}),
+    ],
+)
+def test_fields_of_a_lora_config(fields, expected):
+    peft = pytest.importorskip("peft")
+    config = LoRAXSConfig.from_peft(peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["a"], **fields}))
+    for name, value in expected.items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, for which LoRA-XS has no counterpart"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"target_modules": None}, "names no target_modules"),
+        ({"exclude_modules": "b.*"}, "exclude_modules must be a list"),
+        ({"rank_pattern": {"(q|v)": 2}}, "rank_pattern has the regular expression"),
+        ({"task_type": "SEQ_CLS", "modules_to_save": ["x"]}, "PEFT adds the classifier; name it too"),
+    ],
+)
+def test_what_a_lora_config_has_and_lora_xs_has_not(fields, message):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(LoRAXSError, match=message):
+        LoRAXSConfig.from_peft(peft.LoraConfig(**{"target_modules": ["a"], **fields}))
 
 
 def test_json_round_trip():

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from lora_xs import LoRAXSConfig, LoRAXSError, inject, merge, trained
-from lora_xs.kinds import kind_of
+from lora_xs import LoRAXSConfig, LoRAXSError, inject, merge, remove, trained
 from lora_xs.layer import layers
 from torch import nn
 
@@ -14,14 +13,13 @@ TARGETS = ("embed", "conv", "up", "down")
 
 def dense(model):
     """The slow reference: a copy without adapters whose weights hold the update."""
-    updates = {layer.name: (module, layer.delta("default")) for module, layer in layers(model)}
-    plain = copy.deepcopy(model)
-    for name, (module, delta) in updates.items():
-        target = plain.get_submodule(name)
-        target._forward_hooks.clear()
-        with torch.no_grad():
-            shape = module.weight.shape
-            target.weight.add_(kind_of(module).from_matrix(delta, shape).reshape(shape))
+    plain = remove(copy.deepcopy(model))
+    with torch.no_grad():
+        for module, layer in layers(model):
+            weight = module.get_parameter(layer.parameter)
+            holder = dict(plain.named_modules())[dict((m, n) for n, m in model.named_modules())[module]]
+            update = layer.kind.from_matrix(layer.delta("default"), weight.shape)
+            holder.get_parameter(layer.parameter).add_(update.reshape(weight.shape))
     return plain
 
 
@@ -66,8 +64,8 @@ def test_gradient_of_r_is_the_projected_gradient_of_w(mixed, inputs):
     full(ids, image).pow(2).sum().backward()
     inject(model, LoRAXSConfig(rank=3, alpha=7, targets=TARGETS, r_std=0.0))
     model(ids, image).pow(2).sum().backward()
-    for module, layer in layers(model):
-        dW = kind_of(module).to_matrix(full.get_submodule(layer.name).weight.grad)
+    for _, layer in layers(model):
+        dW = layer.kind.to_matrix(full.get_submodule(layer.name).weight.grad)
         expected = 7 / 3 * layer.B.t() @ dW @ layer.A.t()
         torch.testing.assert_close(layer.R["default"].grad, expected, rtol=1e-10, atol=1e-10)
 

@@ -30,14 +30,21 @@ if TYPE_CHECKING:
     from .merging import unmerge as unmerge
     from .peft_export import export_peft as export_peft
     from .peft_import import import_peft as import_peft
+    from .untrained import Coverage as Coverage
+    from .untrained import check_called as check_called
+    from .untrained import coverage as coverage
+    from .untrained import uncalled as uncalled
 
 _HOME = {
     "AdapterInfo": "adapter_header",
     "CAUSAL_LM_TARGETS": "config",
+    "Coverage": "untrained",
     "LoRAXSConfig": "config",
     "LoRAXSError": "errors",
     "ROBERTA_TARGETS": "config",
     "add": "adapters",
+    "check_called": "untrained",
+    "coverage": "untrained",
     "describe_adapter": "adapter_file",
     "disable": "adapters",
     "export_peft": "peft_export",
@@ -51,6 +58,7 @@ _HOME = {
     "save_adapter": "adapter_file",
     "set_active": "adapters",
     "trained": "adapters",
+    "uncalled": "untrained",
     "unmerge": "merging",
 }
 

@@ -9,18 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .adapter_header import ADAPTER, HEAD_FILE, HEAD_FORMAT, AdapterInfo
+from .adapter_header import ADAPTER, HEAD_FILE, HEAD_FORMAT, AdaptedModule, AdapterInfo
 from .digest import weight_digests
 from .errors import LoRAXSError
 from .head import head_of
-from .injection import find_heads
-from .kinds import kind_of, matrix_shape, refusal
-from .layer import ATTRIBUTE, layer_of
+from .kinds import matrix_of, matrix_shape
+from .layer import ATTRIBUTE, XSLayer, is_adapted, layers
 from .svd import generator
+from .targets import Target, find_heads, parameters_to_adapt, resolve
 
 PROBE_TOLERANCE = 2e-3
 """Relative change of the bases that is refused. Rounding to bf16 stays below; a flipped or turned vector
 does not."""
+
+FOLLOWS_TOLERANCE = 2e-2
+"""Relative difference of BᵀW from A above which a weight is not the one that the bases were made of."""
 
 
 def base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,8 +48,7 @@ def base_digests(model: nn.Module, *, reuse: bool, without: tuple[str, ...] = ()
 
 
 def check_base_weights(model: nn.Module, info: AdapterInfo, expected: Tensor, file: Path) -> None:
-    plain = all(layer_of(module) is None for module in model.modules())
-    without = tuple(find_heads(model, info.config)) if plain else ()
+    without = () if is_adapted(model) else tuple(find_heads(model, info.config))
     sha256, short = base_digests(model, reuse=False, without=without)
     if sha256 == info.base_sha256:
         return
@@ -65,30 +67,46 @@ def check_base_weights(model: nn.Module, info: AdapterInfo, expected: Tensor, fi
     )
 
 
-def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[nn.Module]:
-    named = dict(model.named_modules())
-    adapted = [layer.name for module in model.modules() if (layer := layer_of(module)) is not None]
-    if adapted and adapted != [m.name for m in info.modules]:
+def described(module: nn.Module, layer: XSLayer) -> AdaptedModule:
+    """What a file says of one adapter."""
+    *stack, out, width = matrix_shape(module.get_parameter(layer.parameter), layer.kind)
+    return AdaptedModule(layer.name, layer.kind.name, out, width, layer.rank, *stack)
+
+
+@torch.no_grad()
+def follows(module: nn.Module, layer: XSLayer) -> bool:
+    """Whether A and B can be made again from the weight as it is now: it may have been changed since they were made."""
+    if not layer.regenerable or layer.bases_config.init == "random" or layer.A.is_meta or layer.merged is not None:
+        return layer.regenerable
+    W = matrix_of(module.get_parameter(layer.parameter), layer.kind)
+    A, B = layer.A.to(W.dtype), layer.B.to(W.dtype)
+    # A = BᵀW but for the rounding of bases in 16 bits.
+    return bool((B.mT @ W - A).norm() <= FOLLOWS_TOLERANCE * A.norm())
+
+
+def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[Target]:
+    """The targets that `info` names, in its order, if they are what the file was made for."""
+    adapted = [layer for _, layer in layers(model)] if is_adapted(model) else []
+    if adapted and [layer.name for layer in adapted] != [m.name for m in info.modules]:
         raise LoRAXSError(f"{file} adapts other modules than the adapters that the model has")
-    found = []
+    known = {*(name for name, _ in model.named_modules()), *parameters_to_adapt(model)}
     for m in info.modules:
-        module = named.get(m.name)
-        if module is None:
+        if m.name not in known:
             raise LoRAXSError(f"{file} is an adapter for another model: this one has no module {m.name}")
-        if reason := refusal(module):
-            raise LoRAXSError(f"{file} is an adapter for another model: {m.name} {reason}")
-        kind = kind_of(module)
-        assert kind is not None
-        if (kind.name, *matrix_shape(module)) != (m.kind, m.out, m.width):
-            out, width = matrix_shape(module)
+    try:
+        found = list(resolve(model, [m.name for m in info.modules], info.config).values())
+    except LoRAXSError as error:
+        raise LoRAXSError(f"{file} is an adapter for another model: {error}") from error
+    for m, target in zip(info.modules, found, strict=True):
+        shape = matrix_shape(target.weight, target.kind)
+        if (target.kind.name, *shape) != (m.kind, *m.shape):
             raise LoRAXSError(
-                f"{file} is an adapter for another model: {m.name} is a {kind.name} of {out}×{width} here, "
-                f"but was a {m.kind} of {m.out}×{m.width}"
+                f"{file} is an adapter for another model: {m.name} is a {target.kind.name} of "
+                f"{'×'.join(map(str, shape))} here, but was a {m.kind} of {'×'.join(map(str, m.shape))}"
             )
-        layer = layer_of(module)
-        if layer is not None and layer.rank != m.rank:
+    for m, layer in zip(info.modules, adapted, strict=False):
+        if layer.rank != m.rank:
             raise LoRAXSError(f"{file} has rank {m.rank} at {m.name}, but the model's bases there have {layer.rank}")
-        found.append(module)
     return found
 
 
@@ -113,7 +131,7 @@ def probe(A: Tensor, B: Tensor) -> Tensor:
     by ε."""
     numbers = []
     for M in (A, B):
-        M = M.detach().to("cpu", torch.float64)
+        M = M.detach().to("cpu", torch.float64).flatten(0, -2)  # a stack's matrices below one another
         draw = generator(0, "probe", str(tuple(M.shape)))
         left, right = (torch.randn(size, generator=draw, dtype=torch.float64) for size in M.shape)
         norm = torch.linalg.matrix_norm(M).clamp_min(torch.finfo(torch.float64).tiny)

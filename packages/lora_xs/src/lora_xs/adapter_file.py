@@ -1,6 +1,6 @@
 """The adapter file: R alone, and what is needed to refuse weights it was not made for.
 
-    adapter.safetensors    R        every R in one tensor: (modules×r×r), or flat where ranks differ
+    adapter.safetensors    R        every R in one tensor: (modules×r×r), or flat where shapes differ
                            probe    two numbers a module that betray other bases (float32)
                            digests  two bytes of each base weight's SHA-256, to name the one that differs
                            A.i, B.i with bases=True, for module i
@@ -25,6 +25,8 @@ from .adapter_checks import (
     PROBE_TOLERANCE,
     base_digests,
     check_base_weights,
+    described,
+    follows,
     matching_heads,
     matching_modules,
     probe,
@@ -34,7 +36,6 @@ from .adapter_header import (
     ADAPTER_FORMAT,
     HEAD_FILE,
     HEAD_FORMAT,
-    AdaptedModule,
     AdapterInfo,
     pack,
     parse_header,
@@ -45,8 +46,7 @@ from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
 from .injection import attach
-from .kinds import kind_of, matrix_shape
-from .layer import layer_of, layers
+from .layer import is_adapted, layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,15 +70,11 @@ def save_adapter(
     """
     name = chosen(model, name, "save_adapter")
     pairs = layers(model)
-    lost = [layer.name for _, layer in pairs if not layer.regenerable]
+    lost = [layer.name for module, layer in pairs if not follows(module, layer)]
     if bases is False and lost:
         raise LoRAXSError(f"the bases of {lost[0]} do not follow from the base weights; save with bases=True")
     config = pairs[0][1].configs[name]
-    modules = []
-    for module, layer in pairs:
-        kind = kind_of(module)
-        assert kind is not None
-        modules.append(AdaptedModule(layer.name, kind.name, *matrix_shape(module), layer.rank))
+    modules = [described(module, layer) for module, layer in pairs]
     Rs = [layer.R[name].detach() for _, layer in pairs]
     R = torch.stack(Rs) if len({r.shape for r in Rs}) == 1 else torch.cat([r.flatten() for r in Rs])
     sha256, short = base_digests(model, reuse=True)
@@ -93,7 +89,7 @@ def save_adapter(
     head_modules = heads(model)
     header = {
         "config": config.to_json(),
-        "modules": pack([[m.name, m.kind, m.out, m.width, m.rank] for m in modules]),
+        "modules": pack([m.to_list() for m in modules]),
         "base_sha256": sha256,
         "stored_bases": json.dumps("A.0" in tensors),
         "heads": json.dumps([head.name for _, head in head_modules]),
@@ -149,14 +145,15 @@ def load_adapter(
     head_state = matching_heads(model, info, Path(path)) if head and info.heads else {}
     if check_base:
         check_base_weights(model, info, tensors["digests"], file)
-    Rs = [r.view(m.rank, m.rank) for r, m in zip(_split(tensors["R"], info), info.modules, strict=True)]
-    on_plain = all(layer_of(module) is None for module in model.modules())
+    Rs = [r.view(m.r_shape) for r, m in zip(_split(tensors["R"], info), info.modules, strict=True)]
+    on_plain = not is_adapted(model)
     if on_plain:
-        requests = [Request(m.name, module, m.rank) for m, module in zip(info.modules, found, strict=True)]
+        requests = [Request(target, m.rank) for m, target in zip(info.modules, found, strict=True)]
         if info.stored_bases:
-            pairs = [(tensors[f"A.{i}"], tensors[f"B.{i}"]) for i in range(len(found))]
-            devices = [module.get_parameter("weight").device for module in found]
-            pairs = [(A.to(device), B.to(device)) for (A, B), device in zip(pairs, devices, strict=True)]
+            pairs = [
+                (tensors[f"A.{i}"].to(t.weight.device), tensors[f"B.{i}"].to(t.weight.device))
+                for i, t in enumerate(found)
+            ]
         else:
             folder = default_cache() if cache is True else Path(cache) if cache else None
             pairs = make_bases(requests, info.config, folder, progress)
@@ -173,11 +170,11 @@ def load_adapter(
                 + ("load it onto a model without adapters." if not on_plain else "save it with bases=True instead")
             )
     if on_plain:
-        bases = [(r.name, r.module, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
+        bases = [(target, A, B) for target, (A, B) in zip(found, pairs, strict=True)]
         attach(model, info.config, name, bases, given=info.stored_bases)
-    for module, R in zip(found, Rs, strict=True):
-        layer = layer_of(module)
-        assert layer is not None
+    by_name = {layer.name: layer for _, layer in layers(model)}
+    for m, R in zip(info.modules, Rs, strict=True):
+        layer = by_name[m.name]
         layer.add(name, info.config, R)
         layer.activate(layer.active)
     for module, heads_ in heads(model):
@@ -193,4 +190,4 @@ def load_adapter(
 
 
 def _split(R: Tensor, info: AdapterInfo) -> tuple[Tensor, ...]:
-    return R.flatten().split([m.rank**2 for m in info.modules])
+    return R.flatten().split([m.trained for m in info.modules])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,35 @@ HEAD_FILE, HEAD_FORMAT = "head.safetensors", "lora-xs head 1"
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One module of an adapter file."""
+    """One module (or parameter) of an adapter file."""
 
     name: str
     kind: str
     out: int
     width: int
     rank: int
+    stack: int = 0
+    """Matrices one after another; 0 is a single one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of W: (out, in), or (n, out, in)."""
+        return (self.stack, self.out, self.width) if self.stack else (self.out, self.width)
+
+    @property
+    def r_shape(self) -> tuple[int, ...]:
+        """Of R: (r, r), or (n, r, r)."""
+        return (self.stack, self.rank, self.rank) if self.stack else (self.rank, self.rank)
+
+    @property
+    def trained(self) -> int:
+        """Entries of R."""
+        return math.prod(self.r_shape)
+
+    def to_list(self) -> list[str | int]:
+        """As the header holds it; without `stack`, where that is 0, as files had it before there were stacks."""
+        entries: list[str | int] = [self.name, self.kind, self.out, self.width, self.rank]
+        return [*entries, self.stack] if self.stack else entries
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class AdapterInfo:
     @property
     def trained(self) -> int:
         """Entries of all R together."""
-        return sum(module.rank**2 for module in self.modules)
+        return sum(module.trained for module in self.modules)
 
 
 def parse_header(file: Path, header: dict[str, str]) -> AdapterInfo:

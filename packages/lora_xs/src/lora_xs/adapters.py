@@ -13,7 +13,7 @@ from torch import nn
 from .errors import LoRAXSError
 from .head import XSHead, heads
 from .injection import check_name, initial_r
-from .layer import XSLayer, layers
+from .layer import XSLayer, XSWeight, layers
 
 
 def add(model: nn.Module, name: str, *, alpha: float | None = None, seed: int = 0) -> None:
@@ -78,6 +78,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         assert name is not None
         check_known(model, name)
     check_not_merged(model, "rows")
+    for _, layer in layers(model):
+        if isinstance(layer, XSWeight):
+            raise LoRAXSError(f"{layer.name} is adapted through its weight, which is one for all rows of a batch")
     with _restored(model) as parts:
         for part in parts:
             part.rows = tuple(names)

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from . import files
 from .config import LoRAXSConfig
 from .digest import weight_digests
 from .errors import LoRAXSError
-from .kinds import kind_of, matrix_of, matrix_shape
+from .kinds import matrix_of, matrix_shape
 from .svd import METHOD_VERSION, random_bases, svd_bases
+from .targets import Target
 
 CACHE_FORMAT = "lora-xs bases 1"
 
@@ -32,11 +33,23 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A module that needs bases."""
+    """A weight that needs bases."""
 
-    name: str
-    module: nn.Module
+    target: Target
     rank: int
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def weight(self) -> Tensor:
+        return self.target.weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (n, out, in) of a stack."""
+        return matrix_shape(self.weight, self.target.kind)
 
 
 def default_cache() -> Path:
@@ -49,17 +62,17 @@ def default_cache() -> Path:
 def make_bases(
     requests: list[Request], config: LoRAXSConfig, cache: Path | None, progress: Progress | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """A (r×in) and B (out×r) for each request, on its weight's device and in its weight's type.
+    """A (r×in) and B (out×r) for each request, each with n before for a stack; on its weight's device, in its type.
 
     In a process group every process must call this with the same model: each computes its share of the
     layers, all get the same bytes.
     """
     for request in requests:
-        shape = matrix_shape(request.module)
-        if request.rank > min(shape):
+        out, width = request.shape[-2:]
+        if request.rank > min(out, width):
             raise LoRAXSError(
-                f"rank {request.rank} is larger than {request.name}, a {shape[0]}×{shape[1]} matrix; "
-                f"use at most {min(shape)}, or give this module its own rank in rank_pattern"
+                f"rank {request.rank} is larger than {request.name}, a {out}×{width} matrix; "
+                f"use at most {min(out, width)}, or give this module its own rank in rank_pattern"
             )
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
@@ -86,8 +99,8 @@ def _compute(
     requests: list[Request], config: LoRAXSConfig, cache: Path | None, progress: Progress | None
 ) -> list[tuple[Tensor, Tensor]]:
     cached = [cache is not None and config.init == "svd" and _worth_caching(request) for request in requests]
-    wanted = [request.module.weight for request, use in zip(requests, cached, strict=True) if use]
-    digests = iter(weight_digests(wanted, reuse=True))  # type: ignore[arg-type]
+    wanted = [request.weight for request, use in zip(requests, cached, strict=True) if use]
+    digests = iter(weight_digests(wanted, reuse=True))
     result = []
     for i, (request, use) in enumerate(zip(requests, cached, strict=True)):
         if use:
@@ -106,26 +119,32 @@ def _decompose(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     A, B = _empty(request, config)
     if A.is_meta:
         return A, B
-    if config.init == "random":
-        values = random_bases(matrix_shape(request.module), request.rank, config.seed, request.name)
-    else:
-        W = matrix_of(request.module)  # the only other copy of this one weight
+    W = None
+    if config.init != "random":
+        W = matrix_of(request.weight, request.target.kind)  # the only other copy of this one weight
         if not bool(torch.isfinite(W).all()):
             raise LoRAXSError(f"{request.name} has weights that are not finite; no bases can be made of them")
-        values = svd_bases(W, request.rank, exact=config.svd == "exact")
-    A.copy_(values[0])
-    B.copy_(values[1])
+    # A stack's matrices one after another; a matrix is itself.
+    parts = [(request.name, W, A, B)]
+    if len(request.shape) == 3:
+        parts = [(f"{request.name}.{i}", None if W is None else W[i], A[i], B[i]) for i in range(request.shape[0])]
+    for name, matrix, a, b in parts:
+        if matrix is None:
+            values = random_bases((b.shape[0], a.shape[1]), request.rank, config.seed, name)
+        else:
+            values = svd_bases(matrix, request.rank, exact=config.svd == "exact")
+        a.copy_(values[0])
+        b.copy_(values[1])
     return A, B
 
 
 def _empty(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
-    weight = request.module.weight
-    assert isinstance(weight, Tensor)
-    out, width = matrix_shape(request.module)
+    weight = request.weight
+    *n, out, width = request.shape
     # Bases that are trained take small steps, which bf16 would swallow.
     dtype = torch.promote_types(weight.dtype, torch.float32) if config.train_bases else weight.dtype
-    A = torch.empty(request.rank, width, dtype=dtype, device=weight.device)
-    return A, torch.empty(out, request.rank, dtype=dtype, device=weight.device)
+    A = torch.empty(*n, request.rank, width, dtype=dtype, device=weight.device)
+    return A, torch.empty(*n, out, request.rank, dtype=dtype, device=weight.device)
 
 
 def _broadcast(tensor: Tensor, source: int) -> Tensor:
@@ -138,16 +157,13 @@ def _broadcast(tensor: Tensor, source: int) -> Tensor:
 
 
 def _worth_caching(request: Request) -> bool:
-    weight = request.module.weight
-    assert isinstance(weight, Tensor)
+    weight = request.weight
     return not weight.is_meta and weight.numel() >= SMALLEST_CACHED
 
 
 def _cache_key(digest: bytes, request: Request, config: LoRAXSConfig) -> str:
-    kind = kind_of(request.module)
-    assert kind is not None
     stored = _empty(request, config)[0].dtype
-    method = (METHOD_VERSION, config.svd, request.rank, kind.name, str(stored))
+    method = (METHOD_VERSION, config.svd, request.rank, request.target.kind.name, str(stored))
     return hashlib.sha256(digest + repr(method).encode()).hexdigest()
 
 

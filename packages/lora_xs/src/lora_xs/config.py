@@ -6,10 +6,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import LoRAXSError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # The modules that the paper adapts, by model family.
 ROBERTA_TARGETS = ("query", "value", "attention.output.dense", "output.dense")
@@ -18,13 +22,27 @@ CAUSAL_LM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 # Task heads that transformers creates for classification; trained where present unless `head` names others.
 USUAL_HEADS = ("classifier", "score")
 
+# PEFT's word: ours.
+PEFT_WORDS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "head",
+    "lora_dropout": "dropout",
+}
+
 
 @dataclass(frozen=True)
 class LoRAXSConfig:
-    """h = W x + (α/r)·B R A x, with A and B from the SVD of W; only R (r×r) is trained (arXiv 2405.17604)."""
+    """h = W x + (α/r)·B R A x, with A and B from the SVD of W; only R (r×r) is trained (arXiv 2405.17604).
 
-    rank: int
-    """r: rows and columns of R."""
+    PEFT's words mean the same as ours: `LoRAXSConfig(r=8, lora_alpha=16, target_modules=["q_proj"])`. Each thing is
+    given by one of its two words; both can be read.
+    """
+
+    rank: int = 0
+    """r: rows and columns of R. There is no default."""
 
     alpha: float | None = None
     """α: the update is scaled by α/r. None means α = r, a scale of 1 (the official choice for mathematics;
@@ -66,15 +84,60 @@ class LoRAXSConfig:
     seed: int = 0
     """Seed of R and, with init="random", of A and B. Each module draws from its own stream."""
 
-    def __post_init__(self) -> None:
+    layers_to_transform: tuple[int, ...] | None = None
+    """Adapt only in these blocks: the first number in a module's name must be one of them. None means in all."""
+
+    layers_pattern: tuple[str, ...] = ()
+    """Names of the lists that `layers_to_transform` counts in ("layers", "h"); () means whatever precedes a number."""
+
+    through_weight: tuple[str, ...] = ()
+    """Targets, matched by suffix, that are adapted through their weight: while their parent's forward runs it finds
+    W + (α/r)·B R A in its place. For modules whose weight the parent reads without calling them."""
+
+    _: KW_ONLY
+    r: InitVar[int | None] = None
+    """PEFT's word for `rank`."""
+    lora_alpha: InitVar[float | None] = None
+    """PEFT's word for `alpha`."""
+    target_modules: InitVar[Iterable[str] | str | None] = None
+    """PEFT's word for `targets`."""
+    exclude_modules: InitVar[Iterable[str] | None] = None
+    """PEFT's word for `exclude`."""
+    modules_to_save: InitVar[Iterable[str] | None] = None
+    """PEFT's word for `head`."""
+    lora_dropout: InitVar[float | None] = None
+    """PEFT's word for `dropout`."""
+
+    def __post_init__(
+        self,
+        r: int | None,
+        lora_alpha: float | None,
+        target_modules: Iterable[str] | str | None,
+        exclude_modules: Iterable[str] | None,
+        modules_to_save: Iterable[str] | None,
+        lora_dropout: float | None,
+    ) -> None:
+        theirs = (r, lora_alpha, target_modules, exclude_modules, modules_to_save, lora_dropout)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for (word, name), value in zip(PEFT_WORDS.items(), theirs, strict=True):
+            if value is not None:
+                if getattr(self, name) != defaults[name]:
+                    raise LoRAXSError(f"{word} is PEFT's word for {name}: give one of the two")
+                object.__setattr__(self, name, value)
+        if isinstance(self.layers_to_transform, int):
+            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
+        if isinstance(self.layers_pattern, str):
+            object.__setattr__(self, "layers_pattern", (self.layers_pattern,))
         # A lone string would be iterated letter by letter; lists come from JSON and from callers used to
-        # PEFT.
-        for name in ("exclude", "head", "targets"):
+        # PEFT, sets from its configurations.
+        for name in ("exclude", "head", "targets", "layers_to_transform", "layers_pattern", "through_weight"):
             value = getattr(self, name)
             if isinstance(value, str) and name != "targets":
                 raise LoRAXSError(f"{name} must be a tuple of names, not the string {value!r}")
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value, list | set | frozenset):
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set | frozenset) else value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise LoRAXSError("layers_pattern says where layers_to_transform counts; give that too")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise LoRAXSError(f"rank must be a whole number of at least 1, not {self.rank!r}")
         for key, rank in self.rank_pattern.items():
@@ -110,8 +173,13 @@ class LoRAXSConfig:
         return self.alpha_of(name) / self.rank_of(name)
 
     def to_json(self) -> str:
-        """One line of JSON with every field."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """One line of JSON."""
+        fields = dataclasses.asdict(self)
+        # Files for plain models stay as they were before these fields.
+        for name in ("layers_to_transform", "layers_pattern", "through_weight"):
+            if not fields[name]:
+                del fields[name]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> LoRAXSConfig:
@@ -120,6 +188,24 @@ class LoRAXSConfig:
             return cls(**json.loads(text))
         except (json.JSONDecodeError, TypeError) as error:
             raise LoRAXSError(f"this is not a LoRA-XS configuration: {error}") from error
+
+    @classmethod
+    def from_peft(cls, config: LoraConfig, **ours: Any) -> LoRAXSConfig:
+        """The configuration that adapts what PEFT's `LoraConfig` would adapt, at its rank and scale.
+
+        Args:
+            config: of PEFT. What LoRA-XS has no counterpart for (DoRA, trained biases, …) is refused by name.
+            ours: fields of this class that PEFT does not have (`init`, `svd`, `seed`, `r_std`, …).
+        """
+        from .peft_config import from_peft
+
+        return from_peft(config, **ours)
+
+
+# A word of PEFT's can be read too. Taken from the dataclass, so that `dataclasses.replace` does not pass it on.
+for _word, _name in PEFT_WORDS.items():
+    del LoRAXSConfig.__dataclass_fields__[_word]
+    setattr(LoRAXSConfig, _word, property(attrgetter(_name)))
 
 
 def matches(name: str, suffixes: Iterable[str]) -> bool:
@@ -132,6 +218,16 @@ def matches_targets(name: str, targets: tuple[str, ...] | str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return matches(name, targets)
+
+
+def in_layers(name: str, config: LoRAXSConfig) -> bool:
+    """Whether `layers_to_transform` allows the module called `name`: as in PEFT, its first number counts (an expert's
+    stands behind it)."""
+    if config.layers_to_transform is None:
+        return True
+    lists = "|".join(map(re.escape, config.layers_pattern)) or r"[^.]+"
+    found = re.match(rf"(?:.*?\.)?(?:{lists})\.(\d+)(?:\.|$)", name)
+    return found is not None and int(found[1]) in config.layers_to_transform
 
 
 def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The kinds of module that can be adapted, and each one's weight seen as a matrix W (out×in)."""
+"""The kinds of weight that can be adapted, and each one's numbers seen as a matrix W (out×in) or a stack of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .errors import LoRAXSError
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of module stores W (out×in)."""
+    """How one kind of weight stores W (out×in), or a stack (n×out×in)."""
 
     name: str
     to_matrix: Callable[[Tensor], Tensor]
@@ -22,13 +23,25 @@ class Kind:
     from_matrix: Callable[[Tensor, torch.Size], Tensor]
     """W (out×in), shape of the weight → weight"""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _known, (self.name,)  # a copied or pickled model keeps this very object
+
 
 LINEAR = Kind("Linear", lambda w: w, lambda m, shape: m)
 CONV1D = Kind("Conv1D", lambda w: w.t(), lambda m, shape: m.t())  # transformers: weight is in×out
 EMBEDDING = Kind("Embedding", lambda w: w.t(), lambda m, shape: m.t())  # weight is vocabulary×width: in×out
 CONV2D = Kind("Conv2d", lambda w: w.flatten(1), lambda m, shape: m.reshape(shape))  # out×(in·kh·kw)
+# Parameters of modules that multiply by them themselves.
+MATRIX = Kind("Matrix", lambda w: w, lambda m, shape: m)  # nn.MultiheadAttention's projections: out×in
+STACK = Kind("Stack", lambda w: w, lambda m, shape: m)  # experts: n×out×in
+STACK_T = Kind("StackT", lambda w: w.mT, lambda m, shape: m.mT)  # experts of Llama 4 and GPT-OSS: n×in×out
 
-SUPPORTED = "Linear, Conv1D (transformers), Embedding and Conv2d"
+
+def _known(name: str) -> Kind:
+    return next(k for k in (LINEAR, CONV1D, EMBEDDING, CONV2D, MATRIX, STACK, STACK_T) if k.name == name)
+
+
+SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv2d, nn.MultiheadAttention's projections and stacked experts"
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -48,16 +61,28 @@ def kind_of(module: nn.Module) -> Kind | None:
 _PLAIN_FORWARDS = {"Linear": nn.Linear, "Embedding": nn.Embedding, "Conv2d": nn.Conv2d}
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why this module cannot be adapted, as the end of a sentence; None where it can."""
+def refusal(module: nn.Module, *, called: bool = True) -> str | None:
+    """Why this module cannot be adapted, as the end of a sentence; None where it can.
+
+    Args:
+        called: the update is added to what the module answers; False adds it to its weight, which the parent reads.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return "is a MultiheadAttention; name its in_proj_weight and out_proj"
     kind = kind_of(module)
     if kind is None:
         return f"is a {type(module).__name__}; LoRA-XS adapts {SUPPORTED}"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
-    plain = _PLAIN_FORWARDS.get(kind.name)
-    if plain is not None and type(module).forward is not plain.forward:  # type: ignore[attr-defined]
-        return f"is a {type(module).__name__}, whose forward is not that of nn.{kind.name}"
+    if "weight" not in module._parameters:
+        return (
+            f"has no weight of its own: it is computed from others ({_computed_by(module)}), and merging would have "
+            "nothing to write to; take that off before (the base is frozen anyway)"
+        )
+    if called:
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
+        plain = _PLAIN_FORWARDS.get(kind.name)
+        if plain is not None and type(module).forward is not plain.forward:  # type: ignore[attr-defined]
+            return f"is a {type(module).__name__}, whose forward is not that of nn.{kind.name}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "is an Embedding with max_norm, which rewrites its weight while it runs"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -66,6 +91,18 @@ def refusal(module: nn.Module) -> str | None:
     if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point):
         return f"has a weight of type {getattr(weight, 'dtype', type(weight).__name__)}, not a floating one"
     return None
+
+
+def _computed_by(module: nn.Module) -> str:
+    """What makes the weight: torch.nn.utils' weight_norm, spectral_norm, or a parametrization."""
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        steps = ", ".join(type(step).__name__.strip("_") for step in module.parametrizations.weight)  # type: ignore
+        return f"the parametrization {steps}; torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    if "weight_g" in module._parameters:
+        return "weight_norm; torch.nn.utils.remove_weight_norm(module)"
+    if "weight_orig" in module._parameters:
+        return "weight_orig, by spectral_norm or pruning; torch.nn.utils.remove_spectral_norm(module)"
+    return "none of them named weight"
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -80,19 +117,12 @@ def dense(weight: Tensor) -> Tensor:
     return weight.detach().dequantize() if is_quantized(weight) else weight.detach()
 
 
-def matrix_of(module: nn.Module) -> Tensor:
+def matrix_of(weight: Tensor, kind: Kind) -> Tensor:
     """W (out×in) in the precision of the decomposition: float64 for float64 weights, else float32."""
-    kind, weight = kind_of(module), module.weight
-    assert kind is not None
-    assert isinstance(weight, Tensor)
     matrix = kind.to_matrix(dense(weight))
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of W, without dequantising."""
-    kind, weight = kind_of(module), module.weight
-    assert kind is not None
-    assert isinstance(weight, Tensor)
-    out, width = kind.to_matrix(torch.empty(weight.shape, device="meta")).shape
-    return out, width
+def matrix_shape(weight: Tensor, kind: Kind) -> tuple[int, ...]:
+    """(out, in) of W, or (n, out, in) of a stack, without dequantising."""
+    return tuple(kind.to_matrix(torch.empty(weight.shape, device="meta")).shape)

@@ -8,10 +8,14 @@ adds the update:
 
 A and B are frozen, so the backward pass needs of this only z = A x, r numbers a row. LoRA trains A and must
 keep x.
+
+Where a weight is read by its parent's forward and its module never called (`XSWeight`), that forward finds
+W + (α/r)·B R A in the weight's place while it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,31 +24,59 @@ from torch.nn import functional as F
 
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
+from .kinds import LINEAR, Kind
 
 ATTRIBUTE = "lora_xs"
+
+
+class XSMatrices(nn.ParameterDict):
+    """R of each adapter by its name. `.to(bfloat16)` of the model leaves them in float32, where small steps count."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XSMatrices:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lowered = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
+            # What became too coarse is taken from before, to where the rest went.
+            return tensor.to(moved.device, torch.float32) if lowered else moved
+
+        return super()._apply(keep, recurse)
 
 
 class XSLayer(nn.Module):
     """Bases and R of a Linear or Conv1D module; the other kinds override how A and B are applied."""
 
-    def __init__(self, name: str, A: Tensor, B: Tensor, config: LoRAXSConfig, *, regenerable: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        A: Tensor,
+        B: Tensor,
+        config: LoRAXSConfig,
+        *,
+        regenerable: bool,
+        kind: Kind = LINEAR,
+        parameter: str = "weight",
+    ) -> None:
         """
         Args:
-            name: the adapted module's name in its model.
-            A: (r×in)
-            B: (out×r)
+            name: the adapted module's (or parameter's) name in its model.
+            A: (r×in), or (n×r×in) of a stack
+            B: (out×r), or (n×out×r) of a stack
             config: of the adapter that the bases were made for.
-            regenerable: whether A and B follow from W and the configuration alone, so that files may omit
-            them.
+            regenerable: whether A and B follow from W and the configuration alone, so that files may omit them.
+            kind: how the weight stores W.
+            parameter: the weight's name in its module.
         """
         super().__init__()
         self.name = name
+        self.kind = kind
+        self.parameter = parameter
+        self.called = False  # whether a forward pass has come here yet
         self.bases_config = config
         self.regenerable = regenerable and not config.train_bases
         # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
         self.A = nn.Parameter(A, requires_grad=config.train_bases)
         self.B = nn.Parameter(B, requires_grad=config.train_bases)
-        self.R = nn.ParameterDict()  # adapter name → (r×r)
+        self.R = XSMatrices()  # adapter name → (r×r), or (n×r×r)
         self.configs: dict[str, LoRAXSConfig] = {}
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
@@ -53,7 +85,19 @@ class XSLayer(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def r_shape(self) -> tuple[int, ...]:
+        """(r, r), or (n, r, r) of a stack."""
+        return (*self.A.shape[:-2], self.rank, self.rank)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XSLayer:
+        before = self.A.dtype
+        super()._apply(fn, recurse)
+        if self.A.dtype != before:  # the weights were rounded too: their own bases would be others
+            self.regenerable = False
+        return self
 
     def add(self, name: str, config: LoRAXSConfig, R: Tensor) -> None:
         """Store R (r×r) as adapter `name`. In float32 at least: steps of 1e-4 vanish in bf16."""
@@ -68,7 +112,7 @@ class XSLayer(nn.Module):
             R.requires_grad_(key == name)
 
     def delta(self, name: str) -> Tensor:
-        """(α/r)·B R A (out×in), multiplied in float32 at least."""
+        """(α/r)·B R A (out×in, or n×out×in), multiplied in float32 at least."""
         R = self.R[name].detach()
         return (self.B.detach().to(R.dtype) @ (R * self.scale(name))) @ self.A.detach().to(R.dtype)
 
@@ -80,6 +124,7 @@ class XSLayer(nn.Module):
         """The forward hook: W x + b → W x + b + (α/r)·B R A x."""
         if self.merged is not None or (self.active is None and self.rows is None):
             return None  # the output stays as it is
+        self.called = True
         x = args[0] if args else next(iter(kwargs.values()))
         z = self.project(module, x)
         z = F.dropout(z, self.dropout, self.training)
@@ -101,7 +146,7 @@ class XSLayer(nn.Module):
     def scaled(self, name: str | None) -> Tensor:
         """(α/r)·R of an adapter; zeros for None."""
         if name is None:
-            return torch.zeros(self.rank, self.rank, device=self.A.device)
+            return torch.zeros(self.r_shape, device=self.A.device)
         return self.R[name] * self.scale(name)
 
     def row_matrices(self, z: Tensor) -> Tensor:
@@ -164,16 +209,63 @@ class XSConv2d(XSLayer):
         return out + F.conv2d(u, self.B.to(u.dtype)[:, :, None, None]).to(out.dtype)
 
 
-def layer_of(module: nn.Module) -> XSLayer | None:
-    """The module's adapter, if it has one."""
-    layer = module._modules.get(ATTRIBUTE)
-    return layer if isinstance(layer, XSLayer) else None
+class XSWeight(XSLayer):
+    """The adapter of a weight that a forward reads: two hooks on the reader put W + (α/r)·B R A in its place.
+
+    The sum has the weight's type, as a merged weight would. It is a tensor of the weight's size, which lives until the
+    backward pass has used it.
+    """
+
+    def attach(self, module: nn.Module, reader: nn.Module) -> None:
+        """Hook `reader`, whose forward reads the weight of `module`."""
+        self.holder = [module]  # in a list: it holds this adapter as a submodule, not the other way round
+        reader.register_forward_pre_hook(self.enter)
+        reader.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook. An attribute goes before a parameter of the same name; the parameter stays."""
+        if self.merged is not None or self.active is None:
+            return
+        self.called = True
+        (module,) = self.holder
+        object.__setattr__(module, self.parameter, self.adapted(module.get_parameter(self.parameter)))
+
+    def leave(self, reader: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """The forward hook, called after an exception too."""
+        (module,) = self.holder
+        if self.parameter in module.__dict__:
+            object.__delattr__(module, self.parameter)
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """W + (α/r)·B R A in the weight's layout and type."""
+        assert self.active is not None
+        R = self.scaled(self.active)
+        BR = (self.B.to(R.dtype) @ R).to(weight.dtype)  # out×r
+        W, A = self.kind.to_matrix(weight), self.A.to(weight.dtype)
+        total = torch.addmm(W, BR, A) if W.ndim == 2 else torch.baddbmm(W, BR, A)
+        return self.kind.from_matrix(total, weight.shape)
+
+
+class XSWeights(nn.ModuleDict):
+    """The adapters of one module's weights, by the parameter's name."""
+
+
+def layers_of(module: nn.Module) -> list[XSLayer]:
+    """The module's adapters: one that adds to its answer, or one for each adapted weight."""
+    found = module._modules.get(ATTRIBUTE)
+    if isinstance(found, XSLayer):
+        return [found]
+    return [layer for layer in found.values() if isinstance(layer, XSLayer)] if isinstance(found, XSWeights) else []
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether any module has adapters."""
+    return any(layers_of(module) for module in model.modules())
 
 
 def layers(model: nn.Module) -> list[tuple[nn.Module, XSLayer]]:
-    """Every adapted module with its adapter, in the model's order."""
-    found = [(module, layer_of(module)) for module in model.modules()]
-    pairs = [(module, layer) for module, layer in found if layer is not None]
+    """Every adapter with the module that holds its weight, in the model's order."""
+    pairs = [(module, layer) for module in model.modules() for layer in layers_of(module)]
     if not pairs:
         raise LoRAXSError("the model has no LoRA-XS adapters; call inject or load_adapter first")
     return pairs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapters import chosen
 from .errors import LoRAXSError
 from .injection import remove
-from .kinds import dense, kind_of
+from .kinds import dense
 from .layer import XSLayer, layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,8 +39,7 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
             raise LoRAXSError(f"merging {name!r} into {layer.name} gives weights that are not finite")
     for module, layer in pairs:
         parameter = nn.Parameter(_merged_weight(module, layer, name), requires_grad=False)
-        old = module.weight
-        assert isinstance(old, nn.Parameter)
+        old = module.get_parameter(layer.parameter)
         if shared[id(old)] > 1:
             warnings.warn(
                 f"{layer.name} shared its weight with another module and now has its own; "
@@ -50,18 +49,16 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
         if keep:
             layer.original = [old]
             layer.merged = name
-        module.weight = parameter
+        setattr(module, layer.parameter, parameter)
     return model if keep else remove(model)
 
 
 def _merged_weight(module: nn.Module, layer: XSLayer, name: str) -> Tensor:
     """W + (α/r)·B R A in the layout and type of the module's weight."""
-    kind, weight = kind_of(module), module.weight
-    assert kind is not None
-    assert isinstance(weight, Tensor)
-    W = kind.to_matrix(dense(weight))
+    weight = module.get_parameter(layer.parameter)
+    W = layer.kind.to_matrix(dense(weight))
     total = W + layer.delta(name)
-    return kind.from_matrix(total, weight.shape).to(W.dtype).contiguous()
+    return layer.kind.from_matrix(total, weight.shape).to(W.dtype).contiguous()
 
 
 def unmerge(model: Model) -> Model:
@@ -70,6 +67,7 @@ def unmerge(model: Model) -> Model:
     if all(layer.merged is None for _, layer in pairs):
         raise LoRAXSError("no adapter is merged")
     for module, layer in pairs:
-        (module.weight,) = layer.original
+        (original,) = layer.original
+        setattr(module, layer.parameter, original)
         layer.original, layer.merged = [], None
     return model

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import files
 from .adapters import chosen
+from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
-from .kinds import CONV1D, CONV2D, EMBEDDING, kind_of
-from .layer import layers
+from .kinds import CONV1D, CONV2D, EMBEDDING
+from .layer import XSWeight, layers
 
 PREFIX = "base_model.model."
 """Of every key in PEFT's files."""
@@ -41,10 +42,15 @@ def export_peft(
     tensors: dict[str, Tensor] = {}
     pairs = layers(model)
     for module, layer in pairs:
+        if isinstance(layer, XSWeight):
+            raise LoRAXSError(
+                f"{layer.name} is adapted through its weight, where PEFT's LoRA adds to a module's answer: merge the "
+                "adapter instead"
+            )
         A, R = layer.A.detach().float(), layer.R[name].detach().float()
         BR = layer.B.detach().float() @ R
         prefix = f"{PREFIX}{layer.name}.lora_"
-        kind = kind_of(module)
+        kind = layer.kind
         if kind is EMBEDDING:
             factors = {"embedding_A": A, "embedding_B": BR}
         elif kind is CONV2D:
@@ -59,7 +65,7 @@ def export_peft(
             if not key.startswith(HEAD + "."):
                 tensors[f"{PREFIX}{head.name}.{key}"] = value.cpu().contiguous().clone()
     config = pairs[0][1].configs[name]
-    plain = {layer.name for module, layer in pairs if kind_of(module) is not CONV1D}
+    plain = {layer.name for _, layer in pairs if layer.kind is not CONV1D}
     written = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,

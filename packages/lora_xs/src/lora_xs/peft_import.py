@@ -24,9 +24,10 @@ from .bases import Progress, Request, default_cache, make_bases
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
 from .injection import attach
-from .kinds import matrix_shape, refusal
-from .layer import layer_of, layers
+from .kinds import matrix_shape
+from .layer import is_adapted, layers
 from .peft_export import PREFIX
+from .targets import resolve
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,35 +64,37 @@ def import_peft(
     """
     if bases not in ("svd", "file"):
         raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}')
-    if any(layer_of(module) is not None for module in model.modules()):
+    if is_adapted(model):
         raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here")
     folder = Path(path)
     settings = _read_settings(folder)
     factors, rest = _read_factors(folder)
     named = dict(model.named_modules())
-    for key, f in factors.items():
-        module = named.get(key)
-        if module is None:
+    for key in factors:
+        if key not in named:
             raise LoRAXSError(f"{folder} is an adapter for another model: this one has no module {key}")
-        if reason := refusal(module):
-            raise LoRAXSError(f"{folder} is an adapter for another model: {key} {reason}")
-        if (f.B.shape[0], f.A.shape[1]) != matrix_shape(module):
-            out, width = matrix_shape(module)
+    # In the model's order, which is that of the adapters.
+    factors = {key: factors[key] for key in named if key in factors}
+    config = _config(settings, factors, rest, named, folder)
+    try:
+        targets = resolve(model, factors, config)
+    except LoRAXSError as error:
+        raise LoRAXSError(f"{folder} is an adapter for another model: {error}") from error
+    for key, f in factors.items():
+        out, width = matrix_shape(targets[key].weight, targets[key].kind)
+        if (f.B.shape[0], f.A.shape[1]) != (out, width):
             raise LoRAXSError(
                 f"{folder} is an adapter for another model: {key} is {out}×{width} here, its update is "
                 f"{f.B.shape[0]}×{f.A.shape[1]}"
             )
-    # In the model's order, which is that of the adapters.
-    factors = {key: factors[key] for key in named if key in factors}
-    config = _config(settings, factors, rest, named, folder)
-    requests = [Request(key, named[key], f.A.shape[0]) for key, f in factors.items()]
+    requests = [Request(target, factors[key].A.shape[0]) for key, target in targets.items()]
     if bases == "svd":
         store = default_cache() if cache is True else Path(cache) if cache else None
         pairs = make_bases(requests, config, store, progress)
         Rs = [_project(f, A, B, key, folder) for (key, f), (A, B) in zip(factors.items(), pairs, strict=True)]
     else:
         own = [f.orthonormal() for f in factors.values()]
-        devices = [named[key].get_parameter("weight").device for key in factors]
+        devices = [target.weight.device for target in targets.values()]
         pairs = [(f.A.to(d), f.B.to(d)) for f, d in zip(own, devices, strict=True)]
         Rs = [f.matrix for f in own]
     state = model.state_dict()
@@ -102,7 +105,7 @@ def import_peft(
         model,
         config,
         name,
-        [(r.name, r.module, *p) for r, p in zip(requests, pairs, strict=True)],
+        [(target, *pair) for target, pair in zip(targets.values(), pairs, strict=True)],
         given=bases == "file",
     )
     for (_, layer), R in zip(layers(model), Rs, strict=True):
