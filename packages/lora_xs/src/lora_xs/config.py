@@ -225,9 +225,10 @@ def in_layers(name: str, config: LoRAXSConfig) -> bool:
     stands behind it)."""
     if config.layers_to_transform is None:
         return True
-    lists = "|".join(map(re.escape, config.layers_pattern)) or r"[^.]+"
-    found = re.match(rf"(?:.*?\.)?(?:{lists})\.(\d+)(?:\.|$)", name)
-    return found is not None and int(found[1]) in config.layers_to_transform
+    for pattern in config.layers_pattern or (r"[^.]+",):
+        if found := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)(?:\.|$)", name):
+            return int(found[1]) in config.layers_to_transform
+    return False
 
 
 def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
