@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from backrazor.tasks.train import Trained, make_model, train_one
 from backrazor.tasks.train_flags import TrainConfig
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.images.batches import evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import load_images
@@ -103,10 +103,10 @@ def vit(data: Path) -> Study:
                      warmup_iters=100, augment="flip-shift")  # fmt: skip
     before = part(classes_of(everything, 0, 4), "val", 1000)
     pretraining = replace(config, epochs=8.0, learning_rate=1e-3, seed=TUNING_SEED)
-    trained = train_one(pretraining, before, None, Console(), CPU)
+    trained = train_one(Session.alone(pretraining), before)
     say(f"pretrained on classes 0 to 4: test {trained.test}")
     folder = Path(tempfile.mkdtemp(prefix="vit-"))
-    trained.model.save_pretrained(folder)  # type: ignore[operator]
+    trained.outcome.model.save_pretrained(folder)  # type: ignore[operator]
     after = part(part(classes_of(everything, 5, 9), "train", 5000), "val", 1000)
     about = (
         "ViT, 96 wide, 4 blocks, patches of 4 in 32 pixels, pretrained densely on CIFAR-10's classes 0 to 4 for 8 "
@@ -128,8 +128,8 @@ def choose(study: Study) -> dict[float, float]:
     found = {}
     for rate in study.learning_rates:
         config = replace(study.config, learning_rate=rate, seed=TUNING_SEED)
-        trained = train_one(config, study.pictures, None, Console(quiet=True), CPU)
-        found[rate] = trained.result.evaluation["accuracy"]
+        trained = train_one(Session.alone(config), study.pictures)
+        found[rate] = trained.outcome.result.evaluation["accuracy"]
         say(f"learning rate {rate}: validation accuracy {found[rate]:.4f}")
     return found
 
@@ -144,7 +144,7 @@ def area(study: Study, trained: Trained) -> float:
         split, made.image_size, recipe=study.config.augment, normalize=made.normalize, batch=250
     )
     with torch.no_grad():
-        scores = [logits_of(trained.model, x).softmax(-1)[:, 1] for x, _ in batches]
+        scores = [logits_of(trained.outcome.model, x).softmax(-1)[:, 1] for x, _ in batches]
     return float(roc_auc_score(split.labels, torch.cat(scores).numpy()))
 
 
@@ -152,15 +152,15 @@ def arm(study: Study, name: str, config: TrainConfig) -> dict[str, Any]:
     """One way of saving activations, every seed."""
     found: dict[str, Any] = {"test_accuracy": [], "test_loss": [], "val_accuracy": [], "seconds": []}
     for seed in study.seeds:
-        trained = train_one(replace(config, seed=seed), study.pictures, None, Console(quiet=True), CPU)
+        trained = train_one(Session.alone(replace(config, seed=seed)), study.pictures)
         found["test_accuracy"].append(round(100 * trained.test["accuracy"], 3))
         found["test_loss"].append(round(trained.test["loss"], 5))
-        found["val_accuracy"].append(round(100 * trained.result.evaluation["accuracy"], 3))
-        found["seconds"].append(round(trained.result.seconds, 1))
+        found["val_accuracy"].append(round(100 * trained.outcome.result.evaluation["accuracy"], 3))
+        found["seconds"].append(round(trained.outcome.result.seconds, 1))
         if study.auc:
             found.setdefault("test_AUC", []).append(round(area(study, trained), 4))
-        assert trained.result.ledger is not None
-        found["activation_bytes"] = trained.result.ledger.total("activations")
+        assert trained.outcome.result.ledger is not None
+        found["activation_bytes"] = trained.outcome.result.ledger.total("activations")
         say(f"{name}, seed {seed}: { ({k: v[-1] if isinstance(v, list) else v for k, v in found.items()}) }")
     return found
 
@@ -184,7 +184,7 @@ def run(name: str, data: Path) -> None:
     untuned = None
     if name == "resnet20":
         nothing = replace(study.config, learning_rate=1e-12, max_iters=1)
-        untuned = 100 * train_one(nothing, study.pictures, None, Console(quiet=True), CPU).test["accuracy"]
+        untuned = 100 * train_one(Session.alone(nothing), study.pictures).test["accuracy"]
     rates = choose(study)
     rate = max(rates, key=lambda r: rates[r])
     config = replace(study.config, learning_rate=rate)

@@ -37,15 +37,15 @@ ARMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "keep 0.1, exact attention": lambda: Razor(0.1, attention="exact"),
 }
 MODELS: dict[str, tuple[MemoryConfig, float]] = {
-    "ViT-S/16, eager": (MemoryConfig("vit-s-16", eager=True), 0.0),
-    "ViT-S/16, SDPA": (MemoryConfig("vit-s-16"), 0.0),
-    "ViT-B/16, eager": (MemoryConfig("vit-b-16", eager=True), 0.0),
-    "ViT-B/16, eager, dropout": (MemoryConfig("vit-b-16", eager=True), 0.1),
-    "ViT-B/16, SDPA": (MemoryConfig("vit-b-16"), 0.0),
-    "ResNet-18": (MemoryConfig("resnet18"), 0.0),
-    "ResNet-50": (MemoryConfig("resnet50"), 0.0),
-    "BERT-base, 128 tokens": (MemoryConfig("bert-base"), 0.0),
-    "GPT-2 small, 128 tokens": (MemoryConfig("gpt2"), 0.0),
+    "ViT-S/16, eager": (MemoryConfig(model="vit-s-16", eager=True), 0.0),
+    "ViT-S/16, SDPA": (MemoryConfig(model="vit-s-16"), 0.0),
+    "ViT-B/16, eager": (MemoryConfig(model="vit-b-16", eager=True), 0.0),
+    "ViT-B/16, eager, dropout": (MemoryConfig(model="vit-b-16", eager=True), 0.1),
+    "ViT-B/16, SDPA": (MemoryConfig(model="vit-b-16"), 0.0),
+    "ResNet-18": (MemoryConfig(model="resnet18"), 0.0),
+    "ResNet-50": (MemoryConfig(model="resnet50"), 0.0),
+    "BERT-base, 128 tokens": (MemoryConfig(model="bert-base"), 0.0),
+    "GPT-2 small, 128 tokens": (MemoryConfig(model="gpt2"), 0.0),
 }
 
 

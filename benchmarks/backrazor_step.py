@@ -46,7 +46,7 @@ class Trainer:
     """A model, the way it saves activations, and an optimizer."""
 
     def __init__(self, name: str, way: Way, keep: float, batch: int, model: nn.Module | None = None) -> None:
-        self.shaped = shaped(MemoryConfig(name, batch_size=batch))
+        self.shaped = shaped(MemoryConfig(model=name, batch_size=batch))
         self.model = model if model is not None else self.shaped.build()
         if way == "checkpoint":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -17,7 +17,7 @@ import torch
 from galore_vit.tasks.flags import Optim, TrainConfig
 from galore_vit.tasks.models import describe
 from galore_vit.tasks.train import Trial, train_one
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
@@ -26,7 +26,7 @@ from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.runs.run_folder import RunFolder
 
 SEEDS = (0, 1, 2)
-CONFIG = TrainConfig(data="breastmnist", epochs=40, rank=16, gap=50, scale=1.0, batch_size=64)
+CONFIG = TrainConfig(data="breastmnist", epochs=40, galore_rank=16, gap=50, galore_scale=1.0, batch_size=64)
 GRIDS: dict[Optim, tuple[float, ...]] = {
     "adamw": (3e-4, 1e-3, 3e-3),
     "galore-adamw": (1e-3, 3e-3, 1e-2),
@@ -50,12 +50,12 @@ def arm(images: ImageSet, optim: Optim, lr: float) -> dict[str, Any]:
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             run = RunFolder.create(Path(folder) / "run")
-            done = train_one(config, Trial(seed, None), images, run, Console(quiet=True), torch.device("cpu"))
+            done = train_one(Session.alone(config, run=run), Trial(seed, None), images)
         found["val_AUC"].append(round(done.val.auc, 4))
         for key, value in done.test.numbers.items():
             found[f"test_{key}"].append(round(value, 4))
-        assert done.result.ledger is not None
-        found["optimizer_bytes"] = done.result.ledger.total("optimizer")
+        assert done.outcome.result.ledger is not None
+        found["optimizer_bytes"] = done.outcome.result.ledger.total("optimizer")
     print(optim, found, flush=True)
     return found
 

@@ -28,7 +28,7 @@ from memtrain_common.measuring.bench import ratio_of, write_results
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.runs.checkpoint import Checkpoints
 from memtrain_common.runs.run_folder import RunFolder
-from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.schedule import cosine_with_warmup
 from torch import Tensor
 
@@ -98,16 +98,18 @@ def main() -> None:
         run = RunFolder.create(Path(folder) / "run")
         run.checkpoints = Checkpoints(run.checkpoints.folder, writes=False)
         fit(
-            ours.model,
-            in_turn,
-            next_token_loss,
-            ours.optimizer,
+            Task(
+                ours.model,
+                in_turn,
+                next_token_loss,
+                ours.optimizer,
+                lr_factor=FACTOR,
+                after_step=ours.merger.step,
+                clip=partial(clip_grad_norm_per_head, ours.model),
+            ),
             FitConfig(
                 max_iters=steps, grad_clip=CONFIG.grad_clip, eval_interval=10**9, log_interval=BLOCK, unit="tokens"
             ),
-            lr_factor=FACTOR,
-            after_step=ours.merger.step,
-            clip=partial(clip_grad_norm_per_head, ours.model),
             run=run,
             console=Console(),
         )

@@ -30,7 +30,7 @@ import transformers
 import tyro
 from lora_xs import describe_adapter
 from lora_xs.svd import svd_bases
-from lora_xs.tasks.glue import make_job, prepare, run_glue
+from lora_xs.tasks.glue import plain_task, prepare, run_glue
 from lora_xs.tasks.glue_flags import GlueConfig
 from lora_xs.tasks.glue_grid import interval
 from lora_xs.tasks.models import load_classifier
@@ -40,7 +40,7 @@ from memtrain_common.data.order import epoch_batch
 from memtrain_common.data.text.glue import TASKS, load_glue
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.training.distributed import World
-from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.rng import seed_all
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -165,10 +165,18 @@ def pretrain(folder: Path, data: Path, epochs: float, vocabulary: int, console: 
         return {"loss": sum(losses) / sum(counts)}
 
     result = fit(
-        model, batches, masked_loss, torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
+        Task(
+            model,
+            batches,
+            masked_loss,
+            torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
+            evaluate=evaluate,
+            lr_factor=schedule("linear", steps // 20, steps),
+        ),
         FitConfig(steps, grad_clip=1.0, eval_interval=max(1, steps // 4)),
-        evaluate=evaluate, lr_factor=schedule("linear", steps // 20, steps), console=console, label="pretraining",
-    )  # fmt: skip
+        console=console,
+        label="pretraining",
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     about = {
@@ -205,11 +213,9 @@ def scores_of(method: str, config: GlueConfig) -> tuple[dict[str, float], int]:
     else:
         for p in own:
             p.requires_grad_(False)
-    job = make_job(config, prepared, model, World())
-    result = fit(
-        model.train(), job.batches, job.loss, torch.optim.AdamW(groups, weight_decay=config.weight_decay), job.fit,
-        evaluate=job.evaluate, lr_factor=job.lr_factor,
-    )  # fmt: skip
+    task, fit_config = plain_task(config, prepared, model.train(), World())
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    result = fit(dataclasses.replace(task, optimizer=optimizer), fit_config)
     scores = {name: result.evaluation[name] for name in TASKS[config.task].metrics}
     return scores, sum(p.numel() for p in own) if method == "full" else 0
 

@@ -25,7 +25,7 @@ from memtrain_common.data.order import epoch_batch
 from memtrain_common.errors import DivergedError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
-from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
@@ -59,13 +59,15 @@ def run(
     model = inject(copy.deepcopy(base), LoRAXSConfig(rank, targets=CAUSAL_LM_TARGETS, init=init, seed=seed))
     try:
         result = fit(
-            model,
-            lambda i: train[torch.from_numpy(epoch_batch(seed, i, batch=BATCH, size=len(train)))],
-            loss_of,
-            torch.optim.AdamW(trained(model)["R"], lr=lr, weight_decay=0.0),
+            Task(
+                model,
+                lambda i: train[torch.from_numpy(epoch_batch(seed, i, batch=BATCH, size=len(train)))],
+                loss_of,
+                torch.optim.AdamW(trained(model)["R"], lr=lr, weight_decay=0.0),
+                evaluate=partial(validation_loss, val=val),
+                lr_factor=schedule("cosine", steps // 20, steps),
+            ),
             FitConfig(steps, eval_interval=steps),
-            evaluate=partial(validation_loss, val=val),
-            lr_factor=schedule("cosine", steps // 20, steps),
         )
     except DivergedError:
         return None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from lte.cli import configure
 from lte.tasks.train import train_one
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.text.corpus import Crops, load_corpus
 from memtrain_common.measuring.bench import write_results
 
@@ -59,9 +59,9 @@ def main() -> None:
         ]
         config = configure(words)
         crops = Crops(corpus, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)
-        trained = train_one(config, corpus, crops, None, Console(), torch.device("cpu"), full=group.startswith("full"))
-        loss = trained.result.evaluation["loss"]
-        rows.append({"group": group, "flags": flags, "steps": steps, "loss": loss, "trained": trained.trainable})
+        trained = train_one(Session.alone(config), corpus, crops, full=group.startswith("full"))
+        loss = trained.outcome.result.evaluation["loss"]
+        rows.append({"group": group, "flags": flags, "steps": steps, "loss": loss, "trained": trained.numbers[0]})
         print(f"{group:9} {steps:5} {flags:55} {loss:.4f} nats/byte", flush=True)
         write_results(
             RESULT,

@@ -30,7 +30,7 @@ from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.plots import plot_loss
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import cosine_with_warmup
 
@@ -114,13 +114,15 @@ def train(arm: Arm, corpus: Corpus, seed: int, steps: int) -> dict[str, Any]:
 
         factor = partial(cosine_with_warmup, warmup_iters=WARMUP, decay_iters=steps, min_ratio=0.1)
         fit(
-            model,
-            lambda i: crops(i + first),
-            next_token_loss,
-            torch.optim.AdamW(groups, betas=(0.9, 0.99)),
+            Task(
+                model,
+                lambda i: crops(i + first),
+                next_token_loss,
+                torch.optim.AdamW(groups, betas=(0.9, 0.99)),
+                evaluate=evaluate,
+                lr_factor=lambda s: factor(s + first),
+            ),
             FitConfig(max_iters=until - first, grad_clip=1.0, eval_interval=EVERY),
-            evaluate=evaluate,
-            lr_factor=lambda s: factor(s + first),
             **extra,
         )
         done = until

@@ -1,5 +1,6 @@
 """Fixtures for every package's tests."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -97,3 +98,40 @@ def glue_dir(tmp_path_factory):
         lines = ["index\tsentence1\tsentence2\tscore", *(f"{i}\t{s}\t{s}\t{5 * y}" for i, (s, y) in enumerate(rows))]
         (folder / "STS-B" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return str(folder)
+
+
+QUESTIONS = [(f"{a} plus {b}?", a + b) for a in range(4) for b in range(4)]
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory, words_tokenizer):
+    """A folder with a small Llama that knows the words of the prompt and of sums."""
+    import transformers
+    from memtrain_common.data.text.instruct import PROMPT
+
+    folder = tmp_path_factory.mktemp("llama")
+    texts = [
+        PROMPT,
+        "0123456789",
+        "plus? The answer is: true false the correct answer is ####",
+        " Let's think step by step.",
+    ]
+    tokenizer = words_tokenizer(texts, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.25, max_position_embeddings=128,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    """Sums in GSM8K's format."""
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    rows = [json.dumps({"question": q, "answer": f"{a}\n#### {a}"}) for q, a in QUESTIONS]
+    file.write_text("\n".join(rows) + "\n")
+    return str(file)

@@ -30,15 +30,14 @@ def whole(tmp_path_factory):
 def test_a_run_says_what_it_cost_and_keeps_it(whole):
     run, done = whole
     result = json.loads((run / "result.json").read_text())
-    assert result["axes"] == {"train": "lora", "save": "backrazor", "optim": "adamw"}
-    assert result["settings"] == {
+    assert result["own"]["axes"] == {"train": "lora", "save": "backrazor", "optim": "adamw"}
+    assert result["own"]["settings"] == {
         "rank": 4, "alpha": 0.0, "adapt": "all", "dropout": 0.0, "keep": 0.2, "razor_mode": "default",
     }  # fmt: skip
     for category, n_bytes in result["measured"].items():
-        assert abs(result["predicted"][category] - n_bytes) <= 0.002 * n_bytes
-    assert result["test"] == result["scores"]["test"]["accuracy"]
+        assert abs(result["own"]["predicted"][category] - n_bytes) <= 0.002 * n_bytes
     assert 0 < result["trained_parameters"] < 0.2 * result["parameters"]
-    assert f"test  {result['test']:.4f}" in done.stdout
+    assert f"test  {result['scores']['test']['accuracy']:.4f}" in done.stdout
     assert done.stdout == (run / "log.txt").read_text()
     assert done.stderr.count("\n") <= 1, done.stderr  # the progress bar, and no library's remarks
     for picture in ("loss.png", "memory.png"):
@@ -65,7 +64,7 @@ def test_the_saved_model_is_plain_and_gives_the_tested_accuracy(whole, tmp_path)
     )
     assert again.returncode == 0, again.stderr
     before, after = (json.loads((r / "result.json").read_text()) for r in (run, tmp_path / "again"))
-    assert after["test"] == pytest.approx(before["test"], abs=0.005)
+    assert after["scores"]["test"]["accuracy"] == pytest.approx(before["scores"]["test"]["accuracy"], abs=0.005)
     assert not any("lora" in name for name in load_file(run / "model" / "model.safetensors"))
 
 
@@ -134,7 +133,7 @@ def test_pretraining_lowers_the_loss_and_predicts_its_memory(model, tmp_path):
     losses = [r["loss"] for r in rows(tmp_path / "run") if r["split"] == "val"]
     assert losses[-1] < losses[0] - 0.5
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["predicted"] == result["measured"]
+    assert result["own"]["predicted"] == result["measured"]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
@@ -178,7 +177,7 @@ REFUSED = {
     ("--model", "resnet18", "--train", "lora", "--adapt", "attention"): ("no matrices of attention",),
     ("--model", "vit"): ("'vit'", "vit-mini"),
     ("--train", "melo", "--model", "resnet20"): ("melo",),
-    ("--epochs", "0"): ("--epochs must be above 0",),
+    ("--epochs", "0"): ("--epochs and --max-iters are both 0",),
     ("--data", "glue:rte"): ("--model",),
     ("--data", "glue:wnli", "--model", "x"): ("glue:wnli", "glue:rte"),
     ("--weights", "nowhere"): ("nowhere",),

@@ -20,10 +20,10 @@ from memtrain_apps.plan.forecast import (
     predict_arm,
 )
 from memtrain_apps.plan.measuring import measure_place
-from memtrain_apps.plan.moments import step_moments
 from memtrain_apps.plan.plan import make_plan
-from memtrain_apps.plan.shape_models import Step, build_model, loss_of, make_batch
+from memtrain_apps.plan.shape_models import Step, build_model, loss_of, make_batch, plain_task
 from memtrain_apps.plan.shapes import CNNS, Shape, find_shape, known_names
+from memtrain_apps.plan.step_use import step_use_of
 from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.prediction import fake_step, predict
@@ -164,7 +164,7 @@ def whole(step, axes, rows, micro_batches=1):
     made, batches = [], []
 
     def build():
-        made.append(compose(build_model(step.shape, step.weights), axes, lr=1e-3, predicting=True))
+        made.append(compose(plain_task(step, build_model(step.shape, step.weights)), axes, lr=1e-3, predicting=True))
         return made[0].model
 
     def loss(model):
@@ -240,7 +240,7 @@ def test_depth_is_drawn_out_exactly(family, save):
     place = Workplace(replace(step, shape=step.shape.with_depth(9)), rows=4)
     for train in ("full", "lora"):
         axes = Axes(train, save)
-        drawn, counted = count_step(place, axes), step_moments(place.step, axes, 4)
+        drawn, counted = count_step(place, axes), step_use_of(place.step, axes, 4)
         assert replace(drawn, peak=0, beside=0) == replace(counted, peak=0, beside=0)
         assert 0 <= drawn.peak - counted.peak <= 0.006 * counted.peak
         assert 0 <= drawn.beside - counted.beside <= 0.006 * counted.beside
@@ -250,18 +250,18 @@ def test_a_library_is_not_first_imported_on_fake_tensors():
     """PEFT imports libraries with tables of 4-bit levels: they would be counted once, and be fake from then on."""
     code = """
 from memtrain_apps.compose.axes import Axes
-from memtrain_apps.plan.moments import step_moments
+from memtrain_apps.plan.step_use import step_use_of
 from memtrain_apps.plan.shape_models import Step
 from memtrain_apps.plan.shapes import find_shape
 step = Step(find_shape("facebook/deit-tiny-patch16-224").with_depth(1), cuda=False)
-assert step_moments(step, Axes("lora"), 1) == step_moments(step, Axes("lora"), 1)
+assert step_use_of(step, Axes("lora"), 1) == step_use_of(step, Axes("lora"), 1)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_offloading_holds_in_host_memory_what_save_on_cpu_packs():
     step = SMALL["gpt2"]
-    counted = step_moments(step, Axes("full", "offload"), 3)
+    counted = step_use_of(step, Axes("full", "offload"), 3)
     packed = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.nbytes) or t, lambda t: t)
     with hooks:  # save_on_cpu copies whatever is saved, as often as it is
@@ -315,10 +315,10 @@ def test_no_plan_is_too_small(family, train, save, optim):
 def test_the_largest_batch_fits_and_uses_the_budget():
     """Straight lines between batches are above the truth, and not by much."""
     step = SMALL["vit"]
-    known_peaks = {r: step_moments(step, Axes(), r).peak for r in (1, 4, 60)}
+    known_peaks = {r: step_use_of(step, Axes(), r).peak for r in (1, 4, 60)}
     for rows in (2, 3, 11, 37):
-        assert between(known_peaks, rows) >= step_moments(step, Axes(), rows).peak
-    usable = step_moments(step, Axes(), 23).peak
+        assert between(known_peaks, rows) >= step_use_of(step, Axes(), rows).peak
+    usable = step_use_of(step, Axes(), 23).peak
     most = largest(known_peaks, usable)
     assert 20 <= most <= 23
     assert largest(known_peaks, usable, multiple=4) == 20
@@ -364,7 +364,7 @@ def fsdp_step(place, axes, out):
     world, device = launch("cpu")
     with LiveBytes() as live:
         composed = compose(
-            build_model(place.step.shape), axes, lr=1e-3, predicting=True,
+            plain_task(place.step, build_model(place.step.shape)), axes, lr=1e-3, predicting=True,
             wrap=lambda m: parallelize(m, place.parallel, device, blocks=blocks(m).values()),
         )  # fmt: skip
         live.peak_bytes = live.bytes

@@ -7,6 +7,7 @@ import matplotlib.figure
 import pytest
 import torch
 from backrazor.tasks.glue_flags import PRESETS, GlueConfig, check
+from memtrain_common.commands.configure import with_new_names
 from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command
 
@@ -44,8 +45,8 @@ def test_it_learns_and_says_what_it_saved(whole):
     assert [r["step"] for r in validation] == [0, 20, 40, 50]
     assert validation[-1]["accuracy"] > max(0.8, validation[0]["accuracy"])
     result = json.loads((run / "result.json").read_text())
-    assert result["accuracy"] == validation[-1]["accuracy"]
-    dense, kept = result["dense_activation_bytes"], result["measured_bytes"]["activations"]
+    assert result["scores"]["dev"]["accuracy"] == validation[-1]["accuracy"]
+    dense, kept = result["own"]["dense_activation_bytes"], result["measured"]["activations"]
     assert dense > 3 * kept
     assert "Back Razor, keep 0.2" in done.stdout
     assert done.stdout == (run / "log.txt").read_text()
@@ -54,7 +55,7 @@ def test_it_learns_and_says_what_it_saved(whole):
 def test_the_baseline_holds_what_was_predicted_of_it(words, whole, tmp_path):
     done = glue(tmp_path, *words, "--mode", "full", "--out", "full", "--num-train-epochs", "1")
     assert done.returncode == 0, done.stderr
-    predicted = json.loads((whole[0] / "result.json").read_text())["dense_activation_bytes"]
+    predicted = json.loads((whole[0] / "result.json").read_text())["own"]["dense_activation_bytes"]
     measured = json.loads((tmp_path / "full" / "memory.json").read_text())["totals"]["activations"]
     assert measured == predicted
 
@@ -77,8 +78,10 @@ def test_the_best_is_reported_where_asked_for(words, tmp_path):
     done = glue(tmp_path, *words, "--select", "best", "--eval-steps", "5", "--num-train-epochs", "2", "--out", "run")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["accuracy"] == max(r["accuracy"] for r in rows(tmp_path / "run") if r["split"] == "val")
-    assert result["accuracy"] == result["best"][1]
+    assert result["scores"]["dev"]["accuracy"] == max(
+        r["accuracy"] for r in rows(tmp_path / "run") if r["split"] == "val"
+    )
+    assert result["scores"]["dev"]["accuracy"] == result["best"]["value"]
 
 
 @pytest.mark.parametrize("mode", ["bitfit", "head"])
@@ -112,17 +115,17 @@ def test_real_rte_with_the_real_vocabulary(tmp_path, real_data):
     assert done.returncode == 0, done.stderr
     assert "16 training rows, 12 development rows" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["accuracy"] * 12 == pytest.approx(round(result["accuracy"] * 12))
+    assert result["scores"]["dev"]["accuracy"] * 12 == pytest.approx(round(result["scores"]["dev"]["accuracy"] * 12))
     # 8 rows of 128 tokens, 32 wide: what a norm alone saves of them is 128 KiB
-    assert result["dense_activation_bytes"] > 10 * 8 * 128 * 32 * 4
+    assert result["own"]["dense_activation_bytes"] > 10 * 8 * 128 * 32 * 4
 
 
 def test_the_official_preset_is_the_official_run():
     official = PRESETS["official"]
     assert check(official, official) == official
-    assert (official.task, official.keep, official.learning_rate, official.num_train_epochs) == ("rte", 0.2, 2e-5, 10)
+    assert (official.task, official.keep, official.learning_rate, official.epochs) == ("rte", 0.2, 2e-5, 10)
     assert official.per_device_train_batch_size * official.gradient_accumulation_steps == 32
-    assert (official.max_seq_length, official.seed, official.pad_to_max_length) == (512, 5, True)
+    assert (official.max_length, official.seed, official.pad_to_max_length) == (512, 5, True)
     assert PRESETS["official-baseline"].mode == "full"
 
 
@@ -145,5 +148,8 @@ def test_refused(tmp_path, name):
 
 
 def test_flags_and_fields_are_as_the_official_code_calls_them():
-    for name in ("num_train_epochs", "per_device_train_batch_size", "max_seq_length", "learning_rate", "seed"):
-        assert hasattr(GlueConfig(), name)
+    official = ("num_train_epochs", "per_device_train_batch_size", "max_seq_length", "learning_rate", "seed")
+    for name in official:
+        assert hasattr(GlueConfig(), GlueConfig.ALIASES.get(name, name))
+    words = with_new_names(["--num-train-epochs", "3", "--max_seq_length=64", "--eval-steps", "5"], GlueConfig)
+    assert words == ["--epochs", "3", "--max-length=64", "--eval-interval", "5"]

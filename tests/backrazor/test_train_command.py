@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from backrazor.tasks.saving import dense_activations, saving_of, train_only
-from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, total_steps, train_one
+from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, train_one
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.memory import SavedActivations
@@ -75,9 +75,9 @@ def test_the_run_folder(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
-    assert result["test"]["accuracy"] > 0.9  # a model of brightness
-    assert result["dense"]["test"]["accuracy"] > 0.9
-    dense, kept = result["dense_activation_bytes"], result["measured_bytes"]["activations"]
+    assert result["scores"]["test"]["accuracy"] > 0.9  # a model of brightness
+    assert result["own"]["dense"]["test"]["accuracy"] > 0.9
+    dense, kept = result["own"]["dense_activation_bytes"], result["measured"]["activations"]
     assert dense > 8 * kept
     for name in ("loss.png", "memory.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -86,7 +86,7 @@ def test_the_run_folder(tmp_path, pictures):
     assert json.loads((run / "memory.json").read_text())["totals"]["activations"] == kept
     said = (run / "log.txt").read_text()
     assert said == done.stdout
-    assert f"{100 * result['test']['accuracy']:.2f} %" in said
+    assert f"{100 * result['scores']['test']['accuracy']:.2f} %" in said
     assert f"{dense / kept:.1f}×" in said
     assert "energy" in said
     losses = [r["loss"] for r in rows(run) if r["split"] == "train"]
@@ -157,9 +157,9 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
     assert f"resumed from {steps[0].relative_to(tmp_path)}" in again.stdout
     assert weights(cut) == weights(whole)
     assert rows(cut) == rows(whole)
-    assert json.loads((cut / "result.json").read_text())["test"] == json.loads(
+    assert json.loads((cut / "result.json").read_text())["scores"]["test"] == json.loads(
         (whole / "result.json").read_text()
-    )["test"]  # fmt: skip
+    )["scores"]["test"]  # fmt: skip
 
 
 def test_sigterm_saves_and_resumes_in_the_comparison_too(tmp_path, pictures):
@@ -170,11 +170,11 @@ def test_sigterm_saves_and_resumes_in_the_comparison_too(tmp_path, pictures):
     process.send_signal(signal.SIGTERM)
     stopped = process.wait()
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "go on with --resume run" in stopped.stderr
+    assert "resume with --resume run" in stopped.stderr
     assert "--resume run/dense" not in stopped.stderr
     done = razor(tmp_path, "--resume", "run")
     assert done.returncode == 0, done.stderr
-    assert "dense" in json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "dense" in json.loads((tmp_path / "run" / "result.json").read_text())["own"]
     assert_refused(razor(tmp_path, "--resume", "run", "--keep", "0.5"), "was begun with --keep 0.1, not 0.5")
     other = image_folder(tmp_path / "other", 12, seed=1)
     assert_refused(razor(tmp_path, "--resume", "run", "--data-dir", str(other)), "was trained on other data")
@@ -213,7 +213,9 @@ def test_medmnist_with_several_labels(tmp_path):
     words = ["--data", "chestmnist", "--data-dir", ".", "--no-verify", *QUICK, "--epochs", "1", "--out", "run"]
     done = razor(tmp_path, *words)
     assert done.returncode == 0, done.stderr
-    assert 0.3 < json.loads((tmp_path / "run" / "result.json").read_text())["test"]["accuracy"] < 0.8  # of 14 labels
+    assert (
+        0.3 < json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["test"]["accuracy"] < 0.8
+    )  # of 14 labels
 
 
 def test_all_of_train_without_validation(tmp_path, pictures):
@@ -221,7 +223,7 @@ def test_all_of_train_without_validation(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     assert "pictures: 48 train, 24 test" in done.stdout
     assert not [r for r in rows(tmp_path / "run") if r["split"] == "val"]
-    assert "accuracy" in json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    assert "accuracy" in json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["test"]
 
 
 def test_damaged_pictures(tmp_path):
@@ -248,7 +250,7 @@ def test_the_real_breastmnist(tmp_path, real_data):
     assert done.returncode == 0, done.stderr
     assert "546 train, 78 val, 156 test" in done.stdout
     assert "the head is new" in done.stdout
-    right = 156 * json.loads((tmp_path / "run" / "result.json").read_text())["test"]["accuracy"]
+    right = 156 * json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["test"]["accuracy"]
     assert right == pytest.approx(round(right))
 
 
@@ -272,8 +274,8 @@ def test_the_presets_are_the_published_settings_and_hold_their_own_checks():
 
 def test_steps_and_learning_rates():
     config = TrainConfig(epochs=2.0, batch_size=50, gradient_accumulation_steps=2, learning_rate=0.1)
-    assert total_steps(config, DIGITS) == 24  # 2 · 1197 / 100, and the rest
-    assert total_steps(TrainConfig(max_iters=7), DIGITS) == 7
+    assert config.total_steps(len(DIGITS.splits["train"]), 100) == 24  # 2 · 1197 / 100, and the rest
+    assert TrainConfig(max_iters=7).total_steps(1, 1) == 7
     for schedule, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
         factor = lr_factor(TrainConfig(schedule=schedule, warmup_iters=9), 109)
         assert factor(0) == pytest.approx(0.1)
@@ -305,13 +307,13 @@ def test_frozen_norms_stay_as_they_are():
                          tracker="none")  # fmt: skip
     torch.manual_seed(0)
     before = build_classifier("resnet20", 10).model.state_dict()
-    trained = train_one(config, DIGITS, None, Console(quiet=True), torch.device("cpu"))
-    after = trained.model.state_dict()
+    trained = train_one(Session.alone(config), DIGITS)
+    after = trained.outcome.model.state_dict()
     for name, tensor in after.items():
         norm = ".bn" in f".{name}"
         assert torch.equal(tensor, before[name]) == norm, name
-    moving = train_one(TrainConfig(model="resnet20", image_size=8, mode="full", max_iters=3), DIGITS, None,
-                       Console(quiet=True), torch.device("cpu")).model.state_dict()  # fmt: skip
+    moving = TrainConfig(model="resnet20", image_size=8, mode="full", max_iters=3)
+    moving = train_one(Session.alone(moving), DIGITS).outcome.model.state_dict()
     assert not torch.equal(moving["bn1.running_mean"], before["bn1.running_mean"])
 
 

@@ -14,7 +14,7 @@ from memtrain_common.errors import Stopped, UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch, parallelize, unwrap
-from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
 from support import run_ranks
 
 TOKENS = (np.arange(4000) ** 2 % 251).astype(np.uint8)
@@ -44,10 +44,14 @@ def train(out, mode, steps, *, resume=False, signal_at=None):
 
     try:
         fit(
-            model, crops, loss_fn, optimizer, config, run=run, resume=resume,
-            evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(4)),
+            Task(
+                model, crops, loss_fn, optimizer, evaluate=lambda m: mean_loss(m, next_token_loss, crops.validation(4))
+            ),
+            config,
+            run=run,
+            resume=resume,
             console=Console(out / f"log-{world.rank}.txt"),
-        )  # fmt: skip
+        )
     except Stopped as stopped:
         (out / f"stopped-{world.rank}").write_text(str(stopped))
         return

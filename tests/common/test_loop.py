@@ -13,7 +13,7 @@ import pytest
 import torch
 from memtrain_common.errors import DivergedError, Stopped, UserError
 from memtrain_common.runs.run_folder import RunFolder
-from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
 from memtrain_common.training.schedule import cosine_with_warmup
 from torch import nn
 
@@ -59,7 +59,9 @@ def without_clocks(run):
 def test_it_is_the_plain_loop():
     """Same weights, bit for bit, as forward, backward, clip, step written out."""
     ours, theirs = make(), make()
-    fit(ours, batches, loss_fn, adam(ours), FitConfig(max_iters=7, grad_clip=0.3), lr_factor=lambda s: 1 / (s + 1))
+    fit(
+        Task(ours, batches, loss_fn, adam(ours), lr_factor=lambda s: 1 / (s + 1)), FitConfig(max_iters=7, grad_clip=0.3)
+    )
     optimizer = adam(theirs)
     for i in range(7):
         optimizer.param_groups[0]["lr"] = 0.02 / (i + 1)
@@ -81,8 +83,8 @@ def test_accumulation_is_the_larger_batch():
         parts = [double(3 * i + k) for k in range(3)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    fit(ours, double, loss_fn, adam(ours), FitConfig(max_iters=5, gradient_accumulation_steps=3))
-    fit(theirs, joined, loss_fn, adam(theirs), FitConfig(max_iters=5))
+    fit(Task(ours, double, loss_fn, adam(ours)), FitConfig(max_iters=5, gradient_accumulation_steps=3))
+    fit(Task(theirs, joined, loss_fn, adam(theirs)), FitConfig(max_iters=5))
     torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
 
 
@@ -95,7 +97,10 @@ def test_batches_come_in_order_for_any_number_of_workers(workers):
         return loss_fn(model, batch)
 
     model = make()
-    fit(model, batches, remember, adam(model), FitConfig(max_iters=4, gradient_accumulation_steps=2, workers=workers))
+    fit(
+        Task(model, batches, remember, adam(model)),
+        FitConfig(max_iters=4, gradient_accumulation_steps=2, workers=workers),
+    )
     assert seen == [batches(i)[0][0, 0].item() for i in range(8)]
 
 
@@ -111,14 +116,14 @@ def test_after_step_and_saving_are_called_where_they_should_be():
 
     model = make()
     config = FitConfig(max_iters=2, gradient_accumulation_steps=2)
-    fit(model, batches, loss_fn, adam(model), config, saving=Saving, after_step=lambda: calls.append("after"))
+    fit(Task(model, batches, loss_fn, adam(model), saving=Saving, after_step=lambda: calls.append("after")), config)
     assert calls == ["enter", "exit", "enter", "exit", "after"] * 2
 
 
 def test_the_run_folder_holds_every_logged_row(tmp_path):
     model, run = make(), RunFolder.create(tmp_path / "r")
     config = FitConfig(max_iters=5, eval_interval=2, log_interval=2, units_per_step=6, grad_clip=1.0)
-    result = fit(model, batches, loss_fn, adam(model), config, evaluate=evaluate, run=run)
+    result = fit(Task(model, batches, loss_fn, adam(model), evaluate=evaluate), config, run=run)
     assert [(r["step"], r["split"]) for r in lines(run)] == [
         (0, "val"), (2, "train"), (2, "val"), (4, "train"), (4, "val"), (5, "train"), (5, "val"),
     ]  # fmt: skip
@@ -143,7 +148,7 @@ def test_evaluation_changes_no_random_number_and_no_mode():
             return evaluate(m)
 
         torch.manual_seed(5)
-        fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=6, eval_interval=every), evaluate=drawing)
+        fit(Task(model, batches, loss_fn, adam(model), evaluate=drawing), FitConfig(max_iters=6, eval_interval=every))
         assert model.training
         assert not model[1].training
         results.append(flat(model))
@@ -180,9 +185,20 @@ def run_with_stops(tmp_path, stops, **changes):
         clock = _Clock()
         try:
             fit(
-                model, batches, counted, optimizer, config, evaluate=evaluate, run=run, resume=k > 0,
-                after_step=clock.step, stateful={"clock": clock}, lr_factor=_factor,
-            )  # fmt: skip
+                Task(
+                    model,
+                    batches,
+                    counted,
+                    optimizer,
+                    evaluate=evaluate,
+                    after_step=clock.step,
+                    stateful={"clock": clock},
+                    lr_factor=_factor,
+                ),
+                config,
+                run=run,
+                resume=k > 0,
+            )
         except Interrupt:
             continue
     return model, optimizer, run, clock
@@ -242,13 +258,13 @@ def test_a_signal_leaves_a_checkpoint_and_no_trace(tmp_path, signum, where):
     config = FitConfig(max_iters=9, eval_interval=3, log_interval=1)
     whole, run = make(dropout=0.3), RunFolder.create(tmp_path / "whole")
     torch.manual_seed(1)
-    fit(whole, batches, loss_fn, adam(whole), config, evaluate=evaluate, run=run)
+    fit(Task(whole, batches, loss_fn, adam(whole), evaluate=evaluate), config, run=run)
 
     countdown = 5
     model, other = make(dropout=0.3), RunFolder.create(tmp_path / "other")
     torch.manual_seed(1)
     with pytest.raises(Stopped) as stopped:
-        fit(model, batches, once, adam(model), config, evaluate=evaluating, run=other)
+        fit(Task(model, batches, once, adam(model), evaluate=evaluating), config, run=other)
     assert stopped.value.exit_code == 128 + signum
     at = 5 if where == "training" else 3
     assert f"stopped by {signal.Signals(signum).name} at step {at}; checkpoint" in str(stopped.value)
@@ -256,7 +272,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_trace(tmp_path, signum, where):
     assert other.checkpoints.steps()[-1] == at
     countdown = -1
     model = make(dropout=0.3)
-    fit(model, batches, once, adam(model), config, evaluate=evaluating, run=other, resume=True)
+    fit(Task(model, batches, once, adam(model), evaluate=evaluating), config, run=other, resume=True)
     assert torch.equal(flat(whole), flat(model))
     assert without_clocks(run) == without_clocks(other)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -273,7 +289,7 @@ def test_a_second_interrupt_does_not_wait():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which another test may have changed
     try:
         with pytest.raises(Stopped, match="stopped at once by a second SIGINT in step 1; there is no checkpoint"):
-            fit(model, batches, twice, adam(model), FitConfig(max_iters=3))
+            fit(Task(model, batches, twice, adam(model)), FitConfig(max_iters=3))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -281,7 +297,7 @@ def test_a_second_interrupt_does_not_wait():
 def test_outside_the_main_thread_signals_are_left_alone():
     model, done = make(), []
     thread = threading.Thread(
-        target=lambda: done.append(fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2)))
+        target=lambda: done.append(fit(Task(model, batches, loss_fn, adam(model)), FitConfig(max_iters=2)))
     )
     thread.start()
     thread.join()
@@ -305,7 +321,7 @@ def test_divergence_stops_the_run_and_saves_nothing_bad(tmp_path, poison):
 
     config = FitConfig(max_iters=20, eval_interval=2, log_interval=50)
     with pytest.raises(DivergedError, match=r"diverged: .* last good checkpoint is that of step (4|6)"):
-        fit(model, batches, going_wrong, adam(model), config, run=run)
+        fit(Task(model, batches, going_wrong, adam(model)), config, run=run)
     step, state = run.checkpoints.load_newest()
     assert step == 4
     assert all(t.isfinite().all() for t in state["model"].values())
@@ -315,46 +331,48 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
     model, run = make(), RunFolder.create(tmp_path / "r")
     config = FitConfig(max_iters=2, eval_interval=2)
     identity = {"width": 8}
-    fit(model, batches, loss_fn, adam(model), config, run=run, identity=identity)
+    fit(Task(model, batches, loss_fn, adam(model)), config, run=run, resume_key=identity)
     with pytest.raises(UserError, match="was made with width=8, and this run has width=9"):
-        fit(make(), batches, loss_fn, adam(make()), config, run=run, resume=True, identity={"width": 9})
+        fit(Task(make(), batches, loss_fn, adam(make())), config, run=run, resume=True, resume_key={"width": 9})
     wider = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Dropout(0.0), nn.Linear(9, 3))
     with pytest.raises(UserError, match=r"belongs to another model: its 0\.weight is \(8, 4\), not \(9, 4\)"):
-        fit(wider, batches, loss_fn, adam(wider), config, run=run, resume=True, identity=identity)
+        fit(Task(wider, batches, loss_fn, adam(wider)), config, run=run, resume=True, resume_key=identity)
     for step in run.checkpoints.steps():
         (run.checkpoints.path(step) / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
-        fit(model, batches, loss_fn, adam(model), config, run=run, resume=True)
+        fit(Task(model, batches, loss_fn, adam(model)), config, run=run, resume=True)
 
 
 def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
     run = RunFolder.create(tmp_path / "r")
     run.append_metrics([{"step": 1, "split": "train", "loss": 9.0}])
     model = make()
-    fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=2, log_interval=1), run=run, resume=True)
+    fit(Task(model, batches, loss_fn, adam(model)), FitConfig(max_iters=2, log_interval=1), run=run, resume=True)
     assert [r["step"] for r in lines(run)] == [1, 2]
     assert lines(run)[0]["loss"] != 9.0
 
 
 def test_a_finished_run_resumes_to_its_end_and_can_be_prolonged(tmp_path):
     longer = make()
-    fit(longer, batches, loss_fn, adam(longer), FitConfig(max_iters=6))
+    fit(Task(longer, batches, loss_fn, adam(longer)), FitConfig(max_iters=6))
     model, run = make(), RunFolder.create(tmp_path / "r")
-    fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=4), run=run, evaluate=evaluate)
+    fit(Task(model, batches, loss_fn, adam(model), evaluate=evaluate), FitConfig(max_iters=4), run=run)
     again = make(seed=3)
-    result = fit(again, batches, loss_fn, adam(again), FitConfig(max_iters=4), run=run, resume=True, evaluate=evaluate)
+    result = fit(
+        Task(again, batches, loss_fn, adam(again), evaluate=evaluate), FitConfig(max_iters=4), run=run, resume=True
+    )
     assert torch.equal(flat(again), flat(model))
     assert result.evaluation == {"loss": lines(run)[-1]["loss"]}
     assert [r["step"] for r in lines(run) if r["split"] == "val"] == [0, 4]
     more = make(seed=4)
-    fit(more, batches, loss_fn, adam(more), FitConfig(max_iters=6), run=run, resume=True, evaluate=evaluate)
+    fit(Task(more, batches, loss_fn, adam(more), evaluate=evaluate), FitConfig(max_iters=6), run=run, resume=True)
     assert torch.equal(flat(more), flat(longer))
 
 
 def test_no_steps_at_all(tmp_path):
     model, run = make(), RunFolder.create(tmp_path / "r")
     before = flat(model).clone()
-    result = fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=0), run=run, evaluate=evaluate)
+    result = fit(Task(model, batches, loss_fn, adam(model), evaluate=evaluate), FitConfig(max_iters=0), run=run)
     assert torch.equal(flat(model), before)
     assert result.step == 0
     assert result.evaluation
@@ -364,9 +382,10 @@ def test_the_best_checkpoint_stays(tmp_path):
     losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 2.0])
     model, run = make(), RunFolder.create(tmp_path / "r")
     result = fit(
-        model, batches, loss_fn, adam(model), FitConfig(max_iters=5, eval_interval=1), run=run,
-        evaluate=lambda m: {"loss": next(losses)},
-    )  # fmt: skip
+        Task(model, batches, loss_fn, adam(model), evaluate=lambda m: {"loss": next(losses)}),
+        FitConfig(max_iters=5, eval_interval=1),
+        run=run,
+    )
     assert result.best == (2, 1.0)
     assert run.checkpoints.steps() == [2, 4, 5]
 
@@ -375,7 +394,7 @@ def test_the_best_checkpoint_stays_whatever_the_interval_of_saving(tmp_path):
     losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 2.0, 2.0])
     model, run = make(), RunFolder.create(tmp_path / "r")
     config = FitConfig(max_iters=12, eval_interval=2, checkpoint_interval=3)
-    fit(model, batches, loss_fn, adam(model), config, run=run, evaluate=lambda m: {"loss": next(losses)})
+    fit(Task(model, batches, loss_fn, adam(model), evaluate=lambda m: {"loss": next(losses)}), config, run=run)
     assert run.checkpoints.steps() == [4, 9, 12]
 
 
@@ -389,7 +408,7 @@ def test_a_signal_while_saving_is_not_lost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(run.checkpoints), "save", interrupted)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM at step 4; checkpoint .*step-00000004"):
-        fit(model, batches, loss_fn, adam(model), FitConfig(max_iters=4), run=run)
+        fit(Task(model, batches, loss_fn, adam(model)), FitConfig(max_iters=4), run=run)
 
 
 def test_an_evaluation_left_by_a_signal_leaves_the_random_numbers_alone(tmp_path):
@@ -411,10 +430,10 @@ def test_an_evaluation_left_by_a_signal_leaves_the_random_numbers_alone(tmp_path
         config = FitConfig(max_iters=6, eval_interval=3)
         if interrupted:
             with pytest.raises(Stopped):
-                fit(model, batches, loss_fn, adam(model), config, evaluate=drawing, run=run)
+                fit(Task(model, batches, loss_fn, adam(model), evaluate=drawing), config, run=run)
             torch.manual_seed(99)
             model = make(dropout=0.4)
-        fit(model, batches, loss_fn, adam(model), config, evaluate=drawing, run=run, resume=True)
+        fit(Task(model, batches, loss_fn, adam(model), evaluate=drawing), config, run=run, resume=True)
         results.append(flat(model))
     assert torch.equal(*results)
 
@@ -423,7 +442,9 @@ def test_an_evaluation_that_is_not_finite_is_divergence_and_not_the_best(tmp_pat
     model, run = make(), RunFolder.create(tmp_path / "r")
     with pytest.raises(DivergedError):
         fit(
-            model, batches, loss_fn, adam(model), FitConfig(max_iters=2), run=run, evaluate=lambda m: {"loss": math.nan}
+            Task(model, batches, loss_fn, adam(model), evaluate=lambda m: {"loss": math.nan}),
+            FitConfig(max_iters=2),
+            run=run,
         )
     assert not (run.path / "metrics.jsonl").exists()
 
@@ -436,7 +457,7 @@ def test_a_step_that_the_scaler_skipped_is_not_counted(tmp_path):
         return loss_fn(m, batch) * 3e3
 
     config = FitConfig(max_iters=12, dtype="float16", log_interval=1, grad_clip=1.0)
-    result = fit(model, batches, huge, adam(model), config, run=run, after_step=lambda: calls.append(1))
+    result = fit(Task(model, batches, huge, adam(model), after_step=lambda: calls.append(1)), config, run=run)
     skipped = skipped_steps(run)
     assert skipped > 0
     assert len(calls) == 12 - skipped
@@ -457,7 +478,7 @@ def test_the_ledger_sees_what_saving_hooks_pack_and_leaves_them_at_work():
     def activations(saving):
         model = make()
         one = FitConfig(max_iters=1)
-        return fit(model, batches, loss_fn, adam(model), one, saving=saving).ledger.total("activations")
+        return fit(Task(model, batches, loss_fn, adam(model), saving=saving), one).ledger.total("activations")
 
     plain, offloaded, halved = (activations(s) for s in (nullcontext, torch.autograd.graph.save_on_cpu, Halved))
     assert Halved.packed > 0
@@ -493,7 +514,7 @@ def test_low_precision_trains_with_float32_weights(dtype):
 
     before = evaluate(model)["loss"]
     first = batches(0)
-    fit(model, lambda i: first, watching, adam(model), FitConfig(max_iters=60, dtype=dtype))
+    fit(Task(model, lambda i: first, watching, adam(model)), FitConfig(max_iters=60, dtype=dtype))
     assert seen == {torch.bfloat16 if dtype == "bfloat16" else torch.float16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert loss_fn(model, first) < 0.5 * before
@@ -507,7 +528,7 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
         model = make()
         config = FitConfig(max_iters=4, compile=compiled, eval_interval=2, gradient_accumulation_steps=2)
         run = RunFolder.create(tmp_path / str(compiled))
-        result = fit(model, batches, loss_fn, adam(model), config, evaluate=evaluate, run=run)
+        result = fit(Task(model, batches, loss_fn, adam(model), evaluate=evaluate), config, run=run)
         results.append(flat(model))
         assert result.ledger.total("activations") > 0
         assert list(run.checkpoints.load_newest()[1]["model"]) == list(make().state_dict())

@@ -35,7 +35,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     run.write_config(FitConfig(max_iters=3), prog="prog", argv=[])
     before = (run.path / "config.json").read_bytes()
-    with pytest.raises(UserError, match="holds another run: choose a new --out, or go on with it by --resume"):
+    with pytest.raises(UserError, match="holds another run: choose a new --out, or resume it with --resume"):
         RunFolder.create(run.path)
     assert (run.path / "config.json").read_bytes() == before
     (tmp_path / "full").mkdir()

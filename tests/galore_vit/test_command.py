@@ -16,7 +16,20 @@ from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command, run_ranks
 
 pytestmark = pytest.mark.usefixtures("loaded")
-QUICK = ["--epochs", "2", "--batch-size", "8", "--tracker", "none", "--device", "cpu", "--rank", "4", "--gap", "3"]
+QUICK = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--tracker",
+    "none",
+    "--device",
+    "cpu",
+    "--galore-rank",
+    "4",
+    "--gap",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,7 @@ def test_the_run_folder(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
-    [trial] = result["trials"]
+    [trial] = result["own"]["trials"]
     assert trial["test"]["AUC"] > 0.9  # a model of brightness
     for name in ("confusion_test.png", "roc_test.png", "loss.png", "memory.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -71,8 +84,8 @@ def test_the_run_folder(tmp_path, pictures):
     assert np.array_equal(table[:, 0], np.arange(24))
     assert np.allclose(table[:, 1:].sum(1), 1)
     best = max((r for r in rows(run) if r["split"] == "val"), key=lambda r: r["AUC"])
-    assert best["step"] == trial["best_step"]
-    assert result["optimizer_bytes"] == json.loads((run / "memory.json").read_text())["totals"]["optimizer"]
+    assert best["step"] == trial["step"]
+    assert result["measured"]["optimizer"] == json.loads((run / "memory.json").read_text())["totals"]["optimizer"]
     said = (run / "log.txt").read_text()
     assert "energy" in said
     assert re.search(r"optimizer +[\d.]+ [KM]iB of state", said)
@@ -80,12 +93,16 @@ def test_the_run_folder(tmp_path, pictures):
 
 
 def test_galore_keeps_less_state_than_adamw(tmp_path, pictures):
-    quick = QUICK[: QUICK.index("--rank")]
+    quick = QUICK[: QUICK.index("--galore-rank")]
     sizes = {}
-    for optim, more in (("adamw", []), ("galore-adamw", ["--rank", "16"]), ("galore-adamw8bit", ["--rank", "16"])):
+    for optim, more in (
+        ("adamw", []),
+        ("galore-adamw", ["--galore-rank", "16"]),
+        ("galore-adamw8bit", ["--galore-rank", "16"]),
+    ):
         done = train(tmp_path, "--optim", optim, "--out", optim, *more, data=pictures, quick=quick)
         assert done.returncode == 0, done.stderr
-        sizes[optim] = json.loads((tmp_path / optim / "result.json").read_text())["optimizer_bytes"]
+        sizes[optim] = json.loads((tmp_path / optim / "result.json").read_text())["measured"]["optimizer"]
     assert sizes["adamw"] > 4 * sizes["galore-adamw"]
     assert sizes["galore-adamw"] > sizes["galore-adamw8bit"]
 
@@ -112,7 +129,7 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
     steps = sorted((cut / "checkpoints").glob("step-*"))
     for late in steps[1:]:
         (late / "manifest.json").write_text("damaged")
-    (cut / "best.json").unlink()
+    (cut / "result.json").unlink()
     again = galore_vit(tmp_path, "train", "--resume", "cut")
     assert again.returncode == 0, again.stderr
     assert f"resumed from {steps[0].relative_to(tmp_path)}" in again.stdout
@@ -144,7 +161,7 @@ def test_two_processes_train_like_one(tmp_path, pictures):
 def test_what_each_way_of_training_moves(tmp_path, pictures):
     torch.manual_seed(3)
     build_vit("mini", image_size=8, patch_size=2, classes=2).save_pretrained(tmp_path / "vit")
-    plain = [*without(without(QUICK, "--rank"), "--gap"), "--weights", "vit", "--optim", "adamw"]
+    plain = [*without(without(QUICK, "--galore-rank"), "--gap"), "--weights", "vit", "--optim", "adamw"]
 
     from safetensors.torch import load_file
 
@@ -172,14 +189,14 @@ def test_what_each_way_of_training_moves(tmp_path, pictures):
 
 
 def _best(run):
-    return f"step-{json.loads((run / 'best.json').read_text())['step']:08d}"
+    return f"step-{json.loads((run / 'result.json').read_text())['step']:08d}"
 
 
 def test_seeds_and_folds(tmp_path, pictures):
     words = ["--seeds", "2", "--folds", "2", "--epochs", "1", "--out", "many"]
     done = train(tmp_path, *words, data=pictures)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "many" / "result.json").read_text())
+    result = json.loads((tmp_path / "many" / "result.json").read_text())["own"]
     names = [f"seed-{s}-fold-{k}" for s in (0, 1) for k in (0, 1)]
     aucs = [json.loads((tmp_path / "many" / n / "test.json").read_text())["AUC"] for n in names]
     assert result["mean"]["test_AUC"] == pytest.approx(np.mean(aucs))
@@ -190,7 +207,7 @@ def test_seeds_and_folds(tmp_path, pictures):
     assert sorted(p.name for p in (tmp_path / "seen").iterdir()) == names
     again = galore_vit(tmp_path, "train", "--resume", "many")  # nothing is left to do
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "many" / "result.json").read_text())["mean"] == result["mean"]
+    assert json.loads((tmp_path / "many" / "result.json").read_text())["own"]["mean"] == result["mean"]
 
 
 def test_a_multi_label_set(tmp_path):
@@ -248,14 +265,18 @@ def test_info(tmp_path):
 REFUSED = {
     "no data folder": (["--data", "breastmnist"], "needs --data-dir"),
     "no such file": (["--data", "breastmnist", "--data-dir", "nowhere"], "breastmnist.npz is not there"),
-    "scale 0": (["--scale", "0"], "--scale must be positive, got 0"),
-    "rank 0": (["--rank", "0"], "--rank must be at least 1, got 0"),
-    "alpha 0": (["--train", "melo", "--lora-alpha", "0"], "--lora-alpha must be positive"),
-    "rank too large": (["--rank", "96"], "rank 96 is not below the smaller side of any targeted weight, 96 at most"),
+    "scale 0": (["--scale", "0"], "--galore-scale must be positive, got 0"),
+    "rank 0": (["--galore-rank", "0"], "--galore-rank must be at least 1, got 0"),
+    "alpha 0": (["--train", "melo", "--lora-alpha", "0"], "--alpha must be positive"),
+    "rank too large": (
+        ["--galore-rank", "96"],
+        "rank 96 is not below the smaller side of any targeted weight",
+    ),
     "nothing to project": (["--train", "head"], "GaLore finds no weight to project"),
-    "adapters thinner than the rank": (["--train", "melo", "--rank", "4"], "GaLore would project nothing"),
-    "rank without GaLore": (["--optim", "adamw", "--rank", "8"], "--rank 8 would do nothing"),
-    "alpha without adapters": (["--lora-alpha", "8"], "--lora-alpha 8.0 would do nothing"),
+    "adapters thinner than the rank": (["--train", "melo", "--galore-rank", "4"], "GaLore would project nothing"),
+    "rank without GaLore": (["--optim", "adamw", "--galore-rank", "8"], "--galore-rank 8 would do nothing"),
+    "alpha without adapters": (["--lora-alpha", "8"], "--alpha 8.0 would do nothing"),
+    "an adapter's rank without one": (["--rank", "8"], "no adapters (GaLore's rank is --galore-rank)"),
     "refresh of galore-torch": (["--optim", "galore-torch", "--refresh", "svd"], "would do nothing"),
     "size of digits": (["--size", "64"], "the digits have 8 pixels"),
     "unknown set": (["--data", "mnist"], "--data"),
@@ -308,10 +329,10 @@ def test_a_wrong_md5_is_refused(tmp_path):
 def test_a_resumed_run_keeps_its_settings_and_images(tmp_path, pictures):
     assert train(tmp_path, "--out", "run", "--epochs", "1", data=pictures).returncode == 0
     again = ["galore-vit", "train", "--resume", "run"]
-    assert_refused(run_command([*again, "--rank", "8"], tmp_path), "was begun with --rank 4, not 8")
+    assert_refused(run_command([*again, "--galore-rank", "8"], tmp_path), "was begun with --galore-rank 4, not 8")
     other = image_folder(tmp_path / "other", 12, seed=1)
-    assert_refused(run_command([*again, "--data-dir", str(other)], tmp_path), "was trained on other images")
-    (tmp_path / "run" / "best.json").unlink()
+    assert_refused(run_command([*again, "--data-dir", str(other)], tmp_path), "was trained on other data")
+    (tmp_path / "run" / "result.json").unlink()
     assert_refused(galore_vit(tmp_path, "eval", "--run", "run"), "run is not finished")
 
 

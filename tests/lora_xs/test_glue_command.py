@@ -38,7 +38,9 @@ def test_it_learns_and_reports_the_metric(whole):
     validation = [r for r in rows(run) if r["split"] == "val"]
     assert [r["step"] for r in validation] == [0, 10, 20, 30, 40, 50]
     assert validation[-1]["accuracy"] > max(0.7, validation[0]["accuracy"])
-    assert json.loads((run / "result.json").read_text()) == {"task": "sst2", "accuracy": validation[-1]["accuracy"]}
+    result = json.loads((run / "result.json").read_text())
+    assert result["own"]["task"] == "sst2"
+    assert result["scores"] == {"dev": {"accuracy": validation[-1]["accuracy"]}}
     assert re.search(rf"accuracy +{100 * validation[-1]['accuracy']:.2f}", done.stdout)
     assert done.stdout == (run / "log.txt").read_text()
 
@@ -83,7 +85,7 @@ def test_sigterm_saves_and_resumes(whole, words, tmp_path):
     process.send_signal(signal.SIGTERM)
     done = process.wait()
     assert done.returncode == 143, done.stderr
-    assert "go on with --resume run" in done.stderr
+    assert "resume with --resume run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     again = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
     assert again.returncode == 0, again.stderr
@@ -140,7 +142,7 @@ def test_the_best_weights_are_kept_on_request(words, tmp_path):
     done = run_command([*words, "--keep", "best", "--epochs", "3"], tmp_path)
     assert done.returncode == 0, done.stderr
     best = max(r["accuracy"] for r in rows(tmp_path / "run") if r["split"] == "val")
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == best
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["dev"]["accuracy"] == best
 
 
 def test_another_adapter_is_a_start(whole, words, tmp_path):
@@ -153,7 +155,7 @@ def test_another_adapter_is_a_start(whole, words, tmp_path):
     torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
     assert float(old.abs().max()) > 1e-3
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert set(result) == {"task", "pearson", "spearman"}
+    assert set(result["scores"]["dev"]) == {"pearson", "spearman"}
     refused = run_command([*words, "--from-adapter", start, "--rank", "5", "--out", "other"], tmp_path)
     assert_refused(refused, "--rank 5", "which is 4")
 
@@ -262,8 +264,8 @@ def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_pat
     done = run_command([*words, "--tracker", "none", "--rank", "4", "--out", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert set(result) == {"task", metric}
-    assert f"{100 * result[metric]:.2f}" in done.stdout
+    assert set(result["scores"]["dev"]) == {metric}
+    assert f"{100 * result['scores']['dev'][metric]:.2f}" in done.stdout
 
 
 def test_the_encoders_dropout_is_on_while_it_trains(encoder, tmp_path):

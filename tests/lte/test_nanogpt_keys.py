@@ -5,7 +5,7 @@ import os
 
 import pytest
 from lte.cli import configure, train
-from lte.tasks.bench import configure as configure_bench
+from lte.tasks.bench_flags import configure as configure_bench
 from lte.tasks.nanogpt import translate
 from lte.tasks.sample import configure as configure_sample
 from lte.tasks.train_config import TrainConfig

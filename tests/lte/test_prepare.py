@@ -15,7 +15,8 @@ import lte.tasks.preparing
 import numpy as np
 import pytest
 from lte.tasks.pieces import Cutting
-from lte.tasks.prepare import DATASETS, prepare, resolve
+from lte.tasks.prepare import prepare
+from lte.tasks.prepare_flags import DATASETS, resolve
 from memtrain_common.data.text.corpus import load_corpus
 from memtrain_common.data.text.documents import find_sources
 from memtrain_common.data.text.tokenizers import GPT2Tokenizer

@@ -30,7 +30,7 @@ from memtrain_common.errors import LostRankError, Stopped, UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch
-from memtrain_common.training.loop import FitConfig, fit, mean_loss
+from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
 from safetensors.torch import load_file
 from support import newest_checkpoint, run_ranks
 
@@ -86,16 +86,29 @@ def train(
 
     try:
         fit(
-            model, crops, loss_fn, optimizer,
+            Task(
+                model,
+                crops,
+                loss_fn,
+                optimizer,
+                evaluate=evaluate,
+                after_step=merger.step,
+                clip=lambda limit: clip_grad_norm_per_head(model, limit, ranks),
+                stateful={"merger": merger, "sent": ranks},
+                parts=HeadShards(model, optimizer, ranks),
+            ),
             FitConfig(
-                max_iters=steps, eval_interval=50, log_interval=10, grad_clip=1.0, agree_interval=every or 10,
+                max_iters=steps,
+                eval_interval=50,
+                log_interval=10,
+                grad_clip=1.0,
+                agree_interval=every or 10,
                 patience_s=patience_s,
             ),
-            evaluate=evaluate, after_step=merger.step, run=run, resume=resume,
-            clip=lambda limit: clip_grad_norm_per_head(model, limit, ranks),
-            stateful={"merger": merger, "sent": ranks}, parts=HeadShards(model, optimizer, ranks),
+            run=run,
+            resume=resume,
             console=Console(out / f"log-{place.rank}.txt"),
-        )  # fmt: skip
+        )
     except (Stopped, LostRankError, UserError) as stopped:
         (out / f"stopped-{place.rank}").write_text(str(stopped))
         return
@@ -196,7 +209,7 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
         message = (out / f"stopped-{rank}").read_text()
         assert re.fullmatch(
             r"stopped at step \d+: another process is lost \(.*\); .* the last merged weights, for new heads; "
-            rf"go on with --resume {out}",
+            rf"resume with --resume {out}",
             message,
         ), message
     train(until_merge, FROZEN, every=10, steps=30)

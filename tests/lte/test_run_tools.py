@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from lte.cli import train
-from lte.tasks.bench import BenchConfig, flops_per_token, peak_flops
 from lte.tasks.bench import bench as run_bench
+from lte.tasks.bench_flags import BenchConfig, flops_per_token, peak_flops
 from lte.tasks.export import export
 from lte.tasks.prepare import prepare
 from lte.tasks.sample import sample
@@ -65,7 +65,7 @@ def test_full_training_alone_is_the_comparisons(place, tmp_path):
     train([*words, "--compare-full", "--full-learning-rate", "1e-3"])
     assert [r["loss"] for r in rows(tmp_path / "run" / "full")] == [r["loss"] for r in rows(place / "full")]
     assert read_run(tmp_path / "run" / "full").config.method == "full"
-    assert json.loads((tmp_path / "run" / "full" / "summary.json").read_text())["steps"] == 8
+    assert json.loads((tmp_path / "run" / "full" / "result.json").read_text())["steps"] == 8
 
 
 def test_evaluation_alone(place, tmp_path, capsys, monkeypatch):
@@ -256,13 +256,13 @@ def test_figures_show_the_runs(place, tmp_path, capsys, monkeypatch):
     table = capsys.readouterr().out.splitlines()
     expected = {"full": "none (full)", "attn": "attention", "both": "attention + MLP"}
     for line, (name, replaced) in zip(table[1:], expected.items(), strict=False):
-        summary = json.loads((place / name / "summary.json").read_text())
+        summary = json.loads((place / name / "result.json").read_text())
         assert line.split()[0] == name
         assert replaced in line
         assert f"{summary['evaluation']['loss']:.4f}" in line
         ledger = json.loads((place / name / "memory.json").read_text())["totals"]
         assert f"{sum(ledger.values()) / 2**10:.1f} KiB" in line
-    summary = json.loads((place / "both" / "summary.json").read_text())
+    summary = json.loads((place / "both" / "result.json").read_text())
     weights = load_file(newest_checkpoint(place / "both") / "model.safetensors")
     heads = sum(t.numel() for n, t in weights.items() if "lora_" in n)
     rest = sum(t.numel() for n, t in weights.items() if "wte" in n or "wpe" in n or "ln_" in n)
@@ -279,7 +279,7 @@ def test_figures_of_what_does_not_compare_are_refused(place, tmp_path):
     for words, *expected in (
         (["--figures"], "--figures needs run folders"),
         (["--figures", "nowhere"], "nowhere is not a run"),
-        (["--figures", "half"], "half has no summary.json: it is not finished", "--resume half"),
+        (["--figures", "half"], "half has no result.json: it is not finished", "--resume half"),
         (["--figures", str(place / "full"), str(place / "full")], "a run twice"),
     ):
         assert_refused(run_command(["lte-train", *words], tmp_path), *expected)

@@ -61,7 +61,7 @@ def test_the_folder_holds_everything(whole):
     names = {p.name for p in run.iterdir()} - {"energy.csv", ".lock"}
     assert names == {
         "config.json", "metrics.jsonl", "log.txt", "memory.json", "loss.png", "memory.png", "tensorboard",
-        "checkpoints", "full", "summary.json",
+        "checkpoints", "full", "result.json",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["lora_r"] == 4
@@ -173,7 +173,7 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
     assert re.fullmatch(
-        rf"lte-train: stopped by {signum.name} at step \d+; checkpoint run/.*; go on with --resume run", lines[0]
+        rf"lte-train: stopped by {signum.name} at step \d+; checkpoint run/.*; resume with --resume run", lines[0]
     )
     done = run_command(["lte-train", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -367,7 +367,7 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     data["config"]["data_dir"] = str(cwd / "other")
     (cwd / "copy").mkdir()
     (cwd / "copy" / "config.json").write_text(json.dumps(data))
-    assert_refused(run_command(["lte-train", "--resume", "copy"], cwd), "was trained on", "and the text found now")
+    assert_refused(run_command(["lte-train", "--resume", "copy"], cwd), "was trained on other data", "was found now")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 

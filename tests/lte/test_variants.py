@@ -20,7 +20,7 @@ from lte import (
     param_groups,
 )
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.training.loop import FitConfig, fit
+from memtrain_common.training.loop import FitConfig, Task, fit
 from torch import nn
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -364,10 +364,16 @@ def test_accumulated_gradients_are_one_step_of_the_merge_clock():
         merger = Merger(model, 2)
         order = rows.transpose(0, 1).reshape(1, 16) if micro == 1 else rows.reshape(2, 8)
         fit(
-            model, lambda i, order=order: (x[order[i % len(order)]], y[order[i % len(order)]]), next_token_loss,
-            optimizer, FitConfig(max_iters=5, gradient_accumulation_steps=micro, grad_clip=0.5),
-            after_step=merger.step, clip=lambda limit, model=model: clip_grad_norm_per_head(model, limit),
-        )  # fmt: skip
+            Task(
+                model,
+                lambda i, order=order: (x[order[i % len(order)]], y[order[i % len(order)]]),
+                next_token_loss,
+                optimizer,
+                after_step=merger.step,
+                clip=lambda limit, model=model: clip_grad_norm_per_head(model, limit),
+            ),
+            FitConfig(max_iters=5, gradient_accumulation_steps=micro, grad_clip=0.5),
+        )
         assert (merger.steps, merger.merges) == (5, 2)
         losses.append(next_token_loss(model.eval(), (x, y)))
     torch.testing.assert_close(*losses, **EXACT)

@@ -85,7 +85,7 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         left = len(runner.left())
         raise Stopped(
-            signum, f"stopped by {signal.Signals(signum).name} with {left} arms left; go on with --resume {run.path}"
+            signum, f"stopped by {signal.Signals(signum).name} with {left} arms left; resume with --resume {run.path}"
         ) from None
     found = draw(run.path, console)
     _end(run.path, [r for s in found for r in s.results])

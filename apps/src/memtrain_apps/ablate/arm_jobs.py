@@ -38,6 +38,6 @@ def predict_job(job: Job) -> dict[str, Any] | None:
     config = configure_finetune(with_device(job))
     world, device = launch(job.device)
     workload = workload_of(config, world)
-    workload.model.to(device)
+    workload.task.model.to(device)
     predicted = predict_run(workload, config, config, device=device)
     return {"predicted": predicted.ledger.totals, "predicted_peak_bytes": predicted.peak_bytes}

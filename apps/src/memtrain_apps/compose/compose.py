@@ -2,32 +2,20 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from memtrain_common.errors import UserError
-from memtrain_common.training.training_state import Stateful
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .axes import Axes, check
 from .checkpointing import CheckpointBlocks
 from .families import blocks, head_name, matrices
-
-
-@dataclass(frozen=True)
-class Composed:
-    """What ``fit`` needs beside batches and a loss."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    saving: Callable[[], AbstractContextManager[Any]]
-    after_step: Callable[[], Any] | None = None
-    clip: Callable[[float], Tensor] | None = None
-    stateful: Mapping[str, Stateful] = field(default_factory=dict)
 
 
 def load_libraries(train: str, optim: str) -> None:
@@ -39,7 +27,7 @@ def load_libraries(train: str, optim: str) -> None:
 
 
 def compose(
-    model: nn.Module,
+    task: Task,
     axes: Axes,
     *,
     lr: float,
@@ -48,8 +36,8 @@ def compose(
     predicting: bool = False,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     say: Callable[[str], None] = lambda _: None,
-) -> Composed:
-    """Everything that a training by ``axes`` needs, made from a plain model, which is changed in place.
+) -> Task:
+    """The task trained by ``axes``: its plain model is changed in place, and what belongs to the choices is added.
 
     Args:
         lr: of what is trained.
@@ -63,17 +51,18 @@ def compose(
         UserError: if the combination has no meaning, or none for this model.
     """
     check(axes)
-    keeps = saving(model, axes)  # before adapters: a block is found by the plain model's names
-    model = inject(model, axes, predicting=predicting)
+    keeps = saving(task.model, axes)  # before adapters: a block is found by the plain model's names
+    model = inject(task.model, axes, predicting=predicting)
     wrapped = wrap(model)
     optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
+    task = replace(task, model=wrapped, optimizer=optimizer, saving=keeps)
     if axes.train != "lte":
-        return Composed(wrapped, optimizer, keeps)
+        return task
     import lte
 
     merger = lte.Merger(model, axes.merge_steps)
     clip = partial(lte.clip_grad_norm_per_head, model)
-    return Composed(wrapped, optimizer, keeps, merger.step, clip, {"merger": merger})
+    return replace(task, after_step=merger.step, clip=clip, stateful={"merger": merger})
 
 
 # -- train ---------------------------------------------------------------------------------------------------------
@@ -265,11 +254,6 @@ def _split(
                     rates = {"lr": head_lr if of_head else lr, "weight_decay": weight_decay if decayed else 0.0}
                     out.append({**group, "params": chosen, **rates})
     return out
-
-
-def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained."""
-    return [plain_name(n) for n, p in model.named_parameters() if p.requires_grad]
 
 
 def plain_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a combination will hold, composed from the moments of its forward and backward pass and of its optimizer's step.
+"""What a combination will hold, composed from what its forward and backward pass and its optimizer's step use.
 
 A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by
 the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of
@@ -13,8 +13,8 @@ from typing import Any, cast
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, Optim, refusal
-from .moments import OptimizerMoments, StepMoments, optimizer_moments, step_moments
 from .shape_models import Step
+from .step_use import OptimizerUse, StepUse, optimizer_use_of, step_use_of
 
 SCALED_LOSS = 4
 """Bytes of the loss divided by the number of micro-batches."""
@@ -64,7 +64,7 @@ class Forecast:
     """Numbers."""
 
 
-def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: OptimizerMoments) -> Forecast:
+def compose_forecast(place: Workplace, axes: Axes, step: StepUse, optim: OptimizerUse) -> Forecast:
     """The two sets of moments as one training step.
 
     The peak is that of the forward and backward pass (the state lies beside it), of the optimizer's step, or of LTE's
@@ -104,16 +104,16 @@ def compose_forecast(place: Workplace, axes: Axes, step: StepMoments, optim: Opt
 # -- counting --------------------------------------------------------------------------------------------------------
 
 
-def count_step(place: Workplace, axes: Axes) -> StepMoments:
+def count_step(place: Workplace, axes: Axes) -> StepUse:
     """The forward and backward pass of a micro-batch, of the model at its whole depth."""
     refuse(place, axes)
-    return _whole_depth(place.step, lambda step: step_moments(step, axes, place.rows, place.shards), _draw_out, 2)
+    return _whole_depth(place.step, lambda step: step_use_of(step, axes, place.rows, place.shards), _draw_out, 2)
 
 
-def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerMoments | str]:
+def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerUse | str]:
     """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
-    count = lambda step: optimizer_moments(step, axes, optims, place.shards)  # noqa: E731
-    return cast(dict[Optim, OptimizerMoments | str], _whole_depth(place.step, count, _lines, 1))
+    count = lambda step: optimizer_use_of(step, axes, optims, place.shards)  # noqa: E731
+    return cast(dict[Optim, OptimizerUse | str], _whole_depth(place.step, count, _lines, 1))
 
 
 def predict_arm(place: Workplace, axes: Axes) -> Forecast:
@@ -174,10 +174,10 @@ def _lines(shallow: dict[Optim, Any], deep: dict[Optim, Any], blocks: int, depth
     return {o: d if isinstance(d, str) else _line(shallow[o], d, blocks, depth) for o, d in deep.items()}
 
 
-def _draw_out(shallow: StepMoments, deep: StepMoments, blocks: int, depth: int) -> StepMoments | None:
+def _draw_out(shallow: StepUse, deep: StepUse, blocks: int, depth: int) -> StepUse | None:
     """The same, the peaks by their bound; None where that is too far above what was counted."""
     more = depth - blocks
-    line: StepMoments = _line(shallow, deep, blocks, depth)
+    line: StepUse = _line(shallow, deep, blocks, depth)
     grows = {n: getattr(deep, n) - getattr(shallow, n) for n in ("weights", "buffers", "activations", "gradients")}
     standing = grows["weights"] + grows["buffers"]
     bounds = {

@@ -8,7 +8,7 @@ from memtrain_common.measuring.prediction import LiveBytes
 from ..compose.axes import Axes
 from ..compose.compose import compose
 from .forecast import Workplace
-from .shape_models import build_model, loss_of, make_batch
+from .shape_models import build_model, loss_of, make_batch, plain_task
 
 
 def measure_place(place: Workplace, axes: Axes, device: torch.device) -> tuple[dict[str, int], int]:
@@ -24,8 +24,9 @@ def measure_place(place: Workplace, axes: Axes, device: torch.device) -> tuple[d
     cuda = device.type == "cuda"
     ledger: dict[str, int] = {}
     with LiveBytes() as live:
-        composed = compose(build_model(place.step.shape, place.step.weights).to(device), axes, lr=1e-4, predicting=True)
-        model = composed.model
+        model = build_model(place.step.shape, place.step.weights).to(device)
+        composed = compose(plain_task(place.step, model, place.rows), axes, lr=1e-4, predicting=True)
+        model, optimizer = composed.model, composed.needed_optimizer()
         live.peak_bytes = live.bytes
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -41,10 +42,10 @@ def measure_place(place: Workplace, axes: Axes, device: torch.device) -> tuple[d
                 del recording
                 (value / place.micro_batches).backward()
                 del value
-            composed.optimizer.step()
+            optimizer.step()
             if step == 0:
-                ledger = measure(model, composed.optimizer, {"(model)": saved}).totals
-            composed.optimizer.zero_grad(set_to_none=True)
+                ledger = measure(model, optimizer, {"(model)": saved}).totals
+            optimizer.zero_grad(set_to_none=True)
             if composed.after_step is not None:
                 composed.after_step()
         peak = torch.cuda.max_memory_allocated(device) if cuda else live.peak_bytes

@@ -25,8 +25,8 @@ from .forecast import (
     refuse,
 )
 from .known import read, scores_of
-from .moments import OptimizerMoments, StepMoments
 from .shape_models import Step
+from .step_use import OptimizerUse, StepUse
 
 SAME_GRADIENT = ("all", "checkpoint", "offload")
 """Choices of ``save`` that change no number of the training."""
@@ -142,8 +142,8 @@ class _Counts:
 
     def __init__(self, config: PlanConfig, place: Workplace, console: Console) -> None:
         self.config, self.place, self._console = config, place, console
-        self._steps: dict[tuple[str, str], dict[int, StepMoments]] = {}
-        self._optims: dict[tuple[str, str], OptimizerMoments] = {}
+        self._steps: dict[tuple[str, str], dict[int, StepUse]] = {}
+        self._optims: dict[tuple[str, str], OptimizerUse] = {}
         self._refused: dict[tuple[str, str], str] = {}
         axes = list(_combinations(config))
         meant = [a for a in axes if not self._why_refused(a)]
@@ -259,7 +259,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run(task: _Task) -> StepMoments | dict[Optim, OptimizerMoments | str] | str:
+def _run(task: _Task) -> StepUse | dict[Optim, OptimizerUse | str] | str:
     """One count, or the sentence that refuses it."""
     try:
         if task.optims:

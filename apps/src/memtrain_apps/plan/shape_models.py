@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from memtrain_common.errors import UserError
 from memtrain_common.training.loop import DTYPES
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .shapes import Shape
@@ -87,3 +88,8 @@ def loss_of(step: Step, model: nn.Module, batch: Any) -> Tensor:
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         return losses[step.shape.task](model, batch)
+
+
+def plain_task(step: Step, model: nn.Module, rows: int = 1) -> Task:
+    """The step as a task that a composition can choose for."""
+    return Task(model, lambda _: make_batch(step, rows), lambda m, batch: loss_of(step, m, batch))

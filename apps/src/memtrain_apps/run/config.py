@@ -1,12 +1,12 @@
 """What ``finetune`` and ``pretrain`` are asked to do: flags and presets. No torch here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from memtrain_common.commands import configure as common
-from memtrain_common.commands.run_flags import Lr, RunFlags
+from memtrain_common.commands.run_flags import ImageFlags, Lr, RunFlags, Select, StepFlags
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, check, names, refuse_unused
@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound="RunConfig")
 
 
 @dataclass(frozen=True)
-class RunConfig(RunFlags, Axes):
+class RunConfig(RunFlags, StepFlags, Axes):
     """Flags of both commands, after those of the axes."""
 
     # -- the run
@@ -28,10 +28,10 @@ class RunConfig(RunFlags, Axes):
     """Peak learning rate; 0 takes the usual one of --train and --optim, which is said."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (sgd: added to the gradient)."""
+    select: Select = "best"
+    """Weights to end with, which are tested and saved: the last, or those of the best validation."""
     batch_size: int = 64
     """Samples a micro-batch, over all processes."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip. lte clips each head by its own norm."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -50,8 +50,10 @@ class RunConfig(RunFlags, Axes):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(RunConfig, ImageFlags):
     """Every flag of finetune; kept in the run folder's config.json."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"recipe": "augment"}
 
     # -- data and model
     data: str = "digits"
@@ -59,8 +61,6 @@ class FinetuneConfig(RunConfig):
     glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
     data_dir: str = ""
     """Folder (or zip) with the data in its public form."""
-    size: int = 28
-    """Pixels of a MedMNIST file."""
     labels: tuple[int, ...] = ()
     """Only the pictures of these classes, in this order; empty takes all."""
     model: str = ""
@@ -68,16 +68,10 @@ class FinetuneConfig(RunConfig):
     takes vit-mini. Language: folder of a transformers model, or its name on the hub."""
     weights: str = ""
     """Pictures: pretrained weights (transformers' folder, Google's .npz, timm's .safetensors; a CNN's state dict)."""
-    image_size: int = 0
-    """Pixels that the model sees; 0 takes the model's."""
-    recipe: Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"] = "none"
-    """Augmentation of pictures."""
     max_length: int = 128
     """Tokens that a text is cut to."""
     head_lr: float = 0.0
     """Peak learning rate of the task head; 0 takes --lr."""
-    epochs: float = 10.0
-    """Passes over the training rows."""
     eval_epochs: float = 1.0
     """Epochs between evaluations; the checkpoint that validates best is tested."""
 
@@ -107,8 +101,10 @@ class PretrainConfig(RunConfig):
     """Biases in linear layers and norms (gpt); bitfit needs them."""
     batch_size: int = 16
     """Crops a micro-batch, over all processes."""
+    epochs: float = 0.0
+    """Passes over the training tokens, instead of --max-iters; 0 leaves it to that."""
     max_iters: int = 500
-    """Optimizer steps."""
+    """Optimizer steps, where --epochs is 0."""
     eval_interval: int = 100
     """Steps between evaluations."""
     eval_iters: int = 20
@@ -116,7 +112,7 @@ class PretrainConfig(RunConfig):
 
 
 VIT_S = FinetuneConfig(
-    data="cifar100", model="vit-s-16", batch_size=32, recipe="vit", optim="sgd", lr=1e-3, epochs=10, adapt="attention",
+    data="cifar100", model="vit-s-16", batch_size=32, augment="vit", optim="sgd", lr=1e-3, epochs=10, adapt="attention",
     rank=4, alpha=8.0, dropout=0.1,
 )  # fmt: skip
 FINETUNE_PRESETS = {
@@ -148,7 +144,7 @@ PRETRAIN_PRESETS = {
 }  # fmt: skip
 
 # What a resumed run may do otherwise than it began. The data's hash is compared besides.
-MAY_CHANGE = {"out", "resume", "data_dir", "tracker", "device", "workers", "save_model", "log_interval"}
+MAY_CHANGE = {"out", "resume", "data_dir", "tracker", "device", "workers", "save_model", "log_interval", "select"}
 
 # Usual peak learning rates: with Adam's state, and with sgd.
 LEARNING_RATES = {
@@ -193,7 +189,7 @@ def checked(config: Config) -> Config:
     at_least: dict[str, Any] = {
         "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0,
         "warmup_ratio": 0, "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0,
-        "max_length": 2, "head_lr": 0, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 1,
+        "max_length": 2, "head_lr": 0, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "max_iters": 0,
         "eval_interval": 1, "eval_iters": 1,
     }  # fmt: skip
     own = {f.name for f in fields(config)}
@@ -201,8 +197,12 @@ def checked(config: Config) -> Config:
         if name in own and not least <= getattr(config, name) < math.inf:
             raise UserError(f"{common.flag(name)} must be at least {least}, got {getattr(config, name)}")
     for name in ("epochs", "eval_epochs"):
-        if name in own and not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{common.flag(name)} must be above 0, got {getattr(config, name)}")
+        if name in own and not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{common.flag(name)} must be at least 0, got {getattr(config, name)}")
+    if not config.epochs and not config.max_iters:
+        raise UserError("--epochs and --max-iters are both 0: give one of them")
+    if "eval_epochs" in own and not getattr(config, "eval_epochs", 1):
+        raise UserError("--eval-epochs must be above 0, got 0")
     if not config.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
     if config.train == "lte" and config.batch_size % config.heads:

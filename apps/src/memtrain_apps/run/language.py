@@ -17,6 +17,7 @@ from memtrain_common.data.text.instruct import examples
 from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_classifier, load_tokenizer
 from memtrain_common.training.distributed import World
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .config import FinetuneConfig
@@ -45,9 +46,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
         return evaluation(task, prepared, m, config.batch_size)
 
     return Workload(
-        model=model,
-        batches=batches,
-        loss=model_loss,
+        task=Task(model, batches, model_loss),
         evaluate=evaluate,
         metric=TASKS[task].metrics[0],
         higher_is_better=True,
@@ -95,9 +94,7 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
 
     digest = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
     return Workload(
-        model=model,
-        batches=batches,
-        loss=instruct_loss,
+        task=Task(model, batches, instruct_loss),
         evaluate=evaluate,
         metric="loss",
         higher_is_better=False,
@@ -119,9 +116,9 @@ def _need_model(config: FinetuneConfig) -> None:
 
 
 def _lengths(config: FinetuneConfig, rows: int) -> dict[str, Any]:
-    per_epoch = rows / (config.batch_size * config.gradient_accumulation_steps)
+    per_step = config.batch_size * config.gradient_accumulation_steps
     return {
-        "steps": max(1, math.ceil(config.epochs * per_epoch)),
-        "eval_interval": max(1, math.ceil(config.eval_epochs * per_epoch)),
-        "units_per_step": config.batch_size * config.gradient_accumulation_steps,
+        "steps": config.total_steps(rows, per_step),
+        "eval_interval": max(1, math.ceil(config.eval_epochs * rows / per_step)),
+        "units_per_step": per_step,
     }

@@ -12,6 +12,7 @@ from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.models.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.training.distributed import World
+from memtrain_common.training.task import Task
 from torch import nn
 
 from .config import FinetuneConfig
@@ -27,29 +28,27 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         raise UserError(f"--image-size is missing: the pictures have several sizes, and {name} takes any")
     classifier = build_classifier(name, len(pictures.classes), weights=config.weights, image_size=size)
     rows = len(pictures.splits["train"])
-    per_epoch = rows / (config.batch_size * config.gradient_accumulation_steps)
+    per_step = config.batch_size * config.gradient_accumulation_steps
     batches = ImageBatches(
         pictures.splits["train"],
         config.batch_size,
         classifier.image_size,
         config.seed,
-        recipe=config.recipe,
+        recipe=config.augment,
         normalize=classifier.normalize,
         multi_label=pictures.multi_label,
         rank=world.rank,
         world_size=world.size,
     )
     return Workload(
-        model=classifier.model,
-        batches=batches,
-        loss=classification_loss,
+        task=Task(classifier.model, batches, classification_loss),
         evaluate=partial(_evaluate, pictures, classifier, config),
         metric="accuracy",
         higher_is_better=True,
-        steps=max(1, math.ceil(config.epochs * per_epoch)),
-        eval_interval=max(1, math.ceil(config.eval_epochs * per_epoch)),
+        steps=config.total_steps(rows, per_step),
+        eval_interval=max(1, math.ceil(config.eval_epochs * rows / per_step)),
         about=pictures.describe(),
-        units_per_step=config.batch_size * config.gradient_accumulation_steps,
+        units_per_step=per_step,
     )
 
 
@@ -85,7 +84,7 @@ def _evaluate(
     device = next(model.parameters()).device
     total = correct = count = 0.0
     for pixels, labels in evaluation_batches(
-        pictures.splits[split], classifier.image_size, recipe=config.recipe, normalize=classifier.normalize,
+        pictures.splits[split], classifier.image_size, recipe=config.augment, normalize=classifier.normalize,
         batch=max(config.batch_size, 128), multi_label=pictures.multi_label,
     ):  # fmt: skip
         batch = (pixels.to(device), labels.to(device))

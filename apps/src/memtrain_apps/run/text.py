@@ -1,5 +1,6 @@
 """Text to pre-train on, by nanoGPT's GPT or a Llama of the same size."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ from memtrain_common.data.text.corpus import Crops, load_corpus
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.training.distributed import World
 from memtrain_common.training.loop import mean_loss
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .config import PretrainConfig
@@ -30,13 +32,11 @@ def text_workload(config: PretrainConfig, world: World) -> Workload:
     loss = next_token_loss if config.model == "gpt" else llama_loss
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     return Workload(
-        model=language_model(config, vocab),
-        batches=crops,
-        loss=loss,
+        task=Task(language_model(config, vocab), crops, loss),
         evaluate=partial(_evaluate, crops, config.eval_iters, loss),
         metric="loss",
         higher_is_better=False,
-        steps=config.max_iters,
+        steps=max(1, math.ceil(config.epochs * len(corpus.train) / tokens)) if config.epochs else config.max_iters,
         eval_interval=config.eval_interval,
         about={**corpus.describe()},
         splits=("val",),

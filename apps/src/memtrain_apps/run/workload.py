@@ -4,19 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from memtrain_common.training.task import Task
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Workload:
     """What a run trains on, whatever the axes say."""
 
-    model: nn.Module
-    """Plain, with its own weights, on the CPU."""
-    batches: Callable[[int], Any]
-    """Micro-batch i of this process, a pure function of i."""
-    loss: Callable[[nn.Module, Any], Tensor]
-    """(model, batch) -> its mean loss."""
+    task: Task
+    """The plain model with its own weights, on the CPU; its batches and its loss."""
     evaluate: Callable[[nn.Module, str], dict[str, float]]
     """(model, split) -> numbers by name, "loss" and ``metric`` among them."""
     metric: str

@@ -3,25 +3,14 @@
 import difflib
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 
 from .errors import LoRAXSError
+from .tasks.commands import COMMANDS
 
 PROG = "lora-xs"
-
-# command: (module that has `main(argv)`, what it does)
-COMMANDS = {
-    "glue": ("glue_flags", "train on a GLUE task, from scratch or from another adapter; --grid for the official grids"),
-    "instruct": ("instruct_flags", "tune a language model on instructions, the prompt masked from the loss"),
-    "eval": ("eval_flags", "generate answers to gsm8k, math, a commonsense set or a file, and score them"),
-    "merge": ("adapter_flags", "write a model folder with the adapter in its weights"),
-    "export-peft": ("adapter_flags", "write the adapter as a plain LoRA that PEFT and transformers load"),
-    "info": ("adapter_flags", "say what is in an adapter, or what an adapter of some rank would be"),
-    "demo": ("demo_flags", "LoRA-XS, LoRA and full fine-tuning side by side on embedded data, in two minutes"),
-}
 
 
 def usage() -> str:
@@ -45,9 +34,9 @@ def dispatch(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown command {name!r}{hint}: the commands are {', '.join(COMMANDS)}")
-    module, description = COMMANDS[name]
+    command, description = COMMANDS[name]
     try:
-        import_module(f".tasks.{module}", __package__).main(name, rest, description[0].upper() + description[1:] + ".")
+        command(rest, description[0].upper() + description[1:] + ".")
     except LoRAXSError as error:
         raise UserError(str(error).rstrip(".").replace("\n", " ")) from error
 

@@ -197,9 +197,9 @@ class LoRAXSConfig:
             config: of PEFT. What LoRA-XS has no counterpart for (DoRA, trained biases, …) is refused by name.
             ours: fields of this class that PEFT does not have (`init`, `svd`, `seed`, `r_std`, …).
         """
-        from .peft_config import from_peft
+        from .peft_config import fields_of
 
-        return from_peft(config, **ours)
+        return cls(**fields_of(config), **ours)
 
 
 # A word of PEFT's can be read too. Taken from the dataclass, so that `dataclasses.replace` does not pass it on.

@@ -7,7 +7,6 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from .config import LoRAXSConfig
 from .errors import LoRAXSError
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ _HEADS = {"QUESTION_ANS": ("qa_outputs",)}
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def from_peft(config: LoraConfig, **ours: Any) -> LoRAXSConfig:
-    """See :meth:`lora_xs.LoRAXSConfig.from_peft`."""
+def fields_of(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a :class:`lora_xs.LoRAXSConfig` that adapts what PEFT's would; see its ``from_peft``."""
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -54,7 +53,7 @@ def from_peft(config: LoraConfig, **ours: Any) -> LoRAXSConfig:
     if isinstance(exclude, str):
         raise LoRAXSError(f"exclude_modules must be a list of names here, not the regular expression {exclude!r}")
     indices = config.layers_to_transform
-    return LoRAXSConfig(
+    return dict(
         rank=config.r,
         alpha=alpha,
         targets=targets if isinstance(targets, str) else (*sorted(targets or ()), *parameters),
@@ -65,7 +64,6 @@ def from_peft(config: LoraConfig, **ours: Any) -> LoRAXSConfig:
         alpha_pattern=alphas,
         layers_to_transform=(indices,) if isinstance(indices, int) else tuple(indices) if indices else None,
         layers_pattern=tuple([p] if isinstance(p := config.layers_pattern or (), str) else p),
-        **ours,
     )
 
 

@@ -10,7 +10,7 @@ from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_
 from memtrain_common.errors import UserError
 
 from .tasks.nanogpt import translate
-from .tasks.prepare import DATASETS
+from .tasks.prepare_flags import DATASETS
 from .tasks.source_presets import SOURCE_PRESETS
 from .tasks.train_config import MAY_CHANGE, PROG, TrainConfig, check
 

@@ -1,13 +1,13 @@
 """``backrazor-glue``: flags, presets, checks. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar
 
-from memtrain_common.commands.configure import at_least, below_one, configure, one_of, positive, required
-from memtrain_common.commands.run_flags import LearningRate, RunFlags
+from memtrain_common.commands.configure import at_least, below_one, one_of, positive, required
+from memtrain_common.commands.run_flags import LearningRate, RunFlags, Select, StepFlags
 
-from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
+from .razor_flags import ModeFlags, check_razor
 
 PROG = "backrazor-glue"
 DESCRIPTION = """Fine-tune an encoder on a GLUE task, by Back Razor or densely.
@@ -18,8 +18,13 @@ TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
 
 
 @dataclass(frozen=True)
-class GlueConfig(RunFlags):
+class GlueConfig(RunFlags, StepFlags, ModeFlags):
     """Every flag of backrazor-glue; kept in the run folder's config.json."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "num_train_epochs": "epochs", "max_seq_length": "max_length", "max_grad_norm": "grad_clip",
+        "eval_steps": "eval_interval",
+    }  # fmt: skip
 
     # -- input and output
     task: str = ""
@@ -28,43 +33,27 @@ class GlueConfig(RunFlags):
     """Folder of a transformers encoder with its tokenizer, or its name on the hub."""
     data_dir: str = ""
     """Folder with GLUE's TSV files (DIR/RTE/train.tsv, …); empty reads the hub's nyu-mll/glue."""
-    # -- what is trained, and what is saved for the backward pass
-    mode: Mode = "backrazor"
-    """full: all weights, dense (the baseline). bitfit: biases and the head. head: the head alone. backrazor: all
-    weights, with the saved activations sparsified."""
     keep: float = 0.2
     """Part of each activation that Back Razor keeps; the official code's is fixed at 0.2."""
-    razor_mode: RazorMode = "default"
-    """default, or paper: what the official code stores."""
-    attention: Attention = "pruned"
-    """Whether attention's own activations are pruned too, or kept as they are."""
-    values: Values = "bf16"
-    """How kept values are written."""
     # -- optimizer: AdamW, a linear schedule
     learning_rate: LearningRate = 2e-5
     """Peak learning rate; it falls to 0 linearly."""
-    num_train_epochs: float = 10.0
-    """Passes over the training rows."""
     per_device_train_batch_size: int = 8
     """Rows a micro-batch on each process."""
     per_device_eval_batch_size: int = 8
     """Rows a batch in evaluation."""
     gradient_accumulation_steps: int = 4
     """Micro-batches an optimizer step; with 4 processes give 1, which is the same step."""
-    max_seq_length: int = 512
+    max_length: int = 512
     """Tokens a row is cut to."""
     pad_to_max_length: bool = False
-    """Pad every row to --max-seq-length, as the official code does, and not to the longest of its batch."""
+    """Pad every row to --max-length, as the official code does, and not to the longest of its batch."""
     warmup_ratio: float = 0.0
     """Part of the steps in which the learning rate rises."""
-    weight_decay: float = 0.0
-    """AdamW's, of matrices."""
-    max_grad_norm: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
     # -- evaluation
-    eval_steps: int = 100
+    eval_interval: int = 100
     """Steps between evaluations; 0 evaluates after each epoch."""
-    select: Literal["last", "best"] = "last"
+    select: Select = "last"
     """Weights that are reported: the last, or those of the best evaluation, which is picked on the reported rows."""
     max_train_samples: int = 0
     """Use the first so many training rows; 0 uses all."""
@@ -95,17 +84,10 @@ def check(config: GlueConfig, plain: GlueConfig) -> GlueConfig:
     one_of("task", config.task, TASKS)
     at_least(
         config, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
-        max_seq_length=2, warmup_ratio=0, weight_decay=0, max_grad_norm=0, eval_steps=0, log_interval=1,
+        max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, eval_interval=0, max_iters=0, log_interval=1,
         max_train_samples=0, max_eval_samples=0, seed=0,
     )  # fmt: skip
-    positive(config, "learning_rate", "num_train_epochs")
+    positive(config, "learning_rate", "epochs")
     below_one(config, "warmup_ratio")
     check_razor(config, plain)
     return config
-
-
-def main(argv: Sequence[str]) -> None:
-    config = configure(GlueConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS, check=check)
-    from .glue import run_glue
-
-    run_glue(config, argv)

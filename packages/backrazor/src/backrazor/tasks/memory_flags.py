@@ -1,14 +1,12 @@
 """``backrazor-memory``: flags and checks. No torch here."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from memtrain_common.commands.cli import parse
 from memtrain_common.commands.configure import at_least, fraction, refuse_unused
 from memtrain_common.errors import UserError
 
-from .razor_flags import Attention, RazorMode, Values
+from .razor_flags import RazorFlags
 
 PROG = "backrazor-memory"
 KNOWN = (
@@ -24,7 +22,7 @@ usage: {PROG} MODEL [flags]"""
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(RazorFlags):
     """Every flag of backrazor-memory."""
 
     model: str = ""
@@ -43,14 +41,6 @@ class MemoryConfig:
     """Attention written out (softmax of a product), where transformers' default is scaled_dot_product_attention."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast's dtype."""
-    keep: float = 0.1
-    """Part of each activation that Back Razor keeps."""
-    razor_mode: RazorMode = "default"
-    """default, or paper: what the official code stores."""
-    attention: Attention = "pruned"
-    """Whether attention's own activations are pruned too, or kept as they are."""
-    values: Values = "bf16"
-    """How kept values are written."""
     measure: bool = False
     """Run the step on real tensors, and count what it holds, instead of predicting it."""
     layers: Literal["alike", "all", "none"] = "alike"
@@ -76,14 +66,3 @@ def check(config: MemoryConfig) -> MemoryConfig:
     if config.model.startswith(("bert", "roberta", "gpt2")):
         refuse_unused(config, MemoryConfig(), ("image_size",), f"{config.model} sees tokens")
     return config
-
-
-def main(argv: Sequence[str]) -> None:
-    default = MemoryConfig()
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        default = replace(default, model=words.pop(0))
-    config = check(parse(MemoryConfig, words, prog=PROG, description=DESCRIPTION, default=default))
-    from .memory import run_memory
-
-    run_memory(config)

@@ -1,5 +1,6 @@
 """The flags of Back Razor that its commands share, and what they must satisfy. No torch here."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from memtrain_common.commands.configure import fraction, refuse_unused
@@ -9,6 +10,29 @@ RazorMode = Literal["default", "paper"]
 Attention = Literal["pruned", "exact"]
 Values = Literal["bf16", "fp32", "fp16", "int8"]
 FIELDS = ("keep", "razor_mode", "attention", "values")
+
+
+@dataclass(frozen=True)
+class RazorFlags:
+    """What Back Razor keeps of each activation."""
+
+    keep: float = 0.1
+    """Part of each activation that Back Razor keeps: 1 less the official back_prune_ratio."""
+    razor_mode: RazorMode = "default"
+    """default, or paper: what the official code stores."""
+    attention: Attention = "pruned"
+    """Whether attention's own activations are pruned too, or kept as they are."""
+    values: Values = "bf16"
+    """How kept values are written."""
+
+
+@dataclass(frozen=True)
+class ModeFlags(RazorFlags):
+    """What is trained, and what is saved for the backward pass."""
+
+    mode: Mode = "backrazor"
+    """full: all weights, dense (the baseline). bitfit: biases and the head. head: the head alone. backrazor: all
+    weights, with the saved activations made smaller."""
 
 
 def check_razor(config: Any, plain: Any) -> None:

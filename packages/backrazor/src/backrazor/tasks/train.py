@@ -1,46 +1,42 @@
-"""The composition behind ``backrazor-train``: pictures, classifier, what is trained and saved, the loop, the test."""
+"""The composition behind ``backrazor-train``: pictures, classifier, what is trained and saved, the test."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from memtrain_common.commands.session import open_run
-from memtrain_common.commands.summary import run_facts
-from memtrain_common.console import Console, format_table
+from memtrain_common.commands.result import Outcome
+from memtrain_common.commands.session import Session
+from memtrain_common.console import format_table
 from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import fetch, load_images
 from memtrain_common.errors import UserError
-from memtrain_common.files import write_json
-from memtrain_common.measuring.memory import Ledger
-from memtrain_common.measuring.plots import plot_loss, plot_memory
-from memtrain_common.models.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
-from memtrain_common.runs.checkpoint import load as load_checkpoint
-from memtrain_common.runs.run_folder import RunFolder
-from memtrain_common.runs.trackers import check_tracker
-from memtrain_common.training.cpu_workarounds import avoid_broken_amx
-from memtrain_common.training.distributed import gather_objects, launch, parallelize, unwrap, world
-from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.models.classifiers import (
+    Classifier,
+    build_classifier,
+    classification_loss,
+    logits_of,
+    usual_size,
+)
+from memtrain_common.training.distributed import gather_objects, parallelize
+from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import cosine_with_warmup, linear_with_warmup
+from memtrain_common.training.task import Task
 from torch import nn
 
 from .saving import NAMES, dense_activations, fix_statistics, saving_of, side_by_side, train_only
-from .train_flags import MAY_CHANGE, PROG, TrainConfig
+from .train_flags import FREE, PROG, TrainConfig
 
 
 @dataclass(frozen=True)
 class Trained:
     """One trained model with what there is to say of it."""
 
-    model: nn.Module
-    """With the weights that were tested."""
-    result: FitResult
+    session: Session
+    outcome: Outcome
     dense: dict[str, int]
     """Bytes by layer that a step would save without Back Razor, predicted."""
     test: dict[str, float]
@@ -48,14 +44,9 @@ class Trained:
 
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``backrazor-train`` does once its flags are checked."""
-    place, device = launch(config.device)
-    if device.type == "cpu" and config.dtype == "bfloat16":
-        avoid_broken_amx()
-    if config.batch_size % place.size:
-        raise UserError(f"--batch-size {config.batch_size} must be divisible by the {place.size} processes")
-    check_tracker(config.tracker)
+    session = Session.begin(config, argv, prog=PROG)
     if config.download:
-        if place.is_main:
+        if session.place.is_main:
             fetch(config.data, config.data_dir)
         gather_objects(None)  # the others wait
     left_out: list[str] = []
@@ -65,28 +56,22 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     )  # fmt: skip
     made = make_model(config, pictures)  # before there is a folder: what is wrong with the weights is said first
     data = pictures.describe()
-    run, config = open_run(config, argv, prog=PROG, world=place, device=device, data=data)
-    console = Console(run.path / "log.txt" if place.is_main else None, quiet=not place.is_main)
+    session.open(data)
     counts = ", ".join(f"{data[split]:,} {split}" for split in ("train", "val", "test") if split in data)
-    console.say(f"{run.path}: {pictures.name}, {len(pictures.classes)} classes, pictures: {counts}")
+    say = session.console.say
+    say(f"{session.folder.path}: {pictures.name}, {len(pictures.classes)} classes, pictures: {counts}")
     for line in left_out:
-        console.say(line)
+        say(line)
     if config.weights:
-        console.say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
+        say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
     elif config.mode in ("bitfit", "head"):
-        console.say(f"the backbone is random and stays so, since --mode {config.mode} has no --weights to tune")
-    arms: dict[str, Trained] = {config.mode: train_one(config, pictures, run, console, device, made=made)}
+        say(f"the backbone is random and stays so, since --mode {config.mode} has no --weights to tune")
+    main = train_one(session, pictures, made)
+    dense = None
     if config.compare_dense:
-        other = dataclasses.replace(config, mode="full", compare_dense=False)
-        folder = run.path / "dense"
-        again = bool(config.resume) and (folder / "config.json").exists()
-        beside = (RunFolder.open if again else RunFolder.create)(folder, writes=place.is_main)
-        if not again:
-            beside.write_config(other, prog=PROG, argv=argv, data=data)
-        other = dataclasses.replace(other, resume=str(folder) if again else "")
-        arms["full"] = train_one(other, pictures, beside, console, device, resume_path=run.path)
-    if place.is_main:
-        _report(config, run, console, arms)
+        beside = session.beside("dense", replace(session.config, mode="full", compare_dense=False))
+        dense = train_one(beside, pictures)
+    _report(main, dense)
 
 
 def image_size(config: TrainConfig, pictures: ImageSet) -> int:
@@ -101,24 +86,14 @@ def image_size(config: TrainConfig, pictures: ImageSet) -> int:
     return size
 
 
-def train_one(
-    config: TrainConfig,
-    pictures: ImageSet,
-    run: RunFolder | None,
-    console: Console,
-    device: torch.device,
-    *,
-    made: Classifier | None = None,
-    resume_path: Path | None = None,
-) -> Trained:
+def train_one(session: Session, pictures: ImageSet, made: Classifier | None = None) -> Trained:
     """Train one model, and test it.
 
     Args:
-        run: where it goes; None keeps no files.
-        made: :func:`make_model` of the configuration, if it was made already.
-        resume_path: the folder that a stopped user is told to resume, if not the run's own.
+        made: :func:`make_model` of the session's configuration, if it was made already.
     """
-    place = world()
+    config: TrainConfig = session.config
+    place, device = session.place, session.device
     made = made or make_model(config, pictures)
     model = made.model.to(device)
     batches = ImageBatches(
@@ -136,48 +111,36 @@ def train_one(
     loss = partial(classification_loss, label_smoothing=config.label_smoothing)
     dense = dense_activations(model, loss, batches(0), config.dtype)
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
-    steps = total_steps(config, pictures)
-    per_step = config.batch_size * config.gradient_accumulation_steps
+    rows, per_step = len(pictures.splits["train"]), config.batch_size * config.gradient_accumulation_steps
+    steps = config.total_steps(rows, per_step)
     score = partial(evaluate, config, pictures, made)
-    result = fit(
+    task = Task(
         parallelize(model, "ddp", device),
         batches,
         loss,
         make_optimizer(model, made.head, config),
-        FitConfig(
-            max_iters=steps,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            grad_clip=config.grad_clip,
-            dtype=config.dtype,
-            eval_interval=config.eval_interval or math.ceil(len(pictures.splits["train"]) / per_step),
-            log_interval=config.log_interval,
-            best_metric="accuracy",
-            higher_is_better=True,
-            workers=config.workers,
-            units_per_step=per_step,
-            unit="samples",
-            tracker=config.tracker,
-        ),
         evaluate=partial(score, "val") if "val" in pictures.splits else None,
         lr_factor=lr_factor(config, steps),
         saving=saving_of(config),
-        run=run,
-        resume=bool(config.resume),
-        resume_path=resume_path,
-        identity=_identity(config, pictures),
-        console=console,
-        label=config.mode,
     )
-    model = unwrap(model)
-    if config.select == "best" and run is not None and result.best is not None and result.best[0]:
-        model.load_state_dict(load_checkpoint(run.checkpoints.path(result.best[0]))["model"])
-        console.say(f"testing the weights of step {result.best[0]}, the best evaluation")
-    model.eval()
-    with torch.no_grad():
-        test = score("test", model)
-    if result.ledger is None and run is not None and (run.path / "memory.json").exists():
-        result.ledger = Ledger.read(run.path / "memory.json")  # an earlier process took all the steps
-    return Trained(model, result, dense, test)
+    fit_config = FitConfig(
+        max_iters=steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        grad_clip=config.grad_clip,
+        dtype=config.dtype,
+        eval_interval=config.eval_interval or math.ceil(rows / per_step),
+        log_interval=config.log_interval,
+        best_metric="accuracy",
+        higher_is_better=True,
+        workers=config.workers,
+        units_per_step=per_step,
+        tracker=config.tracker,
+    )
+    key = session.resume_key(FREE | {"compare_dense"}, data_sha256=pictures.sha256)
+    outcome = session.fit(task, fit_config, resume_key=key, label=config.mode, select=config.select)
+    with session.judging(outcome) as trained:
+        test = score("test", trained)
+    return Trained(session, outcome, dense, test)
 
 
 def make_model(config: TrainConfig, pictures: ImageSet) -> Classifier:
@@ -207,12 +170,6 @@ def make_optimizer(model: nn.Module, head: str, config: TrainConfig) -> torch.op
     if config.optim == "adam":
         return torch.optim.Adam(params, weight_decay=config.weight_decay)
     return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def total_steps(config: TrainConfig, pictures: ImageSet) -> int:
-    """Optimizer steps: those asked for, or those of the epochs."""
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    return config.max_iters or max(1, math.ceil(config.epochs * len(pictures.splits["train"]) / per_step))
 
 
 def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
@@ -252,38 +209,32 @@ def evaluate(
     return {"loss": loss, "accuracy": right / n}
 
 
-def _identity(config: TrainConfig, pictures: ImageSet) -> dict[str, Any]:
-    """What a checkpoint must agree in."""
-    free = MAY_CHANGE | {"workers", "download", "bad_images", "compare_dense"}
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return {**kept, "data_sha256": pictures.sha256}
-
-
-def _report(config: TrainConfig, run: RunFolder, console: Console, arms: dict[str, Trained]) -> None:
+def _report(main: Trained, dense: Trained | None) -> None:
     """Say what came out, write result.json, and draw it."""
-    main = arms[config.mode]
+    session, config = main.session, main.session.config
+    arms = {NAMES[config.mode]: main} | ({"dense": dense} if dense is not None else {})
     rows: list[Sequence[str]] = [["", "test accuracy", "test loss", "val accuracy", "samples/s"]]
-    for mode, arm in arms.items():
-        val = arm.result.evaluation.get("accuracy")
-        rate = f"{arm.result.units_per_second:.0f}"
+    for name, arm in arms.items():
+        result = arm.outcome.result
+        val = result.evaluation.get("accuracy")
         numbers = [f"{100 * arm.test['accuracy']:.2f} %", f"{arm.test['loss']:.4f}"]
-        rows.append([NAMES[mode], *numbers, "–" if val is None else f"{100 * val:.2f} %", rate])
-    console.say()
-    console.say(format_table(rows))
-    content: dict[str, Any] = {"mode": config.mode, "test": main.test, "val": main.result.evaluation}
-    content |= {"best": main.result.best, "dense_activation_bytes": sum(main.dense.values())}
-    if main.result.ledger is not None:
-        console.say(f"memory of a training step, {config.batch_size} pictures")
-        console.say(side_by_side(config, main.dense, main.result.ledger))
-        content["measured_bytes"] = main.result.ledger.totals
-        plot_memory(main.result.ledger, run.path / "memory.png")
-    if "full" in arms and config.mode != "full":
-        content["dense"] = {"test": arms["full"].test, "val": arms["full"].result.evaluation}
-    console.say("run")
-    console.say(run_facts(main.model, main.result))
-    write_json(run.path / "result.json", content)
-    curves = {NAMES[config.mode]: run.metrics()}
-    if "full" in arms and config.mode != "full":
-        curves["dense"] = RunFolder.open(run.path / "dense").metrics()
-    plot_loss(curves, run.path / "loss.png", ylabel="loss, nats")
-    console.say(f"run folder {run.path}")
+        numbers += ["–" if val is None else f"{100 * val:.2f} %", f"{result.units_per_second:.0f}"]
+        rows.append([name, *numbers])
+    if dense is not None:
+        dense.session.finish(dense.outcome, scores=_scores(dense), say=False)
+    ledger = main.outcome.result.ledger
+    session.finish(
+        main.outcome,
+        scores=_scores(main),
+        own={"mode": config.mode, "dense_activation_bytes": sum(main.dense.values())}
+        | ({"dense": _scores(dense)} if dense is not None else {}),
+        table=format_table(rows),
+        memory=side_by_side(config, main.dense, ledger) if ledger is not None else "",
+        curves={name: arm.session.folder for name, arm in arms.items()},
+    )
+
+
+def _scores(arm: Trained) -> dict[str, dict[str, float]]:
+    """Of the tested weights, and of the last evaluation."""
+    val = arm.outcome.result.evaluation
+    return {"test": arm.test} | ({"val": val} if val else {})

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, configure, positive, refuse_unused
-from memtrain_common.commands.run_flags import LearningRate, RunFlags
+from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, positive, refuse_unused
+from memtrain_common.commands.run_flags import ImageFlags, LearningRate, RunFlags, StepFlags
 from memtrain_common.errors import UserError
 
-from .razor_flags import Attention, Mode, RazorMode, Values, check_razor
+from .razor_flags import ModeFlags, check_razor
 
 PROG = "backrazor-train"
 DESCRIPTION = """Fine-tune an image classifier, and keep only the largest part of each activation for the backward pass.
@@ -24,52 +24,35 @@ Model = Literal[
     "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2", "resnet20"
 ]
 
+FREE = MAY_CHANGE | {"workers", "download", "bad_images"}
+"""What a resumed run may change."""
+
 
 @dataclass(frozen=True)
-class TrainConfig(RunFlags):
+class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     """Every flag of backrazor-train; kept in the run folder's config.json."""
 
     # -- input and output
     data: Data = "digits"
     """Set of pictures: scikit-learn's digits (no file needed), a published set, or a folder (or zip) by class."""
-    data_dir: str = ""
-    """Folder with the set's files in their published form, or the folder or zip of pictures."""
     download: bool = False
     """First download the set into --data-dir (CIFAR, Aircraft, Flowers, Food-101, Pets)."""
     validate: Literal["auto", "none"] = "auto"
     """The set's own val, or a tenth of train where it has none; none trains on all of it, as the official runs do."""
     bad_images: Literal["refuse", "skip", "unchecked"] = "refuse"
     """Damaged pictures: refuse the set, leave them out and say which, or do not look until they are used."""
-    size: int = 28
-    """Pixels of a MedMNIST file: 28, 64, 128 or 224."""
-    verify: bool = True
-    """Compare a MedMNIST file's MD5 with the published one."""
     # -- model
     model: Model = "vit-mini"
     """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, or CIFAR's ResNet-20."""
     weights: str = ""
     """Pretrained weights. ViT: a folder of transformers, Google's .npz, timm's .safetensors. CNN: .pth or .safetensors,
     or imagenet (torchvision's, downloaded). Empty begins at random."""
-    image_size: int = 0
-    """Pixels that the model sees; 0 takes what it was made for, or the pictures' own."""
     patch_size: int = 0
     """Of a ViT with random weights: pixels of a patch's side; 0 takes the model's usual."""
     freeze_bn: bool = False
     """Do not train the weights of batch norms (official: full_noBN)."""
     fix_bn_stat: bool = False
     """Batch norms use their running statistics in training too, and leave them as they are."""
-    # -- what is trained, and what is saved for the backward pass
-    mode: Mode = "backrazor"
-    """full: all weights, dense. bitfit: biases and the head. head: the head alone. backrazor: all weights, with the
-    saved activations sparsified."""
-    keep: float = 0.1
-    """Part of each activation that Back Razor keeps: 1 less the official back_prune_ratio."""
-    razor_mode: RazorMode = "default"
-    """default, or paper: what the official code stores."""
-    attention: Attention = "pruned"
-    """Whether attention's own activations are pruned too, or kept as they are."""
-    values: Values = "bf16"
-    """How kept values are written."""
     compare_dense: bool = False
     """Also train the same model on the same batches densely (--mode full), in the folder dense of the run."""
     # -- optimizer
@@ -87,25 +70,13 @@ class TrainConfig(RunFlags):
     """After the warm-up: half a cosine or a line down to 0, or nothing."""
     warmup_iters: int = 0
     """Steps in which the learning rate rises."""
-    max_iters: int = 0
-    """Optimizer steps; 0 takes --epochs."""
-    epochs: float = 10.0
-    """Passes over the training pictures, where --max-iters is 0."""
     batch_size: int = 64
     """Pictures a micro-batch, over all processes."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
     label_smoothing: float = 0.0
     """Part of the label that is spread over all classes."""
-    augment: Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"] = "none"
-    """Recipe: vit, cotuning and cnn are the official ones, at random crops; packages/common says what each does."""
     color_jitter: Literal["none", "torch", "tf"] = "none"
     """Random colours: torch (all four, strong) or tf (brightness and saturation)."""
     # -- evaluation
-    select: Literal["last", "best"] = "last"
-    """Weights that are tested: the last, or those of the best validation accuracy."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates after each epoch."""
     eval_batch_size: int = 128
@@ -215,16 +186,3 @@ def with_preset(argv: Sequence[str]) -> Sequence[str]:
     """Where neither a preset nor a model, weights or data are named, the flags are laid over the preset digits."""
     own = {"--data", "--model", "--weights", "--resume", "-h", "--help"} & {word.partition("=")[0] for word in argv}
     return argv if own or (argv and not argv[0].startswith("-")) else ["digits", *argv]
-
-
-def main(argv: Sequence[str]) -> None:
-    argv = with_preset(argv)
-    config = configure(
-        TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=PRESETS, check=check,
-        may_change=MAY_CHANGE | {"workers", "download", "bad_images"},
-    )  # fmt: skip
-    if not config.resume:
-        needs_weights(argv, config)
-    from .train import run_training
-
-    run_training(config, argv)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..errors import Stopped, UserError
+from .tyro_help import join_wrapped_lines
 
 Config = TypeVar("Config")
 
@@ -44,6 +45,7 @@ def parse(
         UserError: on an unknown flag or preset (with the nearest name), or a value of the wrong type.
         SystemExit: with code 0, after printing the help.
     """
+    join_wrapped_lines()
     presets = presets or {}
     words = list(argv)
     if words and not words[0].startswith("-"):

@@ -11,7 +11,7 @@ from .cli import changed_fields, flag_value, parse
 Config = TypeVar("Config")
 
 # What a resumed run may do otherwise than it began.
-MAY_CHANGE = {"out", "resume", "tracker", "device", "data_dir"}
+MAY_CHANGE = {"out", "resume", "tracker", "device", "data_dir", "select"}
 
 
 def configure(
@@ -36,26 +36,50 @@ def configure(
     Raises:
         UserError: if a flag contradicts the run that is resumed.
     """
+    argv = with_new_names(argv, config_type)
     resume = flag_value(argv, "--resume")
     if resume is None:
         plain = presets.get(argv[0]) if argv else None
         config = parse(config_type, argv, prog=prog, description=description, presets=presets)
         return check(config, plain or config_type())
-    from ..runs.run_folder import RunFolder
-
-    saved = RunFolder.open(Path(resume)).read_config()
-    if not saved.get("command", "").startswith(prog + " "):
-        raise UserError(f"{resume} was made by another command ({saved.get('command')}), not by {prog}")
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
-        before = config_type(**values)
-    except TypeError as error:
-        raise UserError(f"{resume} was not made by this version of {prog}: {error}") from None
+    before = saved_config(config_type, Path(resume), prog)
     config = parse(config_type, argv, prog=prog, description=description, default=before)
+    if config.out not in (before.out, resume):  # type: ignore[attr-defined]
+        raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")  # type: ignore[attr-defined]
     for name, (old, new) in changed_fields(before, config).items():
         if name not in may_change:
             raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
     return check(replace(config, out=resume), before)  # type: ignore[type-var]
+
+
+def saved_config(config_type: type[Config], folder: Path, prog: str) -> Config:
+    """The configuration in a run's folder, under the names of today. The folder is only read: no lock is taken.
+
+    Raises:
+        UserError: if it is no run of ``prog``.
+    """
+    from ..runs.run_folder import RunFolder
+
+    saved = RunFolder.open(folder, writes=False).read_config()
+    made_by = saved.get("command", "")
+    if not made_by.startswith(prog + " ") and made_by != prog:
+        raise UserError(f"{folder} was made by another command ({made_by}), not by {prog}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
+    try:
+        return config_type(**config_type.modernise(values))  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise UserError(f"{folder} was not made by this version of {prog}: {error}") from None
+
+
+def with_new_names(argv: Sequence[str], config_type: Any) -> list[str]:
+    """The words of a command line with old spellings of flags replaced by today's."""
+    new = {flag(old): flag(name) for old, name in config_type.ALIASES.items()}
+
+    def word(text: str) -> str:
+        name, equals, value = text.partition("=")
+        return new.get(name.replace("_", "-") if name.startswith("--") else name, name) + equals + value
+
+    return [word(w) for w in argv]
 
 
 def flag(name: str) -> str:

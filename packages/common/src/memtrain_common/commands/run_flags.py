@@ -1,7 +1,9 @@
 """Flags of every command that trains. A command's own dataclass inherits them and gives its own defaults. No torch."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -10,16 +12,21 @@ LearningRate = Annotated[float, tyro.conf.arg(aliases=("--lr",))]
 Lr = Annotated[float, tyro.conf.arg(aliases=("--learning-rate",))]
 """Of a field lr, likewise."""
 Dtype = Literal["float32", "bfloat16", "float16"]
+Select = Literal["last", "best"]
+Recipe = Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"]
 
 
 @dataclass(frozen=True)
 class RunFlags:
     """Where a run goes, what it tells, and what it runs on."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Fields by their old names: understood on the command line and in the config.json of older runs."""
+
     out: str = ""
     """Run folder to make; empty names one in runs/ by date and time."""
     resume: str = ""
-    """Run folder to go on with, from its newest valid checkpoint; other flags come from its config.json."""
+    """Run folder to resume, from its newest valid checkpoint; other flags come from its config.json."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     log_interval: int = 10
@@ -30,3 +37,51 @@ class RunFlags:
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "float32"
     """Autocast's dtype; weights stay float32."""
+
+    @classmethod
+    def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags that an older run wrote, under the names of today."""
+        return {cls.ALIASES.get(name, name): value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class StepFlags:
+    """How many optimizer steps, and what each of them does."""
+
+    epochs: float = 10.0
+    """Passes over the training rows, where --max-iters is 0."""
+    max_iters: int = 0
+    """Optimizer steps; 0 takes --epochs."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    select: Select = "last"
+    """Weights to end with: the last, or those of the best evaluation."""
+
+    def total_steps(self, rows: int, per_step: int) -> int:
+        """Optimizer steps: those asked for, or those of the epochs.
+
+        Args:
+            rows: of the training split.
+            per_step: rows that an optimizer step uses, over all processes.
+        """
+        return self.max_iters or max(1, math.ceil(self.epochs * rows / per_step))
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+    """Which pictures, and how they are read."""
+
+    data_dir: str = ""
+    """Folder with the set's files in their published form, or the folder or zip of pictures."""
+    size: int = 28
+    """Pixels of a MedMNIST file: 28, 64, 128 or 224."""
+    verify: bool = True
+    """Compare a MedMNIST file's MD5 with the published one; --no-verify reads a file of your own in its form."""
+    image_size: int = 0
+    """Pixels that the model sees; 0 takes what it was made for, or the pictures' own."""
+    augment: Recipe = "none"
+    """Augmentation; vit, cotuning and cnn are the recipes of Back Razor's code. packages/common says what each does."""

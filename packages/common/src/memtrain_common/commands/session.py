@@ -1,50 +1,286 @@
-"""What stands around a command's training: its run folder, opened or made."""
+"""What stands around a training, once for every command that trains.
+
+::
+
+    session = Session.begin(config, argv, prog=PROG)      # processes, device, checks that need no data
+    session.open(data=pictures.describe())                # run folder, config.json, console
+    outcome = session.fit(task, FitConfig(…))             # the shared loop; the chosen weights, verified
+    session.finish(outcome, scores=…, own={…})            # ledger, facts, pictures, result.json
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from ..console import Console
 from ..errors import UserError
+from ..files import write_json
 from ..measuring.environment import device_name
+from ..measuring.memory import Ledger
+from ..measuring.plots import plot_loss, plot_memory
+from ..runs import checkpoint
 from ..runs.run_folder import RunFolder, default_run_path
-from ..training.distributed import World
+from ..runs.state_tree import shard_like
+from ..runs.trackers import check_tracker
+from ..training.cpu_workarounds import avoid_broken_amx
+from ..training.distributed import World, gather_objects, launch, unwrap
+from ..training.fit_config import DTYPES, FitConfig
+from ..training.loop import fit
+from ..training.task import Task
+from .result import RESULT, Outcome, result_content
+from .summary import count_parameters, ledger_table, run_facts
 
 
-def open_run(
-    config: Any, argv: Sequence[str], *, prog: str, world: World, device: Any, data: dict[str, Any]
-) -> tuple[RunFolder, Any]:
-    """Make a command's run folder, or open the one that it resumes, and write its config.json.
+class Session:
+    """One command's training, from its checked flags to its result. Make one with :meth:`begin`."""
 
-    Args:
-        config: a dataclass with ``out`` and ``resume``.
-        argv: the words after the command's name.
-        prog: the command's name; "program command" where a program has several.
-        world, device: of :func:`memtrain_common.training.distributed.launch`.
-        data: what tells the data from other data.
+    config: Any
+    """The command's configuration; after :meth:`open` its ``out`` is the run folder's path."""
+    run: RunFolder | None = None
+    console: Console
 
-    Returns:
-        The folder, and the configuration with its path as ``out``.
+    def __init__(self, config: Any, argv: Sequence[str], prog: str, place: World, device: torch.device) -> None:
+        self.config, self.argv, self.prog, self.place, self.device = config, argv, prog, place, device
+        self.console = Console(quiet=not place.is_main)
+        self.data: dict[str, Any] = {}
+        self._resume_path: Path | None = None
 
-    Raises:
-        UserError: if the folder is taken, or the run that is resumed had other data.
-    """
-    if config.resume:
-        run = RunFolder.open(Path(config.resume), writes=world.is_main)
-        before = run.read_config().get("data")
-        if before != data:
-            raise UserError(
-                f"{config.resume} was trained on other data ({before}, and now {data}): give it the same files, or "
-                "begin a new run"
+    @classmethod
+    def alone(cls, config: Any, *, device: str = "cpu", run: RunFolder | None = None) -> "Session":
+        """A session that says nothing, for benchmarks; without ``run`` it keeps nothing either."""
+        session = cls(config, (), "", *launch(device))
+        session.run = run
+        session.console = Console(quiet=True)
+        return session
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder, once there is one."""
+        assert self.run is not None, "the session is not open"
+        return self.run
+
+    @classmethod
+    def begin(
+        cls, config: Any, argv: Sequence[str], *, prog: str, shared: str = "batch_size", patience_s: float | None = None
+    ) -> "Session":
+        """Join the processes, choose the device, and check what needs no data.
+
+        Args:
+            config: a dataclass on :class:`memtrain_common.commands.run_flags.RunFlags`.
+            argv: the words after the command's name.
+            prog: the command's name; "program command" where a program has several.
+            shared: the field that the processes share out equally; "" where the command checks that itself.
+            patience_s: of :func:`memtrain_common.training.distributed.launch`.
+
+        Raises:
+            UserError: if the device, the processes or the tracker cannot be had.
+        """
+        if getattr(config, "threads", 0):
+            torch.set_num_threads(config.threads)
+        place, device = launch(config.device, patience_s=patience_s)
+        if device.type == "cpu" and "bfloat16" in (config.dtype, getattr(config, "base_dtype", "")):
+            avoid_broken_amx()
+        if shared and getattr(config, shared) % place.size:
+            flag = "--" + shared.replace("_", "-")
+            raise UserError(f"{flag} {getattr(config, shared)} must be divisible by the {place.size} processes")
+        check_tracker(config.tracker)
+        return cls(config, argv, prog, place, device)
+
+    def open(self, data: dict[str, Any], **about: Any) -> None:
+        """Make the run folder, or open the one that is resumed, and write its config.json.
+
+        Args:
+            data: what the data are; their "sha256" tells them from other data, their "name" is for people.
+            about: is kept in config.json besides.
+
+        Raises:
+            UserError: if the folder is taken, or the run that is resumed had other data.
+        """
+        self.data = data
+        main = self.place.is_main
+        if self.config.resume:
+            run = RunFolder.open(Path(self.config.resume), writes=main)
+            before = run.read_config().get("data") or {}
+            if before.get("sha256") != data["sha256"]:
+                raise UserError(
+                    f"{self.config.resume} was trained on other data: {_named(before)}, and {_named(data)} was found "
+                    "now; give it the same files, or begin a new run"
+                )
+        else:
+            own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
+            run = RunFolder.create(gather_objects(own)[0], writes=main)  # the first one's clock
+        self._enter(run, dataclasses.replace(self.config, out=str(run.path)), **about)
+        self.console = Console(run.path / "log.txt" if main else None, quiet=not main)
+
+    def beside(self, name: str, config: Any, **about: Any) -> "Session":
+        """A further training of the same command, in a folder of its own within the run's.
+
+        Args:
+            config: how it differs; ``out`` and ``resume`` are set here.
+            about: is kept in its config.json besides.
+        """
+        other = Session(config, self.argv, self.prog, self.place, self.device)
+        other.data, other.console, other._resume_path = self.data, self.console, self.folder.path
+        folder = self.folder.path / name
+        again = bool(self.config.resume) and (folder / "config.json").exists()
+        run = (RunFolder.open if again else RunFolder.create)(folder, writes=self.place.is_main)
+        out = str(folder)
+        other._enter(run, dataclasses.replace(config, out=out, resume=out if again else ""), **about)
+        return other
+
+    def _enter(self, run: RunFolder, config: Any, **about: Any) -> None:
+        program, *command = self.prog.split(" ")
+        argv = [*command, *self.argv]
+        self.run, self.config = run, config
+        if config.resume:
+            run.add_resume(config, prog=program, argv=argv)
+            return
+        about |= {"data": self.data, "device": device_name(self.device), "processes": self.place.size}
+        run.write_config(config, prog=program, argv=argv, **about)
+
+    def resume_key(self, free: frozenset[str] | set[str], **more: Any) -> dict[str, Any]:
+        """What a checkpoint must agree in: all flags but those that a resumed run may change.
+
+        Args:
+            free: names of those.
+            more: further values, as JSON holds them.
+        """
+        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
+        return {**kept, **more}
+
+    def fit(
+        self, task: Task, config: FitConfig, *, resume_key: Mapping[str, Any], label: str = "", select: str = "last"
+    ) -> Outcome:
+        """Train by the shared loop, and put the chosen weights into the model.
+
+        Args:
+            resume_key: what a checkpoint must agree in.
+            label: the progress bar's name.
+            select: "last", or "best": the weights of the best evaluation.
+
+        Raises:
+            UserError: if the best checkpoint is damaged; which one is intact is said.
+        """
+        model = unwrap(task.model)
+        start = _weights(task) if select == "best" else {}
+        result = fit(
+            task, config, run=self.run, resume=bool(self.config.resume), resume_path=self._resume_path,
+            resume_key=resume_key, read_key=self.config.modernise, console=self.console, label=label,
+        )  # fmt: skip
+        if result.ledger is None and self.run is not None and (self.run.path / "memory.json").exists():
+            result.ledger = Ledger.read(self.run.path / "memory.json")
+        step = result.step
+        if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
+            step = result.best[0]
+            state = {**model.state_dict(), **start} if not step else self._verified(step)
+            model.load_state_dict(shard_like(state, model.state_dict()))
+            self.console.say(f"took the weights of step {step}, the best evaluation")
+        return Outcome(model, result, step, config)
+
+    def _verified(self, step: int) -> dict[str, Any]:
+        """The model's state in a checkpoint whose hashes hold."""
+        checkpoints = self.folder.checkpoints
+        path = checkpoints.path(step)
+        wrong = checkpoint.verify(path)
+        if wrong is None:
+            return checkpoint.load(path)["model"]
+        intact = next(
+            (s for s in reversed(checkpoints.steps()) if checkpoint.verify(checkpoints.path(s)) is None), None
+        )
+        where = self._resume_path or self.folder.path
+        remedy = "no other one is intact: train anew"
+        if intact is not None:
+            remedy = f"that of step {intact} is intact: take it by --resume {where} --select last, or train anew"
+        raise UserError(f"the best checkpoint {path} is damaged ({wrong}), and {remedy}")
+
+    @contextmanager
+    def judging(self, outcome: Outcome) -> Iterator[nn.Module]:
+        """Within, the trained model is in eval mode, without gradients, under the training's autocast."""
+        dtype = DTYPES[self.config.dtype]
+        outcome.model.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            yield outcome.model
+
+    def finish(
+        self,
+        outcome: Outcome,
+        *,
+        scores: Mapping[str, Mapping[str, float]],
+        own: Mapping[str, Any] | None = None,
+        table: str = "",
+        memory: str = "",
+        facts: Mapping[str, str] | None = None,
+        numbers: tuple[int, int] | None = None,
+        curves: Mapping[str, RunFolder] | None = None,
+        levels: Mapping[str, float] | None = None,
+        ylabel: str = "loss, nats",
+        closing: str = "",
+        say: bool = True,
+    ) -> dict[str, Any]:
+        """Say what came out, write ``result.json``, draw the pictures; -> the content of ``result.json``.
+
+        Args:
+            scores: numbers by split.
+            own: what only this command knows.
+            table: said first.
+            memory: the ledger as a table, where the command has more to say of it than the measured column.
+            facts: lines beside those that every run has; one of the same name takes its place.
+            numbers: trained and all parameters, where this process's model has not all of them.
+            curves: runs whose losses are drawn together, by name; None draws this one's.
+            levels: horizontal lines in the picture of losses, by name.
+            closing: what is said after all that, before the run folder's name.
+            say: False writes and draws, and says nothing.
+        """
+        about = {"command": shlex.join([*self.prog.split(" "), *self.argv]), "data": self.data.get("name")}
+        about |= {"seed": self.config.seed}
+        losses = [row["loss"] for row in self.folder.metrics() if row["split"] == "train"]
+        content = result_content(
+            outcome, about, train_loss=losses[-1] if losses else None, scores=scores, own=own or {}, numbers=numbers
+        )
+        if not self.place.is_main:
+            return content
+        ledger = outcome.result.ledger
+        if say:
+            self.console.say()
+            if table:
+                self.console.say(table)
+            if ledger is not None:
+                self.console.say("memory of a training step")
+                self.console.say(memory or ledger_table({"measured": ledger}))
+            self.console.say("run")
+            self.console.say(
+                run_facts(numbers or count_parameters(outcome.model), outcome.result, outcome.config.unit, facts)
             )
-    else:
-        from ..training.distributed import gather_objects
+        write_json(self.folder.path / RESULT, content)
+        if ledger is not None:
+            plot_memory(ledger, self.folder.path / "memory.png")
+        drawn = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}
+        plot_loss(drawn, self.folder.path / "loss.png", ylabel=ylabel, levels=levels or {})
+        if say:
+            if closing:
+                self.console.say(closing)
+            self.console.say(f"run folder {self.folder.path}")
+        return content
 
-        path = Path(config.out) if config.out else default_run_path(prog.replace(" ", "-"))
-        run = RunFolder.create(gather_objects(path)[0], writes=world.is_main)  # by the first one's clock
-    config = dataclasses.replace(config, out=str(run.path))
-    program, *command = prog.split(" ")
-    run.write_config(
-        config, prog=program, argv=[*command, *argv], data=data, device=device_name(device), processes=world.size
-    )
-    return run, config
+
+def _weights(task: Task) -> dict[str, Any]:
+    """Copies of what training may change, since step 0 has no checkpoint: frozen weights change where steps merge."""
+    model = unwrap(task.model)
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if task.after_step is not None:
+        frozen = set()
+    return {n: v.detach().clone() for n, v in model.state_dict().items() if n not in frozen and _is_tensor(v)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return f"{data.get('name', 'unnamed')} (SHA-256 {str(data.get('sha256'))[:12]}…)"

@@ -9,28 +9,38 @@ from ..measuring.memory import CATEGORIES, Ledger
 from ..training.loop import FitResult
 
 
-def run_facts(model: nn.Module, result: FitResult, unit: str = "samples") -> str:
-    """Four lines about a finished run."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained numbers, and all of them."""
     parameters = list(model.parameters())
-    trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def run_facts(
+    numbers: tuple[int, int], result: FitResult, unit: str = "samples", own: Mapping[str, str] | None = None
+) -> str:
+    """The lines about a finished run.
+
+    Args:
+        numbers: trained and all parameters.
+        own: the command's lines, by name; one of a name that is here anyway takes its place.
+    """
     peaks = [f"{phase} {'unavailable' if n is None else format_bytes(n)}" for phase, n in result.peak_bytes.items()]
-    joules = "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})"
-    facts = [
-        ("trained", f"{trained:,} of {total:,} parameters"),
-        ("peak memory", ", ".join(peaks)),
-        ("speed", f"{format_count(result.units_per_second)} {unit}/s, {format_seconds(result.seconds)} of training"),
-        ("energy", joules),
-    ]
-    return "\n".join(f"  {name:12} {value}" for name, value in facts)
+    facts = {
+        "trained": f"{numbers[0]:,} of {numbers[1]:,} parameters",
+        "peak memory": ", ".join(peaks),
+        "speed": f"{format_count(result.units_per_second)} {unit}/s, {format_seconds(result.seconds)} of training",
+        "energy": "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})",
+    }
+    return "\n".join(f"  {name:12} {value}" for name, value in (facts | dict(own or {})).items())
 
 
-def ledger_table(ledgers: Mapping[str, Ledger]) -> str:
-    """Bytes of each category, a column a ledger; with two, how often the second goes into the first."""
-    pairs = list(ledgers.values()) if len(ledgers) == 2 else []
+def ledger_table(ledgers: Mapping[str, Ledger], *, times: bool = True) -> str:
+    """Bytes of each category, a column a ledger; with two, how often the second goes into the first, if wanted."""
+    pairs = list(ledgers.values()) if len(ledgers) == 2 and times else []
 
     def row(name: str, values: list[int]) -> list[str]:
-        times = [f"{values[0] / values[1]:.1f}×" if values[1] else "–"] if pairs and any(values) else []
-        return [name, *map(format_bytes, values), *times]
+        ratio = [f"{values[0] / values[1]:.1f}×" if values[1] else "–"] if pairs and any(values) else []
+        return [name, *map(format_bytes, values), *ratio]
 
     rows = [["", *ledgers]]
     rows += [row(c, [ledger.total(c) for ledger in ledgers.values()]) for c in CATEGORIES]

@@ -57,7 +57,7 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
             if (path / "config.json").exists():
-                raise UserError(f"{path} holds another run: choose a new --out, or go on with it by --resume {path}")
+                raise UserError(f"{path} holds another run: choose a new --out, or resume it with --resume {path}")
             if any(
                 p.name != LOCK and p.suffix != ".partial" for p in path.iterdir()
             ):  # a kill may leave a partial file

@@ -6,7 +6,7 @@ Without torchrun everything here is the single process: rank 0 of 1.
 import datetime
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def synchronising(wrapper: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around a forward and backward pass: processes exchange gradients at the last micro-batch of a step only."""
+    if hasattr(wrapper, "set_requires_gradient_sync"):  # FSDP2
+        wrapper.set_requires_gradient_sync(last)
+    elif not last and hasattr(wrapper, "no_sync"):  # DDP
+        return wrapper.no_sync()
+    return nullcontext()
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

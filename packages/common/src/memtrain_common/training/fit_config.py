@@ -42,7 +42,7 @@ class FitConfig:
     tracker_name: str = ""
     """The run's name there; empty takes the run folder's."""
     agree_interval: int = 1
-    """With ``parts``: steps between two times that the processes ask each other whether a signal came."""
+    """With ``parts``: steps between cross-rank checks for a stop signal."""
     patience_s: float = 0.0
     """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
 

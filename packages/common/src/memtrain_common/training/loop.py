@@ -1,15 +1,14 @@
 """The training loop: the only one in the repository.
 
-It knows a model, batches by number, a loss, an optimizer, a context under which the forward pass runs (``saving``:
-what is kept for the backward pass) and a call after each optimizer step (``after_step``: LTE merges there). What the
-methods are, it does not know.
+It knows a :class:`memtrain_common.training.task.Task`: a model, batches by number, a loss, an optimizer, a context
+under which the forward pass runs (``saving``: what is kept for the backward pass) and a call after each optimizer step
+(``after_step``: LTE merges there). What the methods are, it does not know.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,149 +17,112 @@ from torch import Tensor, nn
 
 from ..console import Console, format_bytes, format_count
 from ..data.batches import Batch, numbered, to_device
-from ..errors import DivergedError, LostRankError, Stopped, UserError
 from ..measuring.energy import EnergyMeter
 from ..measuring.memory import PeakMeter, SavedActivations, measure, memory_in_use
 from ..runs.run_folder import RunFolder
 from ..runs.trackers import Tracker, open_tracker
-from .distributed import any_rank, mean_over_ranks, unwrap, world
+from .distributed import any_rank, mean_over_ranks, synchronising, unwrap, world
 from .evaluation import mean_loss as mean_loss
 from .fit_config import DTYPES, FitConfig, FitResult
 from .heartbeat import Heartbeat
+from .keeping import Keeper
+from .leaving import rescuing, stop, stop_at_once
 from .rng import rng_state, set_rng_state
 from .stop_signals import LeaveEvaluation, StopSignals
-from .training_state import Parts, Stateful, all_finite, capture, check_identity, put_back
+from .task import Task as Task
 
 
 def fit(
-    model: nn.Module,
-    batches: Callable[[int], Batch],
-    loss_fn: Callable[[nn.Module, Batch], Tensor],
-    optimizer: torch.optim.Optimizer,
+    task: Task,
     config: FitConfig,
     *,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    lr_factor: Callable[[int], float] | None = None,
-    saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    after_step: Callable[[], Any] | None = None,
-    clip: Callable[[float], Tensor] | None = None,
-    stateful: Mapping[str, Stateful] | None = None,
-    parts: Parts | None = None,
     run: RunFolder | None = None,
     resume: bool = False,
     resume_path: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
+    resume_key: Mapping[str, Any] | None = None,
+    read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     console: Console | None = None,
     label: str = "",
 ) -> FitResult:
-    """Train ``model`` for ``config.max_iters`` optimizer steps.
+    """Train ``task.model`` for ``config.max_iters`` optimizer steps.
 
     Args:
-        model: on its device already; wrapped by :func:`memtrain_common.training.distributed.parallelize` where wanted.
-        batches: ``batches(i)`` is micro-batch i, a pure function of i: this process's share of it, as tensors in
-            tuples, lists or dicts. Resuming asks for the i it stopped at, and needs nothing else.
-        loss_fn: (model, batch) -> the mean loss over the batch, a scalar.
-        optimizer: over the parameters of ``model``.
-        evaluate: model -> numbers by name, ``config.best_metric`` among them; called in eval mode without
-            gradients at step 0, every ``eval_interval`` steps and at the end, with the random generators put back
-            afterwards. On several processes every one calls it, and it must give the same numbers on all.
-        lr_factor: step -> factor on each group's own learning rate.
-        saving: makes the context of each forward pass.
-        after_step: called after each optimizer step; not after one that float16's scaler skipped.
-        clip: called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm.
-        stateful: further states to keep in checkpoints, by name.
-        parts: on several processes, where each holds a part of the model that no wrapper looks after (LTE's heads):
-            how to share gradients, and how checkpoints are put together and cut. ``clip`` then returns this process's
-            part of the norm, and the processes speak at logged steps, evaluations, checkpoints and every
-            ``agree_interval`` steps only.
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
         resume: go on from the newest valid checkpoint of ``run``, if it has one.
         resume_path: the folder that a stopped user is told to resume, if not the run's own.
-        identity: what a checkpoint must agree in (the configuration); checked when resuming.
+        resume_key: what a checkpoint must agree in (the configuration, the data); checked when resuming.
+        read_key: a checkpoint's ``resume_key`` under the names of today, where an older version wrote it.
         console: where lines and the progress bar go; None is silent.
         label: the progress bar's name.
 
     Raises:
         Stopped: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
         DivergedError: when the loss or a weight is no longer finite; such weights are never saved.
-        LostRankError: when another process is gone; with ``parts``, after this one's state was saved.
+        LostRankError: when another process is gone; with ``task.parts``, after this one's state was saved.
         UserError: if a checkpoint does not fit the model, or cannot be written.
+        ValueError: if the task has no optimizer.
     """
-    trainer = _Trainer(model, batches, loss_fn, optimizer, config, console or Console(quiet=True), run)
-    trainer.evaluate, trainer.lr_factor, trainer.saving = evaluate, lr_factor, saving
-    trainer.after_step, trainer.clip, trainer.stateful = after_step, clip, dict(stateful or {})
-    trainer.identity, trainer.parts = dict(identity or {}), parts
-    trainer.apart = parts is not None and parts.apart
-    trainer.resume_path = resume_path or (run.path if run is not None else None)
-    return trainer.train(resume, label)
+    console = console or Console(quiet=True)
+    trainer = _Trainer(task, config, run, console, resume_path, resume_key or {})
+    return trainer.train(resume, label, read_key)
 
 
 class _Trainer:
     """The state of one call of :func:`fit`."""
 
-    evaluate: Callable[[nn.Module], dict[str, float]] | None
-    lr_factor: Callable[[int], float] | None
-    saving: Callable[[], AbstractContextManager[Any]]
-    after_step: Callable[[], Any] | None
-    clip: Callable[[float], Tensor] | None
-    stateful: dict[str, Stateful]
-    identity: dict[str, Any]
-    parts: Parts | None
-    apart: bool
-    resume_path: Path | None
-
     def __init__(
         self,
-        model: nn.Module,
-        batches: Callable[[int], Batch],
-        loss_fn: Callable[[nn.Module, Batch], Tensor],
-        optimizer: torch.optim.Optimizer,
+        task: Task,
         config: FitConfig,
-        console: Console,
         run: RunFolder | None,
+        console: Console,
+        resume_path: Path | None,
+        resume_key: Mapping[str, Any],
     ) -> None:
+        model = task.model
+        self.task, self.config, self.run, self.console = task, config, run, console
+        self.optimizer = task.needed_optimizer()
         self.inner = unwrap(model)
         self.model: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         self.wrapper = model  # DDP's no_sync and FSDP's switch are on this one
         replicated = isinstance(model, nn.parallel.DistributedDataParallel)
         self.evaluated_model = self.inner if replicated else self.model  # DDP would broadcast buffers at each forward
-        self.batches, self.loss_fn, self.optimizer = batches, loss_fn, optimizer
-        self.config, self.console, self.run = config, console, run
         self.device = next(self.inner.parameters()).device
-        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.peaks = PeakMeter(self.device)
-        self.result = FitResult()
-        self.evaluated = False  # whether the evaluation due at the current step is done
-        self.saved_step = 0  # nothing is saved before the first step: there is nothing to lose
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.keeper = Keeper(task, self.scaler, run, console, resume_path=resume_path, resume_key=resume_key)
+        self.progress, self.result = self.keeper.progress, self.keeper.progress.result
         self.tracker: Tracker | None = None
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume: bool, label: str) -> FitResult:
+    def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
         if resume:
-            self._restore()
+            self.keeper.restore(read_key)
         gpus = range(world().local_size) if self.device.type == "cuda" else ()
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
         if self.run and self.run.writes:
             since = result.step if resume else None
             names = {"project": config.tracker_project, "name": config.tracker_name}
-            self.tracker = open_tracker(config.tracker, self.run.path, self.identity, resume_step=since, **names)
+            key = self.keeper.resume_key
+            self.tracker = open_tracker(config.tracker, self.run.path, key, resume_step=since, **names)
         bar = self.console.progress(config.max_iters, initial=result.step, label=label)
         micro = config.gradient_accumulation_steps
-        source = numbered(self.batches, range(result.step * micro, config.max_iters * micro), config.workers)
+        source = numbered(self.task.batches, range(result.step * micro, config.max_iters * micro), config.workers)
         first, timed_from = result.step, result.seconds
         lapse = 0.0  # seconds of training since the last logged step
+        leaving = rescuing(self.keeper, every=config.agree_interval)
+        heartbeat = Heartbeat(config.patience_s if self.task.apart else 0.0)
         try:
-            with StopSignals() as stop, meter, self._rescuing(), self._heartbeat() as heartbeat:
+            with StopSignals() as signals, meter, leaving, heartbeat:
                 while True:
-                    self._look(stop)
-                    self._agree_to_stop(stop)  # a signal came while something was saved
+                    self._look(signals)
+                    self._agree_to_stop(signals)  # a signal came while something was saved
                     if result.step >= config.max_iters:
                         break
                     heartbeat.check()
@@ -168,7 +130,7 @@ class _Trainer:
                     began = time.perf_counter()
                     loss, norm = self._step(source, measuring=result.ledger is None)
                     result.step += 1
-                    self.evaluated = False
+                    self.progress.evaluated = False
                     logged = result.step % config.log_interval == 0 or result.step == config.max_iters
                     if logged:
                         value = float(mean_over_ranks(loss))  # waits for the device
@@ -183,10 +145,10 @@ class _Trainer:
                         steps = result.step - max(first, (result.step - 1) // config.log_interval * config.log_interval)
                         self._log(value, norm, steps * config.units_per_step / lapse, bar)
                         lapse = 0.0
-                    self._agree_to_stop(stop)
+                    self._agree_to_stop(signals)
                 result.joules = meter.joules
         except KeyboardInterrupt:
-            self._stop_at_once()
+            stop_at_once(self.keeper)
         finally:
             bar.close()
             self.peaks.end()
@@ -203,16 +165,16 @@ class _Trainer:
 
     def _step(self, source: Iterator[Batch], measuring: bool) -> tuple[Tensor, Tensor | None]:
         """One optimizer step: -> mean loss over its micro-batches, norm of the gradient where it was clipped."""
-        config = self.config
-        if self.lr_factor is not None:
-            factor = self.lr_factor(self.result.step)
+        config, task = self.config, self.task
+        if task.lr_factor is not None:
+            factor = task.lr_factor(self.result.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         total = torch.zeros((), device=self.device)
         activations: dict[str, int] = {}
         for micro in range(config.gradient_accumulation_steps):
             batch = to_device(next(source), self.device)
-            with self._synchronising(micro == config.gradient_accumulation_steps - 1):
+            with synchronising(self.wrapper, micro == config.gradient_accumulation_steps - 1):
                 if measuring and micro == 0:
                     saved = SavedActivations(self.inner, by_layer=not config.compile)
                     loss = self._forward(batch, saved)
@@ -223,13 +185,13 @@ class _Trainer:
             total += loss.detach()
         total = total / config.gradient_accumulation_steps
         norm = None
-        if self.parts is not None and self.apart:
-            self.parts.average_gradients()
+        if task.parts is not None and task.apart:
+            task.parts.average_gradients()
             if self.scaler.is_enabled():
                 self._skip_together()
         if config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
-            clip = self.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
+            clip = task.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
             norm = clip(config.grad_clip)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -238,9 +200,9 @@ class _Trainer:
         if measuring and stepped:
             self.result.ledger = measure(self.inner, self.optimizer, activations)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.after_step is not None and stepped:
-            self.after_step()
-        self.finite &= total.isfinite()
+        if task.after_step is not None and stepped:
+            task.after_step()
+        self.progress.finite &= total.isfinite()
         return total, norm
 
     def _skip_together(self) -> None:
@@ -251,31 +213,22 @@ class _Trainer:
 
     def _forward(self, batch: Batch, recording: AbstractContextManager[Any]) -> Tensor:
         dtype = DTYPES[self.config.dtype]
-        with self.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), recording:
-            return self.loss_fn(self.model, batch)
-
-    def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
-        """Let processes exchange gradients at the last micro-batch of a step only."""
-        wrapper: Any = self.wrapper
-        if hasattr(wrapper, "set_requires_gradient_sync"):  # FSDP2
-            wrapper.set_requires_gradient_sync(last)
-        elif not last and hasattr(wrapper, "no_sync"):  # DDP
-            return wrapper.no_sync()
-        return nullcontext()
+        with self.task.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), recording:
+            return self.task.loss(self.model, batch)
 
     # -- looking: evaluation, checkpoints, metrics -----------------------------------------------------------------
 
-    def _look(self, stop: StopSignals) -> None:
+    def _look(self, signals: StopSignals) -> None:
         """Evaluate and save if the current step asks for it."""
-        config, step = self.config, self.result.step
+        config, step, progress = self.config, self.result.step, self.progress
         last = step >= config.max_iters
         new_best = False
-        if self.evaluate is not None and not self.evaluated and (step % config.eval_interval == 0 or last):
-            self._check_finite()
+        if self.task.evaluate is not None and not progress.evaluated and (step % config.eval_interval == 0 or last):
+            self.keeper.check_finite()
             self.peaks.begin("evaluation")
             before, modes = rng_state(), [(m, m.training) for m in self.inner.modules()]
             try:
-                with stop.leaving_at_once() if world().size == 1 else nullcontext():
+                with signals.leaving_at_once() if world().size == 1 else nullcontext():
                     row = self._evaluate()
             except LeaveEvaluation:
                 row = None
@@ -283,12 +236,12 @@ class _Trainer:
                 module.training = training
             set_rng_state(before)
             if row is None:
-                self._stop(stop.received)
+                stop(self.keeper, signals.received)
                 return
             value = row[config.best_metric]
             if not math.isfinite(value):
-                self.finite.fill_(False)
-                self._check_finite()
+                progress.finite.fill_(False)
+                self.keeper.check_finite()
             self.result.evaluation = row
             best = self.result.best
             if best is None or (value > best[1] if config.higher_is_better else value < best[1]):
@@ -297,27 +250,27 @@ class _Trainer:
             self._write({"step": step, "split": "val", **row})
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
             self.console.say(f"step {step}: validation {numbers}")
-            self.evaluated = True
+            progress.evaluated = True
         every = config.checkpoint_interval or config.eval_interval
         due = last or step % every == 0 or (new_best and step > 0)
-        if self.run is not None and step != self.saved_step and due:
-            self._save()
+        if self.run is not None and step != progress.saved_step and due:
+            self.keeper.save()
 
     def _evaluate(self) -> dict[str, float]:
-        assert self.evaluate is not None
+        assert self.task.evaluate is not None
         self.inner.eval()
         dtype = DTYPES[self.config.dtype]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return self.evaluate(self.evaluated_model)
+            return self.task.evaluate(self.evaluated_model)
 
     def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
-        self._check_finite()
+        self.keeper.check_finite()
         config, result = self.config, self.result
         row: dict[str, Any] = {"step": result.step, "split": "train", "loss": loss}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         if norm is not None:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if self.apart:  # the root of the sum of the parts' squares
+            if self.task.apart:  # the root of the sum of the parts' squares
                 norm = (mean_over_ranks(norm.square()) * world().size).sqrt()
             row["grad_norm"] = float(norm)
         row[f"{config.unit}_per_second"] = round(rate, 1)
@@ -332,116 +285,14 @@ class _Trainer:
         if self.tracker is not None:
             self.tracker.log(row)
 
-    def _check_finite(self) -> None:
-        if not any_rank(int(not self.finite)):
-            return
-        kept = self.run.checkpoints.steps() if self.run is not None else []
-        where = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise DivergedError(
-            f"training diverged: the loss was no longer finite by step {self.result.step}; {where}; "
-            "try a lower learning rate"
-        )
-
     def _save_ledger(self) -> None:
         if self.run is not None and self.run.writes and self.result.ledger is not None:
             self.result.ledger.save(self.run.path / "memory.json", peak_bytes=self.result.peak_bytes)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _save(self) -> Any:
-        assert self.run is not None
-        self.finite &= all_finite(self.inner)
-        self._check_finite()
-        self.saved_step = self.result.step
-        return self.run.checkpoints.save(self.result.step, self._state(), best=self._best_step())
-
-    def _state(self, *, alone: bool = False) -> dict[str, Any]:
-        assert self.run is not None
-        result = self.result
-        progress = {
-            "step": result.step,
-            "evaluated": self.evaluated,
-            "seconds": result.seconds,
-            "evaluation": result.evaluation,
-            "best": result.best,
-            "metrics_bytes": self.run.metrics_bytes(),
-        }
-        return capture(
-            self.inner, self.optimizer, self._others(), parts=self.parts, alone=alone, progress=progress,
-            identity=self.identity,
-        )  # fmt: skip
-
-    def _best_step(self) -> int | None:
-        return self.result.best[0] if self.result.best else None
-
-    def _others(self) -> dict[str, Stateful]:
-        return {**self.stateful, "scaler": self.scaler}
-
-    def _agree_to_stop(self, stop: StopSignals) -> None:
+    def _agree_to_stop(self, signals: StopSignals) -> None:
         """Stop if a signal came to any process; asked at every step, or less often where processes seldom speak."""
-        if self.apart and self.result.step % self.config.agree_interval:
+        if self.task.apart and self.result.step % self.config.agree_interval:
             return
-        signum = any_rank(stop.received)
+        signum = any_rank(signals.received)
         if signum:
-            self._stop(signum)
-
-    def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.config.patience_s if self.apart else 0.0)
-
-    @contextmanager
-    def _rescuing(self) -> Iterator[None]:
-        """When another process is lost: save what this one can vouch for, and leave."""
-        try:
-            yield
-        except ConnectionAbortedError as error:
-            message = f"stopped at step {self.result.step}: {error}; "
-            if self.run is None:
-                raise LostRankError(message + "nothing was saved, since there is no run folder") from None
-            go_on = f"; go on with --resume {self.resume_path}"
-            if not self.apart or not bool(self.finite & all_finite(self.inner)):
-                kept = self.run.checkpoints.steps()
-                last = f"the last checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
-                raise LostRankError(message + last + go_on) from None
-            saved = self.run.checkpoints.rescue(
-                self.result.step, self._state(alone=True), best=self._best_step(), every=self.config.agree_interval
-            )
-            what = f"checkpoint {saved} holds" if saved else "another process saves"
-            raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None
-
-    def _stop(self, signum: int) -> None:
-        """Save and leave because of a signal."""
-        message = f"stopped by {Stopped(signum, '').name} at step {self.result.step}"
-        if self.run is None:
-            raise Stopped(signum, f"{message}; nothing was saved, since there is no run folder")
-        step = self.result.step
-        path = self.run.checkpoints.path(step) if self.saved_step == step else self._save()
-        raise Stopped(signum, f"{message}; checkpoint {path}; go on with --resume {self.resume_path}")
-
-    def _stop_at_once(self) -> None:
-        """Leave on a second Ctrl-C, without saving."""
-        steps = self.run.checkpoints.steps() if self.run is not None else []
-        kept = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint"
-        message = f"stopped at once by a second SIGINT in step {self.result.step + 1}; {kept}"
-        raise Stopped(signal.SIGINT, message) from None
-
-    def _restore(self) -> None:
-        """Take up the newest valid checkpoint; where there is none, begin the run anew."""
-        if self.run is None:
-            raise ValueError("resume=True needs a run folder: pass run=")
-        checkpoints, say = self.run.checkpoints, self.console.say
-        found = checkpoints.load_newest(say)
-        if found is None:
-            if checkpoints.steps():
-                raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
-            say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
-            self.run.truncate_metrics(0)
-            return
-        step, state = found
-        where = checkpoints.path(step)
-        check_identity(state["identity"], self.identity, where)
-        put_back(state, self.inner, self.optimizer, self._others(), where=where, say=say, parts=self.parts)
-        progress, result = state["progress"], self.result
-        result.step, result.seconds, result.evaluation = step, progress["seconds"], progress["evaluation"]
-        result.best, self.evaluated, self.saved_step = progress["best"], progress["evaluated"], step
-        self.run.truncate_metrics(progress["metrics_bytes"])
-        say(f"resumed from {where}")
+            stop(self.keeper, signum)

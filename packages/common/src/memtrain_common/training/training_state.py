@@ -114,7 +114,7 @@ def put_back(
         )
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+def check_resume_key(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Refuse a checkpoint that was made by another configuration, naming the first value that differs."""
     for name, value in now.items():
         if saved.get(name, value) != value:

@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+from memtrain_common.commands.configure import saved_config
+from memtrain_common.commands.result import read_result
 from memtrain_common.console import Console, format_table
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.runs import checkpoint
 from memtrain_common.training.distributed import launch
 from memtrain_common.training.rng import seed_all
+from torch import nn
 
-from ..cli import PROG, saved_config
-from .flags import EvalConfig
+from .flags import PROG, EvalConfig, TrainConfig
 from .models import check_classes, image_size, make_model
 from .scoring import Score, predict, read_predictions, score, write_all
-from .train import load_checkpoint, trial_folder, trial_images, trials
+from .train import trial_folder, trial_images, trials
 
 HEADING = ("", "AUC", "ACC", "calibration error")
 
@@ -38,7 +41,7 @@ def run_evaluation(config: EvalConfig) -> None:
 
 def _evaluate_run(config: EvalConfig, console: Console) -> None:
     run = Path(config.run)
-    trained = saved_config(run)
+    trained = saved_config(TrainConfig, run, f"{PROG} train")
     _, device = launch(config.device)
     place = config.data_dir or trained.data_dir
     images = load_images(trained.data, place, size=trained.size, fit=True, verify=trained.verify)
@@ -46,15 +49,15 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
     rows: list[tuple[str, ...]] = [HEADING]
     for trial in trials(trained):
         folder = trial_folder(run, trained, trial)
-        if not (folder / "best.json").is_file():
+        step = _chosen_step(folder)
+        if step is None:
             raise UserError(f"{folder} is not finished: go on with {PROG} train --resume {run}")
-        step = json.loads((folder / "best.json").read_text())["step"]
         own = trial_images(images, trained, trial)
         check_classes(own)
         seed_all(trial.seed)
         model = make_model(trained, own, lambda _: None).to(device)
         if step:
-            load_checkpoint(model, folder / "checkpoints" / f"step-{step:08d}")
+            _load(model, folder / "checkpoints" / f"step-{step:08d}")
         scores = predict(model, own.splits[config.split], image_size(trained, own), multi_label=own.multi_label)
         out = Path(config.out) / (trial.name if folder != run else "") if config.out else folder
         found.append(write_all(out, own, config.split, scores, trial.name))
@@ -65,6 +68,25 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
     console.say(f"{run}: {images.name}, {config.split}")
     console.say(format_table(rows))
     console.say(f"predictions, confusion matrices and ROC curves in {config.out or run}")
+
+
+def _chosen_step(folder: Path) -> int | None:
+    """The step whose weights a finished trial tested; older runs keep it in ``best.json``."""
+    old = folder / "best.json"
+    found = json.loads(old.read_text()) if old.is_file() else read_result(folder)
+    return found["step"] if found else None
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """A checkpoint's weights into the model.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    wrong = checkpoint.verify(path)
+    if wrong is not None:
+        raise UserError(f"the checkpoint {path} is damaged ({wrong}): resume the run, or train anew")
+    model.load_state_dict(checkpoint.load(path)["model"])
 
 
 def _numbers(found: Score) -> tuple[str, ...]:

@@ -1,10 +1,19 @@
 """What ``galore-vit`` is asked to do: flags and presets. No torch here: the command builds its help from these."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from memtrain_common.commands.run_flags import Lr, RunFlags
+from memtrain_common.commands.configure import flag, refuse_unused
+from memtrain_common.commands.run_flags import ImageFlags, Lr, RunFlags, Select, StepFlags
+from memtrain_common.errors import UserError
 
+PROG = "galore-vit"
+# What a resumed run may do otherwise than it began. The data's hash is compared besides.
+MAY_CHANGE = {"out", "resume", "data_dir", "verify", "tracker", "device", "workers", "select"}
+LORA = ("melo", "lora")
+GALORE_FLAGS = ("galore_rank", "gap", "galore_scale", "proj_type", "refresh")
 Data = Literal[
     "digits", "folder", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
@@ -14,26 +23,27 @@ Optim = Literal["adamw", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunFlags):
+class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """Every flag of galore-vit train; kept in the run folder's config.json."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"lora_rank": "rank", "lora_alpha": "alpha", "scale": "galore_scale"}
+
+    @classmethod
+    def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Where an adapter's rank was ``lora_rank``, ``rank`` was GaLore's."""
+        if "lora_rank" in values:
+            values = {"galore_rank" if name == "rank" else name: value for name, value in values.items()}
+        return super().modernise(values)
 
     # -- input and output
     data: Data = "digits"
     """Images: scikit-learn's digits (no file needed), a MedMNIST set, or a folder of pictures by class."""
-    data_dir: str = ""
-    """Folder with the MedMNIST set's npz file, or the folder of pictures."""
-    size: int = 28
-    """Pixels of the MedMNIST file (28, 64, 128 or 224) or of a folder's pictures."""
-    verify: bool = True
-    """Compare a MedMNIST file's MD5 with the published one; --no-verify reads a file of your own in its form."""
     # -- model
     model: Size = "mini"
     """ViT built with random weights: mini (96 wide, 4 blocks), or Ti, S, B, L, H."""
     weights: str = ""
     """Pretrained ViT instead: a folder of transformers, Google's .npz, timm's .safetensors, or timm:NAME (by its name,
     where timm is installed); decides the size."""
-    image_size: int = 0
-    """Pixels that the model sees; 0 takes the data's, other sizes are reached by nearest neighbours."""
     patch_size: int = 0
     """Pixels of a patch's side; 0 takes the weights', or the largest divisor up to a quarter of the image and 16."""
     dropout: float = 0.0
@@ -41,18 +51,18 @@ class TrainConfig(RunFlags):
     # -- what is trained
     train: Literal["full", "head", "melo", "lora"] = "full"
     """All weights; the head; MeLo (LoRA on q and v) and the head; or LoRA on all the blocks' matrices and the head."""
-    lora_rank: int = 4
+    rank: int = 4
     """r of melo and lora."""
-    lora_alpha: float = 4.0
+    alpha: float = 4.0
     """α of melo and lora: an adapter is multiplied by α/r."""
     # -- optimizer
     optim: Optim = "galore-adamw"
     """AdamW, GaLore around AdamW, 8-bit AdamW or Adafactor, or the published package's GaLoreAdamW."""
-    rank: int = 16
+    galore_rank: int = 16
     """GaLore's r: dimensions of a gradient's subspace."""
     gap: int = 50
     """GaLore's T: optimizer steps between two refreshes of a subspace."""
-    scale: float = 1.0
+    galore_scale: float = 1.0
     """GaLore's α on the update of a projected weight."""
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
     """Which side of a gradient is projected; std takes the smaller."""
@@ -60,16 +70,10 @@ class TrainConfig(RunFlags):
     """How a subspace is found: warm-started iteration, or the full SVD as published."""
     lr: Lr = 3e-3
     """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices."""
-    epochs: int = 25
+    epochs: float = 25.0
     """Passes over the training images; the last batch of a pass may begin the next."""
     batch_size: int = 64
     """Images a micro-batch, over all processes."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """Cosine to zero after a warm-up of a twentieth; tenfold lower at 1/2 and 3/4, as MedMNIST has it; or constant."""
     augment: Literal["none", "flip", "flip-shift"] = "none"
@@ -79,8 +83,10 @@ class TrainConfig(RunFlags):
     """Runs with seeds --seed, --seed + 1, …; the summary gives their mean and 95 % confidence interval."""
     folds: int = 0
     """k: train k times, with each k-th part of train and val together as val; 0 keeps the set's own split."""
-    eval_epochs: int = 1
-    """Epochs between evaluations; a checkpoint follows each, and the best by validation AUC is tested."""
+    eval_epochs: float = 1.0
+    """Epochs between evaluations; a checkpoint follows each."""
+    select: Select = "best"
+    """Weights that are tested: the last, or those of the best validation AUC."""
     # -- system
     compile: bool = False
     """Run the model through torch.compile."""
@@ -131,18 +137,91 @@ class InfoConfig:
 
 
 PROTOCOL = TrainConfig(
-    data="breastmnist", optim="adamw", lr=1e-3, batch_size=128, epochs=100, schedule="steps", grad_clip=0.0, seeds=3,
+    data="breastmnist", optim="adamw", lr=1e-3, batch_size=128, epochs=100.0, schedule="steps", grad_clip=0.0, seeds=3,
 )  # fmt: skip
 PRESETS = {
     "default": TrainConfig(),
     "medmnist-v2": PROTOCOL,
     "medmnist-v2-galore": replace(PROTOCOL, optim="galore-adamw"),
     "path-224": TrainConfig(
-        data="pathmnist", size=224, model="b", patch_size=16, rank=512, gap=50, scale=1.0, lr=5e-3,
-        batch_size=128, epochs=1, schedule="constant", grad_clip=0.0,
+        data="pathmnist", size=224, model="b", patch_size=16, galore_rank=512, gap=50, galore_scale=1.0, lr=5e-3,
+        batch_size=128, epochs=1.0, schedule="constant", grad_clip=0.0,
     ),
     "melo": TrainConfig(
-        data="breastmnist", image_size=224, model="b", patch_size=16, train="melo", optim="adamw", lora_rank=4,
-        lora_alpha=4.0, lr=1e-3, batch_size=16, epochs=20, grad_clip=0.0,
+        data="breastmnist", image_size=224, model="b", patch_size=16, train="melo", optim="adamw", rank=4,
+        alpha=4.0, lr=1e-3, batch_size=16, epochs=20.0, grad_clip=0.0,
     ),
 }  # fmt: skip
+
+
+def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
+    """The configuration itself.
+
+    Args:
+        config: flags over a preset.
+        plain: the preset: what stands there without flags.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    at_least = {
+        "size": 4, "image_size": 0, "patch_size": 0, "rank": 1, "galore_rank": 1, "gap": 1, "weight_decay": 0,
+        "max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0, "seed": 0, "seeds": 1,
+        "folds": 0, "log_interval": 1, "workers": 0, "dropout": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if not least <= getattr(config, name) < math.inf:
+            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}")
+    for name in ("lr", "galore_scale", "alpha", "epochs", "eval_epochs"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{flag(name)} must be positive, got {getattr(config, name)}")
+    if not config.dropout < 1:
+        raise UserError(f"--dropout must be below 1, got {config.dropout}")
+    if config.folds == 1:
+        raise UserError("--folds 1 leaves nothing to train on: give 2 or more, or 0 for the set's own split")
+    if config.data == "digits":
+        refuse_unused(config, plain, ("size", "verify"), "the digits have 8 pixels and no file")
+    elif config.data == "folder":
+        refuse_unused(config, plain, ("verify",), "no MD5 of your pictures is published")
+    if not config.optim.startswith("galore"):
+        refuse_unused(config, plain, GALORE_FLAGS, f"--optim {config.optim} projects nothing")
+    elif config.optim == "galore-torch":
+        refuse_unused(config, plain, ("refresh",), "galore-torch finds its subspaces by SVD alone")
+    if config.train not in LORA:
+        refuse_unused(
+            config, plain, ("rank", "alpha"), f"--train {config.train} has no adapters; GaLore's rank is --galore-rank"
+        )
+    if config.weights:
+        refuse_unused(config, plain, ("model", "patch_size", "dropout"), "--weights brings its own")
+    return config
+
+
+def check_eval(config: EvalConfig) -> EvalConfig:
+    """The configuration itself.
+
+    Raises:
+        UserError: if it is not clear what to evaluate.
+    """
+    if bool(config.run) == bool(config.predictions):
+        raise UserError(f"{PROG} eval needs either --run, a folder of {PROG} train, or --predictions, a CSV")
+    for name in ("data", "size", "verify"):
+        if config.run and getattr(config, name) != getattr(EvalConfig(), name):
+            raise UserError(f"{flag(name)} goes with --predictions: a run has its own")
+    for name in ("out", "device"):
+        if config.predictions and getattr(config, name) != getattr(EvalConfig(), name):
+            raise UserError(f"{flag(name)} goes with --run: predictions are only compared with the labels")
+    return config
+
+
+def check_info(config: InfoConfig) -> InfoConfig:
+    """The configuration itself.
+
+    Raises:
+        UserError: naming the flag that is out of its range.
+    """
+    for name in ("image_size", "patch_size", "classes"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {getattr(config, name)}")
+    if not config.ranks or min(config.ranks) < 1:
+        raise UserError(f"--ranks takes whole numbers of at least 1, got {' '.join(map(str, config.ranks)) or 'none'}")
+    return config

@@ -45,7 +45,7 @@ def select(model: nn.Module, config: TrainConfig) -> nn.Module:
         model.requires_grad_(False)
         getattr(model, HEAD).requires_grad_(True)
     elif config.train == "melo":
-        return add_melo(model, MeLo(config.lora_rank, config.lora_alpha))
+        return add_melo(model, MeLo(config.rank, config.alpha))
     elif config.train == "lora":
         return _add_lora(model, config)
     return model
@@ -56,8 +56,8 @@ def _add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
 
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != HEAD]
     settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
         target_modules=names,
         modules_to_save=[HEAD],
     )

@@ -61,7 +61,7 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     else:
         try:
-            groups = param_groups(model, config.rank, config.gap, config.scale, config.proj_type)
+            groups = param_groups(model, config.galore_rank, config.gap, config.galore_scale, config.proj_type)
         except ValueError as error:
             raise UserError(f"--optim {config.optim} with --train {config.train}: {error}") from None
     if config.optim == "galore-torch":  # it cannot update a weight whose rank is too large

@@ -1,10 +1,8 @@
 """``lora-xs merge``, ``export-peft`` and ``info``: flags and checks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memtrain_common.commands.cli import parse
-from memtrain_common.commands.configure import at_least, required
+from memtrain_common.commands.configure import required
 from memtrain_common.errors import UserError
 
 from .shared_flags import AdapterFlags, Dtype
@@ -47,33 +45,16 @@ class InfoConfig:
     """Without --adapter, modules by the ends of their names; empty takes the paper's for the model's family."""
 
 
-def main(command: str, argv: Sequence[str], description: str) -> None:
-    prog = f"lora-xs {command}"
-    if command == "merge":
-        merge = parse(MergeConfig, argv, prog=prog, description=description)
-        required(merge, adapter=ADAPTER, out=OUT)
-        from .adapters import run_merge
+def check_info(config: InfoConfig) -> InfoConfig:
+    """The configuration itself.
 
-        run_merge(merge)
-    elif command == "export-peft":
-        export = parse(ExportConfig, argv, prog=prog, description=description)
-        required(export, adapter=ADAPTER, out=OUT)
-        from .adapters import run_export
-
-        run_export(export)
-    else:
-        info = parse(InfoConfig, argv, prog=prog, description=description)
-        if not info.adapter and not info.model:
-            raise UserError("--adapter and --model are both missing: give at least one of them")
-        if not info.adapter:
-            required(info, ranks="give at least one rank")
-            for rank in info.ranks:
-                at_least(_Rank(rank), ranks=1)
-        from .adapters import run_info
-
-        run_info(info)
-
-
-@dataclass(frozen=True)
-class _Rank:
-    ranks: int
+    Raises:
+        UserError: naming what is missing or out of range.
+    """
+    if not config.adapter and not config.model:
+        raise UserError("--adapter and --model are both missing: give at least one of them")
+    if not config.adapter:
+        required(config, ranks="give at least one rank")
+        if min(config.ranks) < 1:
+            raise UserError(f"--ranks must be at least 1, got {min(config.ranks)}")
+    return config

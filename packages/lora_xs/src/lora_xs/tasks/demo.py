@@ -14,7 +14,7 @@ import transformers
 from memtrain_common.console import Console, format_bytes, format_seconds, format_table
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.measuring.bench import write_results
-from memtrain_common.training.loop import FitConfig, FitResult, fit
+from memtrain_common.training.loop import FitConfig, FitResult, Task, fit
 from memtrain_common.training.rng import seed_all
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def learn(model: nn.Module, groups: list[dict[str, Any]], data: Digits, steps: i
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = min(10, steps - 1)
-    return fit(model, batches, loss_of, optimizer, FitConfig(steps), lr_factor=schedule("linear", warm, steps))
+    return fit(Task(model, batches, loss_of, optimizer, lr_factor=schedule("linear", warm, steps)), FitConfig(steps))
 
 
 def run_demo(config: DemoConfig, argv: Sequence[str]) -> list[Arm]:

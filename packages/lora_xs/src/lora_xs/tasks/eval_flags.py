@@ -1,10 +1,8 @@
 """``lora-xs eval``: flags and checks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from memtrain_common.commands.cli import parse
 from memtrain_common.commands.configure import at_least, required
 from memtrain_common.errors import UserError
 
@@ -65,10 +63,3 @@ def check(config: EvalConfig) -> EvalConfig:
     if config.resume and not config.out:
         raise UserError("--resume needs --out, the file to go on with")
     return config
-
-
-def main(command: str, argv: Sequence[str], description: str) -> None:
-    config = check(parse(EvalConfig, argv, prog=PROG, description=description))
-    from .evaluate import run_eval
-
-    run_eval(config)

@@ -137,7 +137,7 @@ def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[
             raise UserError(f"there is no {out} to go on with: leave --resume out")
         return []
     if not config.resume:
-        raise UserError(f"{out} exists: choose another --out, or go on with it by --resume")
+        raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
     text = out.read_text()
     try:
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,35 +1,28 @@
 """The composition behind ``lora-xs glue``: task, encoder, adapter, the shared loop, the benchmark's metrics."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from memtrain_common.commands.configure import MAY_CHANGE
-from memtrain_common.commands.session import open_run
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
 from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_classifier, load_tokenizer
-from memtrain_common.runs.run_folder import RunFolder
-from memtrain_common.training.cpu_workarounds import avoid_broken_amx
-from memtrain_common.training.distributed import World, launch
-from memtrain_common.training.loop import FitConfig
+from memtrain_common.training.distributed import World
+from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from ..adapter_file import describe_adapter, load_adapter
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .glue_flags import PROG, GlueConfig
-from .models import write_task
 from .schedules import schedule, warmup_steps
-from .training import Job, save, summary, train
+from .training import finish, train
 
 DEFAULT_RANK = 16
 
@@ -46,37 +39,56 @@ def prepare(config: GlueConfig) -> Prepared:
     )
 
 
-def run_glue(config: GlueConfig, argv: Sequence[str], prepared: Prepared | None = None) -> dict[str, float]:
+def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     """Everything that ``lora-xs glue`` does for one run; -> the task's metrics at its end."""
-    world, device = launch(config.device)
-    if device.type == "cpu" and config.dtype == "bfloat16":
-        avoid_broken_amx()
-    if config.batch_size % world.size:
-        raise UserError(f"--batch-size {config.batch_size} must be divisible by the {world.size} processes")
-    prepared = prepared or prepare(config)
-    seed_all(config.seed)
-    model = adapted_model(config, prepared.tokenizer).to(device)
-    run, config = open_run(
-        config, argv, prog=PROG, world=world, device=device, data={"name": config.task, "sha256": prepared.sha256}
-    )
-    console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
+    session = Session.begin(config, argv, prog=PROG)
+    prepared = prepare(config)
+    model = adapted_model(config, prepared.tokenizer)  # before there is a folder: what is wrong with it is said first
+    session.open({"name": config.task, "sha256": prepared.sha256})
+    return train_glue(session, prepared, model)
+
+
+def train_glue(session: Session, prepared: Prepared, model: nn.Module | None = None) -> dict[str, float]:
+    """One run in an open session; -> the task's metrics at its end.
+
+    Args:
+        model: :func:`adapted_model` of the session's configuration, if it was made already.
+    """
+    config: GlueConfig = session.config
+    model = (model or adapted_model(config, prepared.tokenizer)).to(session.device)
     n = {split: len(rows) for split, rows in prepared.ids.items()}
-    console.say(f"{run.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows")
-    seed_all(config.seed + world.rank)  # dropout differs between processes; the weights above must not
-    job = make_job(config, prepared, model, world)
-    result = train(job, run, console, device, resume=bool(config.resume))
-    scores = result.evaluation
-    if job.keep == "best" and job.evaluate is not None:
-        model.eval()
-        with torch.no_grad():
-            scores = job.evaluate(model)
-    if world.is_main:
-        _finish(config, model, run, console, result, scores)
-    return {name: scores[name] for name in TASKS[config.task].metrics}
+    session.console.say(
+        f"{session.folder.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows"
+    )
+    seed_all(config.seed + session.place.rank)  # dropout differs between processes; the weights above must not
+    task, fit_config = plain_task(config, prepared, model, session.place)
+    grid = {name for name in vars(config) if name.startswith("grid")}
+    key = session.resume_key(MAY_CHANGE | grid, data_sha256=prepared.sha256)
+    rates = (config.learning_rate, config.head_learning_rate)
+    outcome = train(session, task, fit_config, rates=rates, key=key, label=config.task)
+    scores = outcome.result.evaluation
+    if outcome.step != outcome.result.step and task.evaluate is not None:
+        with session.judging(outcome) as chosen:
+            scores = task.evaluate(chosen)
+    metrics = {name: scores[name] for name in TASKS[config.task].metrics}
+    lines = [(name, f"{100 * value:.2f}") for name, value in metrics.items()]
+    best = outcome.result.best
+    if best is not None and config.select == "last":
+        lines.append((f"best {TASKS[config.task].metrics[0]} (step {best[0]})", f"{100 * best[1]:.2f}"))
+    finish(
+        session,
+        outcome,
+        scores={"dev": metrics},
+        lines=lines,
+        about={"command": "glue", "task": config.task, "num_labels": TASKS[config.task].num_labels},
+        title=f"{config.task}, development rows, in hundredths",
+    )
+    return metrics
 
 
 def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
-    """The encoder with R and a fresh head."""
+    """The encoder with R and a fresh head; its random numbers are the seed's."""
+    seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
     if config.from_adapter:
         info = describe_adapter(config.from_adapter)
@@ -91,11 +103,10 @@ def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
     return inject(model, xs)
 
 
-def make_job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> Job:
-    """Batches, loss, schedule and evaluation of the task, for a model whatever is trained of it."""
+def plain_task(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> tuple[Task, FitConfig]:
+    """Batches, loss, schedule and evaluation of the task, for a model whatever is trained of it; no optimizer yet."""
     rows = len(prepared.ids["train"])
-    per_epoch = math.ceil(rows / config.batch_size)
-    steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
+    steps = config.total_steps(rows, config.batch_size * config.gradient_accumulation_steps)
 
     def batches(i: int) -> dict[str, Tensor]:
         order = epoch_batch(config.seed, i, batch=config.batch_size, size=rows)
@@ -104,49 +115,18 @@ def make_job(config: GlueConfig, prepared: Prepared, model: nn.Module, world: Wo
     def evaluate(m: nn.Module) -> dict[str, float]:
         return evaluation(config.task, prepared, m, config.batch_size)
 
-    best = TASKS[config.task].metrics[0]
-    return Job(
-        model=model,
-        batches=batches,
-        loss=model_loss,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        weight_decay=config.weight_decay,
-        lr_factor=schedule("linear", warmup_steps(config.warmup_ratio, steps), steps),
-        fit=FitConfig(
-            max_iters=steps,
-            grad_clip=config.grad_clip,
-            dtype=config.dtype,
-            eval_interval=config.eval_interval or per_epoch,
-            log_interval=config.log_interval,
-            best_metric=best,
-            higher_is_better=True,
-            units_per_step=config.batch_size,
-            tracker=config.tracker,
-        ),
-        evaluate=evaluate,
-        identity={
-            **{k: v for k, v in asdict(config).items() if k not in MAY_CHANGE and not k.startswith("grid")},
-            "data_sha256": prepared.sha256,
-        },
-        keep=config.keep,
-        label=config.task,
+    factor = schedule("linear", warmup_steps(config.warmup_ratio, steps), steps)
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    fit_config = FitConfig(
+        max_iters=steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        grad_clip=config.grad_clip,
+        dtype=config.dtype,
+        eval_interval=config.eval_interval or math.ceil(rows / per_step),
+        log_interval=config.log_interval,
+        best_metric=TASKS[config.task].metrics[0],
+        higher_is_better=True,
+        units_per_step=per_step,
+        tracker=config.tracker,
     )
-
-
-def _finish(
-    config: GlueConfig, model: nn.Module, run: RunFolder, console: Console, result: Any, scores: dict[str, float]
-) -> None:
-    folder = run.path / "adapter"
-    sizes = save(model, folder)
-    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-    write_task(folder, command="glue", task=config.task, model=source, num_labels=TASKS[config.task].num_labels)
-    metrics = {name: scores[name] for name in TASKS[config.task].metrics}
-    (run.path / "result.json").write_text(json.dumps({"task": config.task, **metrics}, indent=2) + "\n")
-    lines = [(name, f"{100 * value:.2f}") for name, value in metrics.items()]
-    main = TASKS[config.task].metrics[0]
-    if result.best is not None and config.keep == "last":
-        lines.append((f"best {main} (step {result.best[0]})", f"{100 * result.best[1]:.2f}"))
-    console.say()
-    console.say(f"{config.task}, development rows, in hundredths")
-    console.say(summary(model, result, run, sizes, lines))
+    return Task(model, batches, model_loss, evaluate=evaluate, lr_factor=factor), fit_config

@@ -1,9 +1,8 @@
 """``lora-xs glue``: flags, presets, checks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from memtrain_common.commands.configure import at_least, configure, one_of, positive, required
+from memtrain_common.commands.configure import at_least, one_of, positive, required
 from memtrain_common.errors import UserError
 
 from ..config import ROBERTA_TARGETS
@@ -90,23 +89,3 @@ def check(config: GlueConfig) -> GlueConfig:
         if config.rank:
             raise UserError("--rank has no use with --grid: give --grid-ranks")
     return config
-
-
-def main(command: str, argv: Sequence[str], description: str) -> None:
-    description += """
-
-Metrics: Matthews correlation (cola), Pearson and Spearman (stsb), accuracy and F1 (mrpc, qqp), accuracy (the rest; mnli
-matched and mismatched), on the rows of the development set.
-
-Presets: scratch (the defaults; official for cola, sst2, qnli), from-mnli (official for mrpc, rte, stsb)."""
-    config = configure(
-        GlueConfig, argv, prog=PROG, description=description, presets=PRESETS, check=lambda c, _: check(c)
-    )
-    if config.grid:
-        from .glue_grid import run_grid
-
-        run_grid(config, argv)
-    else:
-        from .glue import run_glue
-
-        run_glue(config, argv)

@@ -6,17 +6,18 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.console import Console, format_table
+from memtrain_common.commands.result import read_result
+from memtrain_common.commands.session import Session
+from memtrain_common.console import format_table
 from memtrain_common.data.text.glue import TASKS
-from memtrain_common.errors import Stopped
-from memtrain_common.runs.run_folder import RunFolder, default_run_path
 
 from ..adapter_file import describe_adapter
-from .glue import prepare, run_glue
-from .glue_flags import GlueConfig
+from .glue import prepare, train_glue
+from .glue_flags import PROG, GlueConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +33,10 @@ class Row:
 
 def run_grid(config: GlueConfig, argv: Sequence[str]) -> list[Row]:
     """Train every cell that has no result yet, then write the table."""
+    session = Session.begin(config, argv, prog=PROG)
     prepared = prepare(config)
-    if config.resume:
-        run = RunFolder.open(Path(config.resume))
-    else:
-        run = RunFolder.create(Path(config.out) if config.out else default_run_path("lora-xs-glue-grid"))
-    folder = run.path
-    config = dataclasses.replace(config, out=str(folder))
-    run.write_config(
-        config, prog="lora-xs", argv=["glue", *argv], data={"name": config.task, "sha256": prepared.sha256}
-    )
-    console = Console(folder / "log.txt")
+    session.open({"name": config.task, "sha256": prepared.sha256})
+    config, folder, say = session.config, session.folder.path, session.console.say
     ranks: Sequence[int] = config.grid_ranks
     if config.from_adapter:
         ranks = (describe_adapter(config.from_adapter).config.rank,)
@@ -50,29 +44,29 @@ def run_grid(config: GlueConfig, argv: Sequence[str]) -> list[Row]:
     for rank, lr, head_lr in itertools.product(ranks, config.grid_learning_rates, config.grid_head_learning_rates):
         scores: dict[str, list[float]] = {}
         for seed in config.grid_seeds:
-            cell = folder / f"r{rank}-lr{lr:g}-head{head_lr:g}-seed{seed}"
+            cell = f"r{rank}-lr{lr:g}-head{head_lr:g}-seed{seed}"
             changed: dict[str, Any] = {"rank": rank, "learning_rate": lr, "head_learning_rate": head_lr, "seed": seed}
-            for name, value in _cell(dataclasses.replace(config, grid=False, **changed), cell, argv, prepared).items():
+            found = _finished(folder / cell, config.task)
+            if found is None:
+                found = train_glue(session.beside(cell, replace(config, grid=False, **changed)), prepared)
+            for name, value in found.items():
                 scores.setdefault(name, []).append(value)
         rows.append(Row(rank, lr, head_lr, scores))
-        console.say(table(config.task, rows))
-    (folder / "table.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
-    (folder / "table.txt").write_text(table(config.task, rows) + "\n")
-    console.say(f"grid folder {folder}")
+        say(table(config.task, rows))
+    if session.place.is_main:
+        (folder / "table.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
+        (folder / "table.txt").write_text(table(config.task, rows) + "\n")
+    say(f"grid folder {folder}")
     return rows
 
 
-def _cell(config: GlueConfig, folder: Path, argv: Sequence[str], prepared: Any) -> dict[str, float]:
-    """A finished cell's result, or that of training it (on)."""
-    result = folder / "result.json"
-    if result.is_file():
-        return {name: json.loads(result.read_text())[name] for name in TASKS[config.task].metrics}
-    begun = (folder / "config.json").is_file()
-    config = dataclasses.replace(config, out=str(folder), resume=str(folder) if begun else "")
-    try:
-        return run_glue(config, argv, prepared)
-    except Stopped as stop:
-        raise Stopped(stop.signum, f"stopped by {stop.name}; go on with --resume {folder.parent}") from stop
+def _finished(folder: Path, task: str) -> dict[str, float] | None:
+    """A finished cell's metrics; older ones have them at the top of their result."""
+    content = read_result(folder)
+    if content is None:
+        return None
+    scores = content.get("scores", {}).get("dev", content)
+    return {name: scores[name] for name in TASKS[task].metrics}
 
 
 def interval(values: Sequence[float]) -> float:

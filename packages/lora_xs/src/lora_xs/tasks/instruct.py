@@ -2,33 +2,31 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from memtrain_common.commands.configure import MAY_CHANGE
-from memtrain_common.commands.session import open_run
-from memtrain_common.console import Console
+from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.data.text.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
 from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_tokenizer
-from memtrain_common.training.cpu_workarounds import avoid_broken_amx
-from memtrain_common.training.distributed import World, launch
-from memtrain_common.training.loop import FitConfig
+from memtrain_common.training.distributed import World
+from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .instruct_flags import PROG, InstructConfig
-from .models import load_causal_lm, write_task
+from .models import load_causal_lm
 from .prompts import PROMPTS, training_prompt
 from .schedules import schedule, warmup_steps
-from .training import Job, save, summary, train
+from .training import finish, train
 
 IGNORED = -100  # the label that cross entropy passes over
 # data: (file names, hub name, its split)
@@ -106,11 +104,8 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     """Everything that ``lora-xs instruct`` does once its flags are checked."""
-    world, device = launch(config.device)
-    if device.type == "cpu" and "bfloat16" in (config.dtype, config.base_dtype):
-        avoid_broken_amx()
-    if config.batch_size % world.size:
-        raise UserError(f"--batch-size {config.batch_size} must be divisible by the {world.size} processes")
+    session = Session.begin(config, argv, prog=PROG)
+    world, device = session.place, session.device
     pair = (config.fields[0], config.fields[1]) if config.fields else None
     prompt = training_prompt(config.prompt, config.data)
     pairs = examples(load_rows(config), pair, PROMPTS[prompt])
@@ -131,16 +126,13 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     xs = LoRAXSConfig(config.rank, config.alpha or None, config.targets, init=config.init, seed=config.seed, head=())
     model = inject(model.to(device), xs)
     sha = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
-    run, config = open_run(
-        config, argv, prog=PROG, world=world, device=device, data={"name": config.data, "sha256": sha}
-    )
-    console = Console(run.path / "log.txt" if world.is_main else None, quiet=not world.is_main)
-    console.say(f"{run.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
+    session.open({"name": config.data, "sha256": sha})
+    say = session.console.say
+    say(f"{session.folder.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
     if len(kept) < len(rows):
-        n = len(rows) - len(kept)
-        console.say(f"{n:,} rows left out: their prompts alone fill {config.max_length} tokens")
+        say(f"{len(rows) - len(kept):,} rows left out: their prompts alone fill {config.max_length} tokens")
     micro, size = config.gradient_accumulation_steps, len(rows_in)
-    steps = max(1, math.ceil(config.epochs * size / (config.batch_size * micro)))
+    steps = config.total_steps(size, config.batch_size * micro)
 
     def batches(i: int) -> dict[str, Tensor]:
         order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
@@ -157,36 +149,29 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
 
     seed_all(config.seed + world.rank)
     warm = config.warmup_iters or warmup_steps(config.warmup_ratio, steps)
-    job = Job(
-        model=model,
-        batches=batches,
-        loss=loss_of,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        lr_factor=schedule(config.schedule, min(warm, steps - 1), steps),
-        fit=FitConfig(
-            max_iters=steps,
-            gradient_accumulation_steps=micro,
-            grad_clip=config.grad_clip,
-            dtype=config.dtype,
-            eval_interval=config.eval_interval,
-            log_interval=config.log_interval,
-            units_per_step=config.batch_size * micro,
-            tracker=config.tracker,
-        ),
-        evaluate=evaluate if validation else None,
-        identity={**{k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}, "data_sha256": sha},
-        keep=config.keep,
-        label="instruct",
+    factor = schedule(config.schedule, min(warm, steps - 1), steps)
+    task = Task(model, batches, loss_of, evaluate=evaluate if validation else None, lr_factor=factor)
+    fit_config = FitConfig(
+        max_iters=steps,
+        gradient_accumulation_steps=micro,
+        grad_clip=config.grad_clip,
+        dtype=config.dtype,
+        eval_interval=config.eval_interval,
+        log_interval=config.log_interval,
+        units_per_step=config.batch_size * micro,
+        tracker=config.tracker,
     )
-    result = train(job, run, console, device, resume=bool(config.resume))
-    if world.is_main:
-        sizes = save(model, run.path / "adapter")
-        source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-        write_task(run.path / "adapter", command="instruct", data=config.data, prompt=prompt, model=source)
-        scores = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
-        if result.best is not None:
-            scores.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))
-        console.say()
-        console.say(summary(model, result, run, sizes, scores or [("steps", str(result.step))]))
+    key = session.resume_key(MAY_CHANGE, data_sha256=sha)
+    rates = (config.learning_rate, config.learning_rate)
+    outcome = train(session, task, fit_config, rates=rates, key=key, label="instruct")
+    result = outcome.result
+    lines = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
+    if result.best is not None:
+        lines.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))
+    finish(
+        session,
+        outcome,
+        scores={"val": result.evaluation} if result.evaluation else {},
+        lines=lines or [("steps", str(result.step))],
+        about={"command": "instruct", "data": config.data, "prompt": prompt},
+    )

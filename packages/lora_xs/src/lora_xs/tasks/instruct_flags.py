@@ -1,11 +1,10 @@
 """``lora-xs instruct``: flags, presets, checks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.commands.configure import at_least, configure, required
-from memtrain_common.commands.run_flags import Dtype, LearningRate
+from memtrain_common.commands.configure import at_least, required
+from memtrain_common.commands.run_flags import Dtype, LearningRate, Select
 from memtrain_common.errors import UserError
 
 from ..config import CAUSAL_LM_TARGETS
@@ -27,7 +26,6 @@ class InstructConfig(TrainingFlags):
     limit: int = 100_000
     """Use the first so many rows; 0 uses all."""
     gradient_accumulation_steps: int = 64
-    """Micro-batches a step."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up."""
     warmup_iters: int = 0
@@ -47,8 +45,8 @@ class InstructConfig(TrainingFlags):
     max_length: int = 512
     warmup_ratio: float = 0.02
     eval_interval: int = 100
-    keep: Literal["last", "best"] = "last"
-    """Which weights the adapter gets: the last, or those of the lowest validation loss."""
+    select: Select = "last"
+    """Weights that the adapter gets: the last, or those of the lowest validation loss."""
     seed: int = 42
 
 
@@ -58,7 +56,7 @@ PRESETS = {
     "commonsense": replace(
         MATH, data="commonsense", rank=32, alpha=64.0, learning_rate=2e-3, schedule="linear", epochs=3.0, limit=0,
         batch_size=1, max_length=256, warmup_ratio=0.0, warmup_iters=100, grad_clip=0.5, val_samples=120,
-        eval_interval=40, keep="best",
+        eval_interval=40, select="best",
     ),
 }  # fmt: skip
 
@@ -76,20 +74,8 @@ def check(config: InstructConfig) -> InstructConfig:
         config, rank=1, alpha=0, limit=0, gradient_accumulation_steps=1, warmup_iters=0, val_samples=0, eval_interval=1
     )
     check_training(config)
-    if config.keep == "best" and not config.val_samples:
-        raise UserError("--keep best needs a validation loss: give --val-samples")
+    if config.select == "best" and not config.val_samples:
+        raise UserError("--select best needs a validation loss: give --val-samples")
     if len(config.fields) not in (0, 2):
         raise UserError(f"--fields takes two names, instruction and response, got {' '.join(config.fields)}")
     return config
-
-
-def main(command: str, argv: Sequence[str], description: str) -> None:
-    description += """
-
-Presets: math (the official settings for MetaMathQA: the defaults, with float16), commonsense (for commonsense_170k)."""
-    config = configure(
-        InstructConfig, argv, prog=PROG, description=description, presets=PRESETS, check=lambda c, _: check(c)
-    )
-    from .instruct import run_instruct
-
-    run_instruct(config, argv)

@@ -1,10 +1,11 @@
 """Flags that several commands share. A command's own dataclass inherits them and gives its own defaults."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from memtrain_common.commands.configure import at_least, below_one, positive
-from memtrain_common.commands.run_flags import Dtype, LearningRate, RunFlags
+from memtrain_common.commands.run_flags import Dtype, LearningRate, RunFlags, Select, StepFlags
 
 Init = Literal["svd", "random"]
 
@@ -24,8 +25,10 @@ class AdapterFlags:
 
 
 @dataclass(frozen=True)
-class TrainingFlags(RunFlags):
+class TrainingFlags(RunFlags, StepFlags):
     """One training of an adapter."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"keep": "select"}
 
     # -- input and output
     model: str = ""
@@ -44,8 +47,6 @@ class TrainingFlags(RunFlags):
     # -- optimizer
     learning_rate: LearningRate = 1e-3
     """Peak learning rate of R."""
-    epochs: float = 1.0
-    """Passes over the training rows."""
     batch_size: int = 32
     """Rows a micro-batch, over all processes."""
     max_length: int = 128
@@ -53,20 +54,20 @@ class TrainingFlags(RunFlags):
     warmup_ratio: float = 0.0
     """Part of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
-    """AdamW's."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """AdamW's, of R and the head."""
     # -- evaluation
     eval_interval: int = 0
     """Steps between evaluations and checkpoints."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights the adapter gets: the last, or those of the best evaluation (picked on the reported rows)."""
+    select: Select = "last"
+    """Weights that the adapter gets: the last, or those of the best evaluation (picked on the reported rows)."""
     seed: int = 0
     """Seed of R, the data order, dropout and whatever starts at random."""
 
 
 def check_training(config: TrainingFlags) -> None:
     """What holds of the flags that glue and instruct share."""
-    at_least(config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1)
+    at_least(
+        config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1, max_iters=0
+    )
     positive(config, "learning_rate", "epochs")
     below_one(config, "warmup_ratio")

@@ -1,82 +1,50 @@
-"""What glue and instruct share: one call of the loop, the adapter that comes out, the summary."""
+"""What glue and instruct share: R and the head through the shared loop, the adapter that comes out, the summary."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
-from memtrain_common.measuring.memory import CATEGORIES, Ledger
-from memtrain_common.runs.checkpoint import load as load_checkpoint
-from memtrain_common.runs.run_folder import RunFolder
+from memtrain_common.commands.result import Outcome
+from memtrain_common.commands.session import Session
+from memtrain_common.console import format_bytes, format_table
+from memtrain_common.measuring.memory import CATEGORIES
 from memtrain_common.training.distributed import parallelize
-from memtrain_common.training.loop import FitConfig, FitResult, fit
-from torch import Tensor, nn
+from memtrain_common.training.fit_config import FitConfig
+from memtrain_common.training.task import Task
+from torch import nn
 
 from ..adapter_checks import base_digests
 from ..adapter_file import save_adapter
 from ..adapters import trained
+from .models import write_task
 from .trained_state import trained_state
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training, ready to run."""
+def train(
+    session: Session, task: Task, config: FitConfig, *, rates: tuple[float, float], key: Mapping[str, Any], label: str
+) -> Outcome:
+    """Train R and the head; the model ends with the weights that ``--select`` asks for.
 
-    model: nn.Module
-    """With its adapter, on its device."""
-    batches: Callable[[int], Any]
-    loss: Callable[[nn.Module, Any], Tensor]
-    learning_rate: float
-    head_learning_rate: float
-    weight_decay: float
-    lr_factor: Callable[[int], float]
-    fit: FitConfig
-    evaluate: Callable[[nn.Module], dict[str, float]] | None
-    identity: dict[str, Any]
-    keep: str
-    """The weights to end with: "last" or "best"."""
-    label: str
-
-
-def train(job: Job, run: RunFolder, console: Console, device: torch.device, *, resume: bool) -> FitResult:
-    """Train R and the head through the shared loop; the model ends with the weights that ``keep`` asks for."""
-    groups = trained(job.model)
+    Args:
+        task: without an optimizer; its model has an adapter and is on its device.
+        rates: peak learning rates of R and of the head.
+        key: what a checkpoint must agree in, besides the base weights.
+    """
+    groups = trained(task.model)
     optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[name], "lr": lr}
-            for name, lr in (("R", job.learning_rate), ("head", job.head_learning_rate))
-            if groups[name]
-        ],
-        weight_decay=job.weight_decay,
+        [{"params": groups[name], "lr": lr} for name, lr in zip(("R", "head"), rates, strict=True) if groups[name]],
+        weight_decay=session.config.weight_decay,
     )
-    sha256, _ = base_digests(job.model, reuse=True)
-    start = copy.deepcopy({n: p.detach() for n, p in job.model.named_parameters() if p.requires_grad})
-    with trained_state(job.model):
-        result = fit(
-            parallelize(job.model, "ddp", device),
-            job.batches,
-            job.loss,
-            optimizer,
-            job.fit,
-            evaluate=job.evaluate,
-            lr_factor=job.lr_factor,
-            run=run,
-            resume=resume,
-            identity={**job.identity, "base_sha256": sha256},
-            console=console,
-            label=job.label,
+    sha256, _ = base_digests(task.model, reuse=True)
+    wrapped = replace(task, model=parallelize(task.model, "ddp", session.device), optimizer=optimizer)
+    with trained_state(task.model):
+        return session.fit(
+            wrapped, config, resume_key={**key, "base_sha256": sha256}, label=label, select=session.config.select
         )
-        if job.keep == "best" and result.best is not None and result.best[0] != result.step:
-            step = result.best[0]
-            state = load_checkpoint(run.checkpoints.path(step))["model"] if step else start
-            job.model.load_state_dict(state, strict=bool(step))
-            console.say(f"kept the weights of step {step}, the best evaluation")
-    return result
 
 
 def save(model: nn.Module, folder: Path) -> dict[str, int]:
@@ -94,23 +62,34 @@ def counts(model: nn.Module) -> dict[str, int]:
     return {**groups, "model": own}
 
 
-def summary(
-    model: nn.Module, result: FitResult, run: RunFolder, sizes: dict[str, int], scores: Sequence[tuple[str, str]]
-) -> str:
-    """The lines at a run's end."""
-    n = counts(model)
-    ledger = result.ledger or Ledger.read(run.path / "memory.json")  # none where nothing was left to train
-    peaks = ", ".join(f"{k} {'unavailable' if v is None else format_bytes(v)}" for k, v in result.peak_bytes.items())
-    joules = "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})"
-    trained_text = f"{n['R']:,} in R" + (f", {n['head']:,} in the head" if n["head"] else "")
-    facts = [
-        ("trained", f"{trained_text}, of {n['model']:,}"),
-        ("saved", ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items())),
-        ("memory", ", ".join(f"{c} {format_bytes(ledger.total(c))}" for c in CATEGORIES)),
-        ("peak memory", peaks),
-        ("speed", f"{format_count(result.units_per_second)} samples/s, {format_seconds(result.seconds)} of training"),
-        ("energy", joules),
-    ]
-    return "\n".join(
-        [format_table(scores), *(f"  {name:12} {value}" for name, value in facts), f"run folder {run.path}"]
+def finish(
+    session: Session,
+    outcome: Outcome,
+    *,
+    scores: Mapping[str, Mapping[str, float]],
+    lines: Sequence[tuple[str, str]],
+    about: Mapping[str, Any],
+    title: str = "",
+) -> None:
+    """Write the adapter, with what it is for beside it, and say what came out.
+
+    Args:
+        lines: the scores as people read them.
+        about: the adapter's task, for later commands.
+    """
+    facts: dict[str, str] = {}
+    if session.place.is_main:
+        folder = session.folder.path / "adapter"
+        sizes = save(outcome.model, folder)
+        name = session.config.model
+        write_task(folder, **about, model=str(Path(name).resolve()) if Path(name).exists() else name)
+        n = counts(outcome.model)
+        head = f", {n['head']:,} in the head" if n["head"] else ""
+        facts["trained"] = f"{n['R']:,} in R{head}, of {n['model']:,}"
+        facts["saved"] = ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items())
+        ledger = outcome.result.ledger
+        if ledger is not None:
+            facts["memory"] = ", ".join(f"{c} {format_bytes(ledger.total(c))}" for c in CATEGORIES)
+    session.finish(
+        outcome, scores=scores, own=about, table=(f"{title}\n" if title else "") + format_table(lines), facts=facts
     )

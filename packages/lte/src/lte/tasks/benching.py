@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memtrain_common.commands.session import Session
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.data.text.corpus import Corpus, Crops, load_corpus
 from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
@@ -18,7 +19,7 @@ from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.distributed import launch
 from memtrain_common.training.rng import seed_all
 
-from .bench import BenchConfig, flops_per_token, peak_flops, plain_train_config
+from .bench_flags import BenchConfig, flops_per_token, peak_flops, plain_train_config
 from .starting import gpt_config, with_architecture
 from .train import Trained, train_one
 from .train_config import TrainConfig
@@ -79,17 +80,9 @@ def measure_training(config: BenchConfig) -> None:
             if config.profile and full == ways[0]:
                 each = _profiled(stack, clock, config, device)
             seed_all(plain.seed)
-            trained = train_one(
-                plain,
-                corpus,
-                crops,
-                None,
-                _Progress(quiet=not world.is_main),
-                device,
-                world.rank,
-                full=full,
-                each_step=each,
-            )
+            session = Session.alone(plain, device=config.device)
+            session.console = _Progress(quiet=not world.is_main)
+            trained = train_one(session, corpus, crops, full=full, each_step=each)
         columns.append(_column(trained, clock.seconds(config.steps), tokens, flops, peak, world.size, full))
         del trained
     shape = f"{plain.n_layer} blocks, width {plain.n_embd}, {plain.gradient_accumulation_steps} × {plain.batch_size} × "
@@ -118,17 +111,17 @@ def _column(
 ) -> list[str]:
     """One way's numbers, as the table shows them."""
     low, median, high = statistics.quantiles(seconds, n=4)
-    ledger = trained.result.ledger
+    ledger = trained.outcome.result.ledger
     assert ledger is not None  # every training measures its first step
     mfu = f"{100 * tokens / median * flops / (peak * processes):.1f} %" if peak else "unavailable"
-    bytes_at_peak = trained.result.peak_bytes.get("training")
+    bytes_at_peak = trained.outcome.result.peak_bytes.get("training")
     return [
         "full" if full else "LTE",
         f"{1e3 * median:.1f}",
         f"{1e3 * low:.1f} to {1e3 * high:.1f}",
         format_count(tokens / median),
         mfu,
-        format_count(trained.trainable),
+        format_count(trained.numbers[0]),
         *(format_bytes(ledger.total(c)) for c in CATEGORIES),
         format_bytes(sum(ledger.totals.values())),
         "unavailable" if bytes_at_peak is None else format_bytes(bytes_at_peak),

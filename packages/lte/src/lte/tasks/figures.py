@@ -77,7 +77,7 @@ def _row(name: str, run: Finished) -> tuple[str, ...]:
         *(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
         f"{s['steps']:,}",
         f"{s['evaluation']['loss']:.4f}",
-        f"{s['best']['loss']:.4f}",
+        f"{s['best']['value']:.4f}",
         format_count(s["trained_parameters"]),
         f"{1e3 * _step_seconds(run):.1f}",
         format_bytes(run.step_bytes),
@@ -86,7 +86,7 @@ def _row(name: str, run: Finished) -> tuple[str, ...]:
 
 
 def _step_seconds(run: Finished) -> float:
-    return run.summary["training_seconds"] / run.summary["steps"]
+    return run.summary["seconds"] / run.summary["steps"]
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -1,9 +1,8 @@
 """LTE's part in a training: heads, optimizer groups, merge clock, and what the loop must know of several processes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from memtrain_common.errors import UserError
@@ -11,6 +10,7 @@ from memtrain_common.files import write_json
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import World
 from memtrain_common.training.schedule import cosine_with_warmup
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from ..injection import inject, merged_state_dict
@@ -33,14 +33,16 @@ class Heads:
     """The processes that hold the heads; None where each holds all."""
     shards: HeadShards
 
-    def fit_options(self) -> dict[str, Any]:
-        """Arguments of :func:`memtrain_common.training.loop.fit`."""
-        return {
-            "after_step": self.merger.step,
-            "clip": partial(clip_grad_norm_per_head, self.model, ranks=self.ranks),
-            "stateful": {"merger": self.merger, "sent": self.ranks or Ranks.alone()},
-            "parts": self.shards,
-        }
+    def join(self, task: Task) -> Task:
+        """The task with what belongs to heads: their merges, their norms, their state, their place on processes."""
+        return replace(
+            task,
+            optimizer=self.optimizer,
+            after_step=self.merger.step,
+            clip=partial(clip_grad_norm_per_head, self.model, ranks=self.ranks),
+            stateful={"merger": self.merger, "sent": self.ranks or Ranks.alone()},
+            parts=self.shards,
+        )
 
     def plain(self) -> dict[str, Tensor]:
         """The merged model's state dict; every process calls it."""
@@ -113,7 +115,7 @@ def lr_factor(config: TrainConfig) -> Callable[[int], float] | None:
     return factor
 
 
-def sent_facts(heads: Heads, run: RunFolder, tokens: int, full_parameters: int) -> list[tuple[str, str]]:
+def sent_facts(heads: Heads, run: RunFolder, tokens: int, full_parameters: int) -> dict[str, str]:
     """What the processes have sent each other, for the summary; written to communication.json besides.
 
     Args:
@@ -122,7 +124,7 @@ def sent_facts(heads: Heads, run: RunFolder, tokens: int, full_parameters: int) 
     """
     ranks = heads.ranks
     if ranks is None or not tokens:
-        return []
+        return {}
     steps = max(heads.merger.steps, 1)
     ddp = 2 * (ranks.size - 1) * 4 * full_parameters * steps
     training = ranks.sent["merges"] + ranks.sent["shared"]
@@ -135,11 +137,8 @@ def sent_facts(heads: Heads, run: RunFolder, tokens: int, full_parameters: int) 
     }
     if run.writes:
         write_json(run.path / "communication.json", content)
-    return [
-        (
-            "sent",
-            f"{training / tokens:,.1f} bytes a token ({ranks.sent['merges'] / tokens:,.1f} at merges, "
-            f"{ranks.sent['shared'] / tokens:,.1f} for shared parameters); DDP of the full model would send "
-            f"{ddp / tokens:,.1f}",
-        )
-    ]
+    parts = " at merges, ".join(f"{ranks.sent[k] / tokens:,.1f}" for k in ("merges", "shared"))
+    return {
+        "sent": f"{training / tokens:,.1f} bytes a token ({parts} for shared parameters); DDP of the full model would "
+        f"send {ddp / tokens:,.1f}"
+    }

@@ -32,7 +32,7 @@ from memtrain_common.runs.lock import LOCK, lock_folder
 from memtrain_common.training.stop_signals import StopSignals
 
 from .pieces import Cutting, Piece
-from .prepare import PROG, DataSet, PrepareConfig
+from .prepare_flags import PROG, DataSet, PrepareConfig
 
 JOURNAL = "journal.json"
 _FLUSH_SECONDS = 2.0  # between two entries of the journal: at most this much work is done again

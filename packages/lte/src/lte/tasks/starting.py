@@ -1,6 +1,7 @@
 """Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours, its heads merged."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from memtrain_common.runs.state_tree import same_shapes
 from torch import nn
 
 from ..injection import inject, merged_state_dict
-from .train_config import TrainConfig, lte_config
+from .train_config import TrainConfig, check, lte_config
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,16 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
         raise UserError(f"--freeze-n {config.freeze_n} leaves none of the {theirs.n_layer} blocks for heads")
     shape = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
     return replace(config, **shape)
+
+
+def with_length(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """The configuration with ``--epochs`` as steps; the decay ends with them where nothing else was asked for."""
+    if not config.epochs:
+        return config
+    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    steps = max(1, math.ceil(config.epochs * len(corpus.train) / tokens))
+    decay = steps if config.lr_decay_iters == config.max_iters else config.lr_decay_iters
+    return check(replace(config, epochs=0.0, max_iters=steps, lr_decay_iters=decay))
 
 
 def starting_gpt(config: TrainConfig, *, resumed: bool) -> GPT:

@@ -1,33 +1,13 @@
-"""What a finished run has to tell, as a file beside its metrics: ``--figures`` and other readers take it from there."""
+"""Finished runs as ``--figures`` and other readers see them."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.commands.result import RESULT, read_result
 from memtrain_common.errors import UserError
-from memtrain_common.files import write_json
 from memtrain_common.runs.run_folder import RunFolder
-from memtrain_common.training.loop import FitResult
-
-SUMMARY = "summary.json"
-
-
-def write_summary(run: RunFolder, result: FitResult, *, trained: int, total: int) -> None:
-    """Write ``summary.json``: steps, losses, parameters, seconds, peak bytes, joules (null where unavailable)."""
-    content: dict[str, Any] = {
-        "steps": result.step,
-        "evaluation": result.evaluation,
-        "best": {"step": result.best[0], "loss": result.best[1]} if result.best else None,
-        "trained_parameters": trained,
-        "parameters": total,
-        "training_seconds": round(result.seconds, 3),
-        "tokens_per_second": round(result.units_per_second, 1),
-        "peak_bytes": result.peak_bytes,
-        "joules": result.joules,
-    }
-    if run.writes:
-        write_json(run.path / SUMMARY, content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +43,19 @@ def read_finished(path: Path) -> Finished:
     """
     run = RunFolder.open(path, writes=False)
     config = run.read_config()["config"]
-    files = {}
-    for name in (SUMMARY, "memory.json"):
-        if not (path / name).exists():
-            raise UserError(f"{path} has no {name}: it is not finished; go on with it by --resume {path}")
-        files[name] = json.loads((path / name).read_text())
+    result = read_result(path) or _old_summary(path)
+    if result is None or not (path / "memory.json").exists():
+        name = RESULT if result is None else "memory.json"
+        raise UserError(f"{path} has no {name}: it is not finished; resume it with --resume {path}")
     known = {"method": "lte", "skip_attn": False, "skip_mlp": False, **config}
-    return Finished(path, known, files[SUMMARY], files["memory.json"], run.metrics())
+    return Finished(path, known, result, json.loads((path / "memory.json").read_text()), run.metrics())
+
+
+def _old_summary(path: Path) -> dict[str, Any] | None:
+    """What runs kept in ``summary.json`` before every command wrote ``result.json``, in the new one's words."""
+    file = path / "summary.json"
+    if not file.exists():
+        return None
+    old = json.loads(file.read_text())
+    best = {"step": old["best"]["step"], "value": old["best"]["loss"]} if old["best"] else None
+    return {**old, "best": best, "seconds": old["training_seconds"], "units_per_second": old["tokens_per_second"]}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from memtrain_common.commands.run_flags import LearningRate, RunFlags
+from memtrain_common.commands.run_flags import LearningRate, RunFlags, StepFlags
 from memtrain_common.errors import UserError
 
 from ..config import REPLICAS, REST, VECTORS, LTEConfig
@@ -13,7 +13,7 @@ PROG = "lte-train"
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunFlags):
+class TrainConfig(RunFlags, StepFlags):
     """Every flag of lte-train; kept in the run folder's config.json."""
 
     # -- input and output
@@ -89,14 +89,14 @@ class TrainConfig(RunFlags):
     """Peak learning rate of the heads."""
     rest_learning_rate: float = 4e-3
     """Peak learning rate of everything else that is trained; 0 takes --learning-rate."""
+    epochs: float = 0.0
+    """Passes over the training tokens, instead of --max-iters; 0 leaves it to that."""
     max_iters: int = 1000
     """Optimizer steps. A resumed run may go on for more; the decay then ends where it was to end before."""
     batch_size: int = 16
     """Sequences a micro-batch, over all processes; divisible by --lte-heads."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
     weight_decay: float = 0.1
-    """AdamW's, for matrices other than the heads'."""
+    """AdamW weight decay, for matrices other than the heads'."""
     beta1: float = 0.9
     """AdamW's β₁."""
     beta2: float = 0.95
@@ -180,6 +180,7 @@ MAY_CHANGE = {
     "wandb_run_name",
     "always_save_checkpoint",
     "eval_only",
+    "select",
 }
 
 
@@ -193,7 +194,7 @@ def check(config: TrainConfig) -> TrainConfig:
     at_least = {
         "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "lte_heads": 1, "lora_r": 1, "lte_merge_steps": 0,
         "max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0, "grad_clip": 0,
-        "warmup_iters": 0, "lr_decay_iters": 0, "min_lr_ratio": 0, "eval_interval": 1, "eval_iters": 1,
+        "epochs": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr_ratio": 0, "eval_interval": 1, "eval_iters": 1,
         "lte_restart_warmup_iters": 0, "lte_outer_momentum": 0, "peer_timeout": 1,
         "log_interval": 1, "sample_tokens": 0, "dropout": 0, "beta1": 0, "beta2": 0, "vocab_size": 0, "freeze_n": 0,
     }  # fmt: skip

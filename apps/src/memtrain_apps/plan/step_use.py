@@ -15,20 +15,21 @@ import torch
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.memory import SavedActivations, storages_of
 from memtrain_common.measuring.prediction import LiveBytes, fake_step
+from memtrain_common.training.task import Task
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from ..compose.axes import Axes, Optim
-from ..compose.compose import Composed, build_optimizer, compose, load_libraries
+from ..compose.compose import build_optimizer, compose, load_libraries
 from ..compose.families import blocks
 from .cuda_choices import CudaChoices
-from .shape_models import Step, build_model, loss_of, make_batch
+from .shape_models import Step, build_model, loss_of, make_batch, plain_task
 
 
 @dataclass(frozen=True)
-class StepMoments:
+class StepUse:
     """A forward and backward pass, in bytes where nothing else is said. The optimizer's state is not in it."""
 
     parameters: int
@@ -63,7 +64,7 @@ class StepMoments:
 
 
 @dataclass(frozen=True)
-class OptimizerMoments:
+class OptimizerUse:
     """An optimizer step, in bytes."""
 
     state: int
@@ -119,7 +120,7 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
         return tensor.shape, tensor.dtype
 
 
-def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMoments:
+def step_use_of(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepUse:
     """Count the forward and backward pass of one micro-batch of ``rows``.
 
     Args:
@@ -150,7 +151,7 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
         )
         del value
         parameters = list(model.parameters())
-        return StepMoments(
+        return StepUse(
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             weights=_bytes(parameters),
@@ -166,16 +167,16 @@ def step_moments(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepMome
         )
 
 
-def optimizer_moments(
+def optimizer_use_of(
     step: Step, axes: Axes, optims: Iterable[Optim], shards: int = 1
-) -> dict[Optim, OptimizerMoments | str]:
+) -> dict[Optim, OptimizerUse | str]:
     """Count the steps of several optimizers over one model; instead of a count, the sentence that refuses it.
 
     Args:
         axes: its ``save`` and ``optim`` do not matter.
         shards: processes that share each parameter and its state; GaLore is counted whole, since its bases are.
     """
-    found: dict[Optim, OptimizerMoments | str] = {}
+    found: dict[Optim, OptimizerUse | str] = {}
     for cut in (False, True):
         mine = [o for o in optims if cut == (shards > 1 and not o.startswith("galore"))]
         if not mine:
@@ -192,7 +193,7 @@ def optimizer_moments(
                         p.data = p.data[: _rows(p, shards)].clone()
             for optim in mine:
                 try:
-                    found[optim] = _optimizer_moments(
+                    found[optim] = _optimizer_use_of(
                         model, replace(axes, save="all", optim=optim), live, step.cuda, merging
                     )
                 except UserError as error:
@@ -202,7 +203,7 @@ def optimizer_moments(
     return found
 
 
-def _optimizer_moments(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool, merging: int) -> OptimizerMoments:
+def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool, merging: int) -> OptimizerUse:
     """Two steps: the first makes the state (and GaLore's bases), the second finds it there.
 
     torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
@@ -224,7 +225,7 @@ def _optimizer_moments(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool
     made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
     extra = max(0, first - made, _growth(live, optimizer.step))
     state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
-    return OptimizerMoments(state, extra, merging)
+    return OptimizerUse(state, extra, merging)
 
 
 def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
@@ -248,10 +249,10 @@ def _fake(live: StepBytes, step: Step) -> Iterator[None]:
         yield
 
 
-def _composed(step: Step, axes: Axes) -> tuple[nn.Module, Composed]:
+def _composed(step: Step, axes: Axes) -> tuple[nn.Module, Task]:
     """The model as it is trained. Offloading is put around the forward pass by the caller: the CPU refuses it."""
     on_device = replace(axes, save="all") if axes.save == "offload" else axes
-    composed = compose(build_model(step.shape, step.weights), on_device, lr=1e-3, predicting=True)
+    composed = compose(plain_task(step, build_model(step.shape, step.weights)), on_device, lr=1e-3, predicting=True)
     return composed.model, composed
 
 

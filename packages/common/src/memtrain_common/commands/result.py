@@ -1,0 +1,83 @@
+"""What a finished training has to tell: its outcome, and ``result.json``, the same for every command.
+
+What only one command knows stands under ``own``::
+
+    {"command", "data", "seed", "metric", "step", "steps", "scores": {split: {name: number}}, "best": {"step", "value"},
+     "evaluation", "train_loss", "measured": {category: bytes}, "peak_bytes", "trained_parameters", "parameters",
+     "seconds", "unit", "units_per_second", "joules", "energy_source", "own": {…}}
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..training.fit_config import FitConfig, FitResult
+from .summary import count_parameters
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training."""
+
+    model: nn.Module
+    """Without wrappers, with the weights that were chosen."""
+    result: FitResult
+    """Its ledger is this process's, or an earlier one's that took all the steps; None where no step was taken."""
+    step: int
+    """Whose weights they are."""
+    config: FitConfig
+
+
+def result_content(
+    outcome: Outcome,
+    about: Mapping[str, Any],
+    *,
+    train_loss: float | None,
+    scores: Mapping[str, Mapping[str, float]],
+    own: Mapping[str, Any],
+    numbers: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """What ``result.json`` says.
+
+    Args:
+        about: the command, the data's name and the seed.
+        train_loss: of the last logged step.
+        scores, own, numbers: as :meth:`memtrain_common.commands.session.Session.finish` has them.
+    """
+    result = outcome.result
+    trained, total = numbers or count_parameters(outcome.model)
+    return {
+        **about,
+        "metric": outcome.config.best_metric,
+        "step": outcome.step,
+        "steps": result.step,
+        "scores": {split: dict(numbers) for split, numbers in scores.items()},
+        "best": {"step": result.best[0], "value": result.best[1]} if result.best else None,
+        "evaluation": result.evaluation,
+        "train_loss": train_loss,
+        "measured": result.ledger.totals if result.ledger is not None else None,
+        "peak_bytes": result.peak_bytes,
+        "trained_parameters": trained,
+        "parameters": total,
+        "seconds": round(result.seconds, 3),
+        "unit": outcome.config.unit,
+        "units_per_second": result.units_per_second,
+        "joules": result.joules,
+        "energy_source": result.energy_source,
+        "own": dict(own),
+    }
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The content of a run's ``result.json``; None where there is none, or it is damaged."""
+    try:
+        content = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,134 @@
+"""What a training keeps: its progress, as checkpoints, and how it goes on from them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..console import Console
+from ..errors import DivergedError, UserError
+from ..runs.run_folder import RunFolder
+from .distributed import any_rank, unwrap
+from .fit_config import FitResult
+from .task import Task
+from .training_state import Stateful, all_finite, capture, check_resume_key, put_back
+
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    finite: Tensor
+    """Whether every loss so far was finite: a boolean on the training's device."""
+    result: FitResult = field(default_factory=FitResult)
+    evaluated: bool = False
+    """Whether the evaluation that is due at the current step is done."""
+    saved_step: int = 0
+    """Nothing is saved before the first step: there is nothing to lose."""
+
+
+class Keeper:
+    """Saves a training's state, and puts it back. Without a run folder it keeps nothing."""
+
+    def __init__(
+        self,
+        task: Task,
+        scaler: torch.amp.GradScaler,
+        run: RunFolder | None,
+        console: Console,
+        *,
+        resume_path: Path | None,
+        resume_key: Mapping[str, Any],
+    ) -> None:
+        """
+        Args:
+            resume_path: the folder that a stopped user is told to resume, if not the run's own.
+            resume_key: what a checkpoint must agree in.
+        """
+        self.task, self.run, self.console = task, run, console
+        self.model, self.optimizer = unwrap(task.model), task.needed_optimizer()
+        self.resume_path = resume_path or (run.path if run is not None else None)
+        self.resume_key = dict(resume_key)
+        self.progress = Progress(torch.ones((), dtype=torch.bool, device=next(self.model.parameters()).device))
+        self._others: dict[str, Stateful] = {**task.stateful, "scaler": scaler}
+
+    @property
+    def best_step(self) -> int | None:
+        best = self.progress.result.best
+        return best[0] if best else None
+
+    @property
+    def last_kept(self) -> str:
+        """Which checkpoint there is, in words."""
+        steps = self.run.checkpoints.steps() if self.run is not None else []
+        return f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step.
+
+        Raises:
+            DivergedError: if a loss or a weight is not finite; such weights are never saved.
+        """
+        assert self.run is not None
+        progress = self.progress
+        progress.finite &= all_finite(self.model)
+        self.check_finite()
+        progress.saved_step = progress.result.step
+        return self.run.checkpoints.save(progress.result.step, self.state(), best=self.best_step)
+
+    def check_finite(self) -> None:
+        """Raises:
+        DivergedError: if a loss was not finite, on any process.
+        """
+        if not any_rank(int(not self.progress.finite)):
+            return
+        raise DivergedError(
+            f"training diverged: the loss was no longer finite by step {self.progress.result.step}; "
+            f"{self.last_kept.replace('the last checkpoint', 'the last good checkpoint')}; try a lower learning rate"
+        )
+
+    def state(self, *, alone: bool = False) -> dict[str, Any]:
+        """Everything that a checkpoint holds; collective unless ``alone``."""
+        assert self.run is not None
+        result = self.progress.result
+        progress = {
+            "step": result.step,
+            "evaluated": self.progress.evaluated,
+            "seconds": result.seconds,
+            "evaluation": result.evaluation,
+            "best": result.best,
+            "metrics_bytes": self.run.metrics_bytes(),
+        }
+        return capture(
+            self.model, self.optimizer, self._others, parts=self.task.parts, alone=alone, progress=progress,
+            identity=self.resume_key,
+        )  # fmt: skip
+
+    def restore(self, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Take up the newest valid checkpoint; where there is none, begin the run anew.
+
+        Raises:
+            UserError: if no checkpoint is intact, or the newest one is of another training.
+        """
+        if self.run is None:
+            raise ValueError("resume=True needs a run folder: pass run=")
+        checkpoints, say = self.run.checkpoints, self.console.say
+        found = checkpoints.load_newest(say)
+        if found is None:
+            if checkpoints.steps():
+                raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
+            say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
+            self.run.truncate_metrics(0)
+            return
+        step, state = found
+        where = checkpoints.path(step)
+        check_resume_key(read_key(state["identity"]), self.resume_key, where)
+        put_back(state, self.model, self.optimizer, self._others, where=where, say=say, parts=self.task.parts)
+        saved, result = state["progress"], self.progress.result
+        result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
+        result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
+        self.run.truncate_metrics(saved["metrics_bytes"])
+        say(f"resumed from {where}")

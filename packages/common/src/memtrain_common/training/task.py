@@ -1,0 +1,60 @@
+"""What is trained: one frozen dataclass that every command, workload and composition makes, and ``fit`` takes."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from .training_state import Parts, Stateful
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with everything that an optimizer step needs."""
+
+    model: nn.Module
+    """On its device; wrapped by :func:`memtrain_common.training.distributed.parallelize` where wanted."""
+    batches: Callable[[int], Batch]
+    """``batches(i)`` is micro-batch i, a pure function of i: this process's share of it, as tensors in tuples, lists
+    or dicts. Resuming asks for the i it stopped at, and needs nothing else."""
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """(model, batch) -> the mean loss over the batch, a scalar."""
+    optimizer: torch.optim.Optimizer | None = None
+    """Over the parameters of ``model``; None until a composition has chosen one."""
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    """model -> numbers by name, the best metric among them; called in eval mode without gradients at step 0, every
+    ``eval_interval`` steps and at the end, with the random generators put back afterwards. On several processes every
+    one calls it, and it must give the same numbers on all."""
+    lr_factor: Callable[[int], float] | None = None
+    """step -> factor on each group's own learning rate."""
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes the context of each forward pass: what is kept for the backward pass."""
+    after_step: Callable[[], Any] | None = None
+    """Called after each optimizer step; not after one that float16's scaler skipped."""
+    clip: Callable[[float], Tensor] | None = None
+    """Called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm."""
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    """Further states to keep in checkpoints, by name."""
+    parts: Parts | None = None
+    """On several processes, where each holds a part of the model that no wrapper looks after (LTE's heads): how to
+    share gradients, and how checkpoints are put together and cut. ``clip`` then returns this process's part of the
+    norm, and the processes speak at logged steps, evaluations, checkpoints and every ``agree_interval`` steps only."""
+
+    def needed_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer.
+
+        Raises:
+            ValueError: if none has been chosen yet.
+        """
+        if self.optimizer is None:
+            raise ValueError("a task without an optimizer cannot be trained: give it one")
+        return self.optimizer
+
+    @property
+    def apart(self) -> bool:
+        """Whether each process holds a part of the model."""
+        return self.parts is not None and self.parts.apart

@@ -1,0 +1,178 @@
+"""What holds of every command that trains: one way to a run folder, verified weights, refusals that leave nothing."""
+
+import ast
+import json
+import os
+import shutil
+
+import pytest
+from image_files import image_folder
+from memtrain_common.runs import checkpoint
+from support import ROOT, assert_refused, run_command, run_ranks
+
+SHELLS = [
+    path
+    for pattern in ("packages/*/src/*/tasks/*.py", "packages/*/src/*/cli.py", "apps/src/memtrain_apps/run/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if "memtrain_common" not in path.parts
+]
+BY_THE_SESSION = {
+    "lte/tasks/train.py", "backrazor/tasks/train.py", "backrazor/tasks/glue.py", "galore_vit/tasks/train.py",
+    "lora_xs/tasks/glue.py", "lora_xs/tasks/glue_grid.py", "lora_xs/tasks/instruct.py", "memtrain_apps/run/training.py",
+}  # fmt: skip
+
+
+def around_the_session(tree):
+    """What a file does past the session: makes a run folder, opens one to write in it, calls the loop with one, or
+    loads a checkpoint in a function that does not verify it."""
+    found = []
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+        names = {ast.unparse(c.func) for c in calls}
+        for call in calls:
+            name = ast.unparse(call.func)
+            words = {k.arg for k in call.keywords}
+            reads = any(k.arg == "writes" and ast.unparse(k.value) == "False" for k in call.keywords)
+            if name.endswith(("RunFolder.create", "lock_folder")) or (name.endswith("RunFolder.open") and not reads):
+                found.append(f"{function.name}: {name}")
+            if name in ("fit", "loop.fit") and words & {"run", "resume"}:
+                found.append(f"{function.name}: {name} with a run folder")
+            if name in ("checkpoint.load", "load_checkpoint") and not names & {"checkpoint.verify", "verify"}:
+                found.append(f"{function.name}: {name} without verification")
+    return found
+
+
+@pytest.mark.parametrize("path", SHELLS, ids=lambda p: "/".join(p.parts[-3:]))
+def test_no_command_goes_around_the_session(path):
+    tree = ast.parse(path.read_text())
+    allowed = {"lock_folder"} if path.name == "preparing.py" else set()  # lte-prepare's bins are no run
+    assert [w for w in around_the_session(tree) if w.split(": ")[1] not in allowed] == []
+
+
+def test_every_training_command_uses_the_session_and_the_check_above_can_fail():
+    used = {"/".join(p.parts[-3:]) for p in SHELLS if "Session.begin(" in p.read_text()}
+    assert used >= BY_THE_SESSION
+    bad = ast.parse("def f():\n    run = RunFolder.create(p)\n    fit(task, config, run=run)\n    checkpoint.load(p)\n")
+    assert len(around_the_session(bad)) == 3
+
+
+# -- every command, in a few steps ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few_steps(tmp_path_factory, encoder, glue_dir, language_model, sums):
+    """Command -> the words of a training of four steps with two evaluations, without --out."""
+    pictures = str(image_folder(tmp_path_factory.mktemp("pictures") / "pets", 8))
+    text = tmp_path_factory.mktemp("text")
+    (text / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(1000)))
+    quiet = ["--tracker", "none", "--device", "cpu", "--log-interval", "1"]
+    folder = ["--data", "folder", "--data-dir", pictures]
+    glue = ["--task", "sst2", "--model", encoder, "--data-dir", glue_dir]
+    gpt = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--data-dir", str(text)]
+    often = ["--eval-interval", "2", "--max-iters", "4"]
+    return {
+        "lte-train": ["lte-train", *gpt, *often, "--batch-size", "4", "--lte-heads", "2", "--lora-r", "2",
+                      "--lte-merge-steps", "2", "--eval-iters", "1", "--sample-tokens", "0", "--warmup-iters", "1"],
+        "backrazor-train": ["backrazor-train", *folder, "--image-size", "8", *often, "--batch-size", "8"],
+        "backrazor-glue": ["backrazor-glue", *glue, *often, "--per-device-train-batch-size", "4",
+                           "--gradient-accumulation-steps", "1", "--max-length", "16"],
+        "galore-vit train": ["galore-vit", "train", *folder, "--size", "8", "--max-iters", "4", "--batch-size", "8",
+                             "--galore-rank", "4", "--eval-epochs", "0.9"],
+        "lora-xs glue": ["lora-xs", "glue", *glue, *often, "--batch-size", "8", "--rank", "4", "--max-length", "16"],
+        "lora-xs instruct": ["lora-xs", "instruct", "--model", language_model, "--data", sums, *often, "--rank", "4",
+                             "--batch-size", "4", "--gradient-accumulation-steps", "1", "--val-samples", "2"],
+        "finetune": ["finetune", *folder, "--image-size", "8", "--max-iters", "4", "--batch-size", "8",
+                     "--eval-epochs", "0.9", "--no-save-model"],
+        "pretrain": ["pretrain", *gpt, *often, "--batch-size", "4", "--eval-iters", "1", "--no-save-model"],
+    } | {"": quiet}  # fmt: skip
+
+
+COMMANDS = (
+    "lte-train", "backrazor-train", "backrazor-glue", "galore-vit train", "lora-xs glue", "lora-xs instruct",
+    "finetune", "pretrain",
+)  # fmt: skip
+SCHEMA = {
+    "command", "data", "seed", "metric", "step", "steps", "scores", "best", "evaluation", "train_loss", "measured",
+    "peak_bytes", "trained_parameters", "parameters", "seconds", "unit", "units_per_second", "joules", "energy_source",
+    "own",
+}  # fmt: skip
+
+
+def no_pictures():
+    import matplotlib.figure
+
+    matplotlib.figure.Figure.savefig = lambda self, path: None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, command):
+    """The best of the evaluations is not the last: damaged, it is refused by name; --select last goes on without."""
+    words = [*few_steps[command], *few_steps[""], "--out", "run", "--select", "best"]
+    done = run_command(words, tmp_path, before=no_pictures)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result) == SCHEMA
+    assert result["steps"] == 4
+    last, best = tmp_path / "run" / "checkpoints" / "step-00000004", tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert checkpoint.verify(best) is None
+    state = json.loads((last / "state.json").read_text())
+    state["progress"]["best"] = {"__tuple__": [2, state["progress"]["best"]["__tuple__"][1]]}  # as if it were the best
+    (last / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint._fingerprint(last / "state.json")
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(tmp_path / "run", tmp_path / "intact")
+    weights = best / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 4
+    weights.write_bytes(bytes(content))
+    prog = words[: 2 if " " in command else 1]
+    refused = run_command([*prog, "--resume", "run"], tmp_path, before=no_pictures)
+    assert_refused(refused, "the best checkpoint run/checkpoints/step-00000002 is damaged", "that of step 4 is intact")
+    assert "--resume run --select last" in refused.stderr
+    for again in (["--resume", "run", "--select", "last"], ["--resume", "intact"]):
+        done = run_command([*prog, *again], tmp_path, before=no_pictures)
+        assert done.returncode == 0, done.stderr
+    took = json.loads((tmp_path / "intact" / "result.json").read_text())
+    assert took["step"] == 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(few_steps, tmp_path, command):
+    done = run_command([*few_steps[command], "--device", "cpu", "--tracker", "wandb", "--out", "run"], tmp_path)
+    assert_refused(done, "wandb")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _dispatch(words, folder):
+    """A command as one of torchrun's processes runs it."""
+    from importlib import metadata
+
+    os.chdir(folder)
+    no_pictures()
+    import sys
+
+    sys.argv = words
+    (entry,) = metadata.entry_points(group="console_scripts", name=words[0])
+    try:
+        entry.load()()
+    except SystemExit as stop:
+        if stop.code:
+            raise RuntimeError(f"exit code {stop.code}") from None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_processes_share_a_folder_that_nobody_named_and_resume_it(few_steps, tmp_path, command):
+    """Without --out every process must get the first one's folder; resumed, one process takes the lock for all."""
+    words = [*few_steps[command], *few_steps[""]]
+    run_ranks(2, _dispatch, words, tmp_path)
+    [run] = (tmp_path / "runs").iterdir()
+    newest = run / "checkpoints" / "step-00000004"
+    before = (newest / "model.safetensors").read_bytes()
+    (newest / "manifest.json").write_text("damaged")
+    prog = words[: 2 if " " in command else 1]
+    run_ranks(2, _dispatch, [*prog, "--resume", str(run.relative_to(tmp_path))], tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
+    assert (newest / "model.safetensors").read_bytes() == before
