@@ -32,7 +32,7 @@ from backrazor.tasks.memory_flags import MemoryConfig
 from backrazor.tasks.shapes import shaped
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.measuring.bench import pairwise, write_results
-from memtrain_common.measuring.memory import PeakMeter, memory_in_use
+from memtrain_common.measuring.peak import PeakMeter, memory_in_use
 from memtrain_common.measuring.prediction import fake_step
 from torch import nn
 

@@ -250,8 +250,9 @@ def test_nothing_is_unpickled_in_the_packages():
 
 def test_files_stay_readable():
     for root in MODULES.values():
+        most = 300 if root.name in ROOMS else 380  # an optimizer or an operation's mathematics stays together
         for path in files(root):
             lines = len(path.read_text().splitlines())
-            assert lines <= 450, f"{path} has {lines} lines: split it by what is in it"
+            assert lines <= most, f"{path} has {lines} lines: split it by what is in it"
             assert ast.get_docstring(ast.parse(path.read_text())) or path.read_text() == "", f"{path} says nothing"
     assert Path(MODULES[COMMON] / "py.typed").exists()

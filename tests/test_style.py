@@ -1,5 +1,6 @@
 """Linting, formatting and types, as CONTRIBUTING.md asks for them."""
 
+import ast
 import subprocess
 import sys
 
@@ -13,3 +14,18 @@ from support import ROOT
 def test_style(check):
     done = subprocess.run([sys.executable, "-m", *check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_error_sentences_end_alike():
+    """One sentence without a full stop, since commands put words before it and callers after it."""
+    ending = []
+    for path in [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("apps/src/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            last = node.exc.args[-1]
+            parts = last.values if isinstance(last, ast.JoinedStr) else [last]
+            text = parts[-1].value if isinstance(parts[-1], ast.Constant) else None
+            if isinstance(text, str) and text.endswith("."):
+                ending.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    assert ending == []

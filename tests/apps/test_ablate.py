@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from memtrain_apps.ablate.config import configure
-from memtrain_apps.ablate.grid import read_grid
+from memtrain_apps.ablate.grid_file import read_grid
 from memtrain_common.errors import UserError
 from support import Command, assert_refused, run_command
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from memtrain_apps.ablate.config import AblateConfig, configure
-from memtrain_apps.ablate.grid import grid_of, read_grid
+from memtrain_apps.ablate.grid_file import grid_of, read_grid
 from memtrain_apps.compose.axes import Axes, names
 from memtrain_common.errors import UserError
 

@@ -225,7 +225,7 @@ def predict_with_mask(place, axes, micro_batches):
 
     from torch._subclasses.fake_tensor import FakeTensor
 
-    with mock.patch("memtrain_common.measuring.prediction._as_if_real") as real:
+    with mock.patch("memtrain_common.measuring.prediction.as_if_real") as real:
         real.side_effect = lambda: mock.patch(
             "transformers.utils.import_utils.is_fake_tensor", lambda x: isinstance(x, FakeTensor)
         )
@@ -500,7 +500,7 @@ def test_measured_stands_beside_predicted(tmp_path):
 
 
 def test_a_large_model_is_planned_without_being_allocated():
-    from memtrain_common.measuring.memory import memory_in_use
+    from memtrain_common.measuring.peak import memory_in_use
 
     before = memory_in_use(torch.device("cpu"))
     plan = plan_of(

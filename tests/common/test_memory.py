@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from memtrain_common.measuring.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure, memory_in_use
+from memtrain_common.measuring.memory import CATEGORIES, Ledger, SavedActivations, measure
+from memtrain_common.measuring.peak import PeakMeter, memory_in_use
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 

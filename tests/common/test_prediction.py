@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memtrain_common.measuring.memory import SavedActivations, measure, memory_in_use
+from memtrain_common.measuring.memory import SavedActivations, measure
+from memtrain_common.measuring.peak import memory_in_use
 from memtrain_common.measuring.prediction import LiveBytes, predict
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn

@@ -12,7 +12,8 @@ from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Optim, Save, Train
-from .grid import LISTED, Grid, flags_of, grid_of, read_grid
+from .grid import LISTED, Grid
+from .grid_file import flags_of, grid_of, read_grid
 
 PROG = "ablate"
 GRIDS = Path(__file__).parent / "grids"

@@ -21,17 +21,12 @@
 Each arm is one ``finetune`` command.
 """
 
-import difflib
 import itertools
-import math
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from memtrain_common.commands.configure import flag
-from memtrain_common.errors import UserError
 
 from ..compose.axes import OPTIM, SAVE, TRAIN, USED_BY, Axes, read_settings
 
@@ -128,161 +123,6 @@ class Grid:
         return [Arm(combination, seed) for seed in self.seeds for combination in self.combinations()]
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid in a TOML file.
-
-    Raises:
-        UserError: naming the file, the key, and what would be right.
-    """
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the grid {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
-    try:
-        return grid_of(content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def grid_of(content: Mapping[str, Any]) -> Grid:
-    """A grid from TOML's values.
-
-    Raises:
-        UserError: naming the key.
-    """
-    content = {k.replace("-", "_"): v for k, v in content.items()}
-    _known(content, (*LISTED, "seeds", *TABLES), "")
-    rates = content.get("lr") if isinstance(content.get("lr"), dict) else None
-    shared = {n: _values(n, content[n]) for n in LISTED if n in content and not (n == "lr" and rates is not None)}
-    tables = content.get("grid", [{}])
-    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables) or not tables:
-        raise UserError("grid must be tables, each begun by [[grid]]")
-    products = []
-    for number, table in enumerate(tables, start=1):
-        where = f" in [[grid]] number {number}" if "grid" in content else ""
-        table = {k.replace("-", "_"): v for k, v in table.items()}
-        _known(table, LISTED, where)
-        own = {n: _values(n, v, where) for n, v in table.items()}
-        _all_read(own, {**shared, **own}, where)
-        products.append({**shared, **own})
-    for name in shared:
-        if not any(_reads(name, p) for p in products):
-            _all_read({name: shared[name]}, products[0], "")
-    return Grid(
-        tuple(products),
-        _seeds(content.get("seeds", 3)),
-        _rates(rates or {}),
-        _flags(content, "finetune") or {},
-        _flags(content, "pretrain"),
-    )
-
-
-def _values(name: str, given: Any, where: str = "") -> list[Any]:
-    """One value or a list of them, each of the setting's type."""
-    values = given if isinstance(given, list) else [given]
-    if not values:
-        raise UserError(f"{name}{where} lists nothing: name at least one value")
-    out = []
-    for value in values:
-        if name in AXES:
-            if value not in AXES[name]:
-                near = nearest(str(value), AXES[name])
-                raise UserError(f"{name}{where} {value!r} is unknown{near}: choose from {', '.join(AXES[name])}")
-        else:
-            value = _setting(name, value, where)
-        if value in out:
-            raise UserError(f"{name}{where} lists {value!r} twice: name each value once")
-        out.append(value)
-    return out
-
-
-def _setting(name: str, value: Any, where: str) -> Any:
-    kind = float if name == "lr" else get_type_hints(Axes)[name]
-    if get_args(kind):  # a Literal
-        if value not in get_args(kind):
-            raise UserError(f"{name}{where} {value!r} is unknown: choose from {', '.join(get_args(kind))}")
-        return value
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"{name}{where} must be {what}, got {value!r}")
-    if name == "lr" and not 0 < value < math.inf:
-        raise UserError(f"lr{where} must be above 0, got {value!r}")
-    return kind(value)
-
-
-def _reads(name: str, product: Mapping[str, list[Any]]) -> bool:
-    if name not in USED_BY:
-        return True
-    axis, users = USED_BY[name]
-    return bool(set(product.get(axis, [getattr(Axes(), axis)])) & set(users))
-
-
-def _all_read(own: Mapping[str, Any], product: Mapping[str, list[Any]], where: str) -> None:
-    for name in own:
-        if not _reads(name, product):
-            axis, users = USED_BY[name]
-            raise UserError(
-                f"{name}{where} would do nothing: it belongs to {axis} {', '.join(users)}, and the grid has none of "
-                "them"
-            )
-
-
-def _seeds(given: Any) -> tuple[int, ...]:
-    values = list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
-    whole = isinstance(values, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in values)
-    if not whole or not values or len(set(values)) < len(values):
-        raise UserError(f"seeds must be how many, at least 1, or a list of different whole numbers, got {given!r}")
-    return tuple(values)
-
-
-def _rates(table: Mapping[str, Any]) -> dict[str, float]:
-    for name, value in table.items():
-        train, _, optim = name.partition("+")
-        if train not in TRAIN or (optim and optim not in OPTIM):
-            raise UserError(f'[lr] has the key {name!r}: name a train ("lora"), or a train and an optim ("full+sgd")')
-        _setting("lr", value, f" {name}")
-    return {name: float(value) for name, value in table.items()}
-
-
-def _flags(content: Mapping[str, Any], table: str) -> dict[str, Any] | None:
-    """A table of finetune's flags, by the names of its fields."""
-    from ..run.config import FinetuneConfig
-
-    if table not in content:
-        return None
-    if not isinstance(content[table], dict):
-        raise UserError(f"{table} must be a table, begun by [{table}]")
-    given = {k.replace("-", "_"): v for k, v in content[table].items()}
-    known = {f.name for f in fields(FinetuneConfig)} - OWN_FLAGS
-    if table == "finetune":
-        for name in given:
-            if name in LISTED:
-                raise UserError(
-                    f"{name} in [finetune] is compared, not fixed: list it above the tables, or in [[grid]]"
-                )
-    for name in given:
-        if name not in known:
-            near = nearest(name, sorted(known))
-            raise UserError(f"unknown key {name!r} in [{table}]{near}: it holds flags of finetune, which --help lists")
-    for name, value in given.items():
-        if isinstance(value, dict):
-            raise UserError(f"{name} in [{table}] must be a value, not a table")
-    return given
-
-
-def _known(given: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in given:
-        if name not in names:
-            raise UserError(f"unknown key {name!r}{where}{nearest(name, names)}; the keys are {', '.join(names)}")
-
-
-def nearest(word: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
     """A table of flags as words: ``labels = [5, 6]`` -> ``--labels 5 6``; ``compile = false`` -> ``--no-compile``."""
     words = []
@@ -292,27 +132,3 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
         else:
             words += [flag(name), *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return words
-
-
-def flags_of(words: Sequence[str]) -> dict[str, Any]:
-    """Words as a table of flags: what ``[finetune]`` would hold.
-
-    Raises:
-        UserError: on a word that is no flag's, and on a flag that finetune lacks or a grid compares.
-    """
-    found: dict[str, Any] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            name = "lr" if name == "learning_rate" else name
-            off = name.startswith("no_") and not equals
-            name = name.removeprefix("no_") if off else name
-            found[name] = [value] if equals else not off
-        elif not name or found[name] is False:
-            raise UserError(f"unexpected word {word!r} after --: flags of finetune begin with --")
-        else:
-            before = found[name]
-            found[name] = [*(before if isinstance(before, list) else []), word]
-    return _flags({"finetune": found}, "finetune") or {}

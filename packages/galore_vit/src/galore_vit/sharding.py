@@ -1,7 +1,7 @@
 """The few places where a parameter sharded by FSDP2 (a DTensor of row shards) differs from a whole one.
 
-A weight G sharded by rows needs no communication for R = G Qᵀ (each process has its rows of R); for
-R = Pᵀ G each process has a summand, and R (r×n) is what is reduced.
+A weight G sharded by rows needs no communication for R = G Qᵀ (each process has its rows of R); for R = Pᵀ G each
+process has a summand, and R (r×n) is what is reduced.
 """
 
 from __future__ import annotations

@@ -64,8 +64,7 @@ def save_adapter(
 
     Args:
         bases: store A and B too. None stores them where they cannot be made again from the base weights:
-        trained,
-            imported, or of a quantised weight.
+            trained, imported, or of a quantised weight.
         dtype: of R in the file; None keeps float32, and with it the same logits bit for bit.
     """
     name = chosen(model, name, "save_adapter")
@@ -132,8 +131,7 @@ def load_adapter(
         name: to give it here.
         head: load the task head too; False leaves the model's own (for a start on another task).
         check_base: refuse base weights that differ. False is allowed only where the file stores its bases:
-        an adapter
-            trained over 4-bit weights can then run over the 16-bit ones.
+            an adapter trained over 4-bit weights can then run over the 16-bit ones.
         cache, progress: as for `inject`.
     """
     file = Path(path) / ADAPTER

@@ -55,11 +55,10 @@ def import_peft(
 
     Args:
         name: of the adapter here.
-        bases: "svd" expresses the update in the SVD bases of the model's weights and refuses one that does
-        not lie in
-            them (to 1e-3), so that R alone need be saved. "file" is exact for every LoRA: it takes A and B
-            from the file (for a plain LoRA, B from lora_B = B·R with B orthonormal) and stores them
-            whenever the adapter is saved.
+        bases: "svd" expresses the update in the SVD bases of the model's weights and refuses one that does not lie in
+            them (to 1e-3), so that R alone need be saved. "file" is exact for every LoRA: it takes A and B from the
+            file (for a plain LoRA, B from lora_B = B·R with B orthonormal) and stores them whenever the adapter is
+            saved.
         cache, progress: as for `inject`.
     """
     if bases not in ("svd", "file"):

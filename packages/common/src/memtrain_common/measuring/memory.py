@@ -6,12 +6,11 @@ that is what stays allocated. What an operation saves for the backward pass is s
 ``torch.autograd.graph.saved_tensors_hooks``, so a method that saves packed values is counted by what it packs.
 
 Not seen: workspace and temporaries within an operation, and tensors that a custom ``autograd.Function`` stashes on
-its ``ctx`` instead of giving them to ``save_for_backward``. The peak of the process (:class:`PeakMeter`) contains
-those too.
+its ``ctx`` instead of giving them to ``save_for_backward``. The process's peak
+(:mod:`memtrain_common.measuring.peak`) contains those too.
 """
 
 import json
-import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import write_json
+from .internals import innermost_hooks
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -90,7 +90,7 @@ class SavedActivations:
             leave = lambda *_: self._stack.pop() and None  # noqa: E731
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # autograd itself applies the innermost only
+        outer = innermost_hooks()  # autograd itself applies the innermost only
         # Detached: a node that held its own output with its history would be a cycle, and outlive a graph let go.
         pack, unpack = outer if outer is not None else (Tensor.detach, _same)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._note(pack(tensor)), unpack)
@@ -237,69 +237,3 @@ def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0] or "(model)"
-
-
-class PeakMeter:
-    """Peak memory of a phase (training, evaluation), in bytes; each phase has its own peak.
-
-    On CUDA the allocator's ``max_memory_allocated``. On the CPU the resident set's high-water mark, which Linux lets
-    a process reset; where it does not, the phases cannot be told apart and :meth:`peak` is None.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._peaks: dict[str, int] = {}
-        self._phase: str | None = None
-
-    def begin(self, phase: str) -> None:
-        """End the phase before, and begin ``phase``; nothing changes where it is going on already."""
-        if phase == self._phase:
-            return
-        self.end()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._phase = phase
-        elif _reset_resident_peak():
-            self._phase = phase
-
-    def end(self) -> None:
-        if self._phase is not None:
-            now = self._now()
-            if now is not None:
-                self._peaks[self._phase] = max(now, self._peaks.get(self._phase, 0))
-        self._phase = None
-
-    def peak(self, phase: str) -> int | None:
-        return self._peaks.get(phase)
-
-    def _now(self) -> int | None:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return _status_bytes("VmHWM")
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes now: allocated on CUDA, resident on the CPU (the process's peak where the system tells no more)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    resident = _status_bytes("VmRSS")
-    return resident if resident is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_resident_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field_name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(field_name + ":"):
-            return int(line.split()[1]) * 1024
-    return None

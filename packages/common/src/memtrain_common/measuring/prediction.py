@@ -7,13 +7,11 @@ allocated, and a model of 7 billion weights takes seconds on a laptop.
 """
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .internals import as_if_real, one_fake_mode, swap_fakes
 from .memory import Ledger, SavedActivations, measure, storages_of
 
 
@@ -65,7 +64,7 @@ def predict(
     """
     with fake_step() as live, ExitStack() as stack:
         model = _as_fake(build())
-        stack.enter_context(_as_if_real())  # again: ``build`` may have imported what must be told
+        stack.enter_context(as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
         ledger = Ledger()
         for step in range(2):  # the optimizer makes its state in the first
@@ -100,21 +99,10 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap(torch.utils.swap_tensors)))
-        # A deep copy of a fake tensor (PEFT copies task heads) would copy its mode too, and with it weak references
-        # that are freed twice.
-        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
-        stack.enter_context(_as_if_real())
+        stack.enter_context(swap_fakes())
+        stack.enter_context(one_fake_mode())
+        stack.enter_context(as_if_real())
         yield stack.enter_context(live or LiveBytes())
-
-
-def _as_if_real() -> AbstractContextManager[Any]:
-    """transformers takes other ways for fake tensors (an attention mask is made where the kernel's own would do), since
-    it takes them for a sign that a graph is traced; here they stand for real ones."""
-    utilities = sys.modules.get("transformers.utils.import_utils")
-    if utilities is None:
-        return nullcontext()
-    return mock.patch.object(utilities, "is_fake_tensor", return_value=False)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -157,19 +145,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
-
-
-def _swap(original: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    """``module.to(...)`` swaps fake parameters with converted ones, which weak references forbid. Where nothing would
-    be converted (PEFT moves each adapter to the device where it is), nothing need be swapped; elsewhere those of the
-    fake mode itself, which only remember what was made, are overlooked."""
-
-    def swap(old: Tensor, new: Tensor) -> None:
-        if (old.dtype, old.device, old.shape) != (new.dtype, new.device, new.shape):
-            with mock.patch.object(weakref, "getweakrefs", return_value=[]):
-                original(old, new)
-
-    return swap
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

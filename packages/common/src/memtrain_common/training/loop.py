@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..console import Console, format_bytes, format_count
 from ..data.batches import Batch, numbered, to_device
 from ..measuring.energy import EnergyMeter
-from ..measuring.memory import PeakMeter, SavedActivations, measure, memory_in_use
+from ..measuring.memory import SavedActivations, measure
+from ..measuring.peak import PeakMeter, memory_in_use
 from ..runs.run_folder import RunFolder
 from ..runs.trackers import Tracker, open_tracker
 from .distributed import any_rank, mean_over_ranks, synchronising, unwrap, world
