@@ -56,7 +56,8 @@ def test_an_arms_command_makes_the_same_run_alone(whole, tmp_path):
     done = run_command([*arm["command"].split(), "--out", "again"], tmp_path)
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "result.json").read_text())
-    assert (again["val"], again["test"], again["train_loss"]) == (arm["val"], arm["test"], arm["train_loss"])
+    scores = {split: numbers["accuracy"] for split, numbers in again["scores"].items()}
+    assert (scores["val"], scores["test"], again["train_loss"]) == (arm["val"], arm["test"], arm["train_loss"])
 
 
 def test_finished_arms_are_not_repeated_and_seeds_may_be_added(whole):
