@@ -21,11 +21,11 @@ from backrazor import Razor
 from backrazor.groups import groups_for
 from backrazor.layout import layout_of
 from backrazor.packing import pack
-from backrazor.tasks.memory import saved
+from backrazor.tasks.memory import saved, shaped
 from backrazor.tasks.memory_flags import MemoryConfig
-from backrazor.tasks.shapes import Shaped, shaped
 from memtrain_common.console import Console, format_table
 from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.shaped import Shaped
 from torch import nn
 
 OUT = Path(__file__).parent / "results" / "backrazor_memory.json"

@@ -28,8 +28,8 @@ import transformers
 import tyro
 from backrazor import Razor
 from backrazor.cpu_kernels import library
+from backrazor.tasks.memory import shaped
 from backrazor.tasks.memory_flags import MemoryConfig
-from backrazor.tasks.shapes import shaped
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.measuring.bench import pairwise, write_results
 from memtrain_common.measuring.peak import PeakMeter, memory_in_use

@@ -32,16 +32,16 @@ from lora_xs import describe_adapter
 from lora_xs.svd import svd_bases
 from lora_xs.tasks.glue import plain_task, prepare, run_glue
 from lora_xs.tasks.glue_flags import GlueConfig
-from lora_xs.tasks.glue_grid import interval
 from lora_xs.tasks.models import load_classifier
-from lora_xs.tasks.schedules import schedule
 from memtrain_common.console import Console, format_table
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.data.text.glue import TASKS, load_glue
 from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.training.distributed import World
 from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import schedule
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -298,7 +298,7 @@ def main(seeds: int = 3, epochs: float = 1.0, vocabulary: int = 8_192, encoder: 
                 rows.append({
                     "task": task, "metric": metric, "method": method, "learning_rate": rate,
                     "trained_besides_head": done_runs[0][1], "mean": statistics.mean(values),
-                    "interval": interval(values), "scores": values,
+                    "interval": mean_and_ci(values)[1], "scores": values,
                 })  # fmt: skip
                 console.say(f"{task}, {method}: {metric} {100 * rows[-1]['mean']:.1f} of {values}")
     console.say(table(rows))

@@ -19,7 +19,6 @@ from typing import Any, Literal, get_args
 import torch
 import tyro
 from lora_xs import CAUSAL_LM_TARGETS, LoRAXSConfig, inject, trained
-from lora_xs.tasks.schedules import schedule
 from memtrain_common.console import Console
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.errors import DivergedError
@@ -27,6 +26,7 @@ from memtrain_common.measuring.bench import write_results
 from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
 from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import schedule
 from torch import Tensor, nn
 
 Init = Literal["svd", "random"]

@@ -33,7 +33,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
     from memtrain_apps.plan.measuring import measure_place
     from memtrain_apps.plan.shape_models import Step
     from memtrain_apps.plan.shapes import find_shape
-    from memtrain_apps.run.quiet import quiet_libraries
+    from memtrain_common.commands.quiet import quiet_libraries
     from memtrain_common.errors import UserError
 
     quiet_libraries()

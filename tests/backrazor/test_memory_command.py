@@ -6,9 +6,8 @@ from contextlib import nullcontext
 
 import matplotlib.figure
 import pytest
-from backrazor.tasks.memory import alike, saved
+from backrazor.tasks.memory import alike, saved, shaped
 from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
-from backrazor.tasks.shapes import shaped
 from memtrain_common.measuring.prediction import fake_step
 from support import assert_refused, run_command
 

@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from backrazor.tasks.saving import dense_activations, saving_of, train_only
+from backrazor.tasks.saving import saving_of, train_only
 from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, train_one
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
@@ -17,6 +17,7 @@ from memtrain_common.commands.session import Session
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.memory import SavedActivations
+from memtrain_common.measuring.prediction import dense_activations
 from memtrain_common.models.classifiers import build_classifier, classification_loss
 from memtrain_common.models.vit import build_vit, load_vit
 from memtrain_common.runs import checkpoint
@@ -336,7 +337,7 @@ def test_dense_activations_are_what_dense_training_saves_and_finding_them_touche
     state = {n: t.clone() for n, t in made.model.state_dict().items()}
     batch = (torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3]))
     random = torch.get_rng_state()
-    predicted = sum(dense_activations(made.model, classification_loss, batch, "float32").values())
+    predicted = sum(dense_activations(made.model, classification_loss, batch).values())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(t, state[n]) for n, t in made.model.state_dict().items())
     recording = SavedActivations(made.model)
@@ -360,7 +361,7 @@ def test_nothing_to_save_is_refused():
         return model(batch[0]).mean()
 
     with pytest.raises(UserError, match="Average has nothing to save"):
-        dense_activations(Average(), loss, (torch.randn(2, 3, 4, 4), torch.zeros(2)), "float32")
+        dense_activations(Average(), loss, (torch.randn(2, 3, 4, 4), torch.zeros(2)))
 
 
 def test_what_is_trained_by_name():

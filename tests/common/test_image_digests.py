@@ -12,10 +12,10 @@ import zipfile
 import numpy as np
 import pytest
 from galore_vit.tasks.models import describe
-from galore_vit.tasks.scoring import official_name
 from image_files import random_file
 from memtrain_common.data.images.batches import IMAGENET, RECIPES, ImageBatches, Normalize, evaluation_batches
 from memtrain_common.data.images.image_set import fold
+from memtrain_common.data.images.medmnist_results import official_name
 from memtrain_common.data.images.sets import load_images
 from PIL import Image
 

@@ -276,7 +276,7 @@ REFUSED = {
     "adapters thinner than the rank": (["--train", "melo", "--galore-rank", "4"], "GaLore would project nothing"),
     "rank without GaLore": (["--optim", "adamw", "--galore-rank", "8"], "--galore-rank 8 would do nothing"),
     "alpha without adapters": (["--lora-alpha", "8"], "--alpha 8.0 would do nothing"),
-    "an adapter's rank without one": (["--rank", "8"], "no adapters (GaLore's rank is --galore-rank)"),
+    "an adapter's rank without one": (["--rank", "8"], "GaLore's rank is --galore-rank"),
     "refresh of galore-torch": (["--optim", "galore-torch", "--refresh", "svd"], "would do nothing"),
     "size of digits": (["--size", "64"], "the digits have 8 pixels"),
     "unknown set": (["--data", "mnist"], "--data"),

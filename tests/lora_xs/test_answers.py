@@ -1,8 +1,8 @@
 """Reading answers: the correct rules on cases that the official code gets wrong, and its own rules as they are."""
 
 import pytest
-from lora_xs.tasks import answers, official_math, symbolic
-from lora_xs.tasks.answers import OPTIONS, gsm8k_expected, rules
+from memtrain_common.data.text import answers, official_math, symbolic
+from memtrain_common.data.text.answers import OPTIONS, gsm8k_expected, rules
 
 
 def judged(kind, official, text, expected, options=()):

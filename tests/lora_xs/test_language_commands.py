@@ -11,12 +11,11 @@ import pytest
 import torch
 import transformers
 from lora_xs import load_adapter
-from lora_xs.tasks.answers import gsm8k_answer, gsm8k_correct
-from lora_xs.tasks.evaluate import wilson
-from lora_xs.tasks.instruct import IGNORED, collate, loss_of, shared_batch, tokenize
+from memtrain_common.data.text.answers import gsm8k_answer, gsm8k_correct
 from memtrain_common.data.text.instruct import Example
+from memtrain_common.data.text.instruct_batches import IGNORED, collate, loss_of, shared_batch, tokenize
+from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_tokenizer
-from memtrain_common.training.distributed import World
 from safetensors.torch import load_file
 from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_ranks
 
@@ -92,7 +91,7 @@ def test_the_weight_makes_the_mean_of_processes_that_of_the_batch(language_model
     model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
     batch = [tokenize(Example("1 plus 2?", " 3" * n), tokenizer, 100) for n in (1, 9, 2, 4)]
     whole = loss_of(model, collate(batch, tokenizer.pad_token_id))
-    parts = [loss_of(model, shared_batch(batch, tokenizer.pad_token_id, World(r, 2))) for r in range(2)]
+    parts = [loss_of(model, shared_batch(batch, tokenizer.pad_token_id, r, 2)) for r in range(2)]
     torch.testing.assert_close(sum(parts) / 2, whole)
     assert abs(parts[0] - parts[1]) > 0.1 * whole
 

@@ -10,15 +10,15 @@ import time
 import types
 import urllib.request
 
-import lte.tasks.pieces
 import lte.tasks.preparing
+import memtrain_common.data.text.pieces
 import numpy as np
 import pytest
-from lte.tasks.pieces import Cutting
 from lte.tasks.prepare import prepare
 from lte.tasks.prepare_flags import DATASETS, resolve
 from memtrain_common.data.text.corpus import load_corpus
 from memtrain_common.data.text.documents import find_sources
+from memtrain_common.data.text.pieces import Cutting
 from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 from memtrain_common.errors import UserError
 from support import Command, assert_refused, run_command
@@ -91,7 +91,7 @@ def test_a_text_cut_at_seams_has_the_tokens_of_the_whole(real_data, monkeypatch)
                 "\u2028", "\x85", "\x1c", "\r\n"]  # fmt: skip
     noise = "".join(alphabet[i] for i in rng.integers(0, len(alphabet), 20_000))
     text = (real_data / "text" / "tinyshakespeare.txt").read_text()[:200_000] + noise
-    monkeypatch.setattr(lte.tasks.pieces, "PIECE", 300)
+    monkeypatch.setattr(memtrain_common.data.text.pieces, "PIECE", 300)
     source = types.SimpleNamespace(size=1, split="train", documents=lambda: iter([(text, 1)]))
     pieces = list(Cutting((source,), 0.1, "nothing", single=False).pieces())
     assert len(pieces) > 300
@@ -162,7 +162,7 @@ def small_and_slow(seconds=0.004):
         time.sleep(seconds)
         return encode(*args)
 
-    lte.tasks.pieces.PIECE = 3000
+    memtrain_common.data.text.pieces.PIECE = 3000
     lte.tasks.preparing._FLUSH_SECONDS = 0.0
     lte.tasks.preparing._encode = slowly
 

@@ -1,6 +1,6 @@
 """What the server of ``arms`` loads before the first arm, so that no arm loads it again. Importing this is slow."""
 
-from ..run.quiet import quiet_libraries
+from memtrain_common.commands.quiet import quiet_libraries
 
 quiet_libraries()
 

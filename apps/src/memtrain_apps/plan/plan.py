@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from memtrain_common.commands.quiet import quiet_libraries
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, Optim
-from ..run.quiet import quiet_libraries
 from .arms import Arm, Plan, Remedy
 from .config import PlanConfig, planned_shape
 from .forecast import (

@@ -79,8 +79,8 @@ def make_batch(step: Step, rows: int) -> Any:
 
 def loss_of(step: Step, model: nn.Module, batch: Any) -> Tensor:
     """The mean loss of a micro-batch, under autocast where it is wanted."""
-    from lora_xs.tasks.instruct import loss_of as instruct_loss
     from memtrain_common.data.text.glue_batches import model_loss
+    from memtrain_common.data.text.instruct_batches import loss_of as instruct_loss
     from memtrain_common.models.classifiers import classification_loss
 
     losses: dict[str, Any] = {"pictures": classification_loss, "text": model_loss, "language": instruct_loss}

@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 import torch
-from lora_xs.tasks.instruct import IGNORED, collate, load_rows, tokenize
-from lora_xs.tasks.instruct import loss_of as instruct_loss
-from lora_xs.tasks.instruct_flags import InstructConfig
-from lora_xs.tasks.models import load_causal_lm
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import evaluation, model_loss, prepare_glue
 from memtrain_common.data.text.instruct import examples
+from memtrain_common.data.text.instruct_batches import IGNORED, collate, load_rows, tokenize
+from memtrain_common.data.text.instruct_batches import loss_of as instruct_loss
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_classifier, load_tokenizer
+from memtrain_common.models.encoders import load_causal_lm, load_classifier, load_tokenizer
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
@@ -61,8 +59,7 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
     """``--data metamathqa|commonsense|FILE``: prompts and responses, the prompt left out of the loss."""
     _need_model(config)
     tokenizer = load_tokenizer(config.model)
-    flags = InstructConfig(data=config.data, data_dir=config.data_dir, model=config.model, max_length=config.max_length)
-    found = [tokenize(e, tokenizer, config.max_length) for e in examples(load_rows(flags))]
+    found = [tokenize(e, tokenizer, config.max_length) for e in examples(load_rows(config.data, config.data_dir))]
     kept = [r for r in found if len(r.ids) > r.prompt]
     if len(kept) < 2:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from memtrain_common.data.text.corpus import Crops, load_corpus
-from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss, padded_vocabulary
 from memtrain_common.training.distributed import World
 from memtrain_common.training.loop import mean_loss
 from memtrain_common.training.task import Task
@@ -27,8 +27,7 @@ def text_workload(config: PretrainConfig, world: World) -> Workload:
         rank=world.rank,
         world_size=world.size,
     )
-    vocab = corpus.tokenizer.vocab_size
-    vocab = vocab if vocab < 1000 else (vocab + 63) // 64 * 64  # nanoGPT: a multiple of 64 multiplies faster
+    vocab = padded_vocabulary(corpus.tokenizer.vocab_size)
     loss = next_token_loss if config.model == "gpt" else llama_loss
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     return Workload(

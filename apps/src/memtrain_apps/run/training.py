@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.commands.quiet import no_progress_bars, quiet_libraries
 from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
 from memtrain_common.commands.summary import ledger_table
@@ -23,7 +24,6 @@ from ..compose.families import blocks
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .explain import explain
 from .predicting import predict_run
-from .quiet import no_progress_bars, quiet_libraries
 from .workload import Workload
 
 

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
+from memtrain_common.commands.configure import saved_config
 from memtrain_common.errors import UserError
 
 from .tasks.nanogpt import translate
@@ -37,19 +37,12 @@ def configure(argv: Sequence[str]) -> TrainConfig:
         ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
         return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
-    from memtrain_common.runs.run_folder import RunFolder
-
     if not argv[0].startswith("-"):
         raise UserError(f"--resume brings its own configuration: leave out the preset {argv[0]!r}")
     folder = Path(resume)
     if folder.name == "full" and (folder.parent / "config.json").exists():
         raise UserError(f"{resume} is the comparison within a run: --resume {folder.parent}")
-    saved = RunFolder.open(folder, writes=False).read_config()["config"]
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        before = TrainConfig(**values)
-    except TypeError as error:
-        raise UserError(f"{resume} was not made by this version of {PROG}: {error}") from None
+    before = saved_config(TrainConfig, folder, PROG)
     config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, default=before)
     if config.out not in (before.out, resume):
         raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")

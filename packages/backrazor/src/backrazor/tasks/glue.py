@@ -11,16 +11,17 @@ from memtrain_common.console import format_table
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
+from memtrain_common.measuring.prediction import dense_activations
 from memtrain_common.models.encoders import load_classifier, load_tokenizer
 from memtrain_common.training.distributed import World, parallelize
-from memtrain_common.training.fit_config import FitConfig
+from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import linear_with_warmup
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .glue_flags import PROG, GlueConfig
-from .saving import NAMES, dense_activations, saving_of, side_by_side, train_only
+from .saving import NAMES, saving_of, side_by_side, train_only
 
 
 def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
@@ -41,7 +42,7 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
         f"{session.folder.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows"
     )
     batches = partial(_batch, config, prepared, place)
-    dense = dense_activations(model, model_loss, batches(0), config.dtype)
+    dense = dense_activations(model, model_loss, batches(0), DTYPES[config.dtype])
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
 
     def score(m: nn.Module) -> dict[str, float]:

@@ -14,16 +14,21 @@ from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
 from memtrain_common.measuring.memory import SavedActivations
 from memtrain_common.measuring.prediction import fake_step
+from memtrain_common.models.shaped import Shaped, Wanted
+from memtrain_common.models.shaped import shaped as shaped_model
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.loop import DTYPES
+from torch import nn
 
 from ..razor import Razor
 from .memory_flags import MemoryConfig
 from .memory_picture import plot_saved
-from .shapes import Shaped, shaped
+from .saving import train_only
 
 Places = dict[tuple[str, str], int]
 """(layer, operation) -> bytes saved."""
+
+HEADS = ("classifier", "score", "head", "fc", "linear", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -132,3 +137,27 @@ def as_json(config: MemoryConfig, model: Shaped, dense: Places, kept: Places) ->
             for layer, operation in places
         ],
     }  # fmt: skip
+
+
+def shaped(config: MemoryConfig) -> Shaped:
+    """The model of the flags, with ``requires_grad`` set, and its loss.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    sizes = (config.batch_size, config.image_size, config.sequence_length, config.classes)
+    return shaped_model(Wanted(config.model, *sizes, lambda model: _chosen(config, model)))
+
+
+def _chosen(config: MemoryConfig, model: nn.Module) -> nn.Module:
+    """Attention and what is trained, by the flags."""
+    if config.eager:
+        if not hasattr(model, "set_attn_implementation"):
+            raise UserError(
+                f"--eager would do nothing: {config.model} is none of transformers' models, so leave it out"
+            )
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    heads = tuple(n for n in HEADS if isinstance(getattr(model, n, None), nn.Module))
+    if config.train != "full" and not heads:
+        raise UserError(f"--train {config.train} needs a task head, and {type(model).__name__} has none")
+    return train_only(model, heads, config.train)

@@ -4,13 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from memtrain_common.commands.summary import ledger_table
-from memtrain_common.errors import UserError
-from memtrain_common.measuring.memory import Ledger, SavedActivations
-from memtrain_common.measuring.prediction import fake_copy, fake_step
-from memtrain_common.training.loop import DTYPES
-from torch import Tensor, nn
+from memtrain_common.measuring.memory import Ledger
+from torch import nn
 
 from ..razor import Razor
 
@@ -50,45 +46,6 @@ def fix_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
             module.eval()
-
-
-def dense_activations(
-    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, dtype: str
-) -> dict[str, int]:
-    """Bytes by layer that a step saves without Back Razor: predicted, so that no memory and no state is touched.
-
-    Args:
-        model: as it is trained, not wrapped.
-        loss: as ``fit`` takes it.
-        batch: a micro-batch of this process; its shapes count.
-        dtype: autocast's.
-
-    Raises:
-        UserError: if the model saves nothing.
-    """
-    device = next(model.parameters()).device
-    with fake_step():
-        fake = fake_copy(model)
-        recording = SavedActivations(fake)
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"), recording:
-            value = loss(fake, _like(batch, device))
-        found = recording.by_layer()
-        del value
-    if not found:
-        raise UserError(
-            f"{type(model).__name__} has nothing to save: no operation of it keeps an activation for the backward "
-            "pass, so there is nothing that Back Razor could make smaller"
-        )
-    return found
-
-
-def _like(batch: Any, device: torch.device) -> Any:
-    """New tensors of the batch's shapes."""
-    if isinstance(batch, Tensor):
-        return torch.zeros(batch.shape, dtype=batch.dtype, device=device)
-    if isinstance(batch, dict):
-        return {k: _like(v, device) for k, v in batch.items()}
-    return tuple(_like(v, device) for v in batch)
 
 
 def side_by_side(config: Any, dense: dict[str, int], measured: Ledger) -> str:

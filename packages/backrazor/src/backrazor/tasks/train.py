@@ -13,6 +13,7 @@ from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import fetch, load_images
 from memtrain_common.errors import UserError
+from memtrain_common.measuring.prediction import dense_activations
 from memtrain_common.models.classifiers import (
     Classifier,
     build_classifier,
@@ -21,13 +22,13 @@ from memtrain_common.models.classifiers import (
     usual_size,
 )
 from memtrain_common.training.distributed import gather_objects, parallelize
-from memtrain_common.training.fit_config import FitConfig
+from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
-from memtrain_common.training.schedule import cosine_with_warmup, linear_with_warmup
+from memtrain_common.training.schedule import schedule
 from memtrain_common.training.task import Task
 from torch import nn
 
-from .saving import NAMES, dense_activations, fix_statistics, saving_of, side_by_side, train_only
+from .saving import NAMES, fix_statistics, saving_of, side_by_side, train_only
 from .train_flags import FREE, PROG, TrainConfig
 
 
@@ -109,7 +110,7 @@ def train_one(session: Session, pictures: ImageSet, made: Classifier | None = No
         world_size=place.size,
     )
     loss = partial(classification_loss, label_smoothing=config.label_smoothing)
-    dense = dense_activations(model, loss, batches(0), config.dtype)
+    dense = dense_activations(model, loss, batches(0), DTYPES[config.dtype])
     seed_all(config.seed + place.rank)  # dropout differs between processes; the weights above must not
     rows, per_step = len(pictures.splits["train"]), config.batch_size * config.gradient_accumulation_steps
     steps = config.total_steps(rows, per_step)
@@ -174,12 +175,8 @@ def make_optimizer(model: nn.Module, head: str, config: TrainConfig) -> torch.op
 
 def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
     """step -> factor on the learning rate."""
-    warmup = config.warmup_iters
-    if config.schedule == "constant":
-        return lambda step: min(1.0, (step + 1) / (warmup + 1))
-    if config.schedule == "linear":
-        return partial(linear_with_warmup, warmup_iters=warmup, decay_iters=steps)
-    return partial(cosine_with_warmup, warmup_iters=warmup, decay_iters=max(steps, warmup + 1), min_ratio=0.0)
+    decay = max(steps, config.warmup_iters + 1) if config.schedule == "cosine" else steps
+    return schedule(config.schedule, config.warmup_iters, decay)
 
 
 def evaluate(

@@ -17,3 +17,10 @@ def mean_and_ci(values: Sequence[float]) -> tuple[float, float]:
     if n < 2:
         return values[0], 0.0
     return statistics.fmean(values), T975[min(n - 1, len(T975)) - 1] * statistics.stdev(values) / math.sqrt(n)
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): it has a width where all or none are right, too."""
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))

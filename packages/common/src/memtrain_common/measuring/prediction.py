@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import UserError
 from .internals import as_if_real, one_fake_mode, swap_fakes
 from .memory import Ledger, SavedActivations, measure, storages_of
 
@@ -145,6 +146,45 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
+
+
+def dense_activations(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Bytes by layer that a plain step saves, predicted, so that no memory and no state is touched.
+
+    Args:
+        model: as it is trained, not wrapped.
+        loss: as ``fit`` takes it.
+        batch: a micro-batch of this process; its shapes count.
+        dtype: autocast's.
+
+    Raises:
+        UserError: if the model saves nothing.
+    """
+    device = next(model.parameters()).device
+    with fake_step():
+        fake = fake_copy(model)
+        recording = SavedActivations(fake)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), recording:
+            value = loss(fake, _like(batch, device))
+        found = recording.by_layer()
+        del value
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has nothing to save: no operation of it keeps an activation for the backward "
+            "pass, so there is nothing that could be made smaller"
+        )
+    return found
+
+
+def _like(batch: Any, device: torch.device) -> Any:
+    """New tensors of the batch's shapes."""
+    if isinstance(batch, Tensor):
+        return torch.zeros(batch.shape, dtype=batch.dtype, device=device)
+    if isinstance(batch, dict):
+        return {k: _like(v, device) for k, v in batch.items()}
+    return tuple(_like(v, device) for v in batch)
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

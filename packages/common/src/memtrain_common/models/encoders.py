@@ -84,3 +84,8 @@ def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) ->
         raise UserError(f"{name} has {wrong[0]} of another shape than its config.json says: the folder is inconsistent")
     fresh = {key.rpartition(".")[0] for key in loading["missing_keys"] if not key.startswith(inside)}
     return model.train(), (*heads, *sorted(fresh))
+
+
+def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in training mode, which transformers' loading leaves."""
+    return from_pretrained(transformers.AutoModelForCausalLM, name, "model", dtype=dtype).train()

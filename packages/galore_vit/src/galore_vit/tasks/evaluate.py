@@ -6,6 +6,8 @@ from pathlib import Path
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.commands.result import read_result
 from memtrain_common.console import Console, format_table
+from memtrain_common.data.images.image_set import check_classes
+from memtrain_common.data.images.medmnist_results import read_predictions
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.intervals import mean_and_ci
@@ -15,8 +17,8 @@ from memtrain_common.training.rng import seed_all
 from torch import nn
 
 from .flags import PROG, EvalConfig, TrainConfig
-from .models import check_classes, image_size, make_model
-from .scoring import Score, predict, read_predictions, score, write_all
+from .models import image_size, make_model
+from .scoring import Score, predict, score, write_all
 from .train import trial_folder, trial_images, trials
 
 HEADING = ("", "AUC", "ACC", "calibration error")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.data.images.image_set import ImageSet
-from memtrain_common.errors import UserError
 from memtrain_common.models.vit import build_vit, load_vit, patch_for
 from torch import Tensor, nn
 
@@ -75,22 +74,3 @@ def loss_of(multi_label: bool) -> Callable[[nn.Module, Any], Tensor]:
         return nn.functional.cross_entropy(logits, labels)
 
     return loss
-
-
-def check_classes(images: ImageSet) -> None:
-    """Refuse a split in which a class is absent: there the AUC is undefined, and nothing can be learnt of it.
-
-    Raises:
-        UserError: naming the class and the split.
-    """
-    for split, content in images.splits.items():
-        labels, n = content.labels, len(content.labels)
-        for c, name in enumerate(images.classes):
-            column = labels[:, c] if labels.ndim == 2 else labels == c
-            if not column.any() or column.all():
-                what = f"label {name}" if images.multi_label else f"class {name}"
-                how = "is absent from" if not column.any() else "is the only one in"
-                raise UserError(
-                    f"{what} of {images.name} {how} the {n} {split} images, where AUC is then undefined: give the "
-                    "split more images, or leave the class out everywhere"
-                )

@@ -29,7 +29,7 @@ def make_optimizer(
     if config.optim == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optim == "galore-torch":
-        from .upstream import PublishedGaLore
+        from ..upstream import PublishedGaLore
 
         return PublishedGaLore(groups, lr=config.lr)
     refresh = Refresh(method=config.refresh)

@@ -11,7 +11,7 @@ from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.data.images.batches import ImageBatches
-from memtrain_common.data.images.image_set import ImageSet, fold
+from memtrain_common.data.images.image_set import ImageSet, check_classes, fold
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.training.distributed import parallelize
@@ -22,7 +22,7 @@ from memtrain_common.training.task import Task
 from torch import nn
 
 from .flags import MAY_CHANGE, PROG, TrainConfig
-from .models import check_classes, describe, image_size, loss_of, make_model
+from .models import describe, image_size, loss_of, make_model
 from .optimizers import make_optimizer
 from .scoring import Score, mean_loss, predict, score, write_all
 

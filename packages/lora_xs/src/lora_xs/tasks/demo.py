@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from memtrain_common.commands.quiet import quiet_imports
 from memtrain_common.console import Console, format_bytes, format_seconds, format_table
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.training.loop import FitConfig, FitResult, Task, fit
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import schedule
 from torch import Tensor, nn
 
 from ..adapter_file import save_adapter
@@ -23,8 +25,6 @@ from ..adapters import trained
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .demo_flags import DemoConfig
-from .models import quiet_imports
-from .schedules import schedule
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 BATCH = 64

@@ -1,7 +1,6 @@
 """The composition behind ``lora-xs eval``: questions, generation in batches, answers, predictions as JSON Lines."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,19 +10,21 @@ from typing import Any
 import torch
 import transformers
 from memtrain_common.console import Console, format_table
+from memtrain_common.data.text import official_math
+from memtrain_common.data.text.answers import OPTIONS, boxed, gsm8k_expected, rules
 from memtrain_common.data.text.instruct import Row, find_file, read_rows, rows_from_hub
+from memtrain_common.data.text.prompts import RESPONSE, evaluation_prompt
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_tokenizer
+from memtrain_common.measuring.intervals import wilson
+from memtrain_common.models.encoders import load_causal_lm, load_tokenizer
 from memtrain_common.runs.run_folder import default_run_path
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.distributed import launch
+from memtrain_common.training.fit_config import DTYPES
 from torch import Tensor, nn
 
-from . import official_math
-from .answers import OPTIONS, boxed, gsm8k_expected, rules
 from .eval_flags import EvalConfig
-from .models import load_adapted, load_causal_lm, read_task
-from .prompts import RESPONSE, evaluation_prompt
+from .models import load_adapted, read_task
 
 STOPS = ("### Instruction", "### Response")
 OFFICIAL_STOPS = ("Instruction", "Response")  # for gsm8k and math; for commonsense it has none
@@ -55,7 +56,7 @@ def run_eval(config: EvalConfig) -> None:
     if config.adapter:
         model, name = load_adapted(config.adapter, config.model, config.base_dtype)
     else:
-        model, name = load_causal_lm(config.model, config.base_dtype).eval(), config.model
+        model, name = load_causal_lm(config.model, DTYPES[config.base_dtype]).eval(), config.model
     if not hasattr(model, "generate") or not model.can_generate():  # type: ignore[operator]
         raise UserError(
             f"{name} is no language model: lora-xs eval generates answers, and lora-xs glue reports GLUE's metrics"
@@ -100,13 +101,6 @@ def run_eval(config: EvalConfig) -> None:
     accuracy = f"{100 * sum(right) / n:.2f} ({100 * low:.2f} to {100 * high:.2f})"
     console.say(format_table([("accuracy", accuracy), ("questions", f"{n:,}")]))
     console.say(f"predictions {out}")
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): it has a width where all or none are right, too."""
-    z, p = 1.96, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def scored(index: int, question: Question, text: str, kind: str, official: bool) -> dict[str, Any]:

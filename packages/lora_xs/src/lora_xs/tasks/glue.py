@@ -14,6 +14,7 @@ from memtrain_common.models.encoders import load_classifier, load_tokenizer
 from memtrain_common.training.distributed import World
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import schedule, warmup_steps
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from ..adapter_file import describe_adapter, load_adapter
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .glue_flags import PROG, GlueConfig
-from .schedules import schedule, warmup_steps
 from .training import finish, train
 
 DEFAULT_RANK = 16

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from memtrain_common.commands.result import read_result
 from memtrain_common.commands.session import Session
 from memtrain_common.console import format_table
 from memtrain_common.data.text.glue import TASKS
+from memtrain_common.measuring.intervals import mean_and_ci
 
 from ..adapter_file import describe_adapter
 from .glue import prepare, train_glue
@@ -69,18 +69,9 @@ def _finished(folder: Path, task: str) -> dict[str, float] | None:
     return {name: scores[name] for name in TASKS[task].metrics}
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean (Student's t); NaN for a single value."""
-    if len(values) < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def _mean(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return f"{mean} ± {100 * interval(values):.2f}" if len(values) > 1 else mean
+    mean, half = mean_and_ci(values)
+    return f"{100 * mean:.2f}" + (f" ± {100 * half:.2f}" if len(values) > 1 else "")
 
 
 def table(task: str, rows: Sequence[Row]) -> str:

@@ -3,103 +3,32 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from memtrain_common.commands.configure import MAY_CHANGE
 from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch
-from memtrain_common.data.text.instruct import Example, Row, examples, find_file, read_rows, rows_from_hub
+from memtrain_common.data.text.instruct import examples
+from memtrain_common.data.text.instruct_batches import (
+    collate,
+    load_rows,
+    loss_of,
+    scored_tokens,
+    shared_batch,
+    tokenize,
+)
+from memtrain_common.data.text.prompts import PROMPTS, training_prompt
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_tokenizer
-from memtrain_common.training.distributed import World
-from memtrain_common.training.fit_config import FitConfig
+from memtrain_common.models.encoders import load_causal_lm, load_tokenizer
+from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
+from memtrain_common.training.schedule import schedule, warmup_steps
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .instruct_flags import PROG, InstructConfig
-from .models import load_causal_lm
-from .prompts import PROMPTS, training_prompt
-from .schedules import schedule, warmup_steps
 from .training import finish, train
-
-IGNORED = -100  # the label that cross entropy passes over
-# data: (file names, hub name, its split)
-SETS = {
-    "metamathqa": (("MetaMathQA-395K.json", "MetaMathQA.json", "metamathqa.jsonl"), "meta-math/MetaMathQA", "train"),
-    "commonsense": (("commonsense_170k.json", "commonsense_170k.jsonl"), "zwhe99/commonsense_170k", "train"),
-}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One row: the prompt's tokens, then the response's."""
-
-    ids: list[int]
-    prompt: int
-    """Tokens of the prompt, which the loss passes over."""
-
-
-def load_rows(config: InstructConfig) -> list[Row]:
-    """The training rows that the flags ask for."""
-    limit = config.limit or None
-    if config.data in SETS:
-        names, hub, split = SETS[config.data]
-        if config.data_dir:
-            return read_rows(find_file(Path(config.data_dir), names), limit)
-        return rows_from_hub(hub, None, split, limit)
-    if not Path(config.data).is_file():
-        raise UserError(f"there is no file {config.data}: --data takes {', '.join(SETS)} or a JSON or JSON Lines file")
-    return read_rows(Path(config.data), limit)
-
-
-def tokenize(example: Example, tokenizer: Any, max_length: int) -> Tokens:
-    """Prompt, response and the end token, cut to ``max_length``. A token across the border belongs to the response."""
-    prompt = tokenizer(example.prompt)["input_ids"]
-    ids = tokenizer(example.prompt + example.response)["input_ids"]
-    if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
-    return Tokens(ids[:max_length], same)
-
-
-def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
-    """Rows padded on the right: input_ids, attention_mask and labels, each (rows×tokens)."""
-    width = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        n = len(row.ids)
-        ids[i, :n] = torch.tensor(row.ids)
-        mask[i, :n] = 1
-        labels[i, row.prompt : n] = ids[i, row.prompt : n]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def scored_tokens(labels: Tensor) -> int:
-    """How many labels (rows×tokens) the loss looks at: each is scored by the token before it."""
-    return int((labels[:, 1:] != IGNORED).sum())
-
-
-def shared_batch(rows: Sequence[Tokens], pad_id: int, world: World) -> dict[str, Tensor]:
-    """This process's rows of a micro-batch, and the "weight" that makes the processes' mean the micro-batch's own."""
-    parts = [collate(rows[r :: world.size], pad_id) for r in range(world.size)]
-    counts = [scored_tokens(part["labels"]) for part in parts]
-    return {**parts[world.rank], "weight": torch.tensor(counts[world.rank] * world.size / sum(counts))}
-
-
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross entropy over the responses' tokens: those of a whole micro-batch weigh alike, on any number of
-    processes."""
-    inputs = {name: value for name, value in batch.items() if name != "weight"}
-    loss = model(**inputs, use_cache=False).loss
-    return loss * batch["weight"] if "weight" in batch else loss
 
 
 def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
@@ -108,7 +37,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     world, device = session.place, session.device
     pair = (config.fields[0], config.fields[1]) if config.fields else None
     prompt = training_prompt(config.prompt, config.data)
-    pairs = examples(load_rows(config), pair, PROMPTS[prompt])
+    pairs = examples(load_rows(config.data, config.data_dir, config.limit or None), pair, PROMPTS[prompt])
     tokenizer = load_tokenizer(config.model)
     rows = [tokenize(e, tokenizer, config.max_length) for e in pairs]
     kept = [r for r in rows if len(r.ids) > r.prompt]
@@ -122,7 +51,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     rows_in = [r for i, r in enumerate(kept) if i not in held]
 
     seed_all(config.seed)
-    model = load_causal_lm(config.model, config.base_dtype)
+    model = load_causal_lm(config.model, DTYPES[config.base_dtype])
     xs = LoRAXSConfig(config.rank, config.alpha or None, config.targets, init=config.init, seed=config.seed, head=())
     model = inject(model.to(device), xs)
     sha = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
@@ -136,7 +65,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
 
     def batches(i: int) -> dict[str, Tensor]:
         order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
-        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world)
+        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world.rank, world.size)
 
     def evaluate(m: nn.Module) -> dict[str, float]:
         total = count = 0.0

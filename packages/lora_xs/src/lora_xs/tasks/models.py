@@ -1,41 +1,19 @@
 """Models and tokenizers from local folders or by their hub names, and adapters with what they were trained on."""
 
-import contextlib
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import from_pretrained, load_classifier
+from memtrain_common.models.encoders import from_pretrained, load_causal_lm, load_classifier
+from memtrain_common.training.fit_config import DTYPES
 from torch import nn
 
 from ..adapter_file import describe_adapter, load_adapter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TASK_FILE = "task.json"
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Without what other packages say of their own deprecations and of kernels that are not there."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def load_causal_lm(name: str, dtype: str = "float32") -> nn.Module:
-    """The model in training mode, which transformers' loading leaves."""
-    return from_pretrained(transformers.AutoModelForCausalLM, name, "model", dtype=DTYPES[dtype]).train()
 
 
 def write_task(folder: Path, **content: Any) -> None:
@@ -71,7 +49,7 @@ def load_adapted(adapter: str, model: str = "", dtype: str = "float32") -> tuple
         known = "num_labels" in task
         base = load_classifier(name, task["num_labels"])[0] if known else _by_architecture(name, dtype)
     else:
-        base = load_causal_lm(name, dtype) if task else _by_architecture(name, dtype)
+        base = load_causal_lm(name, DTYPES[dtype]) if task else _by_architecture(name, dtype)
     return load_adapter(base, folder).eval(), name
 
 

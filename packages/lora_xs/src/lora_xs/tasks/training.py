@@ -15,13 +15,13 @@ from memtrain_common.measuring.memory import CATEGORIES
 from memtrain_common.training.distributed import parallelize
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.task import Task
+from memtrain_common.training.trained_state import trained_state
 from torch import nn
 
 from ..adapter_checks import base_digests
 from ..adapter_file import save_adapter
 from ..adapters import trained
 from .models import write_task
-from .trained_state import trained_state
 
 
 def train(

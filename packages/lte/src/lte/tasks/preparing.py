@@ -25,13 +25,13 @@ from memtrain_common.data.hub import hub_rows
 from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.data.text.documents import Source, find_sources, is_table
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
+from memtrain_common.data.text.pieces import Cutting, Piece
 from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
 from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import write_json
 from memtrain_common.runs.lock import LOCK, lock_folder
 from memtrain_common.training.stop_signals import StopSignals
 
-from .pieces import Cutting, Piece
 from .prepare_flags import PROG, DataSet, PrepareConfig
 
 JOURNAL = "journal.json"

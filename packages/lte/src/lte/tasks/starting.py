@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.commands.configure import saved_config
 from memtrain_common.data.text.corpus import Corpus
 from memtrain_common.errors import UserError
-from memtrain_common.models.gpt import GPT, GPTConfig
+from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
 from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt
 from memtrain_common.runs.checkpoint import load, verify
 from memtrain_common.runs.run_folder import RunFolder
@@ -16,7 +17,7 @@ from memtrain_common.runs.state_tree import same_shapes
 from torch import nn
 
 from ..injection import inject, merged_state_dict
-from .train_config import TrainConfig, check, lte_config
+from .train_config import PROG, TrainConfig, check, lte_config
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ def read_run(folder: Path) -> Trained:
     run = RunFolder.open(folder, writes=False)
     content = run.read_config()
     try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-        config, data = TrainConfig(**values), content["data"]
-        config = replace(config, vocab_size=config.vocab_size or padded(data["vocab_size"]))
+        config, data = saved_config(TrainConfig, folder, PROG), content["data"]
+        config = replace(config, vocab_size=config.vocab_size or padded_vocabulary(data["vocab_size"]))
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder} was not made by this version of lte-train: {error}") from None
     wrong = "there is none"
@@ -109,11 +109,6 @@ def gpt_config(config: TrainConfig) -> GPTConfig:
     return GPTConfig(**{name: getattr(config, name) for name in names})
 
 
-def padded(vocab: int) -> int:
-    """nanoGPT: a large vocabulary that is a multiple of 64 multiplies faster."""
-    return vocab if vocab < 1000 else (vocab + 63) // 64 * 64
-
-
 def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     """The configuration with the vocabulary of the corpus, or all of the architecture of the weights to begin with.
 
@@ -125,7 +120,7 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     if config.init_from == "scratch" or config.resume:
         if 0 < config.vocab_size < vocab:
             raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
-        return replace(config, vocab_size=config.vocab_size or padded(vocab))
+        return replace(config, vocab_size=config.vocab_size or padded_vocabulary(vocab))
     plain, data = find_weights(config.init_from)
     theirs = plain.config
     tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None

@@ -276,3 +276,22 @@ def damaged(images: FileImages, label: str) -> list[str | None]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(look, images.names)
         return list(tqdm(results, desc=label, total=len(images), leave=False, delay=1, disable=None))
+
+
+def check_classes(images: ImageSet) -> None:
+    """Refuse a split in which a class is absent: there the AUC is undefined, and nothing can be learnt of it.
+
+    Raises:
+        UserError: naming the class and the split.
+    """
+    for split, content in images.splits.items():
+        labels, n = content.labels, len(content.labels)
+        for c, name in enumerate(images.classes):
+            column = labels[:, c] if labels.ndim == 2 else labels == c
+            if not column.any() or column.all():
+                what = f"label {name}" if images.multi_label else f"class {name}"
+                how = "is absent from" if not column.any() else "is the only one in"
+                raise UserError(
+                    f"{what} of {images.name} {how} the {n} {split} images, where AUC is then undefined: give the "
+                    "split more images, or leave the class out everywhere"
+                )

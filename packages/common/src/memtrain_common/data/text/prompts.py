@@ -7,7 +7,7 @@ its evaluation leaves out a row's ``input``. Here both use the training prompt; 
 
 from collections.abc import Callable, Mapping
 
-from memtrain_common.data.text.instruct import PROMPT, Row, alpaca
+from .instruct import PROMPT, Row, alpaca
 
 TASK = "Below is an instruction that describes a task"
 WRITE = "Write a response that appropriately completes the request."

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from memtrain_common.data.text.documents import Source
+from .documents import Source
 
 PIECE = 2**20  # characters
 # Between a line and the next where no other white space is: GPT-2's pattern never joins the two, so the tokens of the

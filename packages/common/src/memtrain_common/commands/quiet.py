@@ -1,7 +1,9 @@
 """Remarks of other libraries that tell a user of these commands nothing, kept off the console."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
@@ -19,3 +21,16 @@ def no_progress_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Without what other packages say of their own deprecations and of kernels that are not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memtrain_common.errors import UserError
-from memtrain_common.models.classifiers import MODELS, build_classifier, classification_loss, usual_size
 from torch import Tensor, nn
 
-from .memory_flags import KNOWN, MemoryConfig
-from .saving import train_only
+from ..errors import UserError
+from .classifiers import MODELS, build_classifier, classification_loss, usual_size
 
 # Language models: configuration class, what differs from its defaults, task class
 _LANGUAGE: dict[str, tuple[str, dict[str, int], str]] = {
@@ -31,7 +29,7 @@ _LANGUAGE: dict[str, tuple[str, dict[str, int], str]] = {
     "gpt2-large": ("GPT2Config", {"n_embd": 1280, "n_layer": 36, "n_head": 20}, "GPT2LMHeadModel"),
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, "GPT2LMHeadModel"),
 }
-HEADS = ("classifier", "score", "head", "fc", "linear", "lm_head")
+KNOWN = (*MODELS, *_LANGUAGE)
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,24 @@ class Shaped:
     """What a batch holds, in words."""
 
 
-def shaped(config: MemoryConfig) -> Shaped:
-    """The model of the flags, with ``requires_grad`` set, and its loss; random numbers come from torch's generator.
+@dataclass(frozen=True)
+class Wanted:
+    """Which model, and a batch of what."""
+
+    model: str
+    """One of :data:`KNOWN`, a folder of transformers (its config.json decides, no weights are read), or Google's
+    npz."""
+    batch_size: int = 8
+    image_size: int = 0
+    """Pixels of a picture's side; 0 takes the model's usual."""
+    sequence_length: int = 128
+    classes: int = 100
+    finish: Callable[[nn.Module], nn.Module] = lambda model: model
+    """What is done to each model that is made: ``requires_grad``, the kind of attention."""
+
+
+def shaped(config: Wanted) -> Shaped:
+    """The model, and the loss of a batch for it; random numbers come from torch's generator.
 
     Raises:
         UserError: if there is no such model.
@@ -75,9 +89,10 @@ def shaped(config: MemoryConfig) -> Shaped:
     )
 
 
-def _folder(config: MemoryConfig, path: Path) -> Shaped:
+def _folder(config: Wanted, path: Path) -> Shaped:
     import transformers
-    from memtrain_common.models.encoders import from_pretrained
+
+    from .encoders import from_pretrained
 
     settings = from_pretrained(transformers.AutoConfig, str(path), "configuration")
     images = type(settings) in transformers.AutoModelForImageClassification._model_mapping
@@ -102,7 +117,7 @@ def _folder(config: MemoryConfig, path: Path) -> Shaped:
     return _tokens(config, settings, auto.from_config)
 
 
-def _pictures(config: MemoryConfig, build: Callable[[int], nn.Module], usual: int) -> Shaped:
+def _pictures(config: Wanted, build: Callable[[int], nn.Module], usual: int) -> Shaped:
     size = config.image_size or usual
 
     def loss(model: nn.Module) -> Tensor:
@@ -110,10 +125,10 @@ def _pictures(config: MemoryConfig, build: Callable[[int], nn.Module], usual: in
         pixels = torch.randn(config.batch_size, 3, size, size, device=device)
         return classification_loss(model, (pixels, torch.zeros(config.batch_size, dtype=torch.long, device=device)))
 
-    return Shaped(lambda: _chosen(config, build(size)), loss, f"{config.batch_size} pictures of {size}×{size} pixels")
+    return Shaped(lambda: config.finish(build(size)), loss, f"{config.batch_size} pictures of {size}×{size} pixels")
 
 
-def _tokens(config: MemoryConfig, settings: Any, build: Callable[[Any], nn.Module]) -> Shaped:
+def _tokens(config: Wanted, settings: Any, build: Callable[[Any], nn.Module]) -> Shaped:
     most: int = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None) or 10**9
     if config.sequence_length > most:
         raise UserError(f"--sequence-length {config.sequence_length} is beyond the {most} positions of {config.model}")
@@ -124,18 +139,4 @@ def _tokens(config: MemoryConfig, settings: Any, build: Callable[[Any], nn.Modul
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
 
     words = f"{config.batch_size} sequences of {config.sequence_length} tokens"
-    return Shaped(lambda: _chosen(config, build(settings)), loss, words)
-
-
-def _chosen(config: MemoryConfig, model: nn.Module) -> nn.Module:
-    """Attention and what is trained, by the flags."""
-    if config.eager:
-        if not hasattr(model, "set_attn_implementation"):
-            raise UserError(
-                f"--eager would do nothing: {config.model} is none of transformers' models, so leave it out"
-            )
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-    heads = tuple(n for n in HEADS if isinstance(getattr(model, n, None), nn.Module))
-    if config.train != "full" and not heads:
-        raise UserError(f"--train {config.train} needs a task head, and {type(model).__name__} has none")
-    return train_only(model, heads, config.train)
+    return Shaped(lambda: config.finish(build(settings)), loss, words)

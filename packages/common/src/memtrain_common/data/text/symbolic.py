@@ -50,7 +50,7 @@ class _Reader:
 
     def ask(self, a: str, b: str) -> bool:
         if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "lora_xs.tasks.symbolic"]
+            command = [sys.executable, "-m", "memtrain_common.data.text.symbolic"]
             self._process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True)
             self._answer(60.0)  # until sympy is there
         assert self._process.stdin is not None

@@ -11,7 +11,7 @@ What it does, in this order:
    right too; as texts without braces and round brackets; entry by entry; and by sympy.
 
 Its requirements pin sympy 1.12 beside an antlr4 that this sympy refuses, so its LaTeX parser never runs there: sympy
-reads Python's notation alone. :mod:`lora_xs.tasks.symbolic` does that safely, for the text is a model's.
+reads Python's notation alone. :mod:`memtrain_common.data.text.symbolic` does that safely, for the text is a model's.
 """
 
 import math
