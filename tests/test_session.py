@@ -93,7 +93,8 @@ COMMANDS = (
     "finetune", "pretrain",
 )  # fmt: skip
 SCHEMA = {
-    "command", "data", "seed", "metric", "step", "steps", "scores", "best", "evaluation", "train_loss", "measured",
+    "command", "data", "seed", "metric", "step", "steps", "skipped_steps", "scores", "best", "evaluation", "train_loss",
+    "measured",
     "peak_bytes", "trained_parameters", "parameters", "seconds", "unit", "units_per_second", "joules", "energy_source",
     "own",
 }  # fmt: skip
@@ -176,3 +177,23 @@ def test_two_processes_share_a_folder_that_nobody_named_and_resume_it(few_steps,
     run_ranks(2, _dispatch, [*prog, "--resume", str(run.relative_to(tmp_path))], tmp_path)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
     assert (newest / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["backrazor-train", "finetune", "pretrain"])
+def test_other_data_are_refused_or_gone_on_with_and_noted(few_steps, tmp_path, command):
+    words = [*few_steps[command], *few_steps[""], "--out", "run"]
+    assert run_command(words, tmp_path, before=no_pictures).returncode == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (newest / "manifest.json").write_text("damaged")
+    if command == "pretrain":
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "a.txt").write_text("".join(f"{i} plus {i} is {2 * i}.\n" for i in range(1000)))
+        other = tmp_path / "other"
+    else:
+        other = image_folder(tmp_path / "other", 8, seed=1)
+    again = [words[0], "--resume", "run", "--data-dir", str(other)]
+    assert_refused(run_command(again, tmp_path), "was trained on other data", "--data-changed ok")
+    done = run_command([*again, "--data-changed", "ok"], tmp_path, before=no_pictures)
+    assert done.returncode == 0, done.stderr
+    noted = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert noted["data"]["sha256"] != noted["data_before"]["sha256"]

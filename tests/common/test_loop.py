@@ -533,3 +533,42 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
         assert result.ledger.total("activations") > 0
         assert list(run.checkpoints.load_newest()[1]["model"]) == list(make().state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+class LeavesAlone(torch.optim.SGD):
+    """Skips the steps that it is told to, as GaLore does where a gradient is NaN."""
+
+    def __init__(self, params, skip):
+        super().__init__(params, lr=1e-2)
+        self.skip, self.calls, self.skipped_steps = skip, 0, 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls in self.skip:
+            self.skipped_steps += 1
+            return None
+        return super().step(closure)
+
+
+def test_skipped_steps_are_counted_kept_and_said(tmp_path):
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), {2, 3, 5}))
+    assert fit(task, FitConfig(max_iters=6, log_interval=1), run=run).skipped_steps == 3
+    assert [row.get("skipped", 0) for row in lines(run)] == [0, 1, 2, 2, 3, 3]
+    model = make(seed=5)
+    task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), {2}))
+    assert fit(task, FitConfig(max_iters=9, log_interval=1), run=run, resume=True).skipped_steps == 4
+
+
+def test_steps_skipped_in_a_row_are_divergence(tmp_path):
+    """Ten by default; as many with one good step between them are none."""
+    model, run = make(), RunFolder.create(tmp_path / "r")
+    task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), set(range(4, 14))))
+    with pytest.raises(DivergedError, match=r"the last 10 steps, up to step 13, were skipped .* is that of step 12;"):
+        fit(task, FitConfig(max_iters=20, checkpoint_interval=3), run=run)
+    model = make()
+    task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), set(range(4, 20)) - {9}))
+    assert fit(task, FitConfig(max_iters=18)).skipped_steps == 14
+    model = make()
+    task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), set(range(99))))
+    assert fit(task, FitConfig(max_iters=12, max_skipped=0)).skipped_steps == 12

@@ -144,7 +144,7 @@ PRETRAIN_PRESETS = {
 }  # fmt: skip
 
 # What a resumed run may do otherwise than it began. The data's hash is compared besides.
-MAY_CHANGE = {"out", "resume", "data_dir", "tracker", "device", "workers", "save_model", "log_interval", "select"}
+MAY_CHANGE = {*common.MAY_CHANGE, "workers", "save_model", "log_interval"}
 
 # Usual peak learning rates: with Adam's state, and with sgd.
 LEARNING_RATES = {

@@ -11,7 +11,7 @@ from .cli import changed_fields, flag_value, parse
 Config = TypeVar("Config")
 
 # What a resumed run may do otherwise than it began.
-MAY_CHANGE = {"out", "resume", "tracker", "device", "data_dir", "select"}
+MAY_CHANGE = {"out", "resume", "tracker", "device", "data_dir", "select", "data_changed"}
 
 
 def configure(

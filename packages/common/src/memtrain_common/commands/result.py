@@ -2,7 +2,8 @@
 
 What only one command knows stands under ``own``::
 
-    {"command", "data", "seed", "metric", "step", "steps", "scores": {split: {name: number}}, "best": {"step", "value"},
+    {"command", "data", "seed", "metric", "step", "steps", "skipped_steps",
+     "scores": {split: {name: number}}, "best": {"step", "value"},
      "evaluation", "train_loss", "measured": {category: bytes}, "peak_bytes", "trained_parameters", "parameters",
      "seconds", "unit", "units_per_second", "joules", "energy_source", "own": {…}}
 """
@@ -57,6 +58,7 @@ def result_content(
         "metric": outcome.config.best_metric,
         "step": outcome.step,
         "steps": result.step,
+        "skipped_steps": result.skipped_steps,
         "scores": {split: dict(numbers) for split, numbers in scores.items()},
         "best": {"step": result.best[0], "value": result.best[1]} if result.best else None,
         "evaluation": result.evaluation,

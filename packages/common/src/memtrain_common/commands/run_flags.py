@@ -27,6 +27,8 @@ class RunFlags:
     """Run folder to make; empty names one in runs/ by date and time."""
     resume: str = ""
     """Run folder to resume, from its newest valid checkpoint; other flags come from its config.json."""
+    data_changed: Literal["refuse", "ok"] = "refuse"
+    """Where a resumed run finds other data than it began with: refuse, or go on (config.json then says so)."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     log_interval: int = 10

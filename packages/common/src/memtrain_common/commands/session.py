@@ -12,6 +12,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Session:
         self.console = Console(quiet=not place.is_main)
         self.data: dict[str, Any] = {}
         self._resume_path: Path | None = None
+        self._changed: dict[str, Any] = {}
 
     @classmethod
     def alone(cls, config: Any, *, device: str = "cpu", run: RunFolder | None = None) -> "Session":
@@ -108,10 +110,14 @@ class Session:
             run = RunFolder.open(Path(self.config.resume), writes=main)
             before = run.read_config().get("data") or {}
             if before.get("sha256") != data["sha256"]:
-                raise UserError(
-                    f"{self.config.resume} was trained on other data: {_named(before)}, and {_named(data)} was found "
-                    "now; give it the same files, or begin a new run"
-                )
+                if self.config.data_changed == "ok":
+                    self._changed = {"data": data, "data_before": before}
+                    self.console.say(f"goes on with other data: {_named(before)} before, {_named(data)} now")
+                else:
+                    raise UserError(
+                        f"{self.config.resume} was trained on other data: {_named(before)}, and {_named(data)} was "
+                        "found now; give it the same files, begin a new run, or go on with them by --data-changed ok"
+                    )
         else:
             own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
             run = RunFolder.create(gather_objects(own)[0], writes=main)  # the first one's clock
@@ -139,7 +145,7 @@ class Session:
         argv = [*command, *self.argv]
         self.run, self.config = run, config
         if config.resume:
-            run.add_resume(config, prog=program, argv=argv)
+            run.add_resume(config, prog=program, argv=argv, **self._changed)
             return
         about |= {"data": self.data, "device": device_name(self.device), "processes": self.place.size}
         run.write_config(config, prog=program, argv=argv, **about)
@@ -171,7 +177,7 @@ class Session:
         start = _weights(task) if select == "best" else {}
         result = fit(
             task, config, run=self.run, resume=bool(self.config.resume), resume_path=self._resume_path,
-            resume_key=resume_key, read_key=self.config.modernise, console=self.console, label=label,
+            resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").exists():
             result.ledger = Ledger.read(self.run.path / "memory.json")
@@ -182,6 +188,11 @@ class Session:
             model.load_state_dict(shard_like(state, model.state_dict()))
             self.console.say(f"took the weights of step {step}, the best evaluation")
         return Outcome(model, result, step, config)
+
+    def _old_key(self, now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's key under the names of today; with --data-changed ok its hashes are those of now."""
+        hashes = {k: v for k, v in now.items() if k.endswith("sha256")} if self.config.data_changed == "ok" else {}
+        return {**self.config.modernise(saved), **hashes}
 
     def _verified(self, step: int) -> dict[str, Any]:
         """The model's state in a checkpoint whose hashes hold."""

@@ -31,6 +31,8 @@ def run_facts(
         "speed": f"{format_count(result.units_per_second)} {unit}/s, {format_seconds(result.seconds)} of training",
         "energy": "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})",
     }
+    if result.skipped_steps:
+        facts["skipped"] = f"{result.skipped_steps:,} of {result.step:,} steps, because a gradient was NaN or Inf"
     return "\n".join(f"  {name:12} {value}" for name, value in (facts | dict(own or {})).items())
 
 

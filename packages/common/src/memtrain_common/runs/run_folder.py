@@ -83,10 +83,10 @@ class RunFolder:
             content = {"config": dataclasses.asdict(config), **_making(prog, argv), **more}
             write_json(self.path / "config.json", content)
 
-    def add_resume(self, config: Any, *, prog: str, argv: Sequence[str]) -> None:
-        """Note in ``config.json`` that the run was gone on with: the configuration now, and by which command."""
+    def add_resume(self, config: Any, *, prog: str, argv: Sequence[str], **changed: Any) -> None:
+        """Note in ``config.json`` that the run was resumed: the configuration now, by which command, and what changed."""
         if self.writes:
-            content = {**self.read_config(), "config": dataclasses.asdict(config)}
+            content = {**self.read_config(), **changed, "config": dataclasses.asdict(config)}
             content["resumed"] = [*content.get("resumed", []), _making(prog, argv)]
             write_json(self.path / "config.json", content)
 

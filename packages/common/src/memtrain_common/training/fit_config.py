@@ -41,6 +41,8 @@ class FitConfig:
     """W&B's and trackio's project."""
     tracker_name: str = ""
     """The run's name there; empty takes the run folder's."""
+    max_skipped: int = 10
+    """Steps skipped in a row (NaN or Inf in a gradient) after which the training counts as diverged; 0 never does."""
     agree_interval: int = 1
     """With ``parts``: steps between cross-rank checks for a stop signal."""
     patience_s: float = 0.0
@@ -63,5 +65,20 @@ class FitResult:
     ledger: Ledger | None = None
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
     """Of "training" and "evaluation", apart."""
+    skipped_steps: int = 0
+    """Steps that float16's scaler or the optimizer left out because a gradient was NaN or Inf."""
     joules: float | None = None
     energy_source: str = "unavailable"
+
+    def note_rate(self, units_per_step: int, first: int, timed_from: float) -> None:
+        """Set ``units_per_second``: over the steps after this process's first, or over all where it timed none.
+
+        Args:
+            first: step that this process began with.
+            timed_from: seconds of training at the end of its first step.
+        """
+        timed = self.step - first - 1
+        if timed > 0:
+            self.units_per_second = timed * units_per_step / (self.seconds - timed_from)
+        elif self.seconds > 0:
+            self.units_per_second = self.step * units_per_step / self.seconds

@@ -26,6 +26,7 @@ class Progress:
     result: FitResult = field(default_factory=FitResult)
     evaluated: bool = False
     """Whether the evaluation that is due at the current step is done."""
+    skipped_in_a_row: int = 0
     saved_step: int = 0
     """Nothing is saved before the first step: there is nothing to lose."""
 
@@ -90,6 +91,24 @@ class Keeper:
             f"{self.last_kept.replace('the last checkpoint', 'the last good checkpoint')}; try a lower learning rate"
         )
 
+    def count_skip(self, skipped: bool, in_a_row: int) -> None:
+        """Count a step in which no weight moved.
+
+        Args:
+            in_a_row: so many of them, one after another, are a divergence; 0 counts this one as no such sign.
+
+        Raises:
+            DivergedError: where that many are reached.
+        """
+        progress = self.progress
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped and in_a_row else 0
+        progress.result.skipped_steps += skipped
+        if in_a_row and progress.skipped_in_a_row >= in_a_row:
+            raise DivergedError(
+                f"training diverged: the last {in_a_row} steps, up to step {progress.result.step + 1}, were skipped "
+                f"because a gradient was NaN or Inf; {self.last_kept}; try a lower learning rate"
+            )
+
     def state(self, *, alone: bool = False) -> dict[str, Any]:
         """Everything that a checkpoint holds; collective unless ``alone``."""
         assert self.run is not None
@@ -98,6 +117,7 @@ class Keeper:
             "step": result.step,
             "evaluated": self.progress.evaluated,
             "seconds": result.seconds,
+            "skipped": result.skipped_steps,
             "evaluation": result.evaluation,
             "best": result.best,
             "metrics_bytes": self.run.metrics_bytes(),
@@ -130,5 +150,6 @@ class Keeper:
         saved, result = state["progress"], self.progress.result
         result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
         result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
+        result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it
         self.run.truncate_metrics(saved["metrics_bytes"])
         say(f"resumed from {where}")

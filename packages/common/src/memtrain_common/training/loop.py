@@ -86,8 +86,8 @@ class _Trainer:
         self.inner = unwrap(model)
         self.model: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         self.wrapper = model  # DDP's no_sync and FSDP's switch are on this one
-        replicated = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.evaluated_model = self.inner if replicated else self.model  # DDP would broadcast buffers at each forward
+        ddp = isinstance(model, nn.parallel.DistributedDataParallel)  # it would broadcast buffers at each forward
+        self.evaluated_model = self.inner if ddp else self.model
         self.device = next(self.inner.parameters()).device
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
@@ -156,11 +156,7 @@ class _Trainer:
             if self.tracker is not None:
                 self.tracker.close()
         result.peak_bytes = {phase: self.peaks.peak(phase) for phase in ("training", "evaluation")}
-        timed = result.step - first - 1
-        if timed > 0:
-            result.units_per_second = timed * config.units_per_step / (result.seconds - timed_from)
-        elif result.seconds > 0:  # nothing was timed in this process: what all of them took
-            result.units_per_second = result.step * config.units_per_step / result.seconds
+        result.note_rate(config.units_per_step, first, timed_from)
         self._save_ledger()
         return result
 
@@ -194,16 +190,19 @@ class _Trainer:
             self.scaler.unscale_(self.optimizer)
             clip = task.clip or (lambda limit: nn.utils.clip_grad_norm_(self.trainable, limit))
             norm = clip(config.grad_clip)
-        scale = self.scaler.get_scale()
+        scale, skips = self.scaler.get_scale(), getattr(self.optimizer, "skipped_steps", 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         stepped = self.scaler.get_scale() >= scale  # float16: the scaler lowers its scale where it skips the step
+        left_alone = getattr(self.optimizer, "skipped_steps", 0) > skips  # GaLore: a gradient was not finite
         if measuring and stepped:
             self.result.ledger = measure(self.inner, self.optimizer, activations)
         self.optimizer.zero_grad(set_to_none=True)
         if task.after_step is not None and stepped:
             task.after_step()
         self.progress.finite &= total.isfinite()
+        searching = not stepped and self.scaler.get_scale() >= 1  # the scaler still looks for its scale
+        self.keeper.count_skip(left_alone or not stepped, 0 if searching else config.max_skipped)
         return total, norm
 
     def _skip_together(self) -> None:
@@ -276,8 +275,10 @@ class _Trainer:
             row["grad_norm"] = float(norm)
         row[f"{config.unit}_per_second"] = round(rate, 1)
         row["seconds"] = round(result.seconds, 3)
+        row |= {"skipped": result.skipped_steps} if result.skipped_steps else {}
         self._write(row)
         shown = f"loss {loss:.4f}, {format_count(rate)} {config.unit}/s, {format_bytes(memory_in_use(self.device))}"
+        shown += f", {result.skipped_steps} skipped" if result.skipped_steps else ""
         bar.set_postfix_str(shown, refresh=False)
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from memtrain_common.commands import configure
 from memtrain_common.commands.configure import flag, refuse_unused
 from memtrain_common.commands.run_flags import ImageFlags, Lr, RunFlags, Select, StepFlags
 from memtrain_common.errors import UserError
 
 PROG = "galore-vit"
 # What a resumed run may do otherwise than it began. The data's hash is compared besides.
-MAY_CHANGE = {"out", "resume", "data_dir", "verify", "tracker", "device", "workers", "select"}
+MAY_CHANGE = {*configure.MAY_CHANGE, "verify", "workers"}
 LORA = ("melo", "lora")
 GALORE_FLAGS = ("galore_rank", "gap", "galore_scale", "proj_type", "refresh")
 Data = Literal[

@@ -85,6 +85,8 @@ def check_world(config: TrainConfig, world: World) -> None:
                 "processes"
             )
         return
+    if config.select == "best":
+        raise UserError("--select best needs every head in each process: give --select last, or --parallel ddp")
     if config.lte_mode == "sequential":
         raise UserError(
             "--lte-mode sequential gives every head the whole batch: on several processes add --parallel ddp"

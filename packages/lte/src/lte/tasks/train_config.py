@@ -181,6 +181,7 @@ MAY_CHANGE = {
     "always_save_checkpoint",
     "eval_only",
     "select",
+    "data_changed",
 }
 
 
