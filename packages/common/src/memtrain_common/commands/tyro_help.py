@@ -1,4 +1,4 @@
-"""What is changed in tyro (tried on 1.0 to 1.1): a flag's help is one paragraph, however its docstring is wrapped.
+"""What is changed in tyro (tried on 1.0.17): a flag's help is one paragraph, however its docstring is wrapped.
 
 tyro joins the lines of a docstring before it takes their indentation away, and starts a new line wherever one begins
 with white space: a help of two lines would break in the middle of a sentence.
