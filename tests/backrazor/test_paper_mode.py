@@ -25,6 +25,11 @@ MORE = {
     "mul by a weight": (torch.mul, lambda: (leaf(50, 30), parameter(30))),
     "dropout": (lambda x: _seeded(F.dropout, x, 0.3), lambda: (leaf(5, 40),)),
 }
+if hasattr(F, "linear_cross_entropy"):
+    MORE["linear, then cross_entropy"] = (
+        lambda x, w: F.linear_cross_entropy(x, w, torch.arange(5)),
+        lambda: (leaf(5, 7), parameter(40, 7)),
+    )
 
 
 def _seeded(call, *args):
@@ -203,7 +208,7 @@ REFERENCES = {
     **dict.fromkeys(
         ("batch_norm", "batch_norm frozen", "group_norm", "group_norm plain", "relu", "relu6", "hardtanh", "leaky_relu",
          "relu in place", "relu_", "hardsigmoid", "hardsigmoid in place", "max_pool2d", "max_pool2d dilated",
-         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout"),
+         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout", "linear, then cross_entropy"),
         exact,
     ),
 }  # fmt: skip

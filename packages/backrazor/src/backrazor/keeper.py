@@ -41,6 +41,11 @@ class Keeper:
         self._groups = groups_for(self.keep) if keep < 1 else None
         self._store = Store()
 
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether logits and their cross-entropy are one operation (:mod:`.ops.loss`)."""
+        return self.keep < 1 and self.mode != "paper"
+
     def forget(self) -> None:
         """What is stored stays in the graphs that need it, and is not shared any more."""
         self._store.clear()

@@ -18,6 +18,7 @@ from .internals import (
     within_transform,
 )
 from .keeper import Keeper
+from .ops.logits import Logits, answer
 from .table import mark_computed, rules
 
 
@@ -74,6 +75,8 @@ class Razor(Keeper, TorchFunctionMode):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             _refuse_compile(torch.compiler.is_compiling())
             return func(*args, **kwargs)
+        if Logits in types:
+            return answer(func, args, kwargs, self.__torch_function__)
         rule = self._rules.get(func)
         if rule is not None and not self._steps_aside((*args, *kwargs.values())):
             result = rule(self, *args, **kwargs)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .keeper import Keeper
-from .ops import attention, chains, conv, linear, lossless, norms, pointwise
+from .ops import attention, chains, conv, linear, loss, lossless, norms, pointwise
 from .weights import mark, of_weights_alone
 
 
@@ -75,6 +75,15 @@ OPERATIONS: tuple[Operation, ...] = (
         "dW = gᵀ x̂",
         "x̂, once for all layers that take x; after a norm its x̂ (then dW uses x̂ γ + β); nothing if W is frozen",
         "dW is a sum over rows, in which the largest inputs weigh most",
+    ),
+    Operation(
+        "linear, then cross_entropy",
+        tuple(getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)),  # of torch 2.15
+        loss.linear_cross_entropy,
+        "loss, dx, dW, db",
+        "nothing",
+        "x, log Σ exp of each row, targets; logits are made in chunks, in the forward and again in the backward pass",
+        "logits over a vocabulary are the largest tensor of a language model, and x makes them again",
     ),
     Operation(
         "addmm",
@@ -247,7 +256,7 @@ OPERATIONS: tuple[Operation, ...] = (
 )
 
 DENSE: dict[str, str] = {
-    "cross_entropy, log_softmax": "the loss: an error here would be an error of every gradient",
+    "cross_entropy of other logits, log_softmax": "the loss: an error here would be an error of every gradient",
     "embedding": "keeps indices alone",
     "add, cat, reshape, transpose, mean, sum": "keep nothing, or sizes",
     "rotary embedding": "its factors cos and sin need no gradient: kept by reference, once for all layers",

@@ -1,5 +1,6 @@
 """Linear layers: the input is pruned; dx and db are exact, dW is approximate and one two-dimensional product."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..function import Function, Kept, save
 from ..keeper import Keeper
 from ..weights import rank
+from .logits import Logits, is_head
 
 
 class Linear(Function):
@@ -57,9 +59,19 @@ class Linear(Function):
 def linear(razor: Keeper, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``. Where the weight is frozen PyTorch itself keeps nothing of x."""
     razor.chains.forget(input)
+    if razor.fuses_loss and weight.dim() == 2 and input.numel() and is_head(input, weight):
+        return Logits.of(input, weight, bias, functools.partial(_pruned, razor))
     if not weight.requires_grad or weight.dim() != 2 or input.numel() == 0:
         return NotImplemented
     return Linear.apply(input, weight, bias, False, razor)
+
+
+def _pruned(razor: Keeper, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A head's output, when something else than the loss uses it."""
+    if not weight.requires_grad:
+        return F.linear(x, weight, bias)
+    y: Tensor = Linear.apply(x, weight, bias, False, razor)
+    return y
 
 
 def addmm(razor: Keeper, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
