@@ -1,6 +1,7 @@
 """The adapter file: R alone, and what is needed to refuse weights it was not made for.
 
-    adapter.safetensors    R        every R in one tensor: (modules×r×r), or flat where shapes differ
+    adapter.safetensors    R        every R in one tensor: (modules×r×r), or flat where shapes differ; with
+                                    named=True instead a tensor for each, by its name in the state dict
                            probe    two numbers a module that betray other bases (float32)
                            digests  two bytes of each base weight's SHA-256, to name the one that differs
                            A.i, B.i with bases=True, for module i
@@ -46,7 +47,9 @@ from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
 from .injection import attach
-from .layer import is_adapted, layers
+from .kinds import MATRIX, STACK, STACK_T
+from .layer import ATTRIBUTE, XSLayer, XSWeight, is_adapted, layers
+from .targets import Target
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,6 +61,7 @@ def save_adapter(
     name: str | None = None,
     bases: bool | None = None,
     dtype: torch.dtype | None = None,
+    named: bool = False,
 ) -> Path:
     """Write adapter `name` (None: the active one) into the folder `path`; each file replaces an older one
     whole.
@@ -66,6 +70,7 @@ def save_adapter(
         bases: store A and B too. None stores them where they cannot be made again from the base weights:
             trained, imported, or of a quantised weight.
         dtype: of R in the file; None keeps float32, and with it the same logits bit for bit.
+        named: each R by its name in the model's state dict, as others read files of weights. They take 120 bytes each.
     """
     name = chosen(model, name, "save_adapter")
     pairs = layers(model)
@@ -77,8 +82,12 @@ def save_adapter(
     Rs = [layer.R[name].detach() for _, layer in pairs]
     R = torch.stack(Rs) if len({r.shape for r in Rs}) == 1 else torch.cat([r.flatten() for r in Rs])
     sha256, short = base_digests(model, reuse=True)
-    tensors = {
-        "R": R if dtype is None else R.to(dtype),
+    dtype = R.dtype if dtype is None else dtype
+    if named:
+        tensors = {state_key(layer, name): r.to(dtype) for (_, layer), r in zip(pairs, Rs, strict=True)}
+    else:
+        tensors = {"R": R.to(dtype)}
+    tensors |= {
         "probe": torch.stack([probe(layer.A.detach(), layer.B.detach()) for _, layer in pairs]),
         "digests": short,
     }
@@ -143,7 +152,7 @@ def load_adapter(
     head_state = matching_heads(model, info, Path(path)) if head and info.heads else {}
     if check_base:
         check_base_weights(model, info, tensors["digests"], file)
-    Rs = [r.view(m.r_shape) for r, m in zip(_split(tensors["R"], info), info.modules, strict=True)]
+    Rs = [r.view(m.r_shape) for r, m in zip(_each_r(tensors, info, found), info.modules, strict=True)]
     on_plain = not is_adapted(model)
     if on_plain:
         requests = [Request(target, m.rank) for m, target in zip(info.modules, found, strict=True)]
@@ -187,5 +196,17 @@ def load_adapter(
     return model
 
 
-def _split(R: Tensor, info: AdapterInfo) -> tuple[Tensor, ...]:
-    return R.flatten().split([m.trained for m in info.modules])
+def state_key(layer: XSLayer | Target, name: str) -> str:
+    """The name of R of adapter `name` in the model's state dict."""
+    through = layer.reader is not None if isinstance(layer, Target) else isinstance(layer, XSWeight)
+    own = layer.name if layer.kind not in (MATRIX, STACK, STACK_T) else layer.name.removesuffix(f"{layer.parameter}")
+    prefix = f"{own.removesuffix('.')}.{ATTRIBUTE}".removeprefix(".")
+    return f"{prefix}.{layer.parameter}.R.{name}" if through else f"{prefix}.R.{name}"
+
+
+def _each_r(tensors: dict[str, Tensor], info: AdapterInfo, found: list[Target]) -> tuple[Tensor, ...]:
+    """The R of each module, from one tensor or by their names."""
+    if "R" in tensors:
+        return tensors["R"].flatten().split([m.trained for m in info.modules])
+    by_place = {key.rpartition(".")[0]: tensor for key, tensor in tensors.items()}  # whatever the adapter was called
+    return tuple(by_place[state_key(target, "").rpartition(".")[0]] for target in found)

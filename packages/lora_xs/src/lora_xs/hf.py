@@ -1,0 +1,149 @@
+"""LoRA-XS in transformers' Trainer: checkpoints that hold the adapter instead of the model.
+
+lora_xs.inject(model, config)
+trainer = Trainer(model, args, train_dataset=rows, callbacks=[LoRAXSCallback(model)])
+trainer.train(resume_from_checkpoint=…)
+lora_xs.load_adapter(base, "out/checkpoint-500")  # onto the base model, anywhere
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from . import files
+from .adapter_checks import PROBE_TOLERANCE, base_digests, probe
+from .adapter_file import save_adapter, state_key
+from .adapter_header import ADAPTER, HEAD_FILE
+from .adapters import chosen
+from .errors import LoRAXSError
+from .head import ATTRIBUTE as HEAD
+from .head import heads
+from .layer import is_adapted, layers
+
+BUFFERS_FILE, BUFFERS_FORMAT = "buffers.safetensors", "lora-xs buffers 1"
+INDEX_FILE = "model.safetensors.index.json"
+"""Where Trainer looks for the files of a checkpoint's weights."""
+
+MISSING = "the base weights are not in this folder, load them and then lora_xs.load_adapter(model, folder).safetensors"
+"""The file of weights that a checkpoint's config.json names: `from_pretrained` says that there is none of this name."""
+
+
+class LoRAXSCallback(TrainerCallback):
+    """Trainer's checkpoints as adapter folders.
+
+    Each is what :func:`lora_xs.save_adapter` writes, beside Trainer's own optimizer, scheduler and random states:
+    `load_adapter` reads it onto a base model, and `resume_from_checkpoint` and `load_best_model_at_end` go on from it.
+    `from_pretrained` refuses it by an error that says what is missing.
+
+    Args:
+        model: as it is given to Trainer, with its adapter.
+        full_model: let Trainer write the whole model too, and put the adapter into `adapter` beside it.
+        name: of the adapter; None is the active one.
+    """
+
+    def __init__(self, model: nn.Module, *, full_model: bool = False, name: str | None = None) -> None:
+        if not is_adapted(model):
+            raise LoRAXSError("the model has no LoRA-XS adapters; call lora_xs.inject before LoRAXSCallback")
+        self.full_model = full_model
+        self.name = chosen(model, name, "LoRAXSCallback")
+        self.model = model
+        if full_model:
+            return
+        model.register_load_state_dict_pre_hook(_check)
+        # What Trainer need not find in a checkpoint; it then ties weights anew.
+        model._keys_to_ignore_on_save = set(model.state_dict()) - set(_trained(model, self.name))  # type: ignore
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = MethodType(_saving(self.name, model.save_pretrained), model)  # type: ignore
+        elif not hasattr(model, "tie_weights"):
+            model.tie_weights = _nothing  # type: ignore[assignment]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the adapter where `save_pretrained` has not done so."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and self.full_model:
+            save_adapter(self.model, folder / "adapter", name=self.name)
+        elif state.is_world_process_zero and not isinstance(self.model, PreTrainedModel):
+            write_checkpoint(self.model, folder, self.name)
+            (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def write_checkpoint(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
+    """An adapter folder that Trainer resumes from: what :func:`lora_xs.save_adapter` writes, the model's buffers where
+    it has some (a batch norm's statistics), and an index by the parameters' names."""
+    name = chosen(model, name, "write_checkpoint")
+    folder = save_adapter(model, folder, name=name, named=True)
+    places = _trained(model, name)
+    buffers = {key: value for key, value in model.state_dict().items() if places.get(key) == BUFFERS_FILE}
+    if buffers:
+        files.write(folder / BUFFERS_FILE, buffers, {}, BUFFERS_FORMAT)
+    index = json.dumps({"metadata": {}, "weight_map": places}, indent=0, sort_keys=True)
+    (folder / INDEX_FILE).write_text(index + "\n")
+    if isinstance(model, PreTrainedModel):
+        config = {
+            **model.config.to_diff_dict(),
+            "architectures": [type(model).__name__],
+            "transformers_weights": MISSING,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    return folder
+
+
+def _trained(model: nn.Module, name: str) -> dict[str, str]:
+    """Keys of the state dict that a checkpoint holds, and the file of each."""
+    places = {}
+    for key, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                places[f"{key}.{leaf}" if key else leaf] = BUFFERS_FILE
+    for _, layer in layers(model):
+        places[state_key(layer, name)] = ADAPTER
+    for module, head in heads(model):
+        if head.of(module, name) is module:
+            keys = [key for key in module.state_dict() if not key.startswith(HEAD + ".")]
+            places |= {f"{head.name}.{key}": HEAD_FILE for key in keys}
+        else:
+            raise LoRAXSError(f"Trainer's checkpoints hold the adapter that {head.first!r} is, not {name!r}")
+    return places
+
+
+def _saving(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+    def save_pretrained(
+        self: nn.Module, save_directory: str | Path, is_main_process: bool = True, **options: Any
+    ) -> None:
+        """The adapter alone, as a folder that Trainer resumes from; the whole model once its adapter is merged."""
+        if not is_adapted(self) or any(layer.merged is not None for _, layer in layers(self)):
+            self._keys_to_ignore_on_save = None  # type: ignore[assignment]
+            whole(save_directory, is_main_process=is_main_process, **options)
+        elif is_main_process:
+            write_checkpoint(self, save_directory, name)
+
+    return save_pretrained
+
+
+def _nothing() -> None:
+    """A plain module has no weights to tie."""
+
+
+@torch.no_grad()
+def _check(model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    """Before an adapter's file is read into the model: is it for these base weights, and for these bases?"""
+    if prefix or "probe" not in state or "digests" not in state or not is_adapted(model):
+        return
+    digests, probes = state.pop("digests"), state.pop("probe")
+    _, short = base_digests(model, reuse=True)
+    if short.shape != digests.shape or not torch.equal(short, digests):
+        raise LoRAXSError("the checkpoint was made for other base weights: load those before inject")
+    for i, (_, layer) in enumerate(layers(model)):
+        if f"A.{i}" in state:
+            layer.A.copy_(state.pop(f"A.{i}"))
+            layer.B.copy_(state.pop(f"B.{i}"))
+        elif not bool(((probe(layer.A, layer.B) - probes[i]).abs() <= PROBE_TOLERANCE).all()):
+            raise LoRAXSError(f"the bases of {layer.name} are not those that the checkpoint was trained on")
