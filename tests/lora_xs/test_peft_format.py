@@ -180,7 +180,7 @@ def test_what_cannot_be_imported_is_refused(exported, llama):
         import_peft(llama(), folder)
     with pytest.raises(LoRAXSError, match="needs a plain base model"):
         import_peft(model, folder)
-    with pytest.raises(LoRAXSError, match='bases must be "svd" or "file"'):
+    with pytest.raises(LoRAXSError, match='bases must be "svd", "official", "file" or "auto"'):
         import_peft(base, folder, bases="qr")
     for changes, message in (
         ({"use_dora": True}, "uses use_dora"),

@@ -19,7 +19,7 @@ from .config import LoRAXSConfig
 from .digest import weight_digests
 from .errors import LoRAXSError
 from .kinds import matrix_of, matrix_shape
-from .svd import METHOD_VERSION, random_bases, svd_bases
+from .svd import METHOD_VERSION, official_bases, random_bases, svd_bases
 from .targets import Target
 
 CACHE_FORMAT = "lora-xs bases 1"
@@ -131,6 +131,8 @@ def _decompose(request: Request, config: LoRAXSConfig) -> tuple[Tensor, Tensor]:
     for name, matrix, a, b in parts:
         if matrix is None:
             values = random_bases((b.shape[0], a.shape[1]), request.rank, config.seed, name)
+        elif config.svd == "official":
+            values = official_bases(matrix, request.rank)
         else:
             values = svd_bases(matrix, request.rank, exact=config.svd == "exact")
         a.copy_(values[0])

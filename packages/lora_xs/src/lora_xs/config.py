@@ -56,8 +56,9 @@ class LoRAXSConfig:
     init: Literal["svd", "random"] = "svd"
     """Bases from the SVD of each weight, or random ones (the paper's ablation)."""
 
-    svd: Literal["randomized", "exact"] = "randomized"
-    """Randomised block Krylov iteration, or LAPACK's full SVD."""
+    svd: Literal["randomized", "exact", "official"] = "randomized"
+    """Randomised block Krylov iteration; LAPACK's full SVD; or what the official code computes (scikit-learn's
+    TruncatedSVD, which must be installed then)."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks for modules whose name ends in the key."""
@@ -152,8 +153,8 @@ class LoRAXSConfig:
             raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear"')
         if self.init not in ("svd", "random"):
             raise LoRAXSError(f'init must be "svd" or "random", not {self.init!r}')
-        if self.svd not in ("randomized", "exact"):
-            raise LoRAXSError(f'svd must be "randomized" or "exact", not {self.svd!r}')
+        if self.svd not in ("randomized", "exact", "official"):
+            raise LoRAXSError(f'svd must be "randomized", "exact" or "official", not {self.svd!r}')
         if not 0 <= self.dropout < 1:
             raise LoRAXSError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.r_std < 0:

@@ -6,11 +6,13 @@ itself drops it without a word.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -34,6 +36,9 @@ Model = TypeVar("Model", bound=nn.Module)
 RESIDUAL = 1e-3
 """Relative part of an imported update outside the SVD bases that is refused."""
 
+EXACT = 1e-5
+"""Relative part outside the bases up to which bases="auto" takes them instead of the file's."""
+
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+?)"
     r"(?:\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?"
@@ -47,7 +52,8 @@ def import_peft(
     path: str | Path,
     *,
     name: str = "default",
-    bases: Literal["svd", "file"] = "svd",
+    bases: Literal["svd", "official", "file", "auto"] = "svd",
+    head: bool | tuple[str, ...] = True,
     cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -56,18 +62,21 @@ def import_peft(
     Args:
         name: of the adapter here.
         bases: "svd" expresses the update in the SVD bases of the model's weights and refuses one that does not lie in
-            them (to 1e-3), so that R alone need be saved. "file" is exact for every LoRA: it takes A and B from the
-            file (for a plain LoRA, B from lora_B = B·R with B orthonormal) and stores them whenever the adapter is
-            saved.
+            them (to 1e-3), so that R alone need be saved; "official" does so in those of the official code. "file" is
+            exact for every LoRA: it takes A and B from the file (for a plain LoRA, B from lora_B = B·R with B
+            orthonormal) and stores them whenever the adapter is saved. "auto" is the first of "svd" and "official" (for
+            a checkpoint of the official code) in which the whole update lies to 1e-5, else "file".
+        head: load the task head too; False leaves the model's own (for a start on another task), and names leave it and
+            say which modules it is.
         cache, progress: as for `inject`.
     """
-    if bases not in ("svd", "file"):
-        raise LoRAXSError(f'bases must be "svd" or "file", not {bases!r}')
+    if bases not in ("svd", "official", "file", "auto"):
+        raise LoRAXSError(f'bases must be "svd", "official", "file" or "auto", not {bases!r}')
     if is_adapted(model):
         raise LoRAXSError("import_peft needs a plain base model; import there, save_adapter, and load_adapter here")
     folder = Path(path)
     settings = _read_settings(folder)
-    factors, rest = _read_factors(folder)
+    factors, rest = read_factors(folder)
     named = dict(model.named_modules())
     for key in factors:
         if key not in named:
@@ -87,15 +96,17 @@ def import_peft(
                 f"{f.B.shape[0]}×{f.A.shape[1]}"
             )
     requests = [Request(target, factors[key].A.shape[0]) for key, target in targets.items()]
-    if bases == "svd":
-        store = default_cache() if cache is True else Path(cache) if cache else None
-        pairs = make_bases(requests, config, store, progress)
-        Rs = [_project(f, A, B, key, folder) for (key, f), (A, B) in zip(factors.items(), pairs, strict=True)]
-    else:
+    store = default_cache() if cache is True else Path(cache) if cache else None
+    found = _in_bases(bases, requests, config, factors, folder, lambda c: make_bases(requests, c, store, progress))
+    if found is None:
         own = [f.orthonormal() for f in factors.values()]
         devices = [target.weight.device for target in targets.values()]
         pairs = [(f.A.to(d), f.B.to(d)) for f, d in zip(own, devices, strict=True)]
         Rs = [f.matrix for f in own]
+    else:
+        config, pairs, Rs = found
+    if head is not True:
+        rest, config = {}, dataclasses.replace(config, head=None if head is False else head)
     state = model.state_dict()
     for key, value in rest.items():
         if key not in state or state[key].shape != value.shape:
@@ -105,7 +116,7 @@ def import_peft(
         config,
         name,
         [(target, *pair) for target, pair in zip(targets.values(), pairs, strict=True)],
-        given=bases == "file",
+        given=found is None,
     )
     for (_, layer), R in zip(layers(model), Rs, strict=True):
         layer.R[name].copy_(R)
@@ -136,27 +147,48 @@ class _Factors:
         return _Factors(self.A, Q.to(self.B.dtype) if self.B.dtype == torch.float64 else Q, T)
 
 
-def _project(f: _Factors, A: Tensor, B: Tensor, key: str, folder: Path) -> Tensor:
-    """R with B R A closest to the update (r×r); refused if what is left of it matters."""
+def _in_bases(
+    bases: str,
+    requests: list[Request],
+    config: LoRAXSConfig,
+    factors: dict[str, _Factors],
+    folder: Path,
+    make: Callable[[LoRAXSConfig], list[tuple[Tensor, Tensor]]],
+) -> tuple[LoRAXSConfig, list[tuple[Tensor, Tensor]], list[Tensor]] | None:
+    """The configuration, bases and R of the way that `bases` names; None where the file's own bases are needed."""
+    official = any(f.R is not None for f in factors.values())
+    ways = {"svd": ["randomized"], "official": ["official"], "file": []}.get(bases)
+    if ways is None:  # "auto"
+        ways = ["randomized", *(["official"] if official and find_spec("sklearn") else [])]
+    for way in ways:
+        chosen = dataclasses.replace(config, svd=way)  # type: ignore[arg-type]
+        pairs = make(chosen)
+        projected = {key: _project(f, A, B) for (key, f), (A, B) in zip(factors.items(), pairs, strict=True)}
+        worst = max(projected, key=lambda key: projected[key][1])
+        left = projected[worst][1]
+        if left <= (EXACT if bases == "auto" else RESIDUAL):
+            return chosen, pairs, [R for R, _ in projected.values()]
+        if bases != "auto":
+            raise LoRAXSError(
+                f"the update of {worst} in {folder} lies outside the SVD bases of this model's weight "
+                f'(by {left:.1%}); import it with bases="file"'
+            )
+    return None
+
+
+def _project(f: _Factors, A: Tensor, B: Tensor) -> tuple[Tensor, float]:
+    """R with B R A closest to the update (r×r), and the relative part of the update that is left."""
     A, B = A.to("cpu", torch.float64), B.to("cpu", torch.float64)
     A_file, B_file = f.A.double(), f.B.double() if f.R is None else f.B.double() @ f.R.double()
     R = torch.linalg.pinv(B) @ B_file @ (A_file @ torch.linalg.pinv(A))
-    left, right = (
-        torch.cat([B @ R, -B_file], dim=1),
-        torch.cat([A, A_file]),
-    )  # their product is the difference
+    left, right = torch.cat([B @ R, -B_file], dim=1), torch.cat([A, A_file])  # their product is the difference
     total, difference = _product_norm(B_file, A_file), _product_norm(left, right)
-    if difference > RESIDUAL * total:
-        raise LoRAXSError(
-            f"the update of {key} in {folder} lies outside the SVD bases of this model's weight "
-            f'(by {difference / total:.1%}); import it with bases="file"'
-        )
-    return R
+    return R, difference / total if total else 0.0
 
 
 def _product_norm(X: Tensor, Y: Tensor) -> float:
-    """‖X Y‖ without the product: ‖X Y‖² = ⟨XᵀX, Y Yᵀ⟩."""
-    return math.sqrt(max(0.0, float(((X.t() @ X) * (Y @ Y.t())).sum())))
+    """‖X Y‖ without the product: X = Q₁T₁ and Yᵀ = Q₂T₂ give ‖T₁T₂ᵀ‖, with the digits that squares would lose."""
+    return float((torch.linalg.qr(X).R @ torch.linalg.qr(Y.t()).R.t()).norm())
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -176,7 +208,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]:
+def read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]:
     """Factors by module, and the other tensors (the task head) by their names in the model."""
     file = folder / "adapter_model.safetensors"
     if file.exists():

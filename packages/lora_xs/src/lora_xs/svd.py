@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .errors import LoRAXSError
+
 STEPS = 6
 """Blocks of the Krylov space, r/2 columns (at least 8) each; 2·STEPS products with W in all."""
 
@@ -49,9 +51,23 @@ def svd_bases(W: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Ten
             A = B.t() @ W
         else:
             A, B = _krylov_bases(W, rank, block)
-        largest = B.gather(0, B.abs().argmax(0, keepdim=True))  # 1×r
-        sign = torch.where(largest < 0, -1.0, 1.0).to(W.dtype)
-        return A * sign.t(), B * sign
+        return _with_canonical_signs(A, B)
+
+
+def official_bases(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The bases of the official code, up to sign: scikit-learn's TruncatedSVD of Wᵀ on the CPU, 10 power iterations,
+    seed 42. They belong to checkpoints that it wrote; where the spectrum has no gap they are others than `svd_bases`'.
+
+    Args, Returns: as of :func:`svd_bases`.
+    """
+    try:
+        from sklearn.decomposition import TruncatedSVD
+    except ImportError as error:
+        raise LoRAXSError('svd="official" is scikit-learn\'s algorithm: pip install scikit-learn') from error
+    decomposition = TruncatedSVD(rank, n_iter=10, random_state=42)
+    A = torch.from_numpy(decomposition.fit_transform(W.t().cpu().numpy())).to(W).t()  # r×in, = BᵀW
+    B = torch.from_numpy(decomposition.components_).to(W).t()  # out×r
+    return _with_canonical_signs(A, B)
 
 
 def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
@@ -62,6 +78,13 @@ def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tup
     A = (torch.rand(rank, width, generator=draw) * 2 - 1) / math.sqrt(rank)
     B = (torch.rand(out, rank, generator=draw) * 2 - 1) / math.sqrt(out)
     return A, B
+
+
+def _with_canonical_signs(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product; the entry of largest magnitude of each column of B is positive."""
+    largest = B.gather(0, B.abs().argmax(0, keepdim=True))  # 1×r
+    sign = torch.where(largest < 0, -1.0, 1.0).to(B.dtype)
+    return A * sign.t(), B * sign
 
 
 def generator(seed: int, *labels: str) -> torch.Generator:

@@ -1,6 +1,7 @@
-"""``lora-xs merge``, ``export-peft`` and ``info``: flags and checks."""
+"""``lora-xs merge``, ``export-peft``, ``import`` and ``info``: flags and checks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from memtrain_common.commands.configure import required
 from memtrain_common.errors import UserError
@@ -29,6 +30,24 @@ class ExportConfig(AdapterFlags):
     """Folder to write: adapter_config.json and adapter_model.safetensors, new or empty."""
     dtype: Dtype = "float32"
     """Of the exported factors."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Every flag of lora-xs import."""
+
+    folder: str = ""
+    """Folder to read (or the first word), as the official code or PEFT writes it: adapter_config.json and
+    adapter_model.safetensors or .bin."""
+    model: str = ""
+    """The base model's folder or hub name."""
+    out: str = ""
+    """Folder to write: an adapter, new or empty."""
+    bases: Literal["auto", "svd", "official", "file"] = "auto"
+    """Where A and B come from: the SVD of the base weights, by our algorithm or by the official one (then R alone is
+    saved), or the file (then they are saved too). auto takes the first of these that is exact."""
+    base_dtype: Dtype = "float32"
+    """Of the base weights."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The composition behind ``lora-xs merge``, ``export-peft`` and ``info``."""
+"""The composition behind ``lora-xs merge``, ``export-peft``, ``import`` and ``info``."""
 
 import warnings
 from pathlib import Path
@@ -9,15 +9,16 @@ from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_tokenizer
 
-from ..adapter_file import describe_adapter
+from ..adapter_file import describe_adapter, save_adapter
 from ..adapter_header import ADAPTER, HEAD_FILE
 from ..adapters import trained
 from ..config import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, matches
 from ..injection import inject
 from ..merging import merge
 from ..peft_export import export_peft
-from .adapter_flags import ExportConfig, InfoConfig, MergeConfig
-from .models import DTYPES, load_adapted, load_skeleton, read_task
+from ..peft_import import import_peft
+from .adapter_flags import ExportConfig, ImportConfig, InfoConfig, MergeConfig
+from .models import DTYPES, labels_of, load_adapted, load_for_import, load_skeleton, read_task, write_task
 
 
 def run_merge(config: MergeConfig) -> None:
@@ -44,6 +45,22 @@ def run_export(config: ExportConfig) -> None:
     size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     ours = (Path(config.adapter) / ADAPTER).stat().st_size
     Console().say(f"exported {config.adapter}: {out}, {size:,} bytes as a plain LoRA (as LoRA-XS {ours:,})")
+
+
+def run_import(config: ImportConfig) -> None:
+    """A checkpoint of the official code, or a LoRA of PEFT's, as an adapter."""
+    out = _new_folder(config.out)
+    labels = labels_of(config.folder)
+    model = load_for_import(config.model, labels, config.base_dtype)
+    import_peft(model, config.folder, bases=config.bases)
+    save_adapter(model, out)
+    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    write_task(out, command="import", model=source, **({"num_labels": labels} if labels else {}))
+    info = describe_adapter(out)
+    theirs = sum(p.stat().st_size for p in Path(config.folder).glob("adapter_model.*"))
+    ours = (out / ADAPTER).stat().st_size
+    bases = "from the file, stored" if info.stored_bases else f"by the SVD ({info.config.svd}), not stored"
+    Console().say(f"imported {config.folder}: {out}, {ours:,} bytes (there {theirs:,}); bases {bases}")
 
 
 def _new_folder(name: str) -> Path:

@@ -17,6 +17,9 @@ Presets: scratch (the defaults; official for cola, sst2, qnli), from-mnli (offic
 INSTRUCT = """
 
 Presets: math (the official settings for MetaMathQA: the defaults, with float16), commonsense (for commonsense_170k)."""
+IMPORT = """
+
+The first word may be the folder: lora-xs import FOLDER --model roberta-large --out adapter"""
 DEMO = """
 
 A small ViT learns scikit-learn's handwritten digits 0 to 4, then 5 to 9 by each method, from the same weights."""
@@ -70,6 +73,16 @@ def export_peft(argv: Sequence[str], description: str) -> None:
     run_export(config)
 
 
+def import_(argv: Sequence[str], description: str) -> None:
+    words = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
+    config = parse(adapter_flags.ImportConfig, words, prog="lora-xs import", description=description + IMPORT)
+    required(config, folder="give a folder as the official code or PEFT writes it")
+    required(config, model="give the base model's folder or hub name", out=OUT)
+    from .adapters import run_import
+
+    run_import(config)
+
+
 def info(argv: Sequence[str], description: str) -> None:
     config = parse(adapter_flags.InfoConfig, argv, prog="lora-xs info", description=description)
     adapter_flags.check_info(config)
@@ -94,6 +107,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "eval": (evaluate, "generate answers to gsm8k, math, a commonsense set or a file, and score them"),
     "merge": (merge, "write a model folder with the adapter in its weights"),
     "export-peft": (export_peft, "write the adapter as a plain LoRA that PEFT and transformers load"),
+    "import": (import_, "make an adapter of a checkpoint of the official code, or of a LoRA of PEFT's"),
     "info": (info, "say what is in an adapter, or what an adapter of some rank would be"),
     "demo": (demo, "LoRA-XS, LoRA and full fine-tuning side by side on embedded data, in two minutes"),
 }

@@ -9,19 +9,18 @@ from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
-from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_classifier, load_tokenizer
 from memtrain_common.training.distributed import World
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
-from memtrain_common.training.schedule import schedule, warmup_steps
+from memtrain_common.training.schedule import schedule
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
-from ..adapter_file import describe_adapter, load_adapter
 from ..config import LoRAXSConfig
 from ..injection import inject
 from .glue_flags import PROG, GlueConfig
+from .models import start_from
 from .training import finish, train
 
 DEFAULT_RANK = 16
@@ -91,16 +90,15 @@ def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
     seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
     if config.from_adapter:
-        info = describe_adapter(config.from_adapter)
-        if config.rank not in (0, info.config.rank):
-            raise UserError(
-                f"--rank {config.rank} is not the rank of {config.from_adapter}, which is {info.config.rank}: leave "
-                "the flag out"
-            )
-        return load_adapter(model, config.from_adapter, head=False)
+        return start_from(model, config.from_adapter, head, config.rank)
     rank = config.rank or DEFAULT_RANK
     xs = LoRAXSConfig(rank, config.alpha, config.targets, init=config.init, seed=config.seed, head=head)
     return inject(model, xs)
+
+
+def warmup_steps(ratio: float, steps: int) -> int:
+    """Rounded down as in the official GLUE script, where transformers' Trainer (and `instruct`) rounds up."""
+    return int(ratio * steps)
 
 
 def plain_task(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> tuple[Task, FitConfig]:

@@ -19,7 +19,7 @@ class GlueConfig(TrainingFlags):
     task: str = ""
     """One of cola sst2 qnli mrpc rte stsb mnli qqp."""
     from_adapter: str = ""
-    """Adapter folder to start from (the MNLI start): its R, a fresh head."""
+    """Adapter folder to start from (the MNLI start), or a checkpoint of the official code: its R, a fresh head."""
     head_learning_rate: float = 5e-3
     """Peak learning rate of the task head."""
     max_train_samples: int = 0

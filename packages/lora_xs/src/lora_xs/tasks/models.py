@@ -12,6 +12,10 @@ from memtrain_common.training.fit_config import DTYPES
 from torch import nn
 
 from ..adapter_file import describe_adapter, load_adapter
+from ..adapter_header import ADAPTER
+from ..config import USUAL_HEADS
+from ..layer import layers
+from ..peft_import import import_peft, read_factors
 
 TASK_FILE = "task.json"
 
@@ -51,6 +55,42 @@ def load_adapted(adapter: str, model: str = "", dtype: str = "float32") -> tuple
     else:
         base = load_causal_lm(name, DTYPES[dtype]) if task else _by_architecture(name, dtype)
     return load_adapter(base, folder).eval(), name
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether `folder` holds what PEFT or the official code writes, and no adapter of ours."""
+    return not (Path(folder) / ADAPTER).exists() and (Path(folder) / "adapter_config.json").exists()
+
+
+def start_from(model: nn.Module, folder: str | Path, head: tuple[str, ...], rank: int = 0) -> nn.Module:
+    """The R of an adapter, or of a checkpoint of the official code, on a plain model, which keeps its own head.
+
+    Args:
+        head: the modules of the model's own head.
+        rank: that the flags ask for; 0 asks for none.
+    """
+    if is_foreign(folder):
+        import_peft(model, folder, bases="auto", head=head)
+    else:
+        load_adapter(model, folder, head=False)
+    found = layers(model)[0][1].bases_config.rank
+    if rank not in (0, found):
+        raise UserError(f"--rank {rank} is not the rank of {folder}, which is {found}: leave the flag out")
+    return model
+
+
+def labels_of(folder: str | Path) -> int:
+    """Classes of the task head in a folder of PEFT's; 0 where it has none."""
+    _, rest = read_factors(Path(folder))
+    heads = [value for key, value in sorted(rest.items()) if key.startswith(USUAL_HEADS) and value.ndim == 2]
+    return heads[-1].shape[0] if heads else 0
+
+
+def load_for_import(name: str, labels: int, dtype: str) -> nn.Module:
+    """The base model that a folder of PEFT's is for."""
+    if labels:
+        return load_classifier(name, labels)[0].to(DTYPES[dtype])
+    return _by_architecture(name, dtype)
 
 
 def _by_architecture(name: str, dtype: str) -> nn.Module:
