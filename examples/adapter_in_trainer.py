@@ -12,17 +12,15 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 x, y, test_x, test_y = digits()
 rows = [{"pixel_values": row.view(1, 8, 8), "labels": label} for row, label in zip(x, y, strict=True)]
-sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 48, "intermediate_size": 96}
+sizes = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
 torch.manual_seed(0)
-base = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_labels=10))
+base = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=10))
 
 
 def train(folder: str, checkpoint: str | None = None) -> torch.nn.Module:
     model = lora_xs.inject(copy.deepcopy(base), lora_xs.LoRAXSConfig(r=16), cache=False)
-    args = TrainingArguments(
-        folder, max_steps=100, save_steps=50, per_device_train_batch_size=64, learning_rate=2e-2,
-        report_to=[], disable_tqdm=True, logging_strategy="no", use_cpu=True,
-    )  # fmt: skip
+    quiet = dict(report_to="none", disable_tqdm=True, logging_strategy="no", per_device_train_batch_size=64)
+    args = TrainingArguments(folder, max_steps=100, save_steps=50, learning_rate=2e-2, **quiet)
     Trainer(model, args, train_dataset=rows, callbacks=[LoRAXSCallback(model)]).train(checkpoint)
     return model
 

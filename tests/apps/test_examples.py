@@ -55,3 +55,9 @@ def test_compose_two():
     text = output("compose_two.py")
     assert accuracy(text) > 0.85
     assert float(re.search(r"activations +([\d.]+)", text)[1]) < 100
+
+
+def test_adapter_in_trainer():
+    text = output("adapter_in_trainer.py")  # it asserts that resuming and loading give the same logits
+    assert int(re.search(r"weights are ([\d,]+) bytes", text)[1].replace(",", "")) < 30_000
+    assert accuracy(text) > 0.4

@@ -160,6 +160,18 @@ def test_another_adapter_is_a_start(whole, words, tmp_path):
     assert_refused(refused, "--rank 5", "which is 4")
 
 
+def test_a_folder_of_peft_or_the_official_code_is_a_start(whole, words, tmp_path):
+    """Their matrices lie in the SVD's bases here, so R comes back; the head begins anew."""
+    started = run_command(["lora-xs", "export-peft", "--adapter", str(whole[0] / "adapter"), "--out", "peft"], tmp_path)
+    assert started.returncode == 0, started.stderr
+    options = ["--task", "stsb", "--from-adapter", "peft", "--learning-rate", "1e-12", "--max-iters", "1"]
+    done = run_command([*words, *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    old, new = (load_file(p / "adapter.safetensors")["R"] for p in (whole[0] / "adapter", tmp_path / "run" / "adapter"))
+    torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-4)
+    assert describe_adapter(tmp_path / "run" / "adapter").heads == ("bert.pooler.dense", "classifier")
+
+
 def test_random_bases_are_not_those_of_the_svd(words, tmp_path):
     done = run_command([*words, "--init", "random", "--epochs", "1"], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -235,3 +235,17 @@ def test_mistakes_are_one_sentence(tuned, words, language_model, sums, tmp_path)
     altered = run_command(["lora-xs", "merge", "--adapter", adapter, "--model", "other", "--out", "m"], tmp_path)
     assert_refused(altered, "layers.1.mlp.up_proj.weight", "other base weights")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_target_that_the_model_never_calls_ends_the_run_after_one_step(language_model, sums, tmp_path):
+    load_tokenizer(language_model).save_pretrained(tmp_path / "mamba")
+    config = transformers.MambaConfig(
+        vocab_size=len(load_tokenizer(language_model)), hidden_size=32, num_hidden_layers=2, time_step_rank=16
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    words = [*TINY, "--model", "mamba", "--data", sums, "--targets", "x_proj", "dt_proj"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 2
+    *_, sentence = done.stderr.strip().splitlines()  # after what transformers says of its kernels
+    assert "trained nothing at backbone.layers.*.mixer.dt_proj (2)" in sentence
+    assert "UserWarning" not in done.stderr

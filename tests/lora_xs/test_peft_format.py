@@ -213,3 +213,15 @@ def test_what_cannot_be_imported_is_refused(exported, llama):
     with pytest.raises(LoRAXSError, match="is not JSON"):
         import_peft(base, folder)
     assert not any("lora_xs" in n for n, _ in base.named_parameters())
+
+
+def test_a_head_inside_the_encoder_is_that_module_alone(roberta, tmp_path):
+    base = roberta()
+    config = LoRAXSConfig(2, targets=("query",), head=("encoder.layer.1.output.dense", "classifier"))
+    folder = export_peft(inject(copy.deepcopy(base), config), tmp_path)
+    again = import_peft(copy.deepcopy(base), folder)
+    trained_names = {n for n, p in again.named_parameters() if p.requires_grad and ".R." not in n}
+    want = {
+        n for n, _ in base.named_parameters() if n.startswith(("classifier.", "roberta.encoder.layer.1.output.dense."))
+    }
+    assert trained_names == want

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .bases import Progress, Request, default_cache, make_bases
-from .config import LoRAXSConfig
+from .config import LoRAXSConfig, matches
 from .errors import LoRAXSError
 from .injection import attach
 from .kinds import matrix_shape
@@ -262,9 +262,8 @@ def _config(
     }
     alpha = next(iter(alphas.values()))
     saved = settings.get("modules_to_save") or []
-    # PEFT adds the classifier of a sequence-classification model without naming it.
-    head = tuple(n for n in named if n and any(key.startswith(n + ".") for key in rest) and n.count(".") == 0)
-    if rest and not head:
+    head = dict.fromkeys(_head_of(key, saved, named, factors) for key in rest)
+    if "" in head:
         raise LoRAXSError(f"{folder} saves {next(iter(rest))} (modules_to_save={saved}), which this model lacks")
     return LoRAXSConfig(
         rank=rank,
@@ -272,8 +271,16 @@ def _config(
         targets=tuple(factors),
         rank_pattern={key: r for key, r in ranks.items() if r != rank},
         alpha_pattern={key: a for key, a in alphas.items() if a != alpha},
-        head=head,
+        head=tuple(head),
     )
+
+
+def _head_of(key: str, saved: list[str], named: dict[str, nn.Module], factors: dict[str, _Factors]) -> str:
+    """The module that is trained in full because `key` is saved: one that `modules_to_save` names, else the outermost
+    without adapters (PEFT adds a classifier without naming it); "" where there is none."""
+    around = [n for n in named if n and key.startswith(n + ".")]  # outermost first
+    plain = [n for n in around if not any(f"{target}.".startswith(n + ".") for target in factors)]
+    return next(iter([n for n in plain if matches(n, saved)] or plain), "")
 
 
 def _pattern(pattern: dict[str, Any], default: Any) -> Callable[[str], Any]:

@@ -20,6 +20,10 @@ WORTH_SAYING = 0.01
 """Smallest part of the blocks' weights without an adapter that is said at injection."""
 
 
+NOT_REACHED = "the first step trained nothing at"
+"""How the warning about adapters that no forward pass reached begins."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Which of the weights in a model's blocks (its numbered modules) have an adapter."""
@@ -104,7 +108,7 @@ def advice(names: list[str]) -> str:
     listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in kinds.items())
     leaf = next(iter(kinds)).rpartition(".")[2]
     return (
-        f"the first step trained nothing at {listed}: the model never calls these modules, their parents may read "
+        f"{NOT_REACHED} {listed}: the model never calls these modules, their parents may read "
         f'their weights; adapt them through_weight=("{leaf}",), or exclude them'
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch import nn
 
 from ..adapter_checks import base_digests
 from ..adapter_file import save_adapter
-from ..adapters import trained
+from ..adapters import param_groups, trained
+from ..untrained import NOT_REACHED, check_called
 from .models import write_task
 
 
@@ -34,14 +37,20 @@ def train(
         rates: peak learning rates of R and of the head.
         key: what a checkpoint must agree in, besides the base weights.
     """
-    groups = trained(task.model)
     optimizer = torch.optim.AdamW(
-        [{"params": groups[name], "lr": lr} for name, lr in zip(("R", "head"), rates, strict=True) if groups[name]],
-        weight_decay=session.config.weight_decay,
+        param_groups(task.model, lr=rates[0], head_lr=rates[1]), weight_decay=session.config.weight_decay
     )
     sha256, _ = base_digests(task.model, reuse=True)
-    wrapped = replace(task, model=parallelize(task.model, "ddp", session.device), optimizer=optimizer)
-    with trained_state(task.model):
+    steps = count()
+    wrapped = replace(
+        task,
+        model=parallelize(task.model, "ddp", session.device),
+        optimizer=optimizer,
+        # Adapters that the first step did not reach end the run instead of the library's warning.
+        after_step=lambda: check_called(task.model) if next(steps) == 0 else None,
+    )
+    with trained_state(task.model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NOT_REACHED)
         return session.fit(
             wrapped, config, resume_key={**key, "base_sha256": sha256}, label=label, select=session.config.select
         )
