@@ -24,13 +24,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoints
 from ..errors import UserError
 from ..files import write_json
 from ..measuring.environment import git_commit, versions
+from .checkpoint import Checkpoints
 from .lock import LOCK, lock_folder
-
-
 
 
 class RunFolder:
@@ -84,7 +82,7 @@ class RunFolder:
             write_json(self.path / "config.json", content)
 
     def add_resume(self, config: Any, *, prog: str, argv: Sequence[str], **changed: Any) -> None:
-        """Note in ``config.json`` that the run was resumed: the configuration now, by which command, and what changed."""
+        """Note in ``config.json`` that the run was resumed: the configuration now, the command, and what changed."""
         if self.writes:
             content = {**self.read_config(), **changed, "config": dataclasses.asdict(config)}
             content["resumed"] = [*content.get("resumed", []), _making(prog, argv)]
@@ -157,5 +155,3 @@ def default_run_path(prog: str, root: str = "runs") -> Path:
         path = Path(root) / f"{prog}-{stamp}-{n}"
         n += 1
     return path
-
-
