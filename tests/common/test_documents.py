@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from memtrain_common.data.text.documents import Source, find_sources, split_of
+from memtrain_common.data.text.documents import Source, find_sources, fingerprints, split_of
 from memtrain_common.errors import UserError
 
 TEXTS = ['One.\nTwo, "three"', "naïve — 日本\r\n", "x" * 200_000, ""]
@@ -109,4 +109,4 @@ def test_rows_of_the_hub_are_documents():
     rows = [{"body": "a"}, {"body": None}, {"body": "b"}]
     source = Source("someone/something train", len(rows), "train", None, "body", rows)
     assert list(source.documents()) == [("a", 1), (None, 2), ("b", 3)]
-    assert source.fingerprint() == {"name": "someone/something train", "rows": 3}
+    assert fingerprints([source])[0] == source.earlier_fingerprint() == {"name": "someone/something train", "rows": 3}

@@ -243,6 +243,32 @@ def test_killed_while_files_are_moved_into_place(many, undisturbed, tmp_path, mo
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_change_in_the_middle_of_a_long_file_is_noticed(tmp_path, capsys, earlier):
+    """By all bytes; a preparation of an earlier version, which kept hashes of the ends alone, by these."""
+    text = (b"0123456789abcde\n" * 2**17) + b"x"  # 2 MiB and one byte
+    (tmp_path / "texts").mkdir()
+    path = tmp_path / "texts" / "long.txt"
+    path.write_bytes(text)
+    words = [str(path.parent), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    prepare(words)
+    if earlier:
+        meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+        (source,) = find_sources(path.parent, "text")
+        meta["plan"]["sources"] = [{**source.earlier_fingerprint(), "split": None}]
+        (tmp_path / "out" / "meta.json").write_text(json.dumps(meta))
+    path.write_bytes(text[: 2**20] + b"X" + text[2**20 + 1 :])  # within neither the first nor the last MiB
+    if not earlier:
+        with pytest.raises(UserError, match=r"was prepared from other files, long\.txt the first"):
+            prepare(words)
+        return
+    prepare(words)
+    assert "prepared already" in capsys.readouterr().out
+    path.write_bytes(b"X" + text[1:])
+    with pytest.raises(UserError, match=r"was prepared from other files, long\.txt the first"):
+        prepare(words)
+
+
 def test_given_again_it_says_so_and_other_files_are_refused(many, undisturbed, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.iterdir()}
     prepare([str(many), *WORDS, "--out", str(undisturbed)])
@@ -251,7 +277,7 @@ def test_given_again_it_says_so_and_other_files_are_refused(many, undisturbed, t
         prepare([str(many), "--tokenizer", "chars", "--out", str(undisturbed)])
     changed = tmp_path / "changed"
     jsonl(changed / "a.jsonl", ["something", "else"])
-    with pytest.raises(UserError, match="was prepared from other files"):
+    with pytest.raises(UserError, match=r"was prepared from other files, .*\.jsonl the first"):
         prepare([str(changed), *WORDS, "--out", str(undisturbed)])
     assert {p: p.stat().st_mtime_ns for p in undisturbed.iterdir()} == before
     theirs = tmp_path / "theirs"

@@ -1,6 +1,8 @@
 """Encoders with a task head, and their tokenizers: from folders of transformers, or by their names on the hub."""
 
 import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,25 @@ def from_pretrained(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
     except Exception as error:  # transformers, safetensors, tokenizers and the hub fail by classes of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"cannot load the {what} of {name} ({reason})") from error
+
+
+def model_parts(name: str) -> dict[str, str]:
+    """The hash of a model's ``config.json``, of which its activations and norms are built, for a run's fingerprint.
+
+    Layout and what does not change the function (the version that wrote it, the place it came from) are left out.
+
+    Args:
+        name: a folder, or a name on the hub, whose files are in the cache once the model was loaded.
+    """
+    path = Path(name) / "config.json"
+    try:
+        if not path.is_file():
+            path = Path(str(transformers.utils.cached_file(name, "config.json")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it must be the model's configuration in JSON") from None
+    kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "transformers_version")}
+    return {"the base model's config.json": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
 
 
 def load_tokenizer(name: str) -> Any:

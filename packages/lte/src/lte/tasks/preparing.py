@@ -15,15 +15,17 @@ import shlex
 import shutil
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.data.hub import hub_rows
 from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
-from memtrain_common.data.text.documents import Source, find_sources, is_table
+from memtrain_common.data.text.documents import Source, find_sources, fingerprints, is_table
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
 from memtrain_common.data.text.pieces import Cutting, Piece
 from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
@@ -53,7 +55,8 @@ def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
     try:
         plan, coder, cutting = _plan(config, known, work, console)
         if finished:
-            _compare(json.loads((out / META).read_text())["plan"], plan, f"{out} was prepared", "choose another --out")
+            before = json.loads((out / META).read_text())["plan"]
+            _compare(before, plan, cutting.sources, f"{out} was prepared", "choose another --out")
             shutil.rmtree(work, ignore_errors=True)
             console.say(f"{out} is prepared already: {PROG} has nothing to do")
             return
@@ -92,7 +95,7 @@ def _plan(
         "separator": separator,
         "val_fraction": config.val_fraction if cutting.divides else None,
         "column": config.column if is_table(sources[0]) else None,
-        "sources": [{**s.fingerprint(), "split": s.split} for s in sources],
+        "sources": [{**found, "split": s.split} for s, found in zip(sources, fingerprints(sources), strict=True)],
     }
     return plan, coder, cutting
 
@@ -153,12 +156,20 @@ def _characters(cutting: Cutting, console: Console) -> str:
     return "".join(sorted(found))
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any], what: str, way_out: str) -> None:
-    """Refuse to mix two preparations, naming the first difference."""
+def _compare(before: dict[str, Any], now: dict[str, Any], sources: Sequence[Source], what: str, way_out: str) -> None:
+    """Refuse to mix two preparations, naming the first difference.
+
+    Sources of which hashes of their ends were kept, as versions before 2026-12 did, are compared by those.
+    """
+    was = before.get("sources", [])
+    if any("sha256_of_ends" in source for source in was):
+        ends = [{**source.earlier_fingerprint(), "split": source.split} for source in sources]
+        now = {**now, "sources": ends}
     for name, value in now.items():
+        if name == "sources" and was != value:
+            other = next(a or b for a, b in zip_longest(was, value) if a != b)["name"]
+            raise UserError(f"{what} from other files, {other} the first: {way_out}")
         if before.get(name) != value:
-            if name == "sources":
-                raise UserError(f"{what} from other files: {way_out}")
             raise UserError(f"{what} with {name.replace('_', '-')} {before.get(name)!r}, not {value!r}: {way_out}")
 
 
@@ -171,7 +182,7 @@ def _tokenize(
     if path.exists():
         journal = json.loads(path.read_text())
         way_out = f"give what it was begun with, or remove {work} to begin anew"
-        _compare(journal["plan"], plan, f"{work.parent} holds a preparation that was begun", way_out)
+        _compare(journal["plan"], plan, cutting.sources, f"{work.parent} holds a preparation that was begun", way_out)
         console.say(f"going on with {work.parent} after {journal['pieces']} pieces")
     done: int = journal["pieces"]
     counts: Counts = journal["counts"]

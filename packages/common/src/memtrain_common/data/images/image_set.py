@@ -5,24 +5,22 @@ An :class:`ImageSet` of 100,000 photographs costs their names, or, of small imag
 
 import hashlib
 import io
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ...errors import UserError
+from ..fingerprint import Fingerprint, by_file_or_folder
 from ..order import stratified
 from .tree import Tree
 
 SPLITS = ("train", "val", "test")
 MULTI_LABEL = "multi-label, binary-class"
-Bad = Literal["refuse", "skip", "unchecked"]
 Pixels = NDArray[np.uint8]
 
 
@@ -41,8 +39,12 @@ class Images(Protocol):
         """These and then those of the same source."""
         ...
 
-    def fingerprint(self) -> Iterator[bytes]:
-        """Bytes that differ where the pictures do."""
+    def digests(self) -> dict[str, str]:
+        """Hashes of all content, by a file's name, or "" for all of them."""
+        ...
+
+    def stamps(self) -> Iterator[bytes]:
+        """Bytes by which the versions without :meth:`digests` told images from others: of files, names and sizes."""
         ...
 
 
@@ -65,7 +67,13 @@ class ArrayImages:
     def join(self, other: "ArrayImages") -> "ArrayImages":
         return ArrayImages(np.concatenate([self.array, other.array]))
 
-    def fingerprint(self) -> Iterator[bytes]:
+    def digests(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for part in self.stamps():
+            digest.update(part)
+        return {"": digest.hexdigest()}
+
+    def stamps(self) -> Iterator[bytes]:
         yield str(self.array.shape).encode()
         yield np.ascontiguousarray(self.array).tobytes()
 
@@ -88,7 +96,10 @@ class FileImages:
     def join(self, other: "FileImages") -> "FileImages":
         return FileImages(self.tree, self.names + other.names)
 
-    def fingerprint(self) -> Iterator[bytes]:
+    def digests(self) -> dict[str, str]:
+        return dict(zip(self.names, self.tree.digests(self.names), strict=True))
+
+    def stamps(self) -> Iterator[bytes]:
         for name in self.names:
             yield f"{name}\0{self.tree.stamp(name)}\0".encode()
 
@@ -157,12 +168,12 @@ class ImageSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of labels and pictures; of files their names and sizes (of a zip's its checksums)."""
+        """Hash of labels and images; of files their names and sizes (of a zip's its checksums)."""
         digest = hashlib.sha256()
         for name, split in sorted(self.splits.items()):
             digest.update(f"{name} {split.labels.shape}".encode())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
-            for part in split.images.fingerprint():
+            for part in split.images.stamps():
                 digest.update(part)
         return digest.hexdigest()
 
@@ -178,8 +189,28 @@ class ImageSet:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
+        """The set's name, its counts, and :attr:`sha256`."""
+        return {**self._about(), "sha256": self.sha256}
+
+    def _about(self) -> dict[str, Any]:
         counts = {name: len(self.splits[name]) for name in SPLITS if name in self.splits}
-        return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts, "sha256": self.sha256}
+        return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts}
+
+    def fingerprint(self, earlier: Callable[[], Mapping[str, Any]] | None = None) -> Fingerprint:
+        """All content of all images, their names, labels and order.
+
+        Args:
+            earlier: the description that a run of an earlier version has; None takes :meth:`describe`.
+        """
+        files: dict[str, str] = {}
+        lists = {}
+        for name, split in self.splits.items():
+            found = split.images.digests()
+            files |= {part or f"{name} images": digest for part, digest in found.items()}
+            order = hashlib.sha256("\0".join(found).encode("utf-8", "surrogateescape"))
+            order.update(str(split.labels.shape).encode() + np.ascontiguousarray(split.labels).tobytes())
+            lists[f"{name} labels"] = order.hexdigest()
+        return Fingerprint(self._about(), {**by_file_or_folder(files), **lists}, earlier or self.describe)
 
 
 def trained_on_val(found: ImageSet) -> ImageSet:
@@ -229,53 +260,6 @@ def in_memory(found: ImageSet, side: int, *, fit: bool = False) -> ImageSet:
             array[i] = image
         splits[name] = ImageSplit(ArrayImages(array), split.labels)
     return replace(found, splits=splits, size=side)
-
-
-def without_damaged(found: ImageSet, bad: Bad, say: Callable[[str], None] = print) -> ImageSet:
-    """The set after every picture was decoded once (JPEGs at an eighth of their size), on all cores.
-
-    Args:
-        found: only files are looked at.
-        bad: "refuse" damaged ones, "skip" them, or leave all "unchecked" until they are used.
-        say: told how many were left out, and which is the first.
-
-    Raises:
-        UserError: naming the first damaged picture and how many there are.
-    """
-    if bad == "unchecked":
-        return found
-    splits, complaints = dict(found.splits), []
-    for name, split in found.splits.items():
-        if not isinstance(split.images, FileImages):
-            continue
-        reasons = damaged(split.images, f"checking {name}")
-        complaints += [r for r in reasons if r]
-        splits[name] = split.take(np.array([r is None for r in reasons]))
-    if not complaints:
-        return found
-    if bad == "refuse":
-        more = f" ({len(complaints)} such files)" if len(complaints) > 1 else ""
-        raise UserError(f"{complaints[0]}{more}; mend or remove what is damaged, or leave it out by --bad-images skip")
-    say(f"left out {len(complaints)} damaged picture{'s' * (len(complaints) > 1)}: {'; '.join(complaints[:20])}")
-    for name, split in splits.items():
-        if not len(split):
-            raise UserError(f"no picture of {found.name}'s {name} can be read")
-    return replace(found, splits=splits)
-
-
-def damaged(images: FileImages, label: str) -> list[str | None]:
-    """For each picture None, or what is wrong with it."""
-
-    def look(name: str) -> str | None:
-        try:
-            decode(images.tree.read(name), images.tree.where(name), scale=8)
-        except UserError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(look, images.names)
-        return list(tqdm(results, desc=label, total=len(images), leave=False, delay=1, disable=None))
 
 
 def check_classes(images: ImageSet) -> None:

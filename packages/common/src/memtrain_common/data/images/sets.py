@@ -9,8 +9,9 @@ import numpy as np
 from ...errors import UserError
 from ..order import epoch_order
 from .cifar import read_cifar
+from .damaged import Bad, without_damaged
 from .folders import picture_folder
-from .image_set import ArrayImages, Bad, ImageSet, ImageSplit, in_memory, trained_on_val, without_damaged
+from .image_set import ArrayImages, ImageSet, ImageSplit, in_memory, trained_on_val
 from .medmnist import read_medmnist
 from .medmnist_sets import SETS
 from .transfer_sets import READERS
@@ -42,7 +43,7 @@ def load_images(
         size: pixels of a MedMNIST file (28, 64, 128 or 224).
         fit: decode files now, to ``size``: :func:`memtrain_common.data.images.image_set.in_memory`.
         validate: "auto" keeps the set's own val or a tenth of train; "none" trains on those too.
-        bad: what to do about damaged pictures: :func:`memtrain_common.data.images.image_set.without_damaged`.
+        bad: what to do about damaged pictures: :func:`memtrain_common.data.images.damaged.without_damaged`.
         verify: compare a MedMNIST file's MD5 with the published one.
         say: told what was left out.
 

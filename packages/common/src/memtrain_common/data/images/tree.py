@@ -2,11 +2,12 @@
 
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ..fingerprint import file_digests
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -69,6 +70,13 @@ class Tree:
     def stamp(self, name: str) -> int:
         """A number that changes with the content: a zip's CRC, a file's size in bytes."""
         return self._files[name].CRC if self.zipped else (self.root / name).stat().st_size
+
+    def digests(self, names: Sequence[str]) -> list[str]:
+        """What changes with each file's content: its SHA-256; in a zip its CRC-32, which reading checks, and size."""
+        if self.zipped:
+            infos = [self._files[name] for name in names]
+            return [f"crc32:{info.CRC:08x}:{info.file_size}" for info in infos]
+        return file_digests([self.root / name for name in names], f"hashing {self.root.name}")
 
     def read(self, name: str) -> bytes:
         """

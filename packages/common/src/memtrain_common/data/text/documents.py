@@ -11,13 +11,14 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError
 from ...files import visible_files
+from ..fingerprint import file_digests
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".html")
@@ -66,8 +67,8 @@ class Source:
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error.strerror}): mend it, or take it out") from None
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this source from a changed one: name, size, and a hash of its first and last MiB."""
+    def earlier_fingerprint(self) -> dict[str, Any]:
+        """What versions before :func:`fingerprints` kept: name, size, and a hash of the first and last MiB."""
         if self.path is None:
             return {"name": self.name, "rows": self.size}
         digest = hashlib.sha256()
@@ -104,6 +105,17 @@ def find_sources(data_dir: Path, column: str) -> list[Source]:
         name = path.relative_to(root).as_posix()
         sources.append(Source(name, path.stat().st_size, split_of(name), path, column))
     return sources
+
+
+def fingerprints(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """What tells each source from a changed one: its name and size, and of a file the hash of all its bytes."""
+    digests = iter(file_digests([s.path for s in sources if s.path is not None]))
+    return [
+        {"name": s.name, "rows": s.size}
+        if s.path is None
+        else {"name": s.name, "bytes": s.size, "sha256": next(digests)}
+        for s in sources
+    ]
 
 
 def split_of(name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import Fingerprint
 from .glue import GlueSplit, glue_metrics, load_glue
 
 
@@ -22,7 +23,19 @@ class Prepared:
     labels: dict[str, Any]
     tokenizer: Any
     sha256: str
-    """Of texts and labels."""
+    """Of texts and labels: what versions before :meth:`fingerprint` kept."""
+    parts: dict[str, str]
+    """Hashes of each split's tokens and labels, and of how they are padded."""
+
+    def fingerprint(self, name: str, more: Mapping[str, str] | None = None) -> Fingerprint:
+        """What the model is given: tokens, so that another tokenizer is noticed.
+
+        Args:
+            name: the task's.
+            more: further parts, as of :func:`memtrain_common.models.encoders.model_parts`.
+        """
+        earlier = {"name": name, "sha256": self.sha256}
+        return Fingerprint({"name": name}, {**self.parts, **(more or {})}, lambda: earlier)
 
     def batch(self, split: str, rows: Sequence[int], max_length: int = 0) -> dict[str, Tensor]:
         """The rows, padded to the longest of them or to ``max_length``: tensors (rows×tokens), labels (rows,)."""
@@ -52,6 +65,7 @@ def prepare_glue(
     """
     sha = hashlib.sha256()
     ids, labels = {}, {}
+    parts = {"padding": f"{tokenizer.pad_token_id} on the {tokenizer.padding_side}"}
     for split, rows in load_glue(task, data_dir or None).items():
         rows = _first(rows, max_train_samples if split == "train" else max_eval_samples)
         sha.update(json.dumps([split, rows.texts, rows.labels.tolist()]).encode())
@@ -60,7 +74,11 @@ def prepare_glue(
         names = [name for name in encoded if name != "attention_mask"]
         ids[split] = [{name: encoded[name][i] for name in names} for i in range(len(rows))]
         labels[split] = rows.labels
-    return Prepared(ids, labels, tokenizer, sha.hexdigest())
+        tokens = hashlib.sha256(json.dumps(rows.labels.tolist()).encode())
+        for row in ids[split]:
+            tokens.update(json.dumps(row).encode())
+        parts[f"{split} tokens"] = tokens.hexdigest()
+    return Prepared(ids, labels, tokenizer, sha.hexdigest(), parts)
 
 
 def _first(rows: GlueSplit, n: int) -> GlueSplit:
