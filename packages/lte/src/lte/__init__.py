@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .conv import LTEConv2d as LTEConv2d
     from .injection import inject as inject
     from .injection import merged_state_dict as merged_state_dict
+    from .injection import unload as unload
     from .layer import LTELinear as LTELinear
     from .merging import Merger as Merger
     from .merging import averaged as averaged
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from .ranks import Ranks as Ranks
     from .replicas import Replicas as Replicas
     from .shards import HeadShards as HeadShards
+    from .survey import without_heads as without_heads
+    from .transposed import LTEConv1D as LTEConv1D
     from .vectors import LTENorm as LTENorm
     from .vectors import LTEVector as LTEVector
 
 _HOMES = {
     "HeadShards": "shards",
     "LTEConfig": "config",
+    "LTEConv1D": "transposed",
     "LTEConv2d": "conv",
     "LTELinear": "layer",
     "LTENorm": "vectors",
@@ -37,6 +41,8 @@ _HOMES = {
     "merged_state_dict": "injection",
     "param_groups": "parameters",
     "shared_parameters": "parameters",
+    "unload": "injection",
+    "without_heads": "survey",
 }
 __all__ = sorted(_HOMES)
 

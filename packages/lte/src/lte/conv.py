@@ -36,16 +36,16 @@ class LTEConv2d(Headed, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, c, h, w) -> (N, m, h', w')
         biases = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
+        bias: Tensor | None = self.bias if biases is None else None if self.training else biases[0]
+        weight = self.weight if self.training else self.effective_weight()
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.conv2d(x, weight.to(x.dtype), bias, self.stride, self.padding, self.dilation)
         if not self.training:
-            bias = self.bias if biases is None else biases[0]
-            return F.conv2d(x, self.effective_weight(), bias, self.stride, self.padding, self.dilation)
-        y = F.conv2d(
-            x, self.weight, None if biases is not None else self.bias, self.stride, self.padding, self.dilation
-        )
-        A, B = (ScaleGradient.apply(p, float(self.heads)) for p in (self.lora_A, self.lora_B))
+            return y
+        A, B = (ScaleGradient.apply(p, float(self.heads)).to(x.dtype) for p in (self.lora_A, self.lora_B))
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:
-            A, B = torch.cat([A, A0], 1), torch.cat([B, -B0], 2)  # (H, ρ, n), (H, m, ρ)
+            A, B = torch.cat([A, A0.to(A)], 1), torch.cat([B, -B0.to(B)], 2)  # (H, ρ, n), (H, m, ρ)
         scale = self.scale
         if self.config.mode == "sequential":
             A, B, scale = A.flatten(0, 1)[None], B.transpose(0, 1).flatten(1)[None], scale / self.heads
@@ -58,5 +58,5 @@ class LTEConv2d(Headed, nn.Conv2d):
         delta = (B.to(u.dtype) @ u).transpose(0, 1).reshape(y.shape)  # (rows, H, m, h'·w') -> (N, m, h', w')
         y = torch.add(y, delta, alpha=scale)
         if biases is not None:
-            y = y + biases.repeat_interleave(rows, 0)[..., None, None]  # (N, m, 1, 1)
+            y = y + biases.repeat_interleave(rows, 0)[..., None, None].to(y.dtype)  # (N, m, 1, 1)
         return y

@@ -10,6 +10,7 @@ many processes hold them.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class Headed(nn.Module):
     all_B: Tensor
     velocity: Tensor
     evaluated: Tensor | None
+    path = ""
+    """The layer's name in the model."""
+    batch: "BatchSize | None" = None
+    """What the model's input says of the batch."""
 
     def add_heads(self, weight: Tensor, config: LTEConfig, share: tuple[int, int] | None, base: str) -> None:
         """Take ``weight`` over as the frozen W and draw the heads.
@@ -101,6 +106,18 @@ class Headed(nn.Module):
             self.register_buffer("weight_absmax", absmax)
             if not self.telescopes:
                 self.register_buffer("weight_delta", master.new_zeros(self.matrix_shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """``.to(dtype)`` moves the heads and W, but does not make them bfloat16 or float16: merges would be lost."""
+        own = [self._parameters.get("weight"), *(getattr(self, name, None) for name in OWN_TENSORS)]
+        kept = {id(t) for p in own if p is not None for t in (p, p.grad) if t is not None}
+
+        def moved(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrow = out.dtype in (torch.bfloat16, torch.float16) or self.base != "float32"
+            return t.to(out.device) if id(t) in kept and out.dtype != t.dtype and narrow else out
+
+        return super()._apply(moved, recurse)
 
     # -- the frozen weight ------------------------------------------------------------------------------------------
 
@@ -264,9 +281,28 @@ def cut(x: Tensor, layer: Headed) -> tuple[int, int]:
     """
     if layer.config.mode == "sequential":
         return 1, -1
-    if x.shape[0] % layer.heads:
-        raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {layer.heads} equal chunks, one a head")
+    rows, batch = x.shape[0], 0 if layer.batch is None or torch.compiler.is_compiling() else layer.batch.rows
+    if batch and rows % batch:
+        raise ValueError(
+            f"{layer.path} meets {rows} rows, no multiple of the batch of {batch}: it is fed by a table (of "
+            "positions), by routed tokens or by a sequence, which heads cannot share out; add it to exclude, or use "
+            "mode='sequential'"
+        )
+    if rows % layer.heads:
+        raise ValueError(f"a batch of {rows} cannot be cut into {layer.heads} equal chunks, one a head")
     return layer.heads, -1
+
+
+class BatchSize:
+    """A forward pre-hook of the model that has heads: how many rows the batch has. 0: not known, or evaluation."""
+
+    rows = 0
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        sizes = [t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+        self.rows = sizes[0] if sizes and model.training else 0
 
 
 class ScaleGradient(torch.autograd.Function):

@@ -1,13 +1,17 @@
 """Give a model's layers their heads, decide what is trained, and get a plain model back."""
 
+import copy
+from typing import cast
+
 from torch import Tensor, nn
 
 from .config import LTEConfig
 from .conv import LTEConv2d
-from .headed import OWN_TENSORS, Headed
+from .headed import OWN_TENSORS, BatchSize, Headed
 from .layer import LTELinear
 from .ranks import Ranks
 from .replicas import Replicas, stacked
+from .survey import layer_for, say_what_has_no_heads, take_slow_paths, targets
 from .vectors import LTENorm, has_vectors
 
 
@@ -24,11 +28,15 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
     Returns:
         the same model.
 
+    Warns:
+        UserWarning: names weights of the blocks whose kind has no heads (3-D experts, ``nn.MultiheadAttention``'s
+            projections), with their share.
+
     Raises:
-        ValueError: if no layer matches, a layer shares its weight with another module, heads are there already, the
-            heads cannot be shared equally, or a layer cannot have what the configuration gives it.
+        ValueError: if no layer matches, or only the task's head; a layer shares its weight with another module, or
+            has none of its own (weight_norm); its input is sequence-first; heads are there already, the heads cannot
+            be shared equally, or a layer cannot have what the configuration gives it.
     """
-    candidates = {name: m for name, m in model.named_modules() if type(m) in _LAYERS}
     if headed(model) or any(isinstance(m, Replicas) for m in model.modules()):
         raise ValueError("the model has LTE heads already: inject them once, into a plain model")
     share = None
@@ -36,24 +44,18 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
         share = ranks.share(config.heads)
         if config.mode == "sequential":
             raise ValueError("sequential heads see the whole batch and cannot be spread over processes: use parallel")
-    chosen = {
-        name: layer
-        for name, layer in candidates.items()
-        if (not config.targets or _matches(name, config.targets)) and not _matches(name, config.exclude)
-    }
-    if not chosen:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "none"
-        raise ValueError(
-            f"no linear layer or convolution matches targets={config.targets}; the model's layers are: {there}"
-        )
+    chosen = targets(model, config)
     owners = _owners(model)
     for name, layer in chosen.items():
-        if len(owners[layer.weight]) > 1:
-            others = ", ".join(o for o in owners[layer.weight] if o != f"{name}.weight")
+        owned = owners[cast(Tensor, layer.weight)]
+        if len(owned) > 1:
+            others = ", ".join(o for o in owned if o != f"{name}.weight")
             raise ValueError(f"{name} shares its weight with {others} and cannot have heads: add it to exclude")
     for name, layer in chosen.items():
         try:
-            _replace(model, name, _LAYERS[type(layer)](layer, config, share))
+            kind_with_heads = layer_for(layer)
+            assert kind_with_heads is not None
+            _exchange(model, name, kind_with_heads(layer, config, share))  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if "norms" in config.vectors:
@@ -61,13 +63,13 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
                 if not has_vectors(module):
                     raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
-                _replace(model, name, LTENorm(module, config, share))
+                _exchange(model, name, LTENorm(module, config, share))
     _replicate(model, config, share)
     _freeze(model, config)
+    _watch(model)
+    take_slow_paths(model)
+    say_what_has_no_heads(model, config)
     return model
-
-
-_LAYERS: dict[type, type[LTELinear] | type[LTEConv2d]] = {nn.Linear: LTELinear, nn.Conv2d: LTEConv2d}
 
 
 def headed(model: nn.Module) -> dict[str, Headed]:
@@ -134,12 +136,43 @@ def _replicate(model: nn.Module, config: LTEConfig, share: tuple[int, int] | Non
         named = dict(module.named_parameters(recurse=False))
         tied = frozenset(leaf for leaf in fresh if named[leaf] in stacks)
         shared = {leaf: stacks.setdefault(named[leaf], parameter) for leaf, parameter in fresh.items()}
-        _replace(model, name, Replicas(module, shared, config, share, tied))
+        _exchange(model, name, Replicas(module, shared, config, share, tied))
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Put the plain layers back, in place, with the weights that evaluation sees; their dtypes are those from before.
+
+    Where several processes hold the heads, call it within :func:`lte.averaged`.
+    """
+    state = merged_state_dict(model)
+    tied: dict[nn.Parameter, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if not hasattr(module, "plain_layer"):
+            continue
+        (kept,) = cast(tuple[nn.Module], module.plain_layer)
+        device = next(module.parameters()).device
+        plain = copy.deepcopy(kept).to_empty(device=device).train(module.training)
+        for leaf in module.names() if isinstance(module, Replicas) else ():
+            setattr(plain, leaf, tied.setdefault(module.get_parameter(leaf), plain.get_parameter(leaf)))
+        _replace(model, name, plain)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, BatchSize):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    take_slow_paths(model)
+    model.load_state_dict(state)
+    return model
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of a plain layer, which it remembers without its numbers, for :func:`unload`."""
+    module.plain_layer = (copy.deepcopy(model.get_submodule(name)).to("meta"),)  # type: ignore[assignment]
+    _replace(model, name, module)
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
@@ -176,5 +209,9 @@ def kind(module: nn.Module) -> str:
     return "skipped"
 
 
-def _matches(name: str, suffixes: tuple[str, ...]) -> bool:
-    return any(name == s or name.endswith("." + s) for s in suffixes)
+def _watch(model: nn.Module) -> None:
+    """Let each layer know its name and the size of the batch, to refuse an input that has another dim 0."""
+    batch = BatchSize()
+    model.register_forward_pre_hook(batch, with_kwargs=True)
+    for name, layer in headed(model).items():
+        layer.path, layer.batch = name, batch

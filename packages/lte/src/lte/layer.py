@@ -42,16 +42,16 @@ class LTELinear(Headed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, n) -> (N, …, m)
         biases: Tensor | None = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
-        if not self.training:
-            return F.linear(x, self.effective_weight(), self.bias if biases is None else biases[0])
         bias: Tensor | None = self.bias if biases is None else None
+        if not self.training:
+            bias = bias if biases is None else biases[0]
+            return F.linear(x, self.evaluation_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
         factors: list[Tensor | None] = [self.lora_A, self.lora_B, *self.offsets()]
         weight: Tensor | None = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias, *factors = (None if t is None else t.to(dtype) for t in (x, weight, bias, *factors))  # type: ignore[assignment]
-        elif weight is not None:
-            weight = weight.to(x.dtype)  # of a bfloat16 base: the half that forward passes read
+        # W and the factors stay float32 where the rest of a model was made bfloat16, or computes in it
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        x, weight, bias, *factors = (None if t is None else t.to(dtype) for t in (x, weight, bias, *factors))  # type: ignore[assignment]
         scale = self.scale
         if self.config.mode == "sequential":
             factors, scale = (
@@ -62,8 +62,12 @@ class LTELinear(Headed, nn.Linear):
         merged_scale = self.scale / self.total_heads
         y = HeadedLinear.apply(chunks, weight, bias, *factors, scale, float(self.heads), merged_scale, *self.kept())
         if biases is not None:
-            y = y + biases[:, None]
+            y = y + biases[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)  # (H, t, m) -> (N, …, m)
+
+    def evaluation_weight(self) -> Tensor:
+        """The weight (m, n) that evaluation uses."""
+        return self.effective_weight()
 
 
 def bias_of(layer: nn.Linear | nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None) -> Any:

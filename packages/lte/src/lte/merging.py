@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .headed import Headed, sum_of_products
 from .injection import headed, replicas
 from .ranks import Ranks
+from .reached import Reached
 
 
 @torch.no_grad()
@@ -167,9 +168,11 @@ class Merger:
         self.every = every
         self.steps = 0
         self.merges = 0
+        self._reached = Reached(model)
 
     def step(self) -> bool:
-        """Count an optimizer step; -> whether it merged."""
+        """Count an optimizer step; -> whether it merged. After the first, layers without a gradient are named."""
+        self._reached.say()
         self.steps += 1
         due = self.every > 0 and self.steps % self.every == 0
         if due:

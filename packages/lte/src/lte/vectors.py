@@ -53,9 +53,9 @@ class LTENorm(nn.Module):
         else:
             y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
         parts = y.reshape(*(cut(x, self.weight) if self.training else (1, -1)), x.shape[-1])  # (H, t, C)
-        parts = parts * self.weight()[:, None]
+        parts = parts * self.weight()[:, None].to(y.dtype)
         if self.bias is not None:
-            parts = parts + self.bias()[:, None]
+            parts = parts + self.bias()[:, None].to(y.dtype)
         return parts.view_as(x)
 
 

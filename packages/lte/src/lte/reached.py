@@ -1,0 +1,46 @@
+"""Which heads the first backward pass reaches: those of a layer that is never called get no gradient."""
+
+import warnings
+from functools import partial
+
+from torch import Tensor, nn
+
+from .injection import headed
+
+
+class Reached:
+    """Looks at the first backward pass of a model with heads.
+
+    Some blocks read a linear layer's weight and never call the layer (timm's BEiT and EVA02 with qkv, Mamba with
+    dt_proj): heads there would train nothing, in silence.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._missing = set(headed(model))
+        self._hooks = [
+            layer.lora_B.register_hook(partial(self._mark, name))
+            for name, layer in headed(model).items()
+            if layer.lora_B.requires_grad
+        ]
+
+    def _mark(self, name: str, grad: Tensor) -> None:
+        self._missing.discard(name)
+
+    def say(self) -> None:
+        """After a step: name, once, the layers whose heads got no gradient, and look no more."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        reached = len(self._hooks) > len(self._missing)  # else nothing has run backwards at all
+        self._hooks = []
+        if reached and self._missing:
+            names = sorted(self._missing)
+            more = f" and {len(names) - 4} more layers" if len(names) > 4 else ""
+            warnings.warn(
+                f"the first backward pass did not reach heads of {', '.join(names[:4])}{more}, which train nothing: "
+                "the layer around reads their weight and never calls them, or the loss does not depend on them; add "
+                "them to exclude",
+                UserWarning,
+                stacklevel=3,
+            )

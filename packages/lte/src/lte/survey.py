@@ -1,0 +1,178 @@
+"""What of a model can have heads: which layers are asked for, which cannot be cut by batch, what is left out."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .config import LTEConfig
+from .conv import LTEConv2d
+from .headed import Headed
+from .layer import LTELinear
+from .replicas import Replicas
+from .transposed import LTEConv1D, is_conv1d
+from .vectors import LTENorm
+
+Target = type[LTELinear] | type[LTEConv1D] | type[LTEConv2d]
+WORTH_A_LINE = 0.01
+"""Of the blocks' weights: a smaller share without heads is not told."""
+
+
+def layer_for(module: nn.Module) -> Target | None:
+    """The layer with heads that can take this module's place."""
+    if is_conv1d(module):
+        return LTEConv1D
+    for plain, target in ((nn.Linear, LTELinear), (nn.Conv2d, LTEConv2d)):
+        # a parametrized layer is of a class of its own; it is found here, and refused by name
+        if type(module) is plain or (isinstance(module, plain) and parametrize.is_parametrized(module, "weight")):
+            return target
+    return None
+
+
+def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
+    """The layers that the configuration asks for, by name.
+
+    Raises:
+        ValueError: if there are none, one cannot have heads, or they are the task's head alone.
+    """
+    candidates = {name: m for name, m in model.named_modules() if layer_for(m) is not None}
+    chosen = {
+        name: layer
+        for name, layer in candidates.items()
+        if (not config.targets or matches(name, config.targets)) and not matches(name, config.exclude)
+    }
+    if not chosen:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "none"
+        raise ValueError(
+            f"no linear layer or convolution matches targets={config.targets}; the model's layers are: {there}"
+        )
+    for name, layer in chosen.items():
+        _refuse_made_weights(name, layer)
+    if config.mode == "parallel":
+        _refuse_sequence_first(model, chosen)
+    if not config.targets:
+        _refuse_task_head_alone(model, chosen)
+    return chosen
+
+
+def matches(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a name ends, at a dot, with one of the suffixes."""
+    return any(name == s or name.endswith("." + s) for s in suffixes)
+
+
+def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[float, list[str]]:
+    """What of the blocks' weights has no heads and no copies because its kind cannot have any: such as 3-D weights of
+    experts, ``nn.MultiheadAttention``'s projections, subclasses of linear layers.
+
+    Args:
+        exclude: name suffixes of what is not counted.
+
+    Returns:
+        (their share of all weights in numbered blocks, their names with "*" for a number).
+    """
+    left: dict[str, int] = {}
+    total = 0
+    for name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}"
+            if not _in_a_block(full):
+                continue
+            if isinstance(module, Headed):
+                total += 0 if leaf.startswith("lora_") else p.numel()
+            elif _is_matrix(module, p):
+                total += p.numel()
+                if layer_for(module) is None and not matches(name, exclude) and not matches(full, exclude):
+                    kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", full)
+                    left[kind] = left.get(kind, 0) + p.numel()
+    return (sum(left.values()) / total if total else 0.0), list(left)
+
+
+def say_what_has_no_heads(model: nn.Module, config: LTEConfig) -> None:
+    """A warning that names the weights of the blocks whose kind has no heads, with their share."""
+    share, names = without_heads(model, config.exclude)
+    if share >= WORTH_A_LINE:
+        how = "trained whole, one for all heads" if "skipped" in config.trainable else "frozen"
+        named = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        text = f"{share:.0%} of the weights of the blocks have no heads: {named}; they are {how}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def take_slow_paths(model: nn.Module) -> None:
+    """Let ``nn.TransformerEncoderLayer`` call its linear layers in evaluation too, where they have heads.
+
+    Its fast path reads their frozen weights instead, and every head would be ignored. Where the heads are gone, the
+    fast path comes back.
+    """
+    switches = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+    for module in model.modules():
+        inside = any(isinstance(m, Headed | LTENorm | Replicas) for m in module.modules())
+        for kind, switch in switches.items():  # 0: "an activation that the fast path does not know"
+            if isinstance(module, kind) and hasattr(module, switch):
+                before = module.__dict__.setdefault("fast_path_without_heads", getattr(module, switch))
+                setattr(module, switch, 0 if inside else before)
+
+
+def _refuse_made_weights(name: str, layer: nn.Module) -> None:
+    """Weights that are computed at each forward pass (weight_norm, spectral_norm) cannot be frozen and merged into."""
+    if parametrize.is_parametrized(layer, "weight"):
+        kinds = {type(p).__name__.strip("_") for p in layer.parametrizations["weight"]}  # type: ignore[index]
+        how = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    elif "weight" not in dict(layer.named_parameters(recurse=False)):
+        kinds = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()} or {"a hook"}
+        how = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+    else:
+        return
+    raise ValueError(
+        f"{name} has no weight of its own, {' and '.join(sorted(kinds))} computes it, and it cannot have heads: make "
+        f"it a plain layer first by {how}, or add it to exclude"
+    )
+
+
+def _refuse_sequence_first(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Heads cut dim 0 of a layer's input, which must be the batch and not the sequence."""
+    for parent, module in model.named_modules():
+        attention = [m for m in module.children() if isinstance(m, nn.MultiheadAttention) and not m.batch_first]
+        inside = [name for name in chosen if name.startswith(f"{parent}." if parent else "")]
+        if not attention or not inside:
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            raise ValueError(
+                f"{inside[0]} is in a {type(module).__name__} with batch_first=False: its dim 0 is the sequence, and "
+                "heads would cut that; build the model with batch_first=True, or use mode='sequential'"
+            )
+        warnings.warn(
+            f"{parent or 'the model'} has a MultiheadAttention with batch_first=False: if its linear layers get "
+            "(sequence, batch, …) too, heads would cut the sequence; use mode='sequential' then",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+
+
+def _refuse_task_head_alone(model: nn.Module, chosen: Iterable[str]) -> None:
+    matrices = {
+        f"{name}.{leaf}": type(module).__name__
+        for name, module in model.named_modules()
+        for leaf, p in module.named_parameters(recurse=False)
+        if _is_matrix(module, p) and _in_a_block(f"{name}.{leaf}")
+    }
+    if matrices and not any(_in_a_block(f"{name}.weight") for name in chosen):
+        kinds = ", ".join(sorted(set(matrices.values())))
+        raise ValueError(
+            f"only {', '.join(chosen)} would get heads, outside the blocks, whose weights are in layers that cannot "
+            f"have any ({kinds}): LTE has nothing to do on {type(model).__name__}"
+        )
+
+
+def _in_a_block(name: str) -> bool:
+    """Whether a parameter lies in a numbered block (``layers.3.…``)."""
+    return re.search(r"(^|\.)\d+\.", name) is not None
+
+
+def _is_matrix(module: nn.Module, p: Tensor) -> bool:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | Replicas | Headed):
+        return False
+    return p.dim() >= 2 and torch.is_floating_point(p) and "norm" not in type(module).__name__.lower()
