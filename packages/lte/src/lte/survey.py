@@ -1,5 +1,6 @@
 """What of a model can have heads: which layers are asked for, which cannot be cut by batch, what is left out."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -80,8 +81,8 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
             full = f"{name}.{leaf}"
             if not _in_a_block(full):
                 continue
-            if isinstance(module, Headed):
-                total += 0 if leaf.startswith("lora_") else p.numel()
+            if isinstance(module, LTELinear | LTEConv2d) and leaf == "lora_A":
+                total += math.prod(module.matrix_shape)
             elif _is_matrix(module, p):
                 total += p.numel()
                 if layer_for(module) is None and not matches(name, exclude) and not matches(full, exclude):

@@ -1,0 +1,152 @@
+"""The memory ledger in transformers' Trainer.
+
+    trainer = Trainer(model, args, …)
+    trainer.add_callback(MemoryLedgerCallback(trainer))
+
+After the first optimizer step Trainer's log has the sizes of weights, gradients, optimizer state, saved activations and
+buffers, and the console has the answer to "why no saving?": what each kind of method could save of this step at most.
+At the end of training the log has the peaks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .console import format_bytes, format_table
+from .measuring.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure
+
+MIB = 2**20
+LARGEST = 3
+"""Layers that are named."""
+
+
+class MemoryLedgerCallback(TrainerCallback):
+    """Measures one training step of a Trainer, and the peaks of training and evaluation.
+
+    The log gets ``memory/weights``, ``memory/gradients``, … ``memory/total`` and, at the end, ``memory/peak_train`` and
+    ``memory/peak_evaluation`` (where the system tells), all in MiB. ``memory.json`` in the output folder has every
+    layer, in bytes.
+
+    Activations are what the model's forward pass has saved for the backward pass when it returns; of several
+    micro-batches the largest. A loss that Trainer computes outside of the model adds a little that is not seen.
+
+    Args:
+        trainer: through whose ``log`` the numbers go, to TensorBoard and the like too. None: into
+            ``trainer_state.json``'s history alone.
+        step: the optimizer step that is measured, from 1.
+    """
+
+    def __init__(self, trainer: Any = None, *, step: int = 1) -> None:
+        if step < 1:
+            raise ValueError(f"step counts optimizer steps from 1, got {step}")
+        self.ledger: Ledger | None = None
+        """What was measured; None until then."""
+        self._trainer, self._step = trainer, step
+        self._watch: _Forward | None = None
+        self._peak: PeakMeter | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._peak = PeakMeter(args.device)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._peak is not None:
+            self._peak.begin("train")
+        if self.ledger is None and self._watch is None and state.global_step + 1 >= self._step:
+            self._watch = _Forward(given["model"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """After the step and before the gradients go."""
+        model, optimizer = given["model"], given["optimizer"]
+        if self._watch is None:
+            return
+        self._watch.close()
+        self.ledger = measure(model, optimizer, self._watch.by_layer)
+        self._watch = None
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            why = why_no_saving(model, self.ledger)
+            self.ledger.save(folder / "memory.json", why_no_saving=why)
+            rows = [(c, format_bytes(n)) for c, n in self.ledger.totals.items()]
+            print("\n".join(("memory of a training step", format_table(rows), *why)))
+        totals = self.ledger.totals
+        self._log(state, {**totals, "total": sum(totals.values())})
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._peak is not None:
+            self._peak.begin("evaluation")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        if self._peak is None:
+            return
+        self._peak.end()
+        peaks = {f"peak_{phase}": self._peak.peak(phase) for phase in ("train", "evaluation")}
+        self._log(state, {name: n for name, n in peaks.items() if n is not None})
+        self._peak = None
+
+    def _log(self, state: Any, sizes: dict[str, int]) -> None:
+        numbers = {f"memory/{name}": n / MIB for name, n in sizes.items()}
+        if self._trainer is not None:
+            self._trainer.log(numbers)
+        elif numbers:
+            state.log_history.append({**numbers, "step": state.global_step})
+
+
+class _Forward:
+    """Records what a model's training forward passes save, until it is closed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_layer: dict[str, int] = {}
+        self._model = model
+        self._saved: SavedActivations | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if model.training and torch.is_grad_enabled() and self._saved is None:
+            self._saved = SavedActivations(model).__enter__()
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._saved is None:
+            return
+        found = self._saved.by_layer()
+        self._saved.__exit__(None, None, None)
+        self._saved = None
+        if sum(found.values()) > sum(self.by_layer.values()):
+            self.by_layer = found
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def why_no_saving(model: nn.Module, ledger: Ledger) -> list[str]:
+    """What each kind of method could save of a measured step at most, in sentences; the most first."""
+    total = sum(ledger.totals.values())
+    share = {category: ledger.total(category) / total for category in CATEGORIES} if total else {}
+    if not share:
+        return ["nothing was measured"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_share = trained / sum(p.numel() for p in model.parameters())
+    bounds = [
+        (share["activations"], "saving less for the backward pass (checkpointing, Back Razor, a smaller micro-batch)"),
+        (share["gradients"] + share["optimizer"], "training fewer numbers (LoRA, LoRA-XS, a head)"),
+        (share["optimizer"], "a smaller optimizer state (GaLore, 8-bit AdamW)"),
+        (share["weights"], "keeping weights in fewer bits"),
+    ]
+    lines = [f"why no saving? {trained_share:.1%} of the parameters are trained; of this step's bytes"]
+    lines += [f"  {what} can save {bound:.0%} at most" for bound, what in sorted(bounds, reverse=True)]
+    category = max(CATEGORIES, key=ledger.total)
+    layers = sorted(ledger.bytes_by_layer[category].items(), key=lambda item: -item[1])[:LARGEST]
+    named = ", ".join(f"{name} {n / ledger.total(category):.0%}" for name, n in layers)
+    lines.append(f"  most are {category}, and of them {named}")
+    return lines

@@ -1,0 +1,92 @@
+"""The ledger in Trainer's log: its numbers are those of the loop's own ruler."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from memtrain_common.hf import MemoryLedgerCallback, why_no_saving  # noqa: E402
+from memtrain_common.measuring.memory import SavedActivations, measure  # noqa: E402
+
+
+class Net(nn.Module):
+    def __init__(self, frozen=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(24, 48), nn.Linear(48, 3)
+        self.body.requires_grad_(not frozen)
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(self.head(self.body(x).relu()), labels)}
+
+
+def rows(n=16):
+    draw = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(24, generator=draw), "labels": i % 3} for i in range(n)]
+
+
+def run(folder, *, model=None, with_trainer=True, step=1, **words):
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True,
+        save_strategy="no", logging_steps=1, **words,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model or Net(), args, train_dataset=rows(), eval_dataset=rows(4))
+    callback = MemoryLedgerCallback(trainer if with_trainer else None, step=step)
+    trainer.add_callback(callback)
+    trainer.train()
+    return trainer, callback
+
+
+def by_hand(model, batch=4):
+    """The same step in a loop of one's own."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    x = torch.stack([r["x"] for r in rows()[:batch]])
+    with SavedActivations(model) as saved:
+        loss = model(x, torch.tensor([r["labels"] for r in rows()[:batch]]))["loss"]
+    activations = saved.by_layer()
+    loss.backward()
+    optimizer.step()
+    return measure(model, optimizer, activations)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_ledger_is_that_of_a_step_by_hand(tmp_path, frozen, accumulated, capsys):
+    trainer, callback = run(tmp_path, model=Net(frozen), gradient_accumulation_steps=accumulated)
+    expected = by_hand(Net(frozen))
+    assert callback.ledger.totals == expected.totals
+    assert callback.ledger.bytes_by_layer == expected.bytes_by_layer
+    logged = next(entry for entry in trainer.state.log_history if "memory/total" in entry)
+    for category, n in expected.totals.items():
+        assert logged[f"memory/{category}"] == pytest.approx(n / 2**20)
+    assert logged["memory/total"] == pytest.approx(sum(expected.totals.values()) / 2**20)
+    written = json.loads((tmp_path / "memory.json").read_text())
+    assert written["totals"] == expected.totals
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in written["why_no_saving"])
+
+
+def test_without_a_trainer_it_is_in_the_history_and_a_later_step_can_be_measured(tmp_path):
+    trainer, callback = run(tmp_path, with_trainer=False, step=3, eval_strategy="steps", eval_steps=2)
+    (entry,) = [e for e in trainer.state.log_history if "memory/total" in e]
+    assert entry["step"] in (2, 3)
+    peaks = {k for e in trainer.state.log_history for k in e if "peak" in k}
+    assert peaks in ({"memory/peak_train", "memory/peak_evaluation"}, set())  # where the system tells
+    assert not trainer.model._forward_hooks
+    assert not trainer.model._forward_pre_hooks
+    assert callback.ledger.total("activations") == by_hand(Net()).total("activations")
+
+
+def test_the_sentences_are_bounds(tmp_path):
+    model = Net(frozen=True)
+    ledger = by_hand(model)
+    lines = why_no_saving(model, ledger)
+    share = ledger.total("optimizer") / sum(ledger.totals.values())
+    assert f"a smaller optimizer state (GaLore, 8-bit AdamW) can save {share:.0%} at most" in "\n".join(lines)
+    assert lines[0].startswith("why no saving? 10.9% of the parameters are trained")  # 147 of 1,347
+    with pytest.raises(ValueError, match="from 1"):
+        MemoryLedgerCallback(step=0)
