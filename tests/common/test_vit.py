@@ -12,6 +12,7 @@ from image_files import google_file
 from memtrain_common.errors import UserError
 from memtrain_common.models.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 @pytest.fixture
@@ -172,3 +173,62 @@ def test_refused_files(tmp_path, model):
         load(tmp_path / "bert")
     with pytest.raises(UserError, match="do not fill images of 9"):
         load_vit(google_file(tmp_path / "ViT.npz", model), image_size=9, classes=5)
+
+
+class BaseVit(nn.Module):
+    """LoRA-ViT's ``base_vit``, written from its layers' names and the order of their calls."""
+
+    def __init__(self, dim=128, depth=2, heads=2, classes=5, tokens=5, patch=4):
+        super().__init__()
+        self.heads = heads
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positional_embedding = nn.ParameterDict({"pos_embedding": torch.zeros(1, tokens, dim)})
+        self.patch_embedding = nn.Conv2d(3, dim, patch, patch)
+        self.transformer = nn.ModuleDict({"blocks": nn.ModuleList(self.block(dim) for _ in range(depth))})
+        self.pre_logits = nn.Linear(dim, dim)  # in the files of 21,843 classes; not used
+        self.norm, self.fc = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
+
+    @staticmethod
+    def block(dim):
+        attn = nn.ModuleDict({f"proj_{x}": nn.Linear(dim, dim) for x in "qkv"})
+        pwff = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        norms = {f"norm{i}": nn.LayerNorm(dim, eps=1e-6) for i in (1, 2)}
+        return nn.ModuleDict({"attn": attn, "proj": nn.Linear(dim, dim), "pwff": pwff, **norms})
+
+    def forward(self, x):
+        x = self.patch_embedding(x).flatten(2).mT
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positional_embedding["pos_embedding"]
+        for b in self.transformer["blocks"]:
+            y = b["norm1"](x)
+            q, k, v = (b["attn"][f"proj_{n}"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in "qkv")
+            y = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+            x = x + b["proj"](y.transpose(1, 2).flatten(2))
+            y = b["norm2"](x)
+            x = x + b["pwff"]["fc2"](nn.functional.gelu(b["pwff"]["fc1"](y)))
+        return self.fc(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_base_vits_weights_give_its_answers(tmp_path, pixels, suffix):
+    theirs = BaseVit()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0, 0.2)
+    path = tmp_path / f"B_16{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(theirs.state_dict(), path)
+    ours, kept = load_vit(path, image_size=8, classes=5)
+    assert kept
+    torch.testing.assert_close(logits(ours, pixels), theirs(pixels).detach(), rtol=1e-4, atol=1e-4)
+    larger, kept = load_vit(path, image_size=16, classes=9)
+    assert not kept
+    assert logits(larger, torch.randn(2, 3, 16, 16)).shape == (2, 9)
+
+
+def test_a_pth_that_holds_more_than_tensors_is_refused(tmp_path):
+    path = tmp_path / "B_16.pth"
+    torch.save({"class_token": torch.zeros(1), "more": SimpleNamespace()}, path)
+    with pytest.raises(UserError, match="more than tensors"):
+        load_vit(path, image_size=8, classes=5)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"damaged"):
+        load_vit(path, image_size=8, classes=5)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data.images.batches import IMAGENET, Normalize
 from ..errors import UserError
 from .cifar_resnet import CifarResNet
-from .vit import build_vit, load_vit, patch_for, read_safetensors
+from .vit import build_vit, load_vit, patch_for, read_state_dict
 
 # name -> (the size of a ViT, its patch in pixels; 0 is decided by the picture)
 VITS = {
@@ -130,30 +129,6 @@ def _load(model: nn.Module, name: str, weights: str) -> bool:
         raise UserError(f"{weights} is not of a {name}: it has {unknown}, which that lacks")
     model.load_state_dict(tensors)
     return kept
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from ``.safetensors``, or from PyTorch's format, of which nothing but tensors is unpickled.
-
-    A "state_dict" around them is opened, and the "module." of DataParallel is taken off their names.
-
-    Raises:
-        UserError: if it is no such file.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is not there: --weights needs a file of weights")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile each fail by classes of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is damaged, or holds more than tensors, and is not read: {reason[0]}") from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise UserError(f"{path} holds no state dict: weights are tensors by name")
-    return {str(n).removeprefix("module."): t for n, t in found.items()}
 
 
 def _imagenet(name: str) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""Vision transformers: transformers' ViT by size or from a folder, Google's npz, timm's safetensors or timm's names.
+"""Vision transformers: transformers' ViT by size or from a folder, Google's npz, timm's safetensors or timm's names,
+and the weights that LoRA-ViT's ``base_vit`` starts from (``B_16_imagenet1k.pth`` of lukemelas/PyTorch-Pretrained-ViT).
 
 Google's files (``ViT-S_16.npz``, Dosovitskiy et al., 2021, arXiv:2010.11929) keep kernels as (in, out), heads apart;
 timm's keep q, k and v as one matrix. Position embeddings of another image size are resized by bicubic interpolation.
@@ -76,7 +77,8 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, b
     Args:
         image_size: pixels of the input's side; 0 takes the file's own.
         path: a folder of transformers (``config.json``, ``model.safetensors``), Google's ``.npz``, timm's
-            ``.safetensors``, or ``timm:NAME`` for the weights that an installed timm has or fetches by that name.
+            ``.safetensors``, ``base_vit``'s ``.pth`` or its ``.safetensors``, or ``timm:NAME`` for the weights that an
+            installed timm has or fetches by that name.
 
     Raises:
         UserError: if it is none of them.
@@ -122,11 +124,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     if path.suffix == ".npz" and path.is_file():
         return _from_google(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return timm_tensors(read_safetensors(path))
+        return _by_names(read_safetensors(path))
+    if path.suffix == ".pth" and path.is_file():
+        return _by_names(read_state_dict(path))
     raise UserError(
-        f"{path} holds no ViT: give a folder of transformers with config.json, Google's .npz, timm's .safetensors, or "
-        f"{BY_NAME}NAME"
+        f"{path} holds no ViT: give a folder of transformers with config.json, Google's .npz, timm's .safetensors, "
+        f"base_vit's .pth, or {BY_NAME}NAME"
     )
+
+
+def _by_names(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    return base_vit_tensors(found) if "class_token" in found else timm_tensors(found)
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
@@ -162,6 +170,30 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from ``.safetensors``, or from PyTorch's format, of which nothing but tensors is unpickled.
+
+    A "state_dict" around them is opened, and the "module." of DataParallel is taken off their names.
+
+    Raises:
+        UserError: if it is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not there: --weights needs a file of weights")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile each fail by classes of their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path} is damaged, or holds more than tensors, and is not read: {reason[0]}") from None
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise UserError(f"{path} holds no state dict: weights are tensors by name")
+    return {str(n).removeprefix("module."): t for n, t in found.items()}
 
 
 # transformers before its version 5 -> since then; files of both are about
@@ -269,5 +301,44 @@ def timm_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         elif block:
             out[f"vit.layers.{block[1]}.{inner.get(block[2], block[2])}.{part}"] = tensor
         else:
+            out[name] = tensor
+    return out, 0
+
+
+def base_vit_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The tensors of LoRA-ViT's ``base_vit`` under transformers' names; and 0 heads, which they do not tell.
+
+    ``pre_logits``, of the models with 21,843 classes, is left out, as ``base_vit`` itself leaves it out.
+    """
+    names = {
+        "class_token": "vit.embeddings.cls_token",
+        "positional_embedding.pos_embedding": "vit.embeddings.position_embeddings",
+    }
+    modules = {
+        "patch_embedding": "vit.embeddings.patch_embeddings.projection",
+        "norm": "vit.layernorm",
+        "fc": "classifier",
+    }
+    inner = {
+        "attn.proj_q": "attention.q_proj",
+        "attn.proj_k": "attention.k_proj",
+        "attn.proj_v": "attention.v_proj",
+        "proj": "attention.o_proj",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "pwff.fc1": "mlp.fc1",
+        "pwff.fc2": "mlp.fc2",
+    }
+    out = {}
+    for name, tensor in found.items():
+        module, _, part = name.rpartition(".")
+        block = re.match(r"transformer\.blocks\.(\d+)\.(.+)", module)
+        if name in names:
+            out[names[name]] = tensor
+        elif module in modules:
+            out[f"{modules[module]}.{part}"] = tensor
+        elif block:
+            out[f"vit.layers.{block[1]}.{inner.get(block[2], block[2])}.{part}"] = tensor
+        elif module != "pre_logits":
             out[name] = tensor
     return out, 0
