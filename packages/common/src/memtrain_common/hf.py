@@ -18,7 +18,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .console import format_bytes, format_table
-from .measuring.memory import CATEGORIES, Ledger, PeakMeter, SavedActivations, measure
+from .measuring.memory import CATEGORIES, Ledger, SavedActivations, measure
+from .measuring.peak import PeakMeter
 
 MIB = 2**20
 LARGEST = 3

@@ -99,15 +99,24 @@ class GaLoreAdafactor(GaLore):
 
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
         """Turns the factors by the squared rotation, each on its own side; their sum stays near."""
-        state = self.state[item.param]
-        left, right = rotation(old, new)
-        if left is not None:
-            state["exp_avg_sq_row"].copy_((left.float().square() @ state["exp_avg_sq_row"].unsqueeze(-1)).squeeze(-1))
-        if right is not None:
-            state["exp_avg_sq_col"].copy_((state["exp_avg_sq_col"].unsqueeze(-2) @ right.float().square()).squeeze(-2))
+        state, C = self.state[item.param], rotation(old, new)
+        if len(C) > 2:
+            for key, lost in (("exp_avg_sq_row", -1), ("exp_avg_sq_col", -2)):
+                kept = [c for i, c in enumerate(C) if i != len(C) + lost]
+                kept += [None] * (3 - len(kept))  # a tuple of three is a tensor's
+                shape = state[key].shape
+                turned = apply_rotation(state[key].reshape(*shape, *[1] * (3 - len(shape))), tuple(kept), squared=True)
+                state[key].copy_(turned.reshape(shape))
+        else:
+            left, right = C
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            if left is not None:
+                row.copy_((left.float().square() @ row.unsqueeze(-1)).squeeze(-1))
+            if right is not None:
+                col.copy_((col.unsqueeze(-2) @ right.float().square()).squeeze(-2))
         if "exp_avg" in state:
-            C = (None if left is None else left.float(), None if right is None else right.float())
-            state["exp_avg"].copy_(apply_rotation(state["exp_avg"], C))
+            turn = tuple(None if c is None else c.float() for c in C)
+            state["exp_avg"].copy_(apply_rotation(state["exp_avg"], turn))
 
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         for item in items:
@@ -120,8 +129,7 @@ class GaLoreAdafactor(GaLore):
             if group["beta1"] is not None:
                 U = state["exp_avg"].mul_(group["beta1"]).add_(U, alpha=1 - group["beta1"])
             if item.layout is not None:
-                P, Q = self.bases(p)
-                bases = (None if P is None else P.float(), None if Q is None else Q.float())
+                bases = tuple(None if b is None else b.float() for b in self.bases(p))
                 U = (project_back(U, bases) * group["scale"]).reshape(p.shape)
             if group["weight_decay"] != 0:
                 W.add_(W * (-group["weight_decay"] * lr))

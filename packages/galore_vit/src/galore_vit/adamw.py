@@ -125,8 +125,7 @@ class GaLoreAdamW(GaLore):
         beta1, beta2 = item.group["betas"]
         step = count(item.state["step"])
         c1, c2 = 1 - beta1**step, 1 - beta2**step
-        left, right = rotation(old, new)
-        C = (None if left is None else left.to(M.dtype), None if right is None else right.to(M.dtype))
+        C = tuple(None if c is None else c.to(M.dtype) for c in rotation(old, new))
         m_hat, v_hat = M / c1, V / c2
         turned = apply_rotation(m_hat, C)
         variance = apply_rotation(v_hat - m_hat.square(), C, squared=True)
@@ -196,10 +195,11 @@ class GaLoreAdamW(GaLore):
                 p.mul_(decay)
             p.add_(N, alpha=-lr)
             return
-        bases, alpha = (item.state.get("P"), item.state.get("Q")), -lr * group["scale"]
+        bases, alpha = self.bases(p), -lr * group["scale"]
         W = layout.matrices(p)
         add_projected_back(W, N, bases, beta=decay, alpha=alpha)
         if item.full is not None:
+            assert isinstance(layout, Layout)
             W.add_(self._residual(item, item.full, N, layout, bases), alpha=alpha)
         if not p.is_contiguous():  # then W may be a copy
             p.copy_(W.view(p.shape))

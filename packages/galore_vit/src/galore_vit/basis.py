@@ -20,10 +20,13 @@ from torch import Tensor
 
 from galore_vit.counters import has_no_numbers
 from galore_vit.projection import Bases, Layout
+from galore_vit.tensors import SWEEPS, TOLERANCE, TensorLayout, tucker_bases
 
 
-def exact_bases(G: Tensor, layout: Layout) -> Bases:
-    """Leading singular vectors of G (…, m, n) by a full SVD in at least fp32, in G's dtype."""
+def exact_bases(G: Tensor, layout: Layout | TensorLayout) -> Bases:
+    """Leading singular vectors of G (…, m, n) by a full SVD in at least fp32, in G's dtype; of a tensor Tucker's."""
+    if isinstance(layout, TensorLayout):
+        return tucker_bases(G, layout, None, sweeps=SWEEPS, tolerance=TOLERANCE)
     U, _, Vh = torch.linalg.svd(_wide(G), full_matrices=False)
     r = layout.rank
     P = U[..., :, :r].to(G.dtype) if layout.left else None
@@ -32,7 +35,7 @@ def exact_bases(G: Tensor, layout: Layout) -> Bases:
 
 
 def iterated_bases(
-    G: Tensor, layout: Layout, old: Bases | None, *, iterations: int, oversample: int, seed: int
+    G: Tensor, layout: Layout | TensorLayout, old: Bases | None, *, iterations: int, oversample: int, seed: int
 ) -> Bases | None:
     """Approximate leading singular vectors of G (…, m, n), started from `old` where there is one.
 
@@ -41,6 +44,11 @@ def iterated_bases(
     The random columns depend on `seed` alone: neither the global generator nor the rank of the process
     enters, so that a resumed run and every process of a parallel one find the same basis.
     """
+    if isinstance(layout, TensorLayout):  # one round for an old basis's new one; nothing is drawn at random
+        largest = 1.0 if has_no_numbers(G) else float(G.abs().max())
+        if not 0.0 < largest < math.inf:
+            return None
+        return tucker_bases(G, layout, old, sweeps=iterations, tolerance=0.0)
     wide = _wide(G)
     P, Q = (None, None) if old is None else old
     if layout.right:
@@ -85,10 +93,9 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
 def overlap(old: Bases, new: Bases) -> Tensor:
     """‖Q_old Q_newᵀ‖²_F / r, the share of the old subspace that the new one keeps: 1 is all, r/n chance."""
     shares = []
-    for a, b in (
-        (old[0], new[0]),
-        (None if old[1] is None else old[1].mT, None if new[1] is None else new[1].mT),
-    ):
+    if len(old) == 2:  # Q has its vectors as rows
+        old, new = ((x[0], None if x[1] is None else x[1].mT) for x in (old, new))
+    for a, b in zip(old, new, strict=True):
         if a is not None and b is not None:  # (…, d, r) each
             shares.append(torch.matmul(a.mT, b).float().square().sum((-2, -1)).mean() / a.shape[-1])
     return torch.stack(shares).mean()

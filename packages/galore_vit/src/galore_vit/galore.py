@@ -29,6 +29,7 @@ from galore_vit.finite import all_finite
 from galore_vit.item import Item, Record
 from galore_vit.projection import Bases, Layout, layout_of, project
 from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group
+from galore_vit.tensors import TensorLayout
 
 
 class GaLore(Optimizer):
@@ -69,15 +70,17 @@ class GaLore(Optimizer):
         group = dict(param_group)
         if "rank" in group:
             group = {**GALORE_DEFAULTS, **group}
-        elif stray := sorted(GALORE_DEFAULTS.keys() & group.keys()):
+        elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all
             raise ValueError(f"a parameter group has {', '.join(stray)} but no rank: add rank, or drop them")
-        check_group(group)
+        check_group({"residual": self.defaults.get("residual"), **group})
         super().add_param_group(group)
         group = self.param_groups[-1]
         self._check_hyperparameters(group)
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError("GaLore takes real parameters, and one is complex")
+            if "rank" in group and group["dim"] > 2 and p.ndim != group["dim"]:
+                raise ValueError(f"a group with dim {group['dim']} has a weight of {p.ndim} dimensions: group it apart")
             if p.ndim >= 2 and "rank" in group and layout_of(p.shape, group) is None:
                 self._too_small.append(tuple(p.shape))
         self._index()
@@ -138,6 +141,8 @@ class GaLore(Optimizer):
         for group in self.param_groups:
             for key in self.later:
                 group.setdefault(key, self.defaults[key])
+            if "rank" in group:
+                group.setdefault("dim", GALORE_DEFAULTS["dim"])
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         own = [(p, g) for g in self.param_groups for p in g["params"]]
         for i, (p, group) in zip(saved_ids, own, strict=True):
@@ -158,7 +163,7 @@ class GaLore(Optimizer):
     # -- state ------------------------------------------------------------------------------------------
 
     def _fresh_state(
-        self, p: Tensor, group: dict[str, Any], layout: Layout | None, device: torch.device
+        self, p: Tensor, group: dict[str, Any], layout: Layout | TensorLayout | None, device: torch.device
     ) -> dict[str, Tensor]:
         """The state of a weight that has taken no step: zeros on `device`, counters on the CPU."""
         state = {"step": torch.zeros(())}
@@ -192,17 +197,18 @@ class GaLore(Optimizer):
             layout = self.layout(p)
             if layout is not None and layout.k > 1:
                 sharding.refuse(p, "a split weight (fused qkv)", "shard q, k and v apart, or leave split out")
+            if isinstance(layout, TensorLayout):
+                sharding.refuse(p, "a weight with dim above 2", "leave dim out, and it is projected as a matrix")
             state.update(self._fresh_state(p, group, layout, p.device))
         return state
 
     def bases(self, p: Tensor) -> Bases:
-        """(P, Q) of a projected weight as they stand."""
-        state = self.state[p]
-        return state.get("P"), state.get("Q")
+        """(P, Q) of a projected weight as they stand; of a tensor one basis a mode."""
+        return _bases_in(self.state[p], self.layout(p))
 
     # -- what parallel and in-backward helpers ask --------------------------------------------------------
 
-    def layout(self, p: Tensor) -> Layout | None:
+    def layout(self, p: Tensor) -> Layout | TensorLayout | None:
         """How p is projected; None where it is not."""
         return self._records[p].layout
 
@@ -267,13 +273,13 @@ class GaLore(Optimizer):
             return Item(record, group, state, -grad if negative else grad)
         G = layout.matrices(grad)
         new = self._new_bases(record.param, group, layout, G) if due else None
-        R = project(G, new or (state.get("P"), state.get("Q")))
+        R = project(G, new or _bases_in(state, layout))
         if record.sharded:
             R = sharding.reduced(R)
         full = (-G if negative else G) if group.get("residual") else None
         return Item(record, group, state, -R if negative else R, new, full)
 
-    def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout, G: Tensor) -> Bases | None:
+    def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout | TensorLayout, G: Tensor) -> Bases | None:
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
         whole = sharding.gathered(G)
         refresh, state = group["refresh"], self.state[p]
@@ -285,11 +291,7 @@ class GaLore(Optimizer):
             step = count(state["step"])
             old: Bases | None = None
             if step > 0 and count(state["refresh_at"]) > 0:
-                P, Q = self.bases(p)
-                old = (
-                    None if P is None else sharding.gathered(P),
-                    None if Q is None else sharding.gathered(Q),
-                )
+                old = tuple(None if b is None else sharding.gathered(b) for b in self.bases(p))
             new = iterated_bases(
                 whole,
                 layout,
@@ -301,8 +303,8 @@ class GaLore(Optimizer):
         if new is None:
             return None
         if self.process_group is not None:
-            new = (self._first_ones(new[0]), self._first_ones(new[1]))
-        return sharding.like(p, new[0], rows=True), sharding.like(p, new[1], rows=False)
+            new = tuple(self._first_ones(b) for b in new)
+        return tuple(sharding.like(p, b, rows=key == "P") for key, b in zip(layout.keys, new, strict=True))
 
     def _first_ones(self, basis: Tensor | None) -> Tensor | None:
         """The first process's basis: two kinds of device may round one gradient's basis apart."""
@@ -346,7 +348,8 @@ class GaLore(Optimizer):
                 if kept >= refresh["lazy"]:
                     gap = min(2 * count(state["gap"]), LAZY_LIMIT * base_gap)
             state["gap"].fill_(gap)
-        for key, value in zip("PQ", new, strict=True):
+        assert item.layout is not None
+        for key, value in zip(item.layout.keys, new, strict=True):
             if value is not None:
                 state[key].copy_(value)
         phase = item.record.order * base_gap // self._projected if first and refresh["stagger"] else 0
@@ -358,3 +361,7 @@ class GaLore(Optimizer):
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         """The inner optimizer's step on `items`, all of one group, whose step counts are already raised."""
         raise NotImplementedError
+
+
+def _bases_in(state: dict[str, Tensor], layout: Layout | TensorLayout | None) -> Bases:
+    return tuple(state.get(key) for key in (layout.keys if layout is not None else ("P", "Q")))

@@ -31,6 +31,7 @@ from galore_vit import sharding
 from galore_vit.counters import count
 from galore_vit.galore import GaLore
 from galore_vit.projection import Bases, Layout, project, project_back
+from galore_vit.tensors import TensorLayout
 
 Norm = Literal["exact", "sketch", "projected"]
 SKETCH = 16
@@ -90,6 +91,8 @@ class InBackward:
             for p in group["params"]:
                 sharding.refuse(p, "a weight inside the backward pass", "FSDP2 frees its gradients itself")
                 layout = optimizer.layout(p)
+                if isinstance(layout, TensorLayout):
+                    raise ValueError("InBackward projects matrices: leave out dim, or use the optimizer without it")
                 if layout is None or not p.requires_grad:
                     continue
                 self._index[p] = len(self._index)
@@ -187,7 +190,7 @@ class InBackward:
         assert G is not None
         p.grad = None
         layout = self.optimizer.layout(p)
-        assert layout is not None
+        assert isinstance(layout, Layout)
         matrix = layout.matrices(G)
         if p not in self._passes:
             mean = matrix

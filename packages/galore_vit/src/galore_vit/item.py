@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from galore_vit.projection import Bases, Layout
+from galore_vit.tensors import TensorLayout
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Record:
     param: Tensor
     group: int
     """Its group's place in `param_groups`."""
-    layout: Layout | None
+    layout: Layout | TensorLayout | None
     """None: not projected."""
     order: int
     """How many projected weights come before it."""
@@ -46,5 +47,5 @@ class Item:
         return self.record.param
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> Layout | TensorLayout | None:
         return self.record.layout

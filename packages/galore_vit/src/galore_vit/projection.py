@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_vit.tensors import TensorLayout, multiply, tensor_layout
+
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 
-Bases = tuple[Tensor | None, Tensor | None]
-"""(P, Q); None where that side is not projected."""
+Bases = tuple[Tensor | None, ...]
+"""(P, Q) of a matrix, (U₁, …, U_d) of a tensor with d > 2; None where that side or mode is not projected."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Layout:
     """Whether P is used: R = Pᵀ G."""
     right: bool
     """Whether Q is used: R = G Qᵀ."""
+
+    keys = ("P", "Q")
+    """Where the bases are in the optimizer's state."""
 
     def stacked(self, *shape: int) -> tuple[int, ...]:
         """`shape` with the block dimension before it when there is more than one block."""
@@ -81,7 +86,7 @@ def sides(shape: tuple[int, ...], split: int) -> tuple[int, int, int]:
     return split, shape[0] // split, math.prod(shape[1:])
 
 
-def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None:
+def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | TensorLayout | None:
     """The layout of a weight of this shape in this parameter group; None where the weight is not projected.
 
     Not projected: weights of a group without `rank`, vectors, and weights whose smaller side is not above
@@ -90,6 +95,8 @@ def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None
     """
     if "rank" not in group or len(shape) < 2:
         return None
+    if group.get("dim", 2) > 2:
+        return tensor_layout(shape, group["rank"])
     r, kind = group["rank"], group["proj_type"]
     k, m, n = sides(shape, group["split"])
     if r >= min(m, n):
@@ -103,6 +110,8 @@ def layout_of(shape: tuple[int, ...], group: Mapping[str, Any]) -> Layout | None
 
 def project(G: Tensor, bases: Bases) -> Tensor:
     """R = Pᵀ G Qᵀ; G (…, m, n) → R (…, m or r, n or r)."""
+    if len(bases) > 2:
+        return multiply(G, bases, transpose=True)
     P, Q = bases
     if P is not None:
         G = torch.matmul(P.mT, G)
@@ -111,6 +120,8 @@ def project(G: Tensor, bases: Bases) -> Tensor:
 
 def project_back(N: Tensor, bases: Bases) -> Tensor:
     """G̃ = P N Q; N (…, m or r, n or r) → G̃ (…, m, n)."""
+    if len(bases) > 2:
+        return multiply(N, bases)
     P, Q = bases
     if P is not None:
         N = torch.matmul(P, N)
@@ -119,6 +130,9 @@ def project_back(N: Tensor, bases: Bases) -> Tensor:
 
 def add_projected_back(W: Tensor, N: Tensor, bases: Bases, *, beta: float, alpha: float) -> None:
     """W ← beta·W + alpha·P N Q in place, without building the full-size update; W (…, m, n)."""
+    if len(bases) > 2:
+        W.mul_(beta).add_(multiply(N, bases), alpha=alpha)
+        return
     P, Q = bases
     if P is not None and Q is not None:
         N, P = torch.matmul(P, N), None
@@ -128,7 +142,10 @@ def add_projected_back(W: Tensor, N: Tensor, bases: Bases, *, beta: float, alpha
 
 
 def rotation(old: Bases, new: Bases) -> Bases:
-    """(P_newᵀ P_old, Q_old Q_newᵀ): what carries R from the old bases into the new; each (…, r, r)."""
+    """(P_newᵀ P_old, Q_old Q_newᵀ): what carries R from the old bases into the new; each (…, r, r). Of a tensor
+    U_newᵀ U_old for each mode."""
+    if len(old) > 2:
+        return tuple(b.mT @ a if a is not None and b is not None else None for a, b in zip(old, new, strict=True))
     left = right = None
     if old[0] is not None and new[0] is not None:
         left = torch.matmul(new[0].mT, old[0])
@@ -139,6 +156,8 @@ def rotation(old: Bases, new: Bases) -> Bases:
 
 def apply_rotation(X: Tensor, C: Bases, *, squared: bool = False) -> Tensor:
     """C_left X C_right, with the rotations' entries squared when asked (for variances); X like R."""
+    if len(C) > 2:
+        return multiply(X, C, squared=squared)
     left, right = ((c if c is None or not squared else c.square()) for c in C)
     if left is not None:
         X = torch.matmul(left, X)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from galore_vit.projection import PROJ_TYPES
+from galore_vit.tensors import check_rank
 
-GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1}
+GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1, "dim": 2}
 LAZY_LIMIT = 16
 """A lazy gap never grows beyond this many times `update_proj_gap`."""
 
@@ -49,7 +50,12 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError where a group's GaLore keys are outside their range."""
     if "rank" not in group:
         return
-    for key, low in (("rank", 1), ("update_proj_gap", 1), ("split", 1)):
+    tensor = isinstance(group["dim"], int) and group["dim"] > 2
+    if tensor:
+        check_rank(group["rank"], group["dim"])
+    for key, low in (("rank", 1), ("update_proj_gap", 1), ("split", 1), ("dim", 1)):
+        if key == "rank" and tensor:
+            continue
         value = group[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{key} must be a whole number of at least {low}, not {value!r}")
@@ -57,5 +63,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"scale must be above 0 and finite, not {group['scale']!r}: at 0 no projected weight would move"
         )
+    if tensor and (group["split"] != 1 or group.get("residual")):
+        raise ValueError("a group with dim above 2 takes neither split nor residual: leave them out")
     if group["proj_type"] not in PROJ_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, not {group['proj_type']!r}")

@@ -6,6 +6,7 @@ moments of r·n each: mr + 2nr, against Adam's 2mn and LoRA's 2mr + 2nr (GaLore,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,9 +36,7 @@ def adamw_state_bytes_formula(groups: Iterable[dict[str, Any]]) -> int:
         for p in group["params"]:
             layout, basis, moments = layout_of(p.shape, group), 0, 2 * p.numel()
             if layout is not None:
-                m, n, r = layout.m, layout.n, layout.rank
-                a, b = (m if layout.left else 0), (n if layout.right else 0)  # the projected sides
-                compact = (r if layout.left else m) * (r if layout.right else n)
-                basis, moments = layout.k * (a + b) * r, 2 * layout.k * compact
+                basis = sum(math.prod(shape) for shape in layout.basis_shapes.values())
+                moments = 2 * math.prod(layout.compact_shape)
             total += basis * p.element_size() + moments * moment_dtype(p).itemsize
     return total

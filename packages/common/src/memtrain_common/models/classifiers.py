@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..data.images.batches import IMAGENET, Normalize
 from ..errors import UserError
 from .cifar_resnet import CifarResNet
-from .vit import build_vit, load_vit, patch_for, read_state_dict
+from .vit import build_vit, load_vit, patch_for
+from .vit_files import read_state_dict
 
 # name -> (the size of a ViT, its patch in pixels; 0 is decided by the picture)
 VITS = {
