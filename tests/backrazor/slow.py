@@ -24,6 +24,25 @@ def pruned(x, keep, values=torch.bfloat16):
     return out.view(x.shape)
 
 
+def low_bit(x, cut):
+    """What the low-bit packing makes of ``x``, contiguous, a group at a time, from its definition alone."""
+    flat = x.detach().float().reshape(cut.blocks, cut.rows, cut.columns)
+    out, top = torch.empty_like(flat), (1 << cut.width) - 1
+    for block in range(cut.blocks):
+        for column in range(cut.columns):
+            for start in range(0, cut.rows, cut.group):
+                part = flat[block, start : start + cut.group, column]
+                inside = (part.max() - part.min()) * (0.05 if cut.width == 2 else 0.0)
+                first = (part.min() + inside).bfloat16().float()
+                if first > part.min() + inside:  # downwards: the bfloat16 below
+                    below = torch.nextafter(first.bfloat16(), torch.tensor(-torch.inf, dtype=torch.bfloat16))
+                    first = below.float()
+                step = ((part.max() - inside - first) / top).bfloat16().float()
+                codes = ((part - first) * (1 / step)).round().clamp(0, top) if step > 0 else torch.zeros_like(part)
+                out[block, start : start + cut.group, column] = codes * step + first
+    return out.view(x.shape)
+
+
 def paper_pruned(x, keep, values=torch.float16):
     """The official masker, a sample at a time: |x| at least the k-th smallest, k = int(clip(n · ratio, 1, n))."""
     out = torch.zeros_like(x)

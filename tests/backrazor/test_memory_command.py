@@ -53,12 +53,12 @@ def test_a_picture_and_tables(tmp_path):
     done = memory(tmp_path, "resnet20", "--layers", "all", "--out", "r.png", draw=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    assert "layer3.2.conv2" in done.stdout
+    assert "layer3.2.bn2" in done.stdout
     assert "batch_norm" in done.stdout
     none = memory(tmp_path, "resnet20", "--layers", "none")
     assert "by layer" not in none.stdout
     folded = memory(tmp_path, "resnet20").stdout
-    assert "layer3.*.conv2" in folded
+    assert "layer3.*.bn2" in folded
     assert "layer3.2" not in folded
 
 

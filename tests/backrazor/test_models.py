@@ -100,7 +100,7 @@ MODELS = {
     "gpt2 sdpa": (lambda: _gpt2("sdpa"), 8),
     "llama eager": (lambda: _llama("eager"), 6),
     "llama sdpa": (lambda: _llama("sdpa"), 5),
-    "torchvision resnet18": (lambda: _images(torchvision.models.resnet18), 10),
+    "torchvision resnet18": (lambda: _images(torchvision.models.resnet18), 8),
     "torchvision mobilenet_v2": (lambda: _images(torchvision.models.mobilenet_v2), 10),
     "torchvision mobilenet_v3": (lambda: _images(torchvision.models.mobilenet_v3_small), 7),
     "timm vit": (lambda: _timm("vit_tiny_patch16_224", img_size=64, depth=2), 8),

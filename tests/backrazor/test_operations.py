@@ -124,7 +124,7 @@ def same(out, plain, case):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize("mode", ["default", "paper"])
+@pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
 @pytest.mark.parametrize("case", CASES)
 def test_keep_1_is_plain_autograd(case, mode):
     call, make = CASES[case]
@@ -152,18 +152,19 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(through, make())
 
 
+@pytest.mark.parametrize("mode", ["low-bit", "pruned"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_forward_pass_is_exact_and_frozen_inputs_get_nothing(case):
+def test_the_forward_pass_is_exact_and_frozen_inputs_get_nothing(case, mode):
     call, make = CASES[case]
     inputs = make()
-    with Razor(0.2):
+    with Razor(0.2, mode=mode):
         out = call(*inputs)
     same(out, call(*inputs), case)
     out.sum().backward()
     assert all(t.grad is not None and t.grad.isfinite().all() for t in inputs)
     for chosen in range(len(inputs)):
         some = [t.detach().requires_grad_(i == chosen) for i, t in enumerate(inputs)]
-        with Razor(0.2):
+        with Razor(0.2, mode=mode):
             out = call(*some)
         out.sum().backward()
         assert [t.grad is not None for t in some] == [i == chosen for i in range(len(inputs))]
@@ -172,15 +173,15 @@ def test_the_forward_pass_is_exact_and_frozen_inputs_get_nothing(case):
 KEEP = 0.25
 
 
-def gradients(call, inputs, g, **settings):
-    with Razor(KEEP, **settings):
+def gradients(call, inputs, g, mode="pruned", **settings):
+    with Razor(KEEP, mode=mode, **settings):
         out = call(*inputs)
     return torch.autograd.grad(out, inputs, g)
 
 
-@pytest.mark.parametrize("mode", ["default", "paper"])
+@pytest.mark.parametrize("mode", ["pruned", "paper"])
 def test_linear_and_conv_use_the_pruned_input_for_the_weight_alone(mode):
-    prune = pruned if mode == "default" else paper_pruned
+    prune = pruned if mode == "pruned" else paper_pruned
     x, w, b, g = leaf(3, 90, 7), leaf(4, 7), leaf(4), torch.randn(3, 90, 4, dtype=D)
     dx, dw, db = gradients(F.linear, (x, w, b), g, mode=mode)
     torch.testing.assert_close(dx, g @ w)
@@ -189,7 +190,7 @@ def test_linear_and_conv_use_the_pruned_input_for_the_weight_alone(mode):
     x, w, b = leaf(2, 4, 9, 8), leaf(6, 4, 3, 3), leaf(6)
     g = torch.randn(2, 6, 7, 6, dtype=D)
     dx, dw, db = gradients(F.conv2d, (x, w, b), g, mode=mode)
-    hat = prune(x, KEEP) if mode == "default" else paper_pruned(x, KEEP, torch.float32)
+    hat = prune(x, KEEP) if mode == "pruned" else paper_pruned(x, KEEP, torch.float32)
     expected = torch.zeros_like(w)
     for i in range(3):
         for j in range(3):
@@ -261,7 +262,7 @@ def attention_reference(q, k, v, g, scale, prune, prune_p):
 
 
 @pytest.mark.parametrize("written_out", [False, True])
-@pytest.mark.parametrize("mode", ["default", "paper"])
+@pytest.mark.parametrize("mode", ["pruned", "paper"])
 def test_attention_uses_what_the_formulas_say(mode, written_out):
     q, k, v = leaf(2, 3, 24, 8), leaf(2, 3, 20, 8), leaf(2, 3, 20, 8)
     g = torch.randn(2, 3, 24, 8, dtype=D)
@@ -272,8 +273,8 @@ def test_attention_uses_what_the_formulas_say(mode, written_out):
         return torch.matmul(F.softmax(torch.matmul(q, k.transpose(2, 3)) * scale, dim=-1), v)
 
     call = by_hand if written_out else F.scaled_dot_product_attention
-    values = {"values": "fp32"} if mode == "default" else {}
-    prune = (lambda x, keep: pruned(x, keep, torch.float32)) if mode == "default" else paper_pruned
+    values = {"values": "fp32"} if mode == "pruned" else {}
+    prune = (lambda x, keep: pruned(x, keep, torch.float32)) if mode == "pruned" else paper_pruned
 
     def prune_p(p, keep):  # scaled_dot_product_attention forms P for one of these samples at a time
         return prune(p, keep) if written_out else torch.cat([prune(sample, keep) for sample in p.split(1)])
@@ -312,7 +313,7 @@ UNIT = {2: 1 / 6, 3: 1 / 14, 4: 1 / 30}
 )
 def test_derivative_codes_stay_within_their_bound(call, bounds, bits):
     x = torch.linspace(-12, 12, 100_001, dtype=D).requires_grad_()
-    with Razor(0.1, derivative_bits=bits):
+    with Razor(0.1, mode="pruned", derivative_bits=bits):
         y = call(x)
     (coded,) = torch.autograd.grad(y.sum(), x)
     (true,) = torch.autograd.grad(call(x).sum(), x)

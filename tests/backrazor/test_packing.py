@@ -165,6 +165,26 @@ for keep in (0.5, 0.1, 0.03):
             assert torch.equal(dense, packing.unpack(packing.pack(x, layout), layout, torch.float32))
             half = triton_kernels.pack_cuda(x.bfloat16(), layout)
             assert all(torch.equal(a, b) for a, b in zip(half, packing._pack_cpu(x.bfloat16(), layout)))
+
+from backrazor import lowbit, triton_lowbit
+from backrazor.rows import rows_of
+
+for shape, channels in (((2, 83, 40), {2}), ((3, 7, 49), {1}), ((130, 9), {1}), ((2, 3, 200), {1})):
+    for width in (2, 3, 4, 8):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = (3 * torch.randn(shape) + 5 * torch.randn(shape[-1])).to(dtype)
+            x[0, :5] = 1.5
+            cut = rows_of(shape, channels, width)
+            part = x.reshape(cut.blocks, cut.rows, cut.columns)
+            ends = torch.empty((cut.blocks, cut.groups, 2, cut.columns), dtype=torch.bfloat16)
+            codes = lowbit._codes(part, cut, ends)
+            got_ends = torch.empty_like(ends)
+            got = triton_lowbit.pack_cuda(part, cut, lowbit.shrink(width), got_ends)
+            assert torch.equal(ends, got_ends), (shape, width, dtype)
+            assert torch.equal(codes.view(-1), got), (shape, width, dtype)
+            packed = lowbit.bits.pack(got, width)
+            dense = triton_lowbit.unpack_cuda(got, got_ends, cut)
+            assert torch.equal(dense, lowbit.unpack(packed, ends, cut, torch.float32)), (shape, width, dtype)
 """
 
 

@@ -20,6 +20,10 @@ half = functools.partial(paper_pruned, keep=KEEP)
 single = functools.partial(paper_pruned, keep=KEEP, values=torch.float32)
 
 MORE = {
+    "contiguous": (lambda x: x.transpose(0, 1).contiguous(), lambda: (leaf(5, 7),)),
+    "reshape": (lambda x: x.transpose(0, 1).reshape(-1), lambda: (leaf(5, 7),)),
+    "to": (lambda x: (2 * x).to(torch.float32).to(D), lambda: (leaf(5, 7),)),
+    "div": (lambda x: x / 3.0, lambda: (leaf(5, 7),)),
     "relu_": (lambda x: torch.relu_(x * 2.0), lambda: (leaf(40),)),
     "matmul by a weight": (lambda x, w: x @ w, lambda: (leaf(3, 5, 7), parameter(7, 4))),
     "mul by a weight": (torch.mul, lambda: (leaf(50, 30), parameter(30))),
@@ -208,7 +212,8 @@ REFERENCES = {
     **dict.fromkeys(
         ("batch_norm", "batch_norm frozen", "group_norm", "group_norm plain", "relu", "relu6", "hardtanh", "leaky_relu",
          "relu in place", "relu_", "hardsigmoid", "hardsigmoid in place", "max_pool2d", "max_pool2d dilated",
-         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout", "linear, then cross_entropy"),
+         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout", "contiguous", "reshape", "to", "div",
+         "linear, then cross_entropy"),
         exact,
     ),
 }  # fmt: skip

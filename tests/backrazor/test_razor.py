@@ -47,10 +47,12 @@ def gradients(model, loss):
         ({"keep": 1.5}, "1.5"),
         ({"keep": float("nan")}, "nan"),
         ({"keep": "much"}, "much"),
-        ({"mode": "papers"}, "default, paper"),
+        ({"mode": "papers"}, "low-bit, pruned, paper"),
         ({"attention": "flash"}, "pruned, exact"),
         ({"values": "fp8"}, "bf16, fp32, fp16, int8"),
         ({"derivative_bits": 1}, "2, 3 or 4"),
+        ({"recompute": "all"}, "None, attention, block"),
+        ({"exact": "depthwise"}, "tuple of patterns"),
     ],
 )
 def test_bad_settings_are_refused_in_a_sentence(settings, word):
@@ -105,9 +107,12 @@ def test_frozen_weights_keep_nothing_of_x():
     model = mlp().requires_grad_(False)
     model[0].bias.requires_grad_(True)
     x = torch.randn(1000, 16)
-    with Kept(model) as kept, Razor(0.1):
+    with Kept(model) as kept, Razor(0.1, mode="pruned"):
         model(x)
     assert kept.bytes == 1000 * 64 // 4  # the derivative codes, 2 bits each
+    with Kept(model) as kept, Razor(0.1):
+        model(x)
+    assert kept.bytes == 1000 * 64 + 1000 * 2 / 2  # GELU's input: a matrix is kept in 8 bits, a scale for every 128
     conv = nn.Conv2d(3, 4, 3).requires_grad_(False)
     with Kept(conv) as kept, Razor(0.1):
         conv(torch.randn(2, 3, 9, 9).requires_grad_())
@@ -125,7 +130,7 @@ def test_what_is_stored_goes_with_the_graph():
     model, razor, x = mlp(), Razor(0.1), torch.randn(3000, 16)
     with razor:
         loss = model(x).sum()
-        assert len(razor._store) == 2
+        assert len(razor._store) == 3  # x, GELU's input, and its output, which is made from that
         loss.backward()
         assert len(razor._store) == 0  # dropped by the backward pass, within the context
         loss = model(x).sum()

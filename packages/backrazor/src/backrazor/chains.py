@@ -11,10 +11,14 @@ place: the forward value is the one that the chain computed, and the nodes of th
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .store import Held
 
 Expression = tuple[Any, ...]
 """("x",) or (operation, expression, …, numbers)."""
@@ -89,6 +93,58 @@ class Chains:
         else:
             expression = (name, left, float(second))
         return (x, expression) if _begins_known(expression) else NotImplemented
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention's scores as written out: Q Kᵀ, then products with numbers and sums with masks, in the order of calls."""
+
+    q: Held
+    k: Held
+    """As the second factor of the product."""
+    steps: tuple[tuple[str, float | None], ...]
+    """("mul", c), ("div", c), or ("add", None) for the next of the masks."""
+    masks: tuple[Tensor, ...]
+
+    def make(self, q: Tensor, k: Tensor, *masks: Tensor) -> Tensor:
+        """The scores, from Q and K again."""
+        s, left = torch.matmul(q, k), list(masks)
+        for step, number in self.steps:
+            s = s.mul_(number) if step == "mul" else s.div_(number) if step == "div" else s + left.pop(0)
+        return s
+
+
+class ScoresInSight:
+    """Which tensors are attention's scores; forgotten with the tensor, or when it is changed in place."""
+
+    def __init__(self) -> None:
+        self._of: Any = WeakIdKeyDictionary()
+
+    def clear(self) -> None:
+        self._of.clear()
+
+    def put(self, s: Tensor, scores: Scores) -> Tensor:
+        self._of[s] = (s._version, scores)
+        return s
+
+    def get(self, s: Any) -> Scores | None:
+        found = self._of.get(s) if isinstance(s, Tensor) else None
+        return found[1] if found is not None and found[0] == s._version else None
+
+    def step(self, name: str, s: Any, other: Any) -> Scores | None:
+        """The scores after one more step, if ``s`` are scores and the step is one of theirs."""
+        before = self.get(s)
+        if before is None and name in ("add", "mul"):
+            s, other = other, s
+            before = self.get(s)
+        if before is None:
+            return None
+        if name == "add" and isinstance(other, Tensor):
+            fits = other.is_floating_point() and torch.broadcast_shapes(s.shape, other.shape) == s.shape
+            return replace(before, steps=(*before.steps, ("add", None)), masks=(*before.masks, other)) if fits else None
+        if name in ("mul", "div") and isinstance(other, int | float):
+            return replace(before, steps=(*before.steps, (name, float(other))))
+        return None
 
 
 def _begins_known(expression: Expression) -> bool:

@@ -281,3 +281,132 @@ void br_decode8(const int8_t *codes, const u16 *scales, i64 spans, i64 n, float 
     for (i64 i = 0; i < count; i++) out[span * n + a + i] = (float)codes[span * n + a + i] * scale;
   }
 }
+
+/* Low bits (lowbit.py): x (blocks, rows, columns) in groups of `group` rows of a column, each with its two ends. */
+
+INLINE float load(const void *x, int kind, i64 at) {
+  return kind == F32 ? ((const float *)x)[at] : as_float((u32)((const u16 *)x)[at] << 16);
+}
+
+/* The largest bfloat16 that is no larger. */
+INLINE float downwards(float f) {
+  u32 bits = as_bits(f), cut = bits & 0xFFFF0000u;
+  return as_float((bits >> 31) && cut != bits ? cut + 0x10000u : cut);
+}
+
+/* Least and largest of `rows` rows, `count` columns side by side. A NaN stays. */
+INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low, float *high) {
+  for (i64 c = 0; c < count; c++) low[c] = high[c] = load(x, kind, start + c);
+  for (i64 r = 1; r < rows; r++)
+    for (i64 c = 0; c < count; c++) {
+      float v = load(x, kind, start + r * columns + c);
+      low[c] = (v < low[c]) | (v != v) ? v : low[c];
+      high[c] = (v > high[c]) | (v != v) ? v : high[c];
+    }
+}
+
+#define LANES 16
+/* The same of one column, whose rows stand side by side: LANES at a time. */
+INLINE void find_ends_alone(const void *x, int kind, i64 start, i64 rows, float *low, float *high) {
+  float lows[LANES], highs[LANES];
+  i64 lanes = least(LANES, rows), tall = rows / lanes;
+  find_ends(x, kind, start, lanes, tall, lanes, lows, highs);
+  for (i64 r = tall * lanes; r < rows; r++) {
+    float v = load(x, kind, start + r);
+    lows[0] = (v < lows[0]) | (v != v) ? v : lows[0];
+    highs[0] = (v > highs[0]) | (v != v) ? v : highs[0];
+  }
+  for (i64 l = 1; l < lanes; l++) {
+    lows[0] = (lows[l] < lows[0]) | (lows[l] != lows[l]) ? lows[l] : lows[0];
+    highs[0] = (highs[l] > highs[0]) | (highs[l] != highs[l]) ? highs[l] : highs[0];
+  }
+  *low = lows[0], *high = highs[0];
+}
+
+INLINE u8 lowbit_code(float x, float first, float inverse, float top) {
+  float q = rintf((x - first) * inverse);
+  q = q > 0 ? q : 0;
+  return (u8)(i32)(q < top ? q : top);
+}
+
+INLINE void lowbit_codes(const void *x, int kind, i64 blocks, i64 rows, i64 columns, i64 group, int width, float shrink,
+                         u16 *ends, u8 *codes) {
+  i64 groups = (rows + group - 1) / group, strips = (columns + W - 1) / W;
+  float top = (float)((1 << width) - 1);
+  PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
+    float low[W], high[W], inverse[W];
+    i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
+    i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
+    i64 start = (b * rows + g * group) * columns + c0;
+    u16 *to = ends + (b * groups + g) * 2 * columns + c0;
+    if (columns == 1)
+      find_ends_alone(x, kind, start, here, low, high);
+    else
+      find_ends(x, kind, start, columns, here, count, low, high);
+    for (i64 c = 0; c < count; c++) {
+      float inside = (high[c] - low[c]) * shrink, first = downwards(low[c] + inside);
+      u16 half = to_bf16((high[c] - inside - first) / top);
+      float step = as_float((u32)half << 16);
+      to[c] = (u16)(as_bits(first) >> 16);
+      to[columns + c] = half;
+      low[c] = first;
+      inverse[c] = step > 0 ? 1 / step : 0;
+    }
+    if (columns == 1)
+      for (i64 r = 0; r < here; r++)
+        codes[start + r] = lowbit_code(load(x, kind, start + r), low[0], inverse[0], top);
+    else
+      for (i64 r = 0; r < here; r++)
+        for (i64 c = 0; c < count; c++) {
+          i64 at = start + r * columns + c;
+          codes[at] = lowbit_code(load(x, kind, at), low[c], inverse[c], top);
+        }
+  }
+}
+
+/* Returns 0, or 1 without memory. */
+int br_lowbit_pack(const void *x, int kind, i64 blocks, i64 rows, i64 columns, i64 group, int width, float shrink,
+                   u16 *ends, u8 *packed) {
+  i64 n = blocks * rows * columns;
+  u8 *codes = width == 8 ? packed : malloc((size_t)n);
+  if (!codes) return 1;
+  if (kind == F32)
+    lowbit_codes(x, F32, blocks, rows, columns, group, width, shrink, ends, codes);
+  else
+    lowbit_codes(x, BF16, blocks, rows, columns, group, width, shrink, ends, codes);
+  if (width == 8) return 0;
+  br_pack_bytes(codes, n, width, packed);
+  free(codes);
+  return 0;
+}
+
+void br_lowbit_unpack(const u8 *packed, const u16 *ends, i64 blocks, i64 rows, i64 columns, i64 group, int width,
+                      float *out) {
+  i64 groups = (rows + group - 1) / group, n = blocks * rows * columns;
+  /* A job is a strip of a block's group: of one column all its rows, otherwise W columns. */
+  i64 strips = (columns + W - 1) / W;
+  PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
+    float first[W], step[W];
+    i32 codes[W];
+    i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
+    i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
+    i64 start = (b * rows + g * group) * columns + c0;
+    const u16 *from = ends + (b * groups + g) * 2 * columns + c0;
+    for (i64 c = 0; c < count; c++) {
+      first[c] = as_float((u32)from[c] << 16);
+      step[c] = as_float((u32)from[columns + c] << 16);
+    }
+    if (columns == 1)
+      for (i64 r = 0; r < here; r += W) {
+        i64 part = least(W, here - r);
+        decode_range(packed, n, width, start + r, start + r + part, codes);
+        for (i64 i = 0; i < part; i++) out[start + r + i] = (float)codes[i] * step[0] + first[0];
+      }
+    else
+      for (i64 r = 0; r < here; r++) {
+        i64 at = start + r * columns;
+        decode_range(packed, n, width, at, at + count, codes);
+        for (i64 c = 0; c < count; c++) out[at + c] = (float)codes[c] * step[c] + first[c];
+      }
+  }
+}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .rows import Rows
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -46,6 +47,8 @@ SIGNATURES = {
     "br_unpack": "pippllllililp",
     "br_encode8": "pllpp",
     "br_decode8": "ppllp",
+    "br_lowbit_pack": "pillllifpp",
+    "br_lowbit_unpack": "ppllllip",
 }
 
 
@@ -222,4 +225,29 @@ def decode8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     out = codes.new_empty(codes.shape, dtype=torch.float32)
     library().br_decode8(codes.data_ptr(), scales.data_ptr(), *codes.shape, out.data_ptr())
+    return out
+
+
+def lowbit_pack(x: Tensor, cut: Rows, shrink: float, ends: Tensor, n_bytes: int) -> Tensor | None:
+    """Packed codes, uint8 (n_bytes,), of ``x`` (blocks, rows, columns); fills in the ends."""
+    if x.dtype not in KINDS or not _fits(x, ends):
+        return None
+    out = x.new_empty(n_bytes, dtype=torch.uint8)
+    failed = library().br_lowbit_pack(
+        x.data_ptr(), KINDS[x.dtype], cut.blocks, cut.rows, cut.columns, cut.group, cut.width, shrink,
+        ends.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the codes of an activation")
+    return out
+
+
+def lowbit_unpack(codes: Tensor, ends: Tensor, cut: Rows, dtype: torch.dtype) -> Tensor | None:
+    """first + code · step, float32 (elements,)."""
+    if dtype != torch.float32 or not _fits(codes, ends):
+        return None
+    out = torch.empty(cut.elements)
+    library().br_lowbit_unpack(
+        codes.data_ptr(), ends.data_ptr(), cut.blocks, cut.rows, cut.columns, cut.group, cut.width, out.data_ptr()
+    )
     return out

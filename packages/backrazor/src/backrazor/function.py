@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derived import made
 from .errors import RazorError
-from .saved import Affine, Dense, Pruned, Recipe
+from .saved import Affine, Recipe
 from .store import Held, Rebuilt, seen_as
 
 
@@ -86,6 +87,11 @@ class Kept:
         x = seen_as(x, geometry)
         return x.clone() if own and not alone else x
 
+    def as_given(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As :meth:`dense`, but what was saved by reference and is no number keeps its type."""
+        tensors, recipe, _ = self._parts[name]
+        return self.dense(name, dtype) if recipe is not None or tensors[0].is_floating_point() else tensors[0]
+
     def affine(self, name: str, dtype: torch.dtype, features: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x̂, γ, β) where x̂ γ + β, with weights over the last ``features``, is what is kept; otherwise x and None."""
         tensors, recipe, geometry = self._parts[name]
@@ -99,9 +105,4 @@ class Kept:
 
     def _made(self, name: str, recipe: Recipe, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
         """A recipe's tensor, and whether the caller alone has it."""
-        if isinstance(recipe, Affine) and isinstance(recipe.base, Pruned):
-            x, alone = self._made(name, recipe.base, tensors[: recipe.base_tensors], dtype)
-            return recipe.apply(x, tensors, alone), True
-        if isinstance(recipe, Pruned) and name in self._rebuilt:
-            return self._rebuilt[name].get(recipe, tensors, dtype)
-        return recipe.rebuild(tensors, dtype), not isinstance(recipe, Dense)
+        return made(recipe, self._rebuilt.get(name), tensors, dtype)

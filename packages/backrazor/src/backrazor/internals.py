@@ -9,8 +9,8 @@ compositions (``local_response_norm``, ``lp_pool2d``, losses) are left whole to 
 
 import functools
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -78,3 +78,37 @@ def within_compiled_call() -> bool:
     from torch._C._dynamo import eval_frame
 
     return callable(eval_frame.get_eval_frame_callback())
+
+
+def own_saving() -> AbstractContextManager[Any]:
+    """Within it hooks on saved tensors, of a ledger say, do not see what is saved: it is gone at once.
+
+    ``detach``, since a saved output that is kept as it is holds the graph that holds it.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
+
+
+def random_state(x: Tensor) -> Tensor:
+    """The state of the random numbers of the device of ``x``."""
+    if is_fake(x):
+        return x.new_empty(len(torch.get_rng_state()) if x.device.type == "cpu" else 16, dtype=torch.uint8)
+    return torch.get_rng_state() if x.device.type == "cpu" else torch.cuda.get_rng_state(x.device)
+
+
+@contextmanager
+def random_numbers(device: torch.device, state: Tensor) -> Iterator[None]:
+    """Within it random numbers begin at ``state``; after it they go on as if nothing had been drawn."""
+    if is_fake(state):
+        yield
+        return
+    get, put = (torch.get_rng_state, torch.set_rng_state) if device.type == "cpu" else _cuda_state(device)
+    before = get()
+    put(state)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def _cuda_state(device: torch.device) -> tuple[Any, Any]:
+    return lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)

@@ -1,18 +1,29 @@
 """What operations ask of a Razor: its settings, and to keep a tensor in the form that they name."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .chains import Chains
+from .chains import Chains, ScoresInSight
 from .coded import Levels, code, rounding
+from .derived import derive
 from .errors import RazorError
 from .groups import groups_for
-from .saved import Dense, Geometry, Saved, eight_bit, prune, prune_as_paper
+from .saved import Dense, Geometry, Saved, eight_bit, low_bit, prune, prune_as_paper
 from .store import Held, Holder, Store
 from .values import FORMATS
 from .weights import PARAMETER, rank
+from .widths import LOWEST, width_of
 
-MODES = ("default", "paper")
+MODES = ("low-bit", "pruned", "paper")
 ATTENTION = ("pruned", "exact")
+RECOMPUTED: dict[str | None, frozenset[str]] = {
+    "auto": frozenset(),
+    None: frozenset(),
+    "attention": frozenset(("query", "key", "value")),
+    "block": frozenset(("query", "key", "value", "activation")),
+}
+"""Kinds of tensors that, where they are a linear layer's output, are made from its input again."""
 
 
 class Keeper:
@@ -22,7 +33,9 @@ class Keeper:
         RazorError: a setting that is none of these.
     """
 
-    def __init__(self, keep: float, mode: str, attention: str, values: str, derivative_bits: int) -> None:
+    def __init__(
+        self, keep: float, mode: str, attention: str, values: str, derivative_bits: int, recompute: str | None
+    ) -> None:
         super().__init__()
         if not isinstance(keep, int | float) or not 0 < keep <= 1:
             raise RazorError(f"keep={keep!r} is not in (0, 1]: it is the fraction of each activation that is kept")
@@ -36,8 +49,13 @@ class Keeper:
         if derivative_bits not in (2, 3, 4):
             raise RazorError(f"derivative_bits={derivative_bits!r} is not 2, 3 or 4")
         self.keep, self.mode, self.attention, self.values = float(keep), mode, attention, values
-        self.derivative_bits = derivative_bits
-        self.chains = Chains()
+        if recompute not in RECOMPUTED:
+            raise RazorError(f"recompute={recompute!r} is not one of auto, None, attention, block")
+        if recompute == "auto":
+            recompute = "block" if mode == "low-bit" and self.keep < LOWEST else None
+        self.derivative_bits, self.recompute = derivative_bits, recompute
+        self._recomputed = RECOMPUTED[recompute]
+        self.chains, self.scores = Chains(), ScoresInSight()
         self._groups = groups_for(self.keep) if keep < 1 else None
         self._store = Store()
 
@@ -50,21 +68,36 @@ class Keeper:
         """What is stored stays in the graphs that need it, and is not shared any more."""
         self._store.clear()
         self.chains.clear()
+        self.scores.clear()
 
-    def hold(self, x: Tensor, *, values: str | None = None, probabilities: bool = False, own: bool = False) -> Held:
-        """What stands for ``x``, pruned; stored once for all operations that save it. A weight is kept by reference.
+    def hold(
+        self,
+        x: Tensor,
+        kind: str = "input",
+        channels: tuple[int, ...] = (-1,),
+        *,
+        values: str | None = None,
+        probabilities: bool = False,
+        own: bool = False,
+    ) -> Held:
+        """What stands for ``x``; stored once for all operations that save it. A weight is kept by reference.
 
         Args:
+            kind: which of :data:`.widths.EXTRA` tells its bits in the mode "low-bit".
+            channels: dimensions whose indices are different channels, in the mode "low-bit".
             values: the mode "paper"'s format for this operation; float16 if not given.
             probabilities: of a softmax: kept in 8 bits where values are in 16.
             own: not shared.
         """
         if rank(x) == PARAMETER:
             return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
+        if self.mode == "low-bit":
+            again = self._store.find(x, "recomputed") if kind in self._recomputed else None
+            return again or self._store.hold(x, "kept", lambda: self.low_bit(x, kind, channels))
         if self.mode == "paper" and not probabilities:
-            found = self._store.find(x, "pruned") if not own and x.is_contiguous() else None
+            found = self._store.find(x, "kept") if not own and x.is_contiguous() else None
             return found if found is not None else Held(Holder(self.prune(x, values=values)), None)
-        return self._store.hold(x, "pruned", lambda: self.prune(x, values=values, probabilities=probabilities))
+        return self._store.hold(x, "kept", lambda: self.prune(x, values=values, probabilities=probabilities))
 
     def prune(self, x: Tensor, *, values: str | None = None, probabilities: bool = False) -> Saved:
         """``x``, pruned and not remembered."""
@@ -72,6 +105,12 @@ class Keeper:
             return prune_as_paper(x, self.keep, values or "fp16")
         short = probabilities and self.values in ("bf16", "fp16")
         return prune(x, self._groups, "int8" if short else self.values)
+
+    def low_bit(self, x: Tensor, kind: str, channels: tuple[int, ...]) -> Saved:
+        """``x`` in the bits of its kind, and not remembered; ``x`` itself at keep = 1."""
+        if self.keep == 1:
+            return Saved((x,), Dense(Geometry.of(x)))
+        return low_bit(x, width_of(kind, self.keep), channels)
 
     def hold_eight_bit(self, x: Tensor) -> Held:
         """What stands for ``x``, every element in 8.125 bits; ``x`` itself at keep = 1."""
@@ -86,11 +125,24 @@ class Keeper:
 
     def find(self, x: Tensor) -> Held | None:
         """What stands for ``x``, pruned, if it is stored."""
-        return self._store.find(x, "pruned")
+        return self._store.find(x, "kept")
 
     def share(self, y: Tensor, saved: Saved, base: Held) -> None:
         """Let the next operation that saves ``y`` make it from ``saved``, which uses the tensors of ``base``."""
-        base.holder.shared.append(self._store.put(y, "pruned", saved, base.holder.rebuilt).holder)
+        base.holder.shared.append(self._store.put(y, "kept", saved, base.holder.rebuilt).holder)
+
+    def derive(
+        self,
+        y: Tensor,
+        make: Callable[..., Tensor],
+        parts: tuple[Held, ...],
+        references: tuple[Tensor, ...] = (),
+        kind: str = "kept",
+    ) -> Held:
+        """Let the next operation that saves ``y`` make it, by ``make``, from what is kept of its parts."""
+        held = self._store.put(y, kind, derive(y, make, parts, references))
+        parts[0].holder.shared.append(held.holder)
+        return held
 
     def same_geometry(self, held: Held, *tensors: Tensor) -> bool:
         """Whether what is kept is rebuilt with the shape and strides that all these tensors have."""

@@ -1,6 +1,6 @@
 """The context manager: within it, calls that save activations are met and answered by operations that save less."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import RazorError
+from .exact import Exact
 from .internals import (
     is_wrapper,
     open_modes,
@@ -19,24 +20,30 @@ from .internals import (
 )
 from .keeper import Keeper
 from .ops.logits import Logits, answer
-from .table import mark_computed, rules
+from .table import mark_computed, names, rules
 
 
 class Razor(Keeper, TorchFunctionMode):
-    """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves the largest tenth of each activation.
+    """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves a tenth of the bits of each activation.
 
     The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it
     for every micro-batch. :func:`.table.describe` lists what each operation keeps.
 
     Args:
-        keep: fraction of each activation's elements that are kept, in (0, 1]; 1 keeps all, and is plain autograd.
-        mode: "default", or "paper": the official code's threshold a sample, float16 values, bitmask, activation
-            functions' inputs dense in float16, and a norm shares nothing with the next layer.
-        attention: "pruned" as in the paper, or "exact" to leave softmax, products of activations and
+        keep: fraction that is kept, in (0, 1]; 1 keeps all, and is plain autograd. In the mode "low-bit" of the 32 bits
+            of an element (0.1 means some 3 bits, 2 are the least), in the other modes of the elements.
+        mode: "low-bit"; "pruned", the largest elements of small groups; "paper", the official code's threshold a sample,
+            float16 values, bitmask, activation functions' inputs dense in float16, and a norm shares nothing.
+        attention: "pruned": as the mode keeps it; "exact" leaves softmax, products of activations and
             scaled_dot_product_attention to PyTorch.
-        values: how kept values are written: "bf16", "fp32", "fp16" or "int8" (a scale for every 128). The mode "paper"
-            has float16, and float32 for norms and convolutions.
-        derivative_bits: bits for the derivative of an activation function: 2, 3 or 4.
+        values: how kept values are written in the mode "pruned": "bf16", "fp32", "fp16" or "int8" (a scale for every
+            128). The mode "paper" has float16, and float32 for norms and convolutions.
+        derivative_bits: bits for the derivative of an activation function in the mode "pruned": 2, 3 or 4.
+        recompute: outputs of linear layers that are made again in the backward pass and not stored, in the mode
+            "low-bit": "attention", Q, K and V; "block", also the inputs of activation functions; None, nothing;
+            "auto" is None, and "block" where ``keep`` is below 1/16.
+        exact: patterns of what is left to PyTorch: names of operations in the table, "attention", "norm",
+            "activation", "convolution", "depthwise", or of modules: ("depthwise", "*.stem").
 
     Raises:
         RazorError: a setting that is none of these.
@@ -46,26 +53,34 @@ class Razor(Keeper, TorchFunctionMode):
         self,
         keep: float = 0.1,
         *,
-        mode: str = "default",
+        mode: str = "low-bit",
         attention: str = "pruned",
         values: str = "bf16",
         derivative_bits: int = 2,
+        recompute: str | None = "auto",
+        exact: Iterable[str] = (),
     ) -> None:
-        super().__init__(keep, mode, attention, values, derivative_bits)
+        super().__init__(keep, mode, attention, values, derivative_bits, recompute)
+        if isinstance(exact, str):
+            raise RazorError(f'exact={exact!r} is one word: give a tuple of patterns, as ("depthwise", "*.stem")')
+        self.exact = Exact(exact)
+        self._names: dict[Any, str] = {}
         self._rules: dict[Any, Callable[..., Any]] = {}
         self._outer_hook: Any = None
 
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in open_modes()):
             raise RazorError("a Razor is open already: one setting holds for the whole forward pass")
-        self._rules = rules()
+        self._rules, self._names = rules(), names()
         self._outer_hook = saved_tensor_hook()
         _refuse_compile(within_compiled_call())
         super().__enter__()
+        self.exact.open()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.exact.close(finished=error[0] is None)
         self.forget()
 
     def __torch_function__(
@@ -79,6 +94,8 @@ class Razor(Keeper, TorchFunctionMode):
             return answer(func, args, kwargs, self.__torch_function__)
         rule = self._rules.get(func)
         if rule is not None and not self._steps_aside((*args, *kwargs.values())):
+            if self.exact.holds(self._names[func], args, kwargs):
+                return func(*args, **kwargs)
             result = rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result

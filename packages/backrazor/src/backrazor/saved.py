@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import packing, paper_packing
+from . import lowbit, packing, paper_packing
 from .groups import Groups
 from .layout import Layout, layout_of
+from .rows import Rows, rows_of
 from .values import decode, encode
+
+HEAD = 1 << 17
+"""A matrix of no more elements is the input of a head: it takes few bytes, and is kept in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class Geometry:
 
     def restore(self, flat: Tensor) -> Tensor:
         return flat.as_strided(self.shape, self.stride)
+
+    def impose(self, x: Tensor) -> Tensor:
+        """``x``, of this shape, with these strides: copied if it has others."""
+        if tuple(x.stride()) == self.stride and x.shape == self.shape:
+            return x
+        return x.new_empty_strided(self.shape, self.stride).copy_(x.view(self.shape))
 
 
 def _fills_its_memory(x: Tensor) -> bool:
@@ -90,6 +100,18 @@ class Pruned(Recipe):
 
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         return self.geometry.restore(packing.unpack(tensors, self.layout, dtype))
+
+
+@dataclass(frozen=True)
+class LowBit(Recipe):
+    """Every element in a few bits, between the ends of its group (:mod:`.lowbit`)."""
+
+    cut: Rows
+    geometry: Geometry
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        codes, ends = tensors
+        return self.geometry.restore(lowbit.unpack(codes, ends, self.cut, dtype))
 
 
 @dataclass(frozen=True)
@@ -145,21 +167,6 @@ class Affine(Recipe):
         return self.apply(x, tensors, alone=not isinstance(self.base, Dense))
 
 
-@dataclass(frozen=True)
-class Dropped(Recipe):
-    """A dropout's output, from what is kept of its input and its exact mask."""
-
-    geometry: Geometry
-    base: Recipe
-    base_tensors: int
-    mask: Recipe
-    scale: float
-
-    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        x = self.base.rebuild(tensors[: self.base_tensors], dtype)
-        return x * self.mask.rebuild(tensors[self.base_tensors :], dtype) * self.scale
-
-
 def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
     """Pack ``x``, or keep it as it is where packing would not make it smaller."""
     if groups is None or x.numel() == 0:
@@ -170,6 +177,19 @@ def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
     if packing.stored_bytes(layout) >= x.numel() * x.element_size():
         return Saved((x,), Dense(Geometry.of(x)))
     return Saved(packing.pack(flat.view(-1), layout), Pruned(layout, geometry))
+
+
+def low_bit(x: Tensor, width: int, channels: tuple[int, ...]) -> Saved:
+    """``x`` in codes of ``width`` bits, in groups of one channel; in 8 bits where that gives no groups."""
+    geometry = Geometry.of(x)
+    order = geometry.order()
+    among = {order.index(c % x.dim()) for c in channels} if x.dim() else set()
+    cut = rows_of(tuple(x.shape[d] for d in order), among, width) if x.numel() else None
+    if cut is None or (x.dim() <= 2 and x.numel() <= HEAD):
+        return eight_bit(x)
+    if lowbit.stored_bytes(cut) >= x.numel() * x.element_size():
+        return Saved((x,), Dense(geometry))
+    return Saved(lowbit.pack(geometry.in_memory_order(x.detach()), cut), LowBit(cut, geometry))
 
 
 def prune_as_paper(x: Tensor, keep: float, values: str) -> Saved:

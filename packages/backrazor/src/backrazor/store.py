@@ -1,6 +1,7 @@
 """A tensor that several operations save is stored once, as long as the graph that needs it lives."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,12 @@ class Rebuilt:
     """What was made dense again of one stored tensor, while graph nodes are left that need it.
 
     q, k and v, or a norm and the layer after it, run their backward passes one after the other and are served by one
-    dense tensor. At most one such tensor is kept at a time.
+    dense tensor. At most ``MOST`` such tensors are kept at a time: an attention's Q, K, V and P.
     """
 
     __slots__ = ("__weakref__", "dense", "users")
-    _last: "weakref.ref[Rebuilt] | None" = None
+    MOST = 4
+    _recent: "deque[weakref.ref[Rebuilt]]" = deque()
 
     def __init__(self) -> None:
         self.users = 0
@@ -46,14 +48,18 @@ class Rebuilt:
         if x is None or x.dtype != dtype:
             x = recipe.rebuild(tensors, dtype)
             if not alone:
-                last = Rebuilt._last() if Rebuilt._last is not None else None
-                if last is not None:
-                    last.dense = None
-                Rebuilt._last = weakref.ref(self)
-                self.dense = x
+                self._remember(x)
         if alone:
             self.dense = None
         return x, alone
+
+    def _remember(self, x: Tensor) -> None:
+        recent = [other for ref in Rebuilt._recent if (other := ref()) is not None and other.dense is not None]
+        recent = [other for other in recent if other is not self]
+        for other in recent[: max(0, len(recent) - Rebuilt.MOST + 1)]:
+            other.dense = None
+        Rebuilt._recent = deque(weakref.ref(other) for other in [*recent[-Rebuilt.MOST + 1 :], self])
+        self.dense = x
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .keeper import Keeper
-from .ops import attention, chains, conv, linear, loss, lossless, norms, pointwise
+from .ops import attention, chains, conv, copies, linear, loss, lossless, norms, pointwise
 from .weights import mark, of_weights_alone
 
 
@@ -238,6 +238,22 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     *(
         Operation(
+            name,
+            calls,
+            copies.copy(calls[0]),
+            "all",
+            "nothing",
+            "nothing; the next operation makes its input from what is kept of the original",
+            "attention's output is laid out anew before its projection",
+        )
+        for name, calls in {
+            "contiguous": _methods("contiguous"),
+            "reshape": (Tensor.reshape, torch.reshape),
+            "to": _methods("to"),
+        }.items()
+    ),
+    *(
+        Operation(
             f"link: {name}",
             calls,
             chains.link(name, calls[0]),
@@ -251,6 +267,7 @@ OPERATIONS: tuple[Operation, ...] = (
             "add": (torch.add, *_methods("add", "__add__", "__radd__")),
             "mean": (torch.mean, *_methods("mean")),
             "rsqrt": (torch.rsqrt, *_methods("rsqrt")),
+            "div": (torch.div, *_methods("div", "__truediv__")),
         }.items()
     ),
 )
@@ -314,6 +331,11 @@ def mark_computed(call: Any, result: Any, values: tuple[Any, ...]) -> Any:
         for part in result:
             mark(part)
     return result
+
+
+def names() -> dict[Any, str]:
+    """From a function of torch to the name of its operation."""
+    return {call: operation.name for operation in OPERATIONS for call in operation.calls}
 
 
 def describe() -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chains import Scores
 from ..coded import mask_bits
 from ..function import Function, Kept, save
 from ..internals import is_fake
@@ -25,7 +26,8 @@ from ..keeper import Keeper
 from ..saved import Geometry, Saved
 from ..store import Held, Holder
 from ..weights import LEAF, rank
-from .linear import Linear
+from .attention_low_bit import heads_and, low_bit_attention
+from .linear import Linear, again
 
 
 class Softmax(Function):
@@ -35,7 +37,17 @@ class Softmax(Function):
     def forward(ctx: Any, s: Tensor, dim: int, dtype: torch.dtype | None, razor: Keeper) -> Tensor:
         ctx.dim, ctx.dtype = dim, s.dtype
         p = F.softmax(s, dim, dtype=dtype)
-        save(ctx, p=razor.hold(p.detach(), probabilities=True))
+        scores = razor.scores.get(s) if razor.mode == "low-bit" else None
+        if scores is not None:  # P is made from Q and K again
+            made = scores.make
+            held = razor.derive(
+                p, lambda *given: torch.softmax(made(*given), dim), (scores.q, scores.k), scores.masks
+            )
+        elif razor.mode == "low-bit":
+            held = razor.hold_eight_bit(p)
+        else:
+            held = razor.hold(p.detach(), probabilities=True)
+        save(ctx, p=held)
         return p
 
     @staticmethod
@@ -52,19 +64,14 @@ def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
 class Matmul(Function):
     """C = A B; dA = g B̂ᵀ, dB = Âᵀ g, with leading dimensions broadcast as in ``torch.matmul``.
 
-    A factor that is a weight ("a" or "b") is kept by reference, so that the other one's gradient is exact.
+    A factor that is a weight is kept by reference, so that the other one's gradient is exact.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, weight: str, razor: Keeper) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, a_kept: Held | Tensor, b_kept: Held | Tensor) -> Tensor:
         ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
         needs_a, needs_b, *_ = ctx.needs_input_grad
-        kept: dict[str, Held | Tensor] = {}
-        if needs_b:
-            kept["a"] = a if weight == "a" else razor.hold(a)
-        if needs_a:
-            kept["b"] = b if weight == "b" else razor.hold(b)
-        save(ctx, **kept)
+        save(ctx, a=a_kept if needs_b else None, b=b_kept if needs_a else None)
         return torch.matmul(a, b)
 
     @staticmethod
@@ -254,17 +261,28 @@ def matmul(razor: Keeper, input: Tensor, other: Tensor) -> Tensor:
     if razor.attention == "exact" and max(left, right) == LEAF:
         return NotImplemented  # it may be a value as well as a weight
     if right > left and other.dim() == 2 and other.requires_grad:
-        return Linear.apply(input, other, None, True, razor)
+        return again(razor, Linear.apply(input, other, None, True, razor), input, other, None, True)
     if input.dim() < 2 or other.dim() < 2:
         return NotImplemented
     if left != right:  # a frozen weight keeps nothing of x
         weight = other if right > left else input
-        return (
-            Matmul.apply(input, other, "b" if right > left else "a", razor) if weight.requires_grad else NotImplemented
-        )
+        if not weight.requires_grad:
+            return NotImplemented
+        if right > left:
+            return Matmul.apply(input, other, razor.hold(input), other)
+        return Matmul.apply(input, other, input, razor.hold(other, "input", (-2,)))
     if left or not (input.requires_grad and other.requires_grad) or razor.attention == "exact":
         return NotImplemented  # two weights: PyTorch keeps both by reference
-    return Matmul.apply(input, other, "", razor)
+    if razor.mode != "low-bit":
+        return Matmul.apply(input, other, razor.hold(input), razor.hold(other))
+    a = razor.hold(input, "query", heads_and(-1, input))
+    if other.stride(-2) < other.stride(-1):  # transposed, as the keys of attention are
+        b = razor.hold(other, "key", heads_and(-2, other))
+    else:
+        b = razor.hold(other, "value", heads_and(-1, other))
+    y: Tensor = Matmul.apply(input, other, a, b)
+    razor.derive(y, torch.matmul, (a, b))
+    return razor.scores.put(y, Scores(a, b, (), ()))
 
 
 def scaled_dot_product_attention(
@@ -284,6 +302,9 @@ def scaled_dot_product_attention(
         return NotImplemented
     if razor.attention == "exact":
         return NotImplemented
+    if razor.mode == "low-bit":
+        settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return low_bit_attention(razor, query, key, value, attn_mask, settings)
     lead = query.shape[:-3]
     q, k, v = (t.reshape(-1, *t.shape[-3:]) if t.dim() > 4 else t for t in (query, key, value))
     q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))

@@ -12,12 +12,15 @@ from torch import Tensor
 from ..chains import HALF_X, MEAN_SQUARE, ONE_PLUS_TANH, QUICK, alike
 from ..keeper import Keeper
 from ..weights import rank
-from .pointwise import ACTIVATIONS, Pointwise
+from .pointwise import ACTIVATIONS, activate
 from .products import SMALL, Gated, Normalised, Product, Scaled
 
 
 def mul(razor: Keeper, input: Any, other: Any) -> Any:
     """``*`` and ``torch.mul``."""
+    scores = razor.scores.step("mul", input, other)
+    if scores is not None:
+        return razor.scores.put(torch.mul(input, other), scores)
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         found = razor.chains.follow("mul", input, other)
         return NotImplemented if found is NotImplemented else razor.chains.label(torch.mul(input, other), *found)
@@ -60,10 +63,11 @@ def finish(razor: Keeper, a: Tensor, b: Tensor) -> Any:
         own = razor.chains.of(left)
         if alike(expression, ONE_PLUS_TANH) and own is not None and own[0] is x and alike(own[1], HALF_X):
             y = a.detach() * b.detach()
-            return Pointwise.apply(x, lambda _, y=y, **__: y, {"approximate": "tanh"}, ACTIVATIONS[F.gelu], razor)
+            settings = {"approximate": "tanh"}
+            return activate(razor, x, lambda _, **__: y, settings, ACTIVATIONS[F.gelu], F.gelu)
         if alike(expression, QUICK) and left is x:
             y = a.detach() * b.detach()
-            return Pointwise.apply(x, lambda _, y=y, **__: y, {}, ACTIVATIONS["quick_gelu"], razor)
+            return activate(razor, x, lambda _, **__: y, {}, ACTIVATIONS["quick_gelu"], lambda x: x * torch.sigmoid(1.702 * x))
         if expression[0] == "activation" and left is not x and left.requires_grad and left.shape == x.shape:
             call, settings = expression[1:]
             return Gated.apply(x, left, a.detach() * b.detach(), call, dict(settings), razor)
@@ -82,6 +86,8 @@ def link(name: str, call: Any) -> Any:
             found = razor.chains.follow(name, args[0])
         elif kwargs or not 1 <= len(args) <= 2:
             return NotImplemented
+        elif name in ("add", "div") and (scores := razor.scores.step(name, *args)) is not None:
+            return razor.scores.put(call(*args), scores)
         else:
             found = razor.chains.follow(name, *args)
         if found is NotImplemented:

@@ -26,7 +26,7 @@ class Conv(Function):
         ctx.x_like, ctx.settings, ctx.transposed = (x.shape, x.dtype), settings, call in TRANSPOSED
         ctx.bias_like = (list(bias.shape), bias.dtype) if bias is not None else (None, None)
         ctx.weight_dtype = weight.dtype
-        save(ctx, x=razor.hold(x, values="fp32") if ctx.needs_input_grad[1] else None, weight=weight)
+        save(ctx, x=razor.hold(x, "input", (1,), values="fp32") if ctx.needs_input_grad[1] else None, weight=weight)
         return call(x, weight, bias, *settings)
 
     @staticmethod

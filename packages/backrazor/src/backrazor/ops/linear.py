@@ -25,7 +25,8 @@ class Linear(Function):
         ctx.x_like, ctx.rows_in = (x.shape, x.dtype), rows_in
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        save(ctx, x=razor.hold(x) if needs_weight else None, weight=weight if needs_x else None)
+        held = razor.hold(x) if needs_weight else None
+        save(ctx, x=held, weight=weight if needs_x else None)
         if not rows_in:
             return F.linear(x, weight, bias)
         return torch.addmm(bias, x, weight) if bias is not None else torch.matmul(x, weight)
@@ -61,9 +62,26 @@ def linear(razor: Keeper, input: Tensor, weight: Tensor, bias: Tensor | None = N
     razor.chains.forget(input)
     if razor.fuses_loss and weight.dim() == 2 and input.numel() and is_head(input, weight):
         return Logits.of(input, weight, bias, functools.partial(_pruned, razor))
-    if not weight.requires_grad or weight.dim() != 2 or input.numel() == 0:
+    if weight.dim() != 2 or input.numel() == 0:
         return NotImplemented
-    return Linear.apply(input, weight, bias, False, razor)
+    if not weight.requires_grad:
+        if razor.recompute is None:
+            return NotImplemented
+        return again(razor, F.linear(input, weight, bias), input, weight, bias, False)
+    return again(razor, Linear.apply(input, weight, bias, False, razor), input, weight, bias, False)
+
+
+def again(razor: Keeper, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows_in: bool) -> Tensor:
+    """``y``, which attention or an activation function may make again from what is kept of x (``recompute``)."""
+    held = razor.find(x) if razor.recompute is not None and y.requires_grad else None
+    if held is None:
+        return y
+
+    def make(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight.T if rows_in else weight, bias)
+
+    razor.derive(y, make, (held,), (weight, bias) if bias is not None else (weight,), "recomputed")
+    return y
 
 
 def _pruned(razor: Keeper, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,4 +97,4 @@ def addmm(razor: Keeper, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: flo
     plain = beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == mat2.shape[-1]
     if not plain or not mat2.requires_grad or mat1.numel() == 0 or rank(mat2) <= rank(mat1):
         return NotImplemented
-    return Linear.apply(mat1, mat2, input, True, razor)
+    return again(razor, Linear.apply(mat1, mat2, input, True, razor), mat1, mat2, input, True)

@@ -10,7 +10,6 @@ from .. import bits
 from ..coded import mask_bits
 from ..function import Function, Kept, save
 from ..keeper import Keeper
-from ..saved import Dropped, Saved
 from ..store import Held, Holder
 
 Sizes = int | tuple[int, ...] | list[int]
@@ -26,10 +25,9 @@ class Dropout(Function):
         saved = mask_bits(mask)
         save(ctx, mask=Held(Holder(saved), None))
         before = razor.find(x)
-        if before is not None and razor.same_geometry(before, x, y):
-            base = before.saved  # y's next user makes it from what is kept of x
-            recipe = Dropped(base.recipe.geometry, base.recipe, len(base.tensors), saved.recipe, ctx.scale)
-            razor.share(y, Saved((*base.tensors, *saved.tensors), recipe), before)
+        if before is not None:  # y's next user makes it from what is kept of x
+            scale = ctx.scale
+            razor.derive(y, lambda x, mask: x * mask * scale, (before, Held(Holder(saved), None)))
         return y
 
     @staticmethod

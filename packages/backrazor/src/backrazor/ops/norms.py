@@ -35,6 +35,11 @@ def _share(razor: Keeper, held: Held, weight: Any, bias: Any, y: Tensor) -> Held
     return held
 
 
+def _hold_channels(razor: Keeper, normal: Tensor) -> Held:
+    """x̂ (N, C, …) of a batch or group norm."""
+    return razor.hold(normal, "batch norm", (1,)) if razor.mode == "low-bit" else razor.hold_coded(normal, NORMAL)
+
+
 class LayerNorm(Function):
     """``F.layer_norm``; ``rms`` makes it ``F.rms_norm``."""
 
@@ -65,7 +70,7 @@ class LayerNorm(Function):
         if ctx.paper:
             held = razor.hold(x, values="fp32", own=True)
         else:
-            held = _share(razor, razor.hold(normalised()), weight, bias, y)
+            held = _share(razor, razor.hold(normalised(), "norm", dims), weight, bias, y)
         save(ctx, x=held, rstd=rstd, mean=mean if ctx.paper else None, weight=weight)
         return y
 
@@ -147,7 +152,7 @@ class BatchNorm(Function):
         if training or ctx.needs_input_grad[1]:
             at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
             gamma, beta = (t.view(shape) if t is not None else None for t in (weight, bias))
-            held = _share(razor, razor.hold_coded((x - at[0]).mul_(at[1]), NORMAL), gamma, beta, y)
+            held = _share(razor, _hold_channels(razor, (x - at[0]).mul_(at[1])), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
         return y
 
@@ -196,7 +201,7 @@ class GroupNorm(Function):
         shape = [n, groups, *[1] * (x.dim() - 1)]
         normal = (x.unflatten(1, (groups, -1)) - mean.view(shape)).mul_(rstd.view(shape)).flatten(1, 2)
         gamma, beta = (t.view(_channels(x)) if t is not None else None for t in (weight, bias))
-        held = _share(razor, razor.hold_coded(normal, NORMAL), gamma, beta, y)
+        held = _share(razor, _hold_channels(razor, normal), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
         return y
 

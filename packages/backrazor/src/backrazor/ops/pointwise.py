@@ -82,7 +82,10 @@ def derivative_steps(activation: Activation, settings: tuple[tuple[str, Any], ..
 
 
 class Pointwise(Function):
-    """y = f(x), dx = g · level of f'(x). In the mode "paper" x is kept in float16 and f' is exact there."""
+    """y = f(x), dx = g · f'(x̃) in the mode "low-bit", whose y is made from x̃ too if it is needed.
+
+    In the mode "pruned" dx = g · level of f'(x); in "paper" x is kept in float16.
+    """
 
     @staticmethod
     def forward(
@@ -93,11 +96,12 @@ class Pointwise(Function):
         activation: Activation,
         razor: Keeper,
         inplace: bool = False,
+        held: Held | None = None,
     ) -> Tensor:
         ctx.dtype, ctx.by_x = x.dtype, None
-        if razor.keep == 1 or razor.mode == "paper":
+        if razor.keep == 1 or razor.mode != "pruned":
             ctx.by_x = lambda g, x: activation.backward(g, x, **settings)
-            save(ctx, x=x if razor.keep == 1 else x.detach().to(torch.float16, copy=inplace))
+            save(ctx, x=held or (x if razor.keep == 1 else x.detach().to(torch.float16, copy=inplace)))
         else:
             levels = activation.levels[razor.derivative_bits]
             saved = code(x, derivative_steps(activation, tuple(settings.items()), levels), levels)
@@ -111,7 +115,29 @@ class Pointwise(Function):
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
         dx = ctx.by_x(g, kept.dense("x", g.dtype)) if ctx.by_x is not None else kept.times("derivative", g)
-        return dx.to(ctx.dtype), None, None, None, None, None
+        return dx.to(ctx.dtype), None, None, None, None, None, None
+
+
+def activate(
+    razor: Keeper, x: Tensor, call: Any, settings: dict[str, Any], activation: Activation, remake: Any, inplace: bool = False
+) -> Tensor:
+    """f(x) by ``call``; in the mode "low-bit" ``remake`` makes it again."""
+    held = None
+    if razor.mode == "low-bit" and not (inplace and razor.keep == 1):
+        held = razor.hold(x, "activation", (channel_of(x),))
+    y: Tensor = Pointwise.apply(x, call, settings, activation, razor, inplace, held)
+    if held is not None:
+        razor.derive(y, lambda x: remake(x, **settings), (held,))
+    return y
+
+
+def channel_of(x: Tensor) -> int:
+    """The dimension of channels: that of the convolution or norm which made ``x``, otherwise the last."""
+    name = x.grad_fn.name() if x.grad_fn is not None else ""
+    return 1 if x.dim() > 2 and name.startswith(_CHANNELS_FIRST) else -1
+
+
+_CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "NativeBatchNorm", "NativeGroupNorm")
 
 
 class Piecewise(Function):
@@ -122,16 +148,12 @@ class Piecewise(Function):
         ctx: Any,
         x: Tensor,
         call: Any,
-        where: Callable[[Tensor], Tensor],
+        mask: Held,
         slopes: tuple[float, float],
         inplace: bool,
-        razor: Any,
     ) -> Tensor:
         ctx.slopes = slopes
-        mask = where(x)
-        saved = mask_bits(mask)
-        del mask
-        save(ctx, mask=Held(Holder(saved), None))
+        save(ctx, mask=mask)
         y: Tensor = call(x)
         if inplace:
             ctx.mark_dirty(x)
@@ -171,26 +193,41 @@ def activation(call: Any) -> Any:
         if inplace:
             if input._is_view() or input.is_leaf or razor.keep == 1:
                 return NotImplemented
-            changed: Tensor = Pointwise.apply(input, call, settings, ACTIVATIONS[call], razor, True)
-            return changed
-        y: Tensor = Pointwise.apply(input, call, settings, ACTIVATIONS[call], razor)
+            return activate(razor, input, call, settings, ACTIVATIONS[call], call, True)
+        y = activate(razor, input, call, settings, ACTIVATIONS[call], call)
         return razor.chains.label(y, input, ("activation", call, tuple(settings.items())))
 
     return rule
 
 
 def _piecewise(
-    razor: Keeper, x: Tensor, call: Any, in_place_call: Any, where: Any, slopes: tuple[float, float], inplace: bool
+    razor: Keeper,
+    x: Tensor,
+    call: Any,
+    in_place_call: Any,
+    where: Any,
+    slopes: tuple[float, float],
+    inplace: bool,
+    remake: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
+    """``remake`` makes y from x̃ and the mask of 0 and 1."""
     if not x.requires_grad or not x.is_floating_point() or (inplace and (x._is_view() or x.is_leaf)):
         return NotImplemented
-    y: Tensor = Piecewise.apply(x, in_place_call if inplace else call, where, slopes, inplace, razor)
+    before = razor.find(x) if razor.mode == "low-bit" else None
+    saved = mask_bits(where(x))
+    y: Tensor = Piecewise.apply(x, in_place_call if inplace else call, Held(Holder(saved), None), slopes, inplace)
+    if before is not None and remake is not None:  # y's next user makes it from what is kept of x, and the exact mask
+        razor.derive(y, remake, (before, Held(Holder(saved), None)))
     return y
+
+
+def _relu_again(x: Tensor, mask: Tensor) -> Tensor:
+    return x.clamp_min(0).mul_(mask)
 
 
 def relu(razor: Keeper, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``, ``torch.relu``."""
-    return _piecewise(razor, input, torch.relu, torch.relu_, lambda x: x > 0, (0.0, 1.0), inplace)
+    return _piecewise(razor, input, torch.relu, torch.relu_, lambda x: x > 0, (0.0, 1.0), inplace, _relu_again)
 
 
 def relu_(razor: Keeper, input: Tensor) -> Tensor:
@@ -215,7 +252,13 @@ def hardtanh(
         lambda x: (x > min_val) & (x < max_val),
         (0.0, 1.0),
         inplace,
+        lambda x, mask: torch.where(mask > 0, x.clamp(min_val, max_val), _nearer(x, min_val, max_val)),
     )
+
+
+def _nearer(x: Tensor, low: float, high: float) -> Tensor:
+    """Whichever of two numbers is nearer."""
+    return torch.where(x > (low + high) / 2, high, low).to(x.dtype)
 
 
 def leaky_relu(razor: Keeper, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -228,6 +271,7 @@ def leaky_relu(razor: Keeper, input: Tensor, negative_slope: float = 0.01, inpla
         lambda x: x > 0,
         (negative_slope, 1.0),
         inplace,
+        lambda x, mask: torch.where(mask > 0, x.clamp_min(0), x.clamp_max(0) * negative_slope),
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..function import Function, Kept, save
 from ..keeper import Keeper
 from ..saved import Affine, Dense, Saved
-from .pointwise import ACTIVATIONS
+from ..store import Held
+from .pointwise import ACTIVATIONS, channel_of
 
 SMALL = 16
 """A factor with at most a sixteenth of the other's elements is small."""
@@ -33,7 +34,8 @@ class Scaled(Function):
         y = x * w
         held = None
         if ctx.needs_input_grad[1]:
-            held = razor.hold(x) if w.numel() * SMALL <= x.numel() else razor.hold_eight_bit(x)
+            small = w.numel() * SMALL <= x.numel()
+            held = razor.hold(x, "input", (channel_of(x),)) if small else _factor(razor, x)
         save(ctx, x=held, w=w if ctx.needs_input_grad[0] else None)
         if held is not None and razor.mode != "paper" and y.dtype == x.dtype and razor.same_geometry(held, x, y):
             base = held.saved
@@ -56,14 +58,19 @@ class Scaled(Function):
         return dx, dw, None
 
 
+def _factor(razor: Keeper, x: Tensor) -> Held:
+    """A factor of two activations' product: low-bit, or in 8 bits in the other modes."""
+    return razor.hold(x, "activation", (channel_of(x),)) if razor.mode == "low-bit" else razor.hold_eight_bit(x)
+
+
 class Product(Function):
-    """y = a b of two activations; dA = g b̃, dB = g ã, tildes are 8-bit copies."""
+    """y = a b of two activations; dA = g b̃, dB = g ã, with tildes on the copies that are kept."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, razor: Keeper) -> Tensor:
         ctx.like = (a.shape, a.dtype, b.shape, b.dtype)
         needs_a, needs_b, _ = ctx.needs_input_grad
-        save(ctx, a=razor.hold_eight_bit(a) if needs_b else None, b=razor.hold_eight_bit(b) if needs_a else None)
+        save(ctx, a=_factor(razor, a) if needs_b else None, b=_factor(razor, b) if needs_a else None)
         return a * b
 
     @staticmethod
@@ -79,13 +86,17 @@ class Product(Function):
 
 
 class Gated(Function):
-    """y = f(gate) up, a gated MLP: 8-bit copies of gate and up; d gate = g up f'(gate), d up = g f(gate)."""
+    """y = f(gate) up, a gated MLP: copies of gate and up; d gate = g up f'(gate), d up = g f(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, y: Tensor, call: Any, settings: Any, razor: Keeper) -> Tensor:
         ctx.call, ctx.settings, ctx.dtypes = call, settings, (gate.dtype, up.dtype)
-        save(ctx, gate=razor.hold_eight_bit(gate), up=razor.hold_eight_bit(up) if ctx.needs_input_grad[0] else None)
-        return y.detach()
+        parts = _factor(razor, gate), _factor(razor, up) if ctx.needs_input_grad[0] or razor.mode == "low-bit" else None
+        save(ctx, gate=parts[0], up=parts[1])
+        y = y.detach()
+        if razor.mode == "low-bit":
+            razor.derive(y, lambda gate, up: call(gate, **settings).mul_(up), parts)
+        return y
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -107,7 +118,7 @@ class Normalised(Function):
     def forward(ctx: Any, x: Tensor, r: Tensor, razor: Keeper) -> Tensor:
         y = x * r
         ctx.dtype = x.dtype
-        held = razor.hold(y)
+        held = razor.hold(y, "norm")
         # By reference it is x that is kept, as PyTorch does: y may be changed in place.
         ctx.normalised = not isinstance(held.saved.recipe, Dense)
         save(ctx, x=held if ctx.normalised else x, r=r)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from memtrain_common.commands.configure import fraction, refuse_unused
 
 Mode = Literal["full", "bitfit", "backrazor", "head"]
-RazorMode = Literal["default", "paper"]
+RazorMode = Literal["low-bit", "pruned", "paper"]
 Attention = Literal["pruned", "exact"]
 Values = Literal["bf16", "fp32", "fp16", "int8"]
 FIELDS = ("keep", "razor_mode", "attention", "values")
@@ -17,13 +17,18 @@ class RazorFlags:
     """What Back Razor keeps of each activation."""
 
     keep: float = 0.1
-    """Part of each activation that Back Razor keeps: 1 less the official back_prune_ratio."""
-    razor_mode: RazorMode = "default"
-    """default, or paper: what the official code stores."""
+    """Part of each activation that Back Razor keeps: of its bits in the mode low-bit, otherwise of its elements, as 1
+    less the official back_prune_ratio."""
+    razor_mode: RazorMode = "low-bit"
+    """low-bit: all elements in some 32 · keep bits. pruned: the largest elements. paper: what the official code stores."""
     attention: Attention = "pruned"
     """Whether attention's own activations are pruned too, or kept as they are."""
     values: Values = "bf16"
-    """How kept values are written."""
+    """How kept values are written, in the mode pruned."""
+
+    def __post_init__(self) -> None:
+        if self.razor_mode == "default":  # type: ignore[comparison-overlap]  # of a run begun when this was the pruned one
+            object.__setattr__(self, "razor_mode", "pruned")
 
 
 @dataclass(frozen=True)
