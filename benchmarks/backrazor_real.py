@@ -4,7 +4,8 @@
 
 stories: stories260K (Llama) to Tiny Shakespeare, 60 steps of 8 × 256 tokens; held-out loss in nats.
 minilm: MiniLM-L6 to SST-2, 960 training rows, 60 steps of 16, dropout on; accuracy on the 872 dev rows.
-dino: DINOv2-small to CIFAR-10 as JPEG files at 98 pixels, 1,000 pictures, 80 steps of 25; accuracy on 1,000 test pictures.
+dino: DINOv2-small to CIFAR-10 as JPEG files at 98 pixels, 1,000 pictures, 80 steps of 25; accuracy on 1,000 test
+    pictures.
 
 The learning rate is chosen densely, from the grid below, on held-out training rows by a seed of its own; it is then the
 same for all arms. Every finished run is written to results/backrazor_real_STUDY.json at once, and is not run again.
@@ -76,8 +77,10 @@ def stories() -> Study:
         starts = list(range(0, len(of) - 257, 256))
         return sum(loss(model, blocks(of, [s])).item() for s in starts) / len(starts)
 
-    return Study("stories260K to Tiny Shakespeare", lambda: load_llama2c(folder / "stories260K.bin"), loss, order, 60, score,
-                 "nats", (3e-4, 1e-3, 3e-3))  # fmt: skip
+    return Study(
+        "stories260K to Tiny Shakespeare", lambda: load_llama2c(folder / "stories260K.bin"), loss, order, 60, score,
+        "nats", (3e-4, 1e-3, 3e-3),
+    )  # fmt: skip
 
 
 def minilm_study() -> Study:
@@ -86,7 +89,9 @@ def minilm_study() -> Study:
     train, held = [rows[i] for i in chosen[:960]], [rows[i] for i in chosen[960:]]
 
     def batch(some_rows: list[tuple[str, int]]) -> Batch:
-        return words([t for t, _ in some_rows], padding=True, return_tensors="pt"), torch.tensor([y for _, y in some_rows])
+        return words([t for t, _ in some_rows], padding=True, return_tensors="pt"), torch.tensor(
+            [y for _, y in some_rows]
+        )
 
     def score(model: nn.Module, split: str) -> float:
         among = sorted(held if split == "held-out" else sst2("dev"), key=lambda row: len(row[0]))
@@ -114,7 +119,8 @@ def dino() -> Study:
         return 100 * float((found == ys).float().mean())
 
     return Study(
-        "DINOv2-small to CIFAR-10 as JPEG files, 98 px, 1,000 pictures", Dino, lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+        "DINOv2-small to CIFAR-10 as JPEG files, 98 px, 1,000 pictures", Dino,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1]),
         lambda seed: ((x[mine], y[mine]) for mine in batches(1000, 25, 80, seed)), 80, score, "accuracy",
         (3e-5, 1e-4), "head",
     )  # fmt: skip
@@ -127,7 +133,8 @@ def train(study: Study, rate: float, seed: int, context: Callable[[], Any], spli
     """One run: the score after its last step, and the mean training loss of the last ten."""
     torch.manual_seed(seed)
     model = study.build().train()
-    own, head = [], []
+    own: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (head if study.head and name.startswith(study.head) else own).append(p)
     groups = [{"params": own, "peak": rate}, *([{"params": head, "peak": 1e-3}] if head else [])]

@@ -1,7 +1,7 @@
 """Three real pretrained models, and a small Llama, with real data: for measurements of Back Razor, and for its tests.
 
-MiniLM-L6 (BERT) with SST-2, DINOv2-small (ViT-S/14) and EfficientNet-Lite0 with CIFAR-10 as JPEG files, stories260K with
-Tiny Shakespeare. All from the folder that MEMTRAIN_DATA names.
+MiniLM-L6 (BERT) with SST-2, DINOv2-small (ViT-S/14) and EfficientNet-Lite0 with CIFAR-10 as JPEG files, stories260K
+with Tiny Shakespeare. All from the folder that MEMTRAIN_DATA names.
 """
 
 import io
@@ -74,7 +74,7 @@ def efficientnet() -> nn.Module:
     model.load_state_dict({name: t.view_as(own[name]) for name, t in zip(own, found.values(), strict=True)})
     model.classifier = nn.Linear(model.classifier.in_features, 10)
     model.drop_rate = 0.0
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def pictures(split: str, chosen: Callable[[int], list[int]], size: int) -> tuple[Tensor, Tensor]:

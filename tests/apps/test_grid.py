@@ -77,7 +77,7 @@ def test_learning_rates_of_a_train_of_a_pair_and_as_arms():
         ("[[grid]]\nsave = 'all'\nkeep = 0.1", r"keep in \[\[grid\]\] number 1 would do nothing"),
         ("[[grid]]\nsvae = 'all'", r"unknown key 'svae' in \[\[grid\]\] number 1 \(did you mean save\?\)"),
         ("grid = 3", r"grid must be tables, each begun by \[\[grid\]\]"),
-        ("save = 'backrazor'\nrazor-mode = 'papr'", "razor_mode 'papr' is unknown: choose from default, paper"),
+        ("save = 'backrazor'\nrazor-mode = 'papr'", "razor_mode 'papr' is unknown: choose from low-bit, pruned, paper"),
         ("seeds = 0", "seeds must be how many, at least 1"),
         ("seeds = [1, 1]", "seeds must be how many"),
         ("seeds = true", "seeds must be how many"),

@@ -20,7 +20,7 @@ def parameter(*shape, dtype=D):
     return nn.Parameter(torch.randn(shape, dtype=dtype))
 
 
-def compare(call, inputs, keep=KEEP, mode="default"):
+def compare(call, inputs, keep=KEEP, mode="low-bit"):
     """y without and within a Razor, and pairs of gradients; the same random numbers for both."""
     outs, grads = [], []
     for razor in (None, Razor(keep, mode=mode)):
@@ -118,6 +118,10 @@ CLAIMS = {
         (torch.mul, lambda: (activation(40, 60), parameter(60)), {"dx": 0}),
         (torch.mul, lambda: (activation(40, 60), activation(60)), {"dx": 0}),
     ],
+    "contiguous": [(lambda x: x.t().contiguous(), lambda: (activation(60, 70),), {"all": 0})],
+    "reshape": [(lambda x: x.t().reshape(-1), lambda: (activation(60, 70),), {"all": 0})],
+    "to": [(lambda x: x.to(torch.float32), lambda: (activation(60, 70),), {"all": 0})],
+    "link: div": [(lambda x: x / 3, lambda: (activation(60, 70),), {"all": 0})],
     "link: pow": [(lambda x: x.pow(2), lambda: (activation(3000),), {"all": 0})],
     "link: add": [(lambda x: x.pow(3) + 0.1, lambda: (activation(3000),), {"all": 0})],
     "link: mean": [(lambda x: x.pow(2).mean(-1, keepdim=True), lambda: (activation(30, 50),), {"all": 0})],
@@ -174,7 +178,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-@pytest.mark.parametrize("mode", ["default", "paper"])
+@pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
 def test_a_weight_in_any_shape_is_no_activation(case, mode):
     call, x_shape, w_shape = WEIGHTS[case]
     x, w = activation(*x_shape), parameter(*w_shape)
@@ -434,7 +438,7 @@ def test_attention_gives_the_bits_of_the_kernel_that_pytorch_chooses(shape, dtyp
     def call(q, k, v, m=None if causal else attn_mask):
         return F.scaled_dot_product_attention(q, k, v, m, p_drop, causal)
 
-    (plain, got), _ = compare(call, inputs, mode="default")
+    (plain, got), _ = compare(call, inputs, mode="low-bit")
     assert torch.equal(plain, got)
     if dtype == torch.float32:
         _, pairs = compare(call, inputs, keep=1)
@@ -538,7 +542,7 @@ def test_families_that_once_crashed_or_differed(name, attention):
 
     plain, expected = run()
     norm = sum(g.norm() ** 2 for g in expected if g is not None) ** 0.5
-    for mode in ("default", "paper"):
+    for mode in ("low-bit", "pruned", "paper"):
         loss, got = run(Razor(1, mode=mode))
         assert loss == plain
         error = sum((a - b).norm() ** 2 for a, b in zip(got, expected, strict=True) if b is not None) ** 0.5

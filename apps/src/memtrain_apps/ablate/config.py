@@ -51,7 +51,7 @@ class AblateConfig:
     """Optimizer steps between merges of lte's heads."""
     keep: tuple[float, ...] = ()
     """Back Razor's part of each activation that is kept."""
-    razor_mode: tuple[Literal["default", "paper"], ...] = ()
+    razor_mode: tuple[Literal["low-bit", "pruned", "paper"], ...] = ()
     """Back Razor's own packing, or the paper's."""
     galore_rank: tuple[int, ...] = ()
     """GaLore's r."""

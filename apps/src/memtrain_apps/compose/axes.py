@@ -52,8 +52,8 @@ class Axes:
     # -- save
     keep: float = 0.1
     """Back Razor's part of each activation that is kept."""
-    razor_mode: Literal["default", "paper"] = "default"
-    """Back Razor's own packing, or the paper's."""
+    razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
+    """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
     # -- optim
     galore_rank: int = 4
     """GaLore's r: dimensions of a gradient's subspace."""
@@ -61,6 +61,10 @@ class Axes:
     """GaLore's T: optimizer steps between two refreshes of a subspace."""
     galore_scale: float = 1.0
     """GaLore's α on the update of a projected weight."""
+
+    def __post_init__(self) -> None:
+        if self.razor_mode == "default":  # of a run begun when the mode "pruned" was called so
+            object.__setattr__(self, "razor_mode", "pruned")
 
     @property
     def name(self) -> str:

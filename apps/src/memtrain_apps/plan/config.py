@@ -75,7 +75,7 @@ class PlanConfig:
     """lte's heads a layer."""
     keep: float = 0.1
     """Back Razor's part of each activation that is kept."""
-    razor_mode: Literal["default", "paper"] = "default"
+    razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
     """Back Razor's own packing, or the paper's."""
     galore_rank: int = 4
     """GaLore's r."""

@@ -97,13 +97,13 @@ class Chains:
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention's scores as written out: Q Kᵀ, then products with numbers and sums with masks, in the order of calls."""
+    """Attention's scores as written out: Q Kᵀ, then products with numbers and sums with masks, in their order."""
 
     q: Held
     k: Held
     """As the second factor of the product."""
-    steps: tuple[tuple[str, float | None], ...]
-    """("mul", c), ("div", c), or ("add", None) for the next of the masks."""
+    steps: tuple[tuple[str, float], ...]
+    """("mul", c), ("div", c), or ("add", 0) for the next of the masks."""
     masks: tuple[Tensor, ...]
 
     def make(self, q: Tensor, k: Tensor, *masks: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class ScoresInSight:
             return None
         if name == "add" and isinstance(other, Tensor):
             fits = other.is_floating_point() and torch.broadcast_shapes(s.shape, other.shape) == s.shape
-            return replace(before, steps=(*before.steps, ("add", None)), masks=(*before.masks, other)) if fits else None
+            return replace(before, steps=(*before.steps, ("add", 0.0)), masks=(*before.masks, other)) if fits else None
         if name in ("mul", "div") and isinstance(other, int | float):
             return replace(before, steps=(*before.steps, (name, float(other))))
         return None

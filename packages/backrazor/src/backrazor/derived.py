@@ -10,7 +10,9 @@ from .saved import Affine, Dense, Geometry, Recipe, Saved
 from .store import Held, Rebuilt, seen_as
 
 
-def made(recipe: Recipe, rebuilt: Rebuilt | None, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+def made(
+    recipe: Recipe, rebuilt: Rebuilt | None, tensors: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[Tensor, bool]:
     """A recipe's tensor, and whether the caller alone has it. Others that need it too find it in ``rebuilt``."""
     if isinstance(recipe, Affine) and not isinstance(recipe.base, Dense):
         x, alone = made(recipe.base, rebuilt, tensors[: recipe.base_tensors], dtype)
@@ -50,7 +52,9 @@ class Derived(Recipe):
         return self.geometry.impose(self.make(*given, *references).to(dtype))
 
 
-def derive(y: Tensor, make: Callable[..., Tensor], parts: tuple[Held, ...], references: tuple[Tensor, ...] = ()) -> Saved:
+def derive(
+    y: Tensor, make: Callable[..., Tensor], parts: tuple[Held, ...], references: tuple[Tensor, ...] = ()
+) -> Saved:
     """How to make ``y`` again: ``make`` of what is kept of its ``parts``, and of ``references``."""
     tensors = [t for held in parts for t in held.saved.tensors]
     recipes = tuple(

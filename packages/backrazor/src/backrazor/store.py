@@ -1,10 +1,9 @@
 """A tensor that several operations save is stored once, as long as the graph that needs it lives."""
 
 import weakref
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Rebuilt:
 
     __slots__ = ("__weakref__", "dense", "users")
     MOST = 4
-    _recent: "deque[weakref.ref[Rebuilt]]" = deque()
+    _recent: ClassVar["list[weakref.ref[Rebuilt]]"] = []
 
     def __init__(self) -> None:
         self.users = 0
@@ -58,7 +57,7 @@ class Rebuilt:
         recent = [other for other in recent if other is not self]
         for other in recent[: max(0, len(recent) - Rebuilt.MOST + 1)]:
             other.dense = None
-        Rebuilt._recent = deque(weakref.ref(other) for other in [*recent[-Rebuilt.MOST + 1 :], self])
+        Rebuilt._recent = [weakref.ref(other) for other in [*recent[-Rebuilt.MOST + 1 :], self]]
         self.dense = x
 
 

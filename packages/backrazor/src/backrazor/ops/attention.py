@@ -40,9 +40,7 @@ class Softmax(Function):
         scores = razor.scores.get(s) if razor.mode == "low-bit" else None
         if scores is not None:  # P is made from Q and K again
             made = scores.make
-            held = razor.derive(
-                p, lambda *given: torch.softmax(made(*given), dim), (scores.q, scores.k), scores.masks
-            )
+            held = razor.derive(p, lambda *given: torch.softmax(made(*given), dim), (scores.q, scores.k), scores.masks)
         elif razor.mode == "low-bit":
             held = razor.hold_eight_bit(p)
         else:

@@ -4,7 +4,7 @@
 
 The forward pass is PyTorch's own call, of the kernel that it chooses. So is the backward pass: the same call runs again
 on what was kept. Its O is the input of the output projection, which is not stored either. P and its rows' sums are of
-the same Q̃ and K̃, so that no error is exponentiated against another. For dropout the state of the random numbers is kept.
+the same Q̃ and K̃, so no error is exponentiated against another. For dropout the state of the random numbers is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -93,7 +93,9 @@ def low_bit_attention(
     needs = tuple(t.requires_grad for t in given)
     random = random_state(q) if settings["dropout_p"] > 0 else None
     out = [run(given, needs, settings)[0].detach()]
-    held = tuple(razor.hold(t, kind, heads_and(-1, t)) for t, kind in zip((q, k, v), ("query", "key", "value"), strict=True))
+    held = tuple(
+        razor.hold(t, kind, heads_and(-1, t)) for t, kind in zip((q, k, v), ("query", "key", "value"), strict=True)
+    )
     replay = Replay(settings, needs, random)
     y: Tensor = LowBitAttention.apply(q, k, v, mask, held, replay, out)
     razor.derive(y, replay.output, held, given[3:])

@@ -64,10 +64,12 @@ def finish(razor: Keeper, a: Tensor, b: Tensor) -> Any:
         if alike(expression, ONE_PLUS_TANH) and own is not None and own[0] is x and alike(own[1], HALF_X):
             y = a.detach() * b.detach()
             settings = {"approximate": "tanh"}
-            return activate(razor, x, lambda _, **__: y, settings, ACTIVATIONS[F.gelu], F.gelu)
+            return activate(razor, x, lambda _, y=y, **__: y, settings, ACTIVATIONS[F.gelu], F.gelu)
         if alike(expression, QUICK) and left is x:
             y = a.detach() * b.detach()
-            return activate(razor, x, lambda _, **__: y, {}, ACTIVATIONS["quick_gelu"], lambda x: x * torch.sigmoid(1.702 * x))
+            return activate(
+                razor, x, lambda _, y=y, **__: y, {}, ACTIVATIONS["quick_gelu"], lambda x: x * torch.sigmoid(1.702 * x)
+            )
         if expression[0] == "activation" and left is not x and left.requires_grad and left.shape == x.shape:
             call, settings = expression[1:]
             return Gated.apply(x, left, a.detach() * b.detach(), call, dict(settings), razor)

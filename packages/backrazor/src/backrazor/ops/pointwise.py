@@ -119,7 +119,13 @@ class Pointwise(Function):
 
 
 def activate(
-    razor: Keeper, x: Tensor, call: Any, settings: dict[str, Any], activation: Activation, remake: Any, inplace: bool = False
+    razor: Keeper,
+    x: Tensor,
+    call: Any,
+    settings: dict[str, Any],
+    activation: Activation,
+    remake: Any,
+    inplace: bool = False,
 ) -> Tensor:
     """f(x) by ``call``; in the mode "low-bit" ``remake`` makes it again."""
     held = None

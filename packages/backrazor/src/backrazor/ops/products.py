@@ -91,11 +91,12 @@ class Gated(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, y: Tensor, call: Any, settings: Any, razor: Keeper) -> Tensor:
         ctx.call, ctx.settings, ctx.dtypes = call, settings, (gate.dtype, up.dtype)
-        parts = _factor(razor, gate), _factor(razor, up) if ctx.needs_input_grad[0] or razor.mode == "low-bit" else None
-        save(ctx, gate=parts[0], up=parts[1])
+        low_bit = razor.mode == "low-bit"
+        gate_held, up_held = _factor(razor, gate), _factor(razor, up) if ctx.needs_input_grad[0] or low_bit else None
+        save(ctx, gate=gate_held, up=up_held)
         y = y.detach()
-        if razor.mode == "low-bit":
-            razor.derive(y, lambda gate, up: call(gate, **settings).mul_(up), parts)
+        if low_bit and up_held is not None:
+            razor.derive(y, lambda gate, up: call(gate, **settings).mul_(up), (gate_held, up_held))
         return y
 
     @staticmethod

@@ -20,14 +20,14 @@ class RazorFlags:
     """Part of each activation that Back Razor keeps: of its bits in the mode low-bit, otherwise of its elements, as 1
     less the official back_prune_ratio."""
     razor_mode: RazorMode = "low-bit"
-    """low-bit: all elements in some 32 · keep bits. pruned: the largest elements. paper: what the official code stores."""
+    """low-bit: all elements in some 32 · keep bits. pruned: the largest elements. paper: what the official code has."""
     attention: Attention = "pruned"
     """Whether attention's own activations are pruned too, or kept as they are."""
     values: Values = "bf16"
     """How kept values are written, in the mode pruned."""
 
     def __post_init__(self) -> None:
-        if self.razor_mode == "default":  # type: ignore[comparison-overlap]  # of a run begun when this was the pruned one
+        if self.razor_mode == "default":  # of a run begun when this was the pruned one
             object.__setattr__(self, "razor_mode", "pruned")
 
 
