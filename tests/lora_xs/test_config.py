@@ -25,7 +25,7 @@ def adapted(model):
         ({"rank": 2, "rank_pattern": {"a": 0}}, r"rank_pattern\['a'\] must be a whole"),
         ({"rank": 2, "targets": ()}, "targets is empty"),
         ({"rank": 2, "exclude": "lm_head"}, "exclude must be a tuple"),
-        ({"rank": 2, "init": "pissa"}, 'init must be "svd" or "random"'),
+        ({"rank": 2, "init": "pissa"}, 'init must be "svd", "random" or "gradient"'),
         ({"rank": 2, "svd": "fast"}, 'svd must be "randomized", "exact" or "official"'),
         ({"rank": 2, "dropout": 1.0}, "dropout must be"),
         ({"rank": 2, "r_std": -1.0}, "r_std must not be negative"),

@@ -53,8 +53,9 @@ class LoRAXSConfig:
     that the whole name must match; or "all-linear": every Linear and Conv1D except head and output
     embedding."""
 
-    init: Literal["svd", "random"] = "svd"
-    """Bases from the SVD of each weight, or random ones (the paper's ablation)."""
+    init: Literal["svd", "random", "gradient"] = "svd"
+    """Bases from the SVD of each weight; random ones (the paper's ablation); or the leading subspaces of each weight's
+    gradient over the batches that `inject` is given (as LoRA-SB), which are stored with the adapter."""
 
     svd: Literal["randomized", "exact", "official"] = "randomized"
     """Randomised block Krylov iteration; LAPACK's full SVD; or what the official code computes (scikit-learn's
@@ -151,8 +152,8 @@ class LoRAXSConfig:
                 raise LoRAXSError(f"{what} must be greater than 0, not {alpha!r}")
         if not self.targets:
             raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear"')
-        if self.init not in ("svd", "random"):
-            raise LoRAXSError(f'init must be "svd" or "random", not {self.init!r}')
+        if self.init not in ("svd", "random", "gradient"):
+            raise LoRAXSError(f'init must be "svd", "random" or "gradient", not {self.init!r}')
         if self.svd not in ("randomized", "exact", "official"):
             raise LoRAXSError(f'svd must be "randomized", "exact" or "official", not {self.svd!r}')
         if not 0 <= self.dropout < 1:

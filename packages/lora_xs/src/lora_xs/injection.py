@@ -12,6 +12,7 @@ from . import head as heads_
 from .bases import Progress, Request, default_cache, make_bases
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
+from .gradient import Losses, gradient_bases
 from .head import XSHead, heads
 from .kinds import CONV2D, EMBEDDING, is_quantized
 from .layer import ATTRIBUTE, XSConv2d, XSEmbedding, XSLayer, XSWeight, XSWeights, is_adapted, layers
@@ -27,6 +28,7 @@ def inject(
     config: LoRAXSConfig,
     *,
     name: str = "default",
+    losses: Losses | None = None,
     cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -36,6 +38,8 @@ def inject(
         model: any module. Under torchrun, inject before DDP, fully_shard or torch.compile, in every process.
         config: what to adapt and how.
         name: of this adapter.
+        losses: with init="gradient", a function that gives the scalar losses of a few batches, one after another:
+            `lambda: (loss(model, batch) for batch in first_batches)`. It is called twice.
         cache: True keeps bases in `LORA_XS_CACHE` or the user's cache folder; a path keeps them there;
         False nowhere.
         progress: called with (done, total, module name) after each decomposition.
@@ -47,9 +51,15 @@ def inject(
         raise LoRAXSError("the model already has LoRA-XS adapters; use add, or remove them first")
     targets = find_targets(model, config)
     requests = [Request(target, config.rank_of(key)) for key, target in targets.items()]
-    folder = default_cache() if cache is True else Path(cache) if cache else None
-    pairs = make_bases(requests, config, folder, progress)
-    attach(model, config, name, [(r.target, A, B) for r, (A, B) in zip(requests, pairs, strict=True)])
+    if (config.init == "gradient") != (losses is not None):
+        raise LoRAXSError('init="gradient" takes its bases from `losses`, and nothing else does: give both or neither')
+    if losses is not None:
+        pairs = gradient_bases(model, requests, config, losses)
+    else:
+        folder = default_cache() if cache is True else Path(cache) if cache else None
+        pairs = make_bases(requests, config, folder, progress)
+    bases = [(r.target, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
+    attach(model, config, name, bases, given=losses is not None)
     say_what_has_no_adapter(model, config)
     return model
 

@@ -44,14 +44,14 @@ def svd_bases(W: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Ten
         positive.
     """
     block = max(8, (rank + 1) // 2)
-    with torch.no_grad(), _full_precision(W.device):
+    with torch.no_grad(), full_precision(W.device):
         # A Krylov space as large as the matrix would cost more than the whole decomposition.
         if exact or block * STEPS >= min(W.shape):
             B = torch.linalg.svd(W, full_matrices=False).U[:, :rank]  # out×r
             A = B.t() @ W
         else:
             A, B = _krylov_bases(W, rank, block)
-        return _with_canonical_signs(A, B)
+        return with_canonical_signs(A, B)
 
 
 def official_bases(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def official_bases(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     decomposition = TruncatedSVD(rank, n_iter=10, random_state=42)
     A = torch.from_numpy(decomposition.fit_transform(W.t().cpu().numpy())).to(W).t()  # r×in, = BᵀW
     B = torch.from_numpy(decomposition.components_).to(W).t()  # out×r
-    return _with_canonical_signs(A, B)
+    return with_canonical_signs(A, B)
 
 
 def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tup
     return A, B
 
 
-def _with_canonical_signs(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def with_canonical_signs(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The same product; the entry of largest magnitude of each column of B is positive."""
     largest = B.gather(0, B.abs().argmax(0, keepdim=True))  # 1×r
     sign = torch.where(largest < 0, -1.0, 1.0).to(B.dtype)
@@ -128,7 +128,7 @@ def _orthonormal(Y: Tensor, basis: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32: both would round the bases to three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
