@@ -443,3 +443,15 @@ def test_torch_transformer_layers_learn_their_attention(train_r):
     merge(model)
     with torch.no_grad():
         torch.testing.assert_close(model(x), want)
+
+
+def test_a_padded_batch_in_evaluation(train_r):
+    """nn.TransformerEncoder then makes a nested tensor of it."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = train_r(inject(nn.TransformerEncoder(layer, 2), LoRAXSConfig(2)))
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    want = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        got = model.eval()(x, src_key_padding_mask=padding)
+    for row, length in ((0, 5), (1, 3)):
+        torch.testing.assert_close(got[row, :length], want[row, :length])

@@ -172,7 +172,9 @@ class XSLayer(nn.Module):
     def expand(self, out: Tensor, u: Tensor) -> Tensor:
         """out + B u: (…×out), (…×r) → (…×out)"""
         B = self.B.to(u.dtype)
-        if out.dtype != u.dtype:  # an Embedding under autocast: float32 out, bf16 u
+        # An Embedding under autocast (float32 out, bf16 u), or the nested tensor that nn.TransformerEncoder makes of a
+        # padded batch when it evaluates.
+        if out.dtype != u.dtype or out.is_nested:
             return out + F.linear(u, B).to(out.dtype)
         # One pass over `out` in the product itself, instead of a product, a scaling and a sum.
         return torch.addmm(out.reshape(-1, out.shape[-1]), u.reshape(-1, self.rank), B.t()).view(out.shape)
