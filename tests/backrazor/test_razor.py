@@ -76,6 +76,36 @@ def test_no_module_is_replaced_and_the_context_can_be_entered_again():
         pass
 
 
+def test_as_a_decorator_of_a_forward_function():
+    model, razor, x = mlp(), Razor(0.1), torch.randn(320, 16)
+
+    @razor
+    def forward(x, *, scale: float = 1.0):
+        """Its words."""
+        return model(x).square().mean() * scale
+
+    @razor
+    def twice(x):
+        return forward(x) + forward(x, scale=2.0)  # within already
+
+    with razor:
+        expected = gradients(model, model(x).square().mean())
+    for a, b in zip(expected, gradients(model, forward(x)), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(expected, gradients(model, twice(x)), strict=True):
+        torch.testing.assert_close(3 * a, b)
+    assert (forward.__name__, forward.__doc__) == ("forward", "Its words.")
+    with Razor(0.5), pytest.raises(RazorError, match="open already"):
+        forward(x)
+
+    class Net(nn.Sequential):
+        forward = razor(nn.Sequential.forward)
+
+    net = Net(*model)
+    for a, b in zip(expected, gradients(net, net(x).square().mean()), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_x_is_stored_once_for_all_layers_that_take_it_and_in_any_shape():
     heads = nn.ModuleList(nn.Linear(64, 8, bias=False) for _ in range(3))
     x = torch.randn(4, 50, 64)

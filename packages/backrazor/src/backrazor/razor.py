@@ -1,7 +1,8 @@
 """The context manager: within it, calls that save activations are met and answered by operations that save less."""
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ from .keeper import Keeper
 from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Razor(Keeper, TorchFunctionMode):
     """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves a tenth of the bits of each activation.
 
-    The forward pass is dense and exact. The backward pass may run inside the context or after it. Reusable: enter it
-    for every micro-batch. :func:`.table.describe` lists what each operation keeps.
+    Or ``@Razor(keep=0.1)`` before a function that makes the forward pass, which is dense and exact. The backward pass
+    may run inside the context or after it. Reusable: enter it for every micro-batch. :func:`.table.describe` lists what
+    each operation keeps.
 
     Args:
         keep: fraction that is kept, in (0, 1]; 1 keeps all, and is plain autograd. In the mode "low-bit" of the 32 bits
@@ -82,6 +87,18 @@ class Razor(Keeper, TorchFunctionMode):
         super().__exit__(*error)
         self.exact.close(finished=error[0] is None)
         self.forget()
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """As a decorator: the function runs within this Razor; called from within it, it just runs."""
+
+        @functools.wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> T:
+            if any(mode is self for mode in open_modes()):
+                return function(*args, **kwargs)
+            with self:
+                return function(*args, **kwargs)
+
+        return within
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
