@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from image_files import image_folder, random_file
 from memtrain_common.data import fingerprint
-from memtrain_common.data.fingerprint import Fingerprint, by_file_or_folder, file_digests
+from memtrain_common.data.fingerprint import by_file_or_folder, changed_part, file_digests
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 
@@ -130,27 +130,32 @@ def test_many_files_are_kept_by_folder():
 
 
 def test_a_run_is_compared_by_the_rule_that_it_was_begun_with():
-    now = Fingerprint({"name": "pets"}, {"a.png": "1", "b.png": "2"}, lambda: {"name": "pets", "sha256": "old rule"})
-    kept = json.loads(json.dumps(now.describe()))
-    assert now.like(None) == now.like(kept) == kept
-    assert now.changed(kept) is None
-    earlier = {"name": "pets", "sha256": "old rule"}
-    assert now.like(earlier) == earlier
-    assert now.changed(earlier) is None
-    assert now.changed({**earlier, "sha256": "other"}) == "the content of pets is another"
-    assert now.changed({}) is not None
+    now = {"name": "pets", "sha256": "names and sizes", "parts": {"a.png": "1", "b.png": "2"}}
+    assert changed_part(json.loads(json.dumps(now)), now) is None
+    earlier = {"name": "pets", "sha256": "names and sizes"}
+    assert changed_part(earlier, now) is None
+    other = changed_part({**earlier, "sha256": "other"}, now)
+    assert other == "pets (SHA-256 other…) before, and now pets (SHA-256 names and si…)"
+    assert changed_part({}, now) is not None
+    assert changed_part({**now, "sha256": "other"}, now) == other  # texts that give the same tokens
 
 
 def test_what_has_changed_is_named():
     def of(parts):
-        return Fingerprint({"name": "pets"}, parts, dict)
+        return {"name": "pets", "sha256": "names and sizes", "parts": parts}
 
-    before = of({"a.png": "1", "b.png": "2"}).describe()
-    assert of({"b.png": "2", "a.png": "1"}).changed(before) is None
-    assert of({"a.png": "1", "b.png": "3"}).changed(before) == "b.png has another content"
-    assert of({"a.png": "1"}).changed(before) == "b.png is gone"
-    assert of({"a.png": "2", "b.png": "1"}).changed(before) == "a.png has another content (and 1 more have changed)"
-    assert of({"a.png": "1", "b.png": "2", "c.png": "3"}).changed(before) == "c.png is new"
+    before = of({"a.png": "1", "b.png": "2"})
+    assert changed_part(before, of({"b.png": "2", "a.png": "1"})) is None
+    assert changed_part(before, of({"a.png": "1", "b.png": "3"})) == "b.png has another content"
+    assert changed_part(before, of({"a.png": "1"})) == "b.png is gone"
+    assert changed_part(before, of({"a.png": "2", "b.png": "1"})) == (
+        "a.png has another content (and 1 more have changed)"
+    )
+    assert changed_part(before, of({"a.png": "1", "b.png": "2", "c.png": "3"})) == "c.png is new"
+
+
+def data_of(images):
+    return {**images.describe(), "parts": images.parts()}
 
 
 def exchanged(folder, one, two):
@@ -187,27 +192,25 @@ def test_classes_that_changed_places_are_noticed(tmp_path, form):
         return load_images("folder", str(tmp_path / "pets.zip"))
 
     first = load()
-    before = first.fingerprint().describe()
-    assert load().fingerprint().changed(before) is None
-    assert first.fingerprint().like({"sha256": "…"}) == first.describe()
+    before = data_of(first)
+    assert changed_part(before, data_of(load())) is None
     exchanged(folder, "train/cat", "train/dog")
     now = load()
     if form == "folder":
         assert now.describe() == first.describe()  # names and sizes are the same: why there is more than these
-    changed = now.fingerprint().changed(before)
-    assert changed == "train/cat/0.bmp has another content (and 5 more have changed)"
+    assert changed_part(before, data_of(now)) == "train/cat/0.bmp has another content (and 5 more have changed)"
 
 
 def test_labels_and_arrays_are_part_of_it(tmp_path):
     random_file(tmp_path, "bloodmnist", 24)
-    before = load_images("bloodmnist", str(tmp_path), verify=False).fingerprint().describe()
+    before = data_of(load_images("bloodmnist", str(tmp_path), verify=False))
     for name in ("val_labels", "test_images"):
         random_file(tmp_path, "bloodmnist", 24)
         arrays = dict(np.load(tmp_path / "bloodmnist.npz"))
         arrays[name] = arrays[name][::-1].copy()
         np.savez(tmp_path / "bloodmnist.npz", **arrays)
-        now = load_images("bloodmnist", str(tmp_path), verify=False).fingerprint()
-        assert now.changed(before) == f"{name.replace('_', ' ')} has another content".replace(
+        now = load_images("bloodmnist", str(tmp_path), verify=False)
+        assert changed_part(before, data_of(now)) == f"{name.replace('_', ' ')} has another content".replace(
             "labels has", "labels has"
         )
 
@@ -228,39 +231,39 @@ def test_another_tokenizer_or_other_labels_are_noticed(encoder, glue_dir, tmp_pa
     from memtrain_common.data.text.glue_batches import prepare_glue
     from memtrain_common.models.encoders import load_tokenizer
 
-    def prepared(model, data=glue_dir):
-        return prepare_glue("sst2", str(data), load_tokenizer(str(model)), max_length=16)
+    def data(model, folder=glue_dir, **more):
+        tokenizer = load_tokenizer(str(model))
+        for name, value in more.items():
+            setattr(tokenizer, name, value)
+        found = prepare_glue("sst2", str(folder), tokenizer, max_length=16)
+        return {"name": "sst2", "sha256": found.sha256, "parts": found.parts}
 
-    first = prepared(encoder)
-    before = first.fingerprint("sst2").describe()
-    assert prepared(encoder).fingerprint("sst2").changed(before) is None
+    before = data(encoder)
+    assert changed_part(before, data(encoder)) is None
     shutil.copytree(encoder, tmp_path / "model")
     swapped_words(tmp_path / "model")
-    now = prepared(tmp_path / "model")
-    assert now.sha256 == first.sha256  # the texts are the same: why there is more than these
-    assert now.fingerprint("sst2").changed(before) == "train tokens has another content (and 1 more have changed)"
-    assert now.fingerprint("sst2").changed({"name": "sst2", "sha256": first.sha256}) is None  # as it was begun
+    now = data(tmp_path / "model")
+    assert now["sha256"] == before["sha256"]  # the texts are the same: why there is more than these
+    assert changed_part(before, now) == "train tokens has another content (and 1 more have changed)"
+    assert changed_part({"name": "sst2", "sha256": before["sha256"]}, now) is None  # of a version without parts
     shutil.copytree(glue_dir, tmp_path / "glue")
     path = tmp_path / "glue" / "SST-2" / "dev.tsv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:5], lines[5][:-1] + str(1 - int(lines[5][-1])), *lines[6:]]) + "\n")
-    assert prepared(encoder, tmp_path / "glue").fingerprint("sst2").changed(before) == "dev tokens has another content"
-    other_side = load_tokenizer(encoder)
-    other_side.padding_side = "left"
-    left = prepare_glue("sst2", glue_dir, other_side, max_length=16).fingerprint("sst2")
-    assert left.changed(before) == "padding has another content"
+    assert changed_part(before, data(encoder, tmp_path / "glue")) == "dev tokens has another content"
+    assert changed_part(before, data(encoder, padding_side="left")) == "padding has another content"
 
 
 def test_another_activation_is_noticed(encoder, tmp_path):
     from memtrain_common.models.encoders import model_parts
 
-    before = Fingerprint({"name": "sst2"}, model_parts(encoder), dict).describe()
+    before = {"sha256": "of texts", "parts": model_parts(encoder)}
     shutil.copytree(encoder, tmp_path / "model")
 
     def changed(**values):
         path = tmp_path / "model" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-        return Fingerprint({"name": "sst2"}, model_parts(str(tmp_path / "model")), dict).changed(before)
+        return changed_part(before, {**before, "parts": model_parts(str(tmp_path / "model"))})
 
     assert changed(transformers_version="99.0") is None
     assert changed(hidden_act="relu") == "the base model's config.json has another content"

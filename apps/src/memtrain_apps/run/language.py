@@ -13,7 +13,7 @@ from memtrain_common.data.text.instruct import examples
 from memtrain_common.data.text.instruct_batches import IGNORED, collate, load_rows, tokenize
 from memtrain_common.data.text.instruct_batches import loss_of as instruct_loss
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_causal_lm, load_classifier, load_tokenizer
+from memtrain_common.models.encoders import load_causal_lm, load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
     prepared = prepare_glue(task, config.data_dir, tokenizer, max_length=config.max_length)
     model, _ = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
     rows = len(prepared.ids["train"])
+    parts = {**prepared.parts, **model_parts(config.model)}
 
     def batches(i: int) -> dict[str, Tensor]:
         order = epoch_batch(config.seed, i, batch=config.batch_size, size=rows)
@@ -48,7 +49,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
         evaluate=evaluate,
         metric=TASKS[task].metrics[0],
         higher_is_better=True,
-        about={"name": config.data, "train": rows, "sha256": prepared.sha256},
+        about={"name": config.data, "train": rows, "sha256": prepared.sha256, "parts": parts},
         splits=("val",),
         extra={"tokenizer": tokenizer},
         **_lengths(config, rows),
@@ -95,7 +96,13 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
         evaluate=evaluate,
         metric="loss",
         higher_is_better=False,
-        about={"name": config.data, "train": len(train), "val": len(validation), "sha256": digest},
+        about={
+            "name": config.data,
+            "train": len(train),
+            "val": len(validation),
+            "sha256": digest,
+            "parts": {"tokens": digest, **model_parts(config.model)},
+        },
         splits=("val",),
         extra={"tokenizer": tokenizer},
         **_lengths(config, len(train)),

@@ -47,7 +47,7 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         higher_is_better=True,
         steps=config.total_steps(rows, per_step),
         eval_interval=max(1, math.ceil(config.eval_epochs * rows / per_step)),
-        about=pictures.describe(),
+        about={**pictures.describe(), "parts": pictures.parts()},
         units_per_step=per_step,
     )
 

@@ -12,7 +12,7 @@ from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
 from memtrain_common.measuring.prediction import dense_activations
-from memtrain_common.models.encoders import load_classifier, load_tokenizer
+from memtrain_common.models.encoders import load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World, parallelize
 from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
@@ -36,7 +36,8 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
     train_only(model.to(device), head, config.mode)
-    session.open({"name": config.task, "sha256": prepared.sha256})
+    parts = {**prepared.parts, **model_parts(config.model)}
+    session.open({"name": config.task, "sha256": prepared.sha256, "parts": parts})
     n = {split: len(rows) for split, rows in prepared.ids.items()}
     session.console.say(
         f"{session.folder.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows"

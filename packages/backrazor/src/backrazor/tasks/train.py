@@ -57,7 +57,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     )  # fmt: skip
     made = make_model(config, pictures)  # before there is a folder: what is wrong with the weights is said first
     data = pictures.describe()
-    session.open(data)
+    session.open({**data, "parts": pictures.parts()})
     counts = ", ".join(f"{data[split]:,} {split}" for split in ("train", "val", "test") if split in data)
     say = session.console.say
     say(f"{session.folder.path}: {pictures.name}, {len(pictures.classes)} classes, pictures: {counts}")

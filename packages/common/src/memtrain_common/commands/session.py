@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..console import Console
+from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..files import write_json
 from ..measuring.environment import device_name
@@ -98,7 +99,8 @@ class Session:
         """Make the run folder, or open the one that is resumed, and write its config.json.
 
         Args:
-            data: what the data are; their "sha256" tells them from other data, their "name" is for people.
+            data: what the data are; their "sha256" and "parts" tell them from other data
+                (:mod:`memtrain_common.data.fingerprint`), their "name" is for people.
             about: is kept in config.json besides.
 
         Raises:
@@ -109,14 +111,15 @@ class Session:
         if self.config.resume:
             run = RunFolder.open(Path(self.config.resume), writes=main)
             before = run.read_config().get("data") or {}
-            if before.get("sha256") != data["sha256"]:
+            wrong = changed_part(before, data)
+            if wrong is not None:
                 if self.config.data_changed == "ok":
                     self._changed = {"data": data, "data_before": before}
-                    self.console.say(f"goes on with other data: {_named(before)} before, {_named(data)} now")
+                    self.console.say(f"goes on with other data: {wrong}")
                 else:
                     raise UserError(
-                        f"{self.config.resume} was trained on other data: {_named(before)}, and {_named(data)} was "
-                        "found now; give it the same files, begin a new run, or go on with them by --data-changed ok"
+                        f"{self.config.resume} was trained on other data: {wrong}; give it the same files, begin a "
+                        "new run, or go on with these by --data-changed ok"
                     )
         else:
             own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
@@ -291,7 +294,3 @@ def _weights(task: Task) -> dict[str, Any]:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _named(data: Mapping[str, Any]) -> str:
-    return f"{data.get('name', 'unnamed')} (SHA-256 {str(data.get('sha256'))[:12]}…)"

@@ -4,8 +4,8 @@ A file's SHA-256 is kept in the user's cache (``$XDG_CACHE_HOME/memtrain/fingerp
 its path, size, time of change and inode, and is taken from there while these are the same. The cache is a help and
 nothing else: where it cannot be read or written, every file is hashed.
 
-A run's ``config.json`` keeps a :class:`Fingerprint` under ``data``. One without ``parts`` was written by a version that
-had none; such a run is compared by the rule of that version.
+A run's ``config.json`` keeps hashes under ``data`` as ``parts``. A run of a version that kept none is compared by its
+``sha256`` alone, which is of names and sizes of pictures, or of texts.
 """
 
 import hashlib
@@ -13,10 +13,9 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +31,25 @@ _AS = ("utf-8", "surrogateescape")  # names of files are bytes
 Stamp = tuple[int, int, int]  # size, time of change in ns, inode
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a run keeps of its data."""
+def changed_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What is not as it was, as part of a sentence; None if all is.
 
-    about: Mapping[str, Any]
-    """The name, counts: for people."""
-    parts: Mapping[str, str]
-    """What the data consist of (a file's or folder's path, a split) -> a hash of its content."""
-    earlier: Callable[[], Mapping[str, Any]]
-    """The description, with its "sha256", by the rule of the versions that kept no parts."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all parts."""
-        return combined(self.parts.items())
-
-    def describe(self) -> dict[str, Any]:
-        """What config.json keeps."""
-        return {**self.about, "sha256": self.sha256, "parts": dict(self.parts)}
-
-    def like(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """:meth:`describe`, or the same by the rule by which ``before``, a run's description, was made."""
-        return self.describe() if before is None or "parts" in before else dict(self.earlier())
-
-    def changed(self, before: Mapping[str, Any]) -> str | None:
-        """What is not as it was when ``before`` was described, as part of a sentence; None if all is."""
-        if "parts" not in before:
-            same = before.get("sha256") == self.like(before)["sha256"]
-            return None if same else f"the content of {self.about.get('name', 'the data')} is another"
-        was = before["parts"]
-        found = [f"{name} is gone" for name in was if name not in self.parts]
-        found += [f"{name} has another content" for name in was if self.parts.get(name, was[name]) != was[name]]
-        found += [f"{name} is new" for name in self.parts if name not in was]
-        more = f" (and {len(found) - 1} more have changed)" if len(found) > 1 else ""
-        return found[0] + more if found else None
+    Args:
+        before: a run's ``data``: a "name", a "sha256" and, but for runs of versions that had none, "parts": what the
+            data consist of (a file's or folder's path, a split) with a hash of its content.
+        now: the same, of what is found now.
+    """
+    if "parts" in before and "parts" in now:
+        was, parts = before["parts"], now["parts"]
+        found = [f"{name} is gone" for name in was if name not in parts]
+        found += [f"{name} has another content" for name in was if parts.get(name, was[name]) != was[name]]
+        found += [f"{name} is new" for name in parts if name not in was]
+        if found:
+            return found[0] + (f" (and {len(found) - 1} more have changed)" if len(found) > 1 else "")
+    if before.get("sha256") == now["sha256"]:
+        return None
+    names = (f"{data.get('name', 'unnamed')} (SHA-256 {str(data.get('sha256'))[:12]}…)" for data in (before, now))
+    return " before, and now ".join(names)
 
 
 def combined(parts: Iterable[tuple[str, str]]) -> str:

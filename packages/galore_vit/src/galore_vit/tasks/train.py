@@ -78,7 +78,7 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     images = load_images(config.data, config.data_dir, size=config.size, fit=True, verify=config.verify)
     for trial in trials(config):
         check_classes(trial_images(images, config, trial))
-    session.open(describe(images))
+    session.open({**describe(images), "parts": images.parts()})
     config, say = session.config, session.console.say
     counts = ", ".join(f"{len(split)} {name}" for name, split in images.splits.items())
     say(f"{session.folder.path}: {images.name}, {images.size} pixels, {len(images.classes)} classes, {counts} images")

@@ -9,7 +9,7 @@ from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
-from memtrain_common.models.encoders import load_classifier, load_tokenizer
+from memtrain_common.models.encoders import load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
@@ -43,7 +43,8 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     session = Session.begin(config, argv, prog=PROG)
     prepared = prepare(config)
     model = adapted_model(config, prepared.tokenizer)  # before there is a folder: what is wrong with it is said first
-    session.open({"name": config.task, "sha256": prepared.sha256})
+    parts = {**prepared.parts, **model_parts(config.model)}
+    session.open({"name": config.task, "sha256": prepared.sha256, "parts": parts})
     return train_glue(session, prepared, model)
 
 

@@ -14,6 +14,7 @@ from memtrain_common.commands.session import Session
 from memtrain_common.console import format_table
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.models.encoders import model_parts
 
 from ..adapter_file import describe_adapter
 from .glue import prepare, train_glue
@@ -35,7 +36,8 @@ def run_grid(config: GlueConfig, argv: Sequence[str]) -> list[Row]:
     """Train every cell that has no result yet, then write the table."""
     session = Session.begin(config, argv, prog=PROG)
     prepared = prepare(config)
-    session.open({"name": config.task, "sha256": prepared.sha256})
+    parts = {**prepared.parts, **model_parts(config.model)}
+    session.open({"name": config.task, "sha256": prepared.sha256, "parts": parts})
     config, folder, say = session.config, session.folder.path, session.console.say
     ranks: Sequence[int] = config.grid_ranks
     if config.from_adapter:

@@ -18,7 +18,7 @@ from memtrain_common.data.text.instruct_batches import (
 )
 from memtrain_common.data.text.prompts import PROMPTS, training_prompt
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_causal_lm, load_tokenizer
+from memtrain_common.models.encoders import load_causal_lm, load_tokenizer, model_parts
 from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import schedule, warmup_steps
@@ -55,7 +55,8 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     xs = LoRAXSConfig(config.rank, config.alpha or None, config.targets, init=config.init, seed=config.seed, head=())
     model = inject(model.to(device), xs)
     sha = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
-    session.open({"name": config.data, "sha256": sha})
+    parts = {"tokens": sha, **model_parts(config.model)}
+    session.open({"name": config.data, "sha256": sha, "parts": parts})
     say = session.console.say
     say(f"{session.folder.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
     if len(kept) < len(rows):

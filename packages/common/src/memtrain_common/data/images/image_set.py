@@ -5,7 +5,7 @@ An :class:`ImageSet` of 100,000 photographs costs their names, or, of small imag
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ...errors import UserError
-from ..fingerprint import Fingerprint, by_file_or_folder
+from ..fingerprint import by_file_or_folder
 from ..order import stratified
 from .tree import Tree
 
@@ -190,18 +190,11 @@ class ImageSet:
 
     def describe(self) -> dict[str, Any]:
         """The set's name, its counts, and :attr:`sha256`."""
-        return {**self._about(), "sha256": self.sha256}
-
-    def _about(self) -> dict[str, Any]:
         counts = {name: len(self.splits[name]) for name in SPLITS if name in self.splits}
-        return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts}
+        return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts, "sha256": self.sha256}
 
-    def fingerprint(self, earlier: Callable[[], Mapping[str, Any]] | None = None) -> Fingerprint:
-        """All content of all images, their names, labels and order.
-
-        Args:
-            earlier: the description that a run of an earlier version has; None takes :meth:`describe`.
-        """
+    def parts(self) -> dict[str, str]:
+        """Hashes of all content of all images, and of their names, labels and order, for a run's ``data``."""
         files: dict[str, str] = {}
         lists = {}
         for name, split in self.splits.items():
@@ -210,7 +203,7 @@ class ImageSet:
             order = hashlib.sha256("\0".join(found).encode("utf-8", "surrogateescape"))
             order.update(str(split.labels.shape).encode() + np.ascontiguousarray(split.labels).tobytes())
             lists[f"{name} labels"] = order.hexdigest()
-        return Fingerprint(self._about(), {**by_file_or_folder(files), **lists}, earlier or self.describe)
+        return {**by_file_or_folder(files), **lists}
 
 
 def trained_on_val(found: ImageSet) -> ImageSet:

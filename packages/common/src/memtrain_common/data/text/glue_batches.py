@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..fingerprint import Fingerprint
 from .glue import GlueSplit, glue_metrics, load_glue
 
 
@@ -23,19 +22,9 @@ class Prepared:
     labels: dict[str, Any]
     tokenizer: Any
     sha256: str
-    """Of texts and labels: what versions before :meth:`fingerprint` kept."""
+    """Of texts and labels."""
     parts: dict[str, str]
-    """Hashes of each split's tokens and labels, and of how they are padded."""
-
-    def fingerprint(self, name: str, more: Mapping[str, str] | None = None) -> Fingerprint:
-        """What the model is given: tokens, so that another tokenizer is noticed.
-
-        Args:
-            name: the task's.
-            more: further parts, as of :func:`memtrain_common.models.encoders.model_parts`.
-        """
-        earlier = {"name": name, "sha256": self.sha256}
-        return Fingerprint({"name": name}, {**self.parts, **(more or {})}, lambda: earlier)
+    """Hashes of each split's tokens and labels, which another tokenizer changes, and of how they are padded."""
 
     def batch(self, split: str, rows: Sequence[int], max_length: int = 0) -> dict[str, Tensor]:
         """The rows, padded to the longest of them or to ``max_length``: tensors (rows×tokens), labels (rows,)."""
