@@ -32,9 +32,12 @@ OUT = Path(__file__).parent / "results" / "backrazor_memory.json"
 KEEPS = (0.1, 0.03)
 ARMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "dense": nullcontext,
-    **{f"keep {k:g}": functools.partial(Razor, k) for k in KEEPS},
+    **{f"low-bit, keep {k:g}": functools.partial(Razor, k) for k in (0.125, 0.1, 0.05)},
+    "low-bit, keep 0.1, attention recomputed": lambda: Razor(0.1, recompute="attention"),
+    "low-bit, keep 0.1, blocks recomputed": lambda: Razor(0.1, recompute="block"),
+    **{f"pruned, keep {k:g}": functools.partial(Razor, k, mode="pruned") for k in KEEPS},
     **{f"paper, keep {k:g}": functools.partial(Razor, k, mode="paper") for k in KEEPS},
-    "keep 0.1, exact attention": lambda: Razor(0.1, attention="exact"),
+    "pruned, keep 0.1, exact attention": lambda: Razor(0.1, mode="pruned", attention="exact"),
 }
 MODELS: dict[str, tuple[MemoryConfig, float]] = {
     "ViT-S/16, eager": (MemoryConfig(model="vit-s-16", eager=True), 0.0),
@@ -62,18 +65,23 @@ def with_dropout(model: Shaped, p: float) -> Shaped:
     return replace(model, build=build)
 
 
-def compare(config: MemoryConfig, dropout: float, batch: int) -> dict[str, dict[str, float]]:
+def compare(
+    config: MemoryConfig, dropout: float, batch: int, arms: tuple[str, ...], measure: bool
+) -> dict[str, dict[str, float]]:
     """Bytes a sample of every arm."""
     config = replace(config, batch_size=batch)
     model = shaped(config)
     if dropout:
         model = with_dropout(model, dropout)
     found: dict[str, dict[str, float]] = {}
-    for arm, saving in ARMS.items():
-        predicted, measured = (
-            sum(saved(replace(config, measure=real), model, saving)[0].values()) / batch for real in (False, True)
-        )
-        found[arm] = {"predicted": predicted, "measured": measured}
+    for arm in arms:
+        found[arm] = {
+            ("measured" if real else "predicted"): sum(
+                saved(replace(config, measure=real), model, ARMS[arm])[0].values()
+            )
+            / batch
+            for real in ((False, True) if measure else (False,))
+        }
     return found
 
 
@@ -90,25 +98,37 @@ def stored_bits() -> list[dict[str, float]]:
     return rows
 
 
-def main(batch: int = 2, threads: int = 1, out: Path = OUT) -> None:
+def main(
+    batch: int = 2,
+    threads: int = 1,
+    out: Path = OUT,
+    models: tuple[str, ...] = tuple(MODELS),
+    arms: tuple[str, ...] = tuple(ARMS),
+    measure: bool = True,
+) -> None:
     """
     Args:
         batch: samples.
         threads: of torch.
         out: where the results go.
+        models: names of the table's rows.
+        arms: ways of saving; "dense" is among them.
+        measure: also take a real step of each, beside the prediction.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     console = Console()
     results = {}
-    for name, (config, dropout) in MODELS.items():
+    for name in models:
+        config, dropout = MODELS[name]
         torch.manual_seed(0)
-        results[name] = found = compare(config, dropout, batch)
-        dense = found["dense"]["measured"]
+        results[name] = found = compare(config, dropout, batch, arms, measure)
+        best = "measured" if measure else "predicted"
+        dense = found["dense"][best]
         rows = [["", "MB a sample", "less", "predicted"]]
         for arm, n in found.items():
-            same = "the same" if n["predicted"] == n["measured"] else f"{n['predicted'] / 1e6:.3f} MB"
-            rows.append([arm, f"{n['measured'] / 1e6:.3f}", f"{dense / n['measured']:.1f}×", same])
+            same = "the same" if n["predicted"] == n[best] else f"{n['predicted'] / 1e6:.3f} MB"
+            rows.append([arm, f"{n[best] / 1e6:.3f}", f"{dense / n[best]:.1f}×", same])
         console.say(f"\n{name}\n{format_table(rows)}")
     write_results(
         out,

@@ -162,8 +162,9 @@ def saved_bytes(study: Study, context: Callable[[], Any]) -> int:
     model = study.build().train()
     with SavedActivations(model) as saved, context():
         loss = study.loss(model, next(iter(study.train(0))))
+    held = sum(saved.by_layer().values())  # of what lives
     del loss
-    return sum(saved.by_layer().values())
+    return held
 
 
 def arms_of(study: Study) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
