@@ -2,8 +2,8 @@
 
     MEMTRAIN_DATA=FOLDER python benchmarks/backrazor_gradients.py
 
-One batch of 8 for each model; a weight's error is the cosine of its kind's gradients (all layers as one vector) with the
-dense ones. Nothing is trained. Writes results/backrazor_gradients.json.
+One batch of 8 for each model; the cosine is that of a kind's gradients (all layers as one vector) with the dense ones.
+ Nothing is trained. Writes results/backrazor_gradients.json.
 """
 
 import os
@@ -57,7 +57,12 @@ def measure(probe: Probe) -> dict[str, Any]:
         kinds = probe.by_kind(grads)
         n = saved_bytes(probe, Razor(**settings))
         cosines = {kind: round(cosine(kinds[kind], dense[kind]), 4) for kind in dense}
-        found[name] = {"bytes": n, "times_less": round(n_dense / n, 2), "least": min(cosines.values()), "cosine": cosines}
+        found[name] = {
+            "bytes": n,
+            "times_less": round(n_dense / n, 2),
+            "least": min(cosines.values()),
+            "cosine": cosines,
+        }
         print(name, found[name], flush=True)
     return found
 

@@ -53,7 +53,7 @@ def whole(x: Tensor, keep: float) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, float], Tensor] | None] = {
-    "groups (default)": None,
+    "groups (pruned)": None,
     "30 neighbours": blocks(30),
     "256 neighbours": blocks(256),
     "sample": samples,
@@ -74,8 +74,8 @@ class Selecting(Razor):
 def context(way: str, keep: float, **settings: Any) -> Razor:
     select = WAYS[way]
     if select is None:
-        return Razor(keep, **settings)
-    razor = Selecting(keep, **settings)
+        return Razor(keep, mode="pruned", **settings)
+    razor = Selecting(keep, mode="pruned", **settings)
     razor.way = select
     return razor
 
@@ -148,9 +148,9 @@ def main() -> None:
         model, batch = make(args.data_dir)
         model.train()
         arms: list[tuple[str, float, dict[str, Any]]] = [(way, keep, {}) for keep in (0.1, 0.03) for way in WAYS]
-        arms += [("groups (default)", 0.1, {"derivative_bits": b}) for b in (3, 4)]
-        arms += [("groups (default)", 0.1, {"values": v}) for v in ("fp32", "int8")]
-        arms += [("groups (default)", 0.1, {"attention": "exact"}), ("groups (default)", 0.1, {"mode": "paper"})]
+        arms += [("groups (pruned)", 0.1, {"derivative_bits": b}) for b in (3, 4)]
+        arms += [("groups (pruned)", 0.1, {"values": v}) for v in ("fp32", "int8")]
+        arms += [("groups (pruned)", 0.1, {"attention": "exact"}), ("groups (pruned)", 0.1, {"mode": "paper"})]
         for way, keep, settings in arms:
             found = mean([error(model, batch(i), context(way, keep, **settings)) for i in range(args.batches)])
             rows.append({"model": name, "way": way, "keep": keep, **settings, **found})

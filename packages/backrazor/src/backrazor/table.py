@@ -1,7 +1,9 @@
 """The specification: every operation that is met, what of it is exact, what is approximated, what is kept, and why.
 
-x̂ is the pruned x (:mod:`.packing`), ~x an 8-bit copy, g the gradient that arrives. Anything that is not in this table
-is PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says why they are so.
+x̂ is what is kept of x: all of it in few bits (:mod:`.lowbit`), or, in the mode "pruned", its largest elements
+(:mod:`.packing`). ~x is an 8-bit copy, in the mode "low-bit" x̂ too; g is the gradient that arrives. Anything that is
+not in this table is PyTorch's own, saves what PyTorch saves, and is exact; :data:`DENSE` names the common ones and says
+why they are so.
 """
 
 import functools
@@ -57,8 +59,8 @@ def _coded(
         calls,
         _either(first, rule) if first else rule,
         "y",
-        f"dx = g · level of f'(x); |level − f'(x)| ≤ {bound} for 2, 3, 4 bits",
-        "f'(x) in 2 (default), 3 or 4 bits",
+        f"dx = g · f'(x̂); pruned: g · level of f'(x), |level − f'(x)| ≤ {bound} for 2, 3, 4 bits",
+        "x̂, from which the next layer makes its input too; pruned: f'(x) in 2 (default), 3 or 4 bits",
         _CODE_WHY,
     )
 
@@ -109,7 +111,7 @@ OPERATIONS: tuple[Operation, ...] = (
         attention.softmax,
         "P",
         "dS = P̂ ∘ (g − Σ g ∘ P̂)",
-        "P̂, its values in 8 bits",
+        "nothing but Q̂ and K̂, from which P is made again; pruned: P̂, its values in 8 bits",
         "rows of P are mostly near 0, and a probability needs no exponent",
     ),
     Operation(
@@ -118,7 +120,7 @@ OPERATIONS: tuple[Operation, ...] = (
         attention.scaled_dot_product_attention,
         "O",
         "dQ, dK, dV, dmask from P̂, Q̂, K̂, V̂",
-        "P̂ (values in 8 bits), Q̂, K̂, V̂; dropout's mask in 1 bit",
+        "Q̂, K̂, V̂, from which P and O are made again; pruned: P̂ too, and dropout's mask in 1 bit",
         "the same as written out; pruning Q and K under a flash backward would exponentiate their error",
     ),
     Operation("conv1d", (torch.conv1d,), conv.conv1d, "y, dx, db", "dW of x̂", "x̂; nothing if W is frozen", "as linear"),
@@ -160,7 +162,7 @@ OPERATIONS: tuple[Operation, ...] = (
         norms.batch_norm,
         "y, running statistics, dβ; dx with frozen statistics",
         "dγ = Σ g x̂, and the term of dx along x̂",
-        "x̂ in 4 bits (shared with a convolution right after); nothing with frozen statistics and weights",
+        "x̂ (pruned: in 4 bits), shared with a ReLU and convolution after; nothing with frozen statistics and weights",
         "a ReLU follows, so no product shares x̂; near normal, it errs by 0.1 in 4 bits and by 0.75 pruned to a tenth",
     ),
     Operation(
@@ -169,7 +171,7 @@ OPERATIONS: tuple[Operation, ...] = (
         norms.group_norm,
         "y, dβ",
         "dγ = Σ g x̂, and the term of dx along x̂",
-        "x̂ in 4 bits (shared with a convolution right after)",
+        "x̂ (pruned: in 4 bits), which a ReLU and convolution after it share",
         "as batch_norm",
     ),
     _coded("gelu", F.gelu, (F.gelu,), _OVERSHOOT),
