@@ -1,14 +1,13 @@
 """The rules of the design that imports can break: layers, and commands that answer quickly."""
 
 import ast
+import functools
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from support import BIN, ROOT
+from support import BIN, ROOT, run_light, run_script
 
 SOURCES = (*ROOT.glob("packages/*/src/*"), *ROOT.glob("apps/src/*"))
 MODULES = {p.name: p for p in sorted(SOURCES) if (p / "__init__.py").exists()}
@@ -17,19 +16,32 @@ APPS = "memtrain_apps"
 METHODS = [name for name in MODULES if name not in (COMMON, APPS)]
 
 
+@functools.cache
+def files(root):
+    return sorted(root.rglob("*.py"))
+
+
+@functools.cache
+def text_of(path):
+    return path.read_text()
+
+
+@functools.cache
+def imports_of(path):
+    """A file's docstring, and the import statements anywhere in it: each file is parsed once."""
+    tree = ast.parse(text_of(path))
+    return ast.get_docstring(tree), [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
 def imported(path, *, package_root):
     """Top-level names that a file imports, wherever in the file; relative imports are of its own package."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in imports_of(path)[1]:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             names.add(node.module.split(".")[0] if node.level == 0 else package_root.name)
     return names
-
-
-def files(root):
-    return sorted(root.rglob("*.py"))
 
 
 def is_shell(path, root):
@@ -80,23 +92,22 @@ def modules(root):
     return names
 
 
-def arrows(root, known=None):
+@functools.cache
+def arrows(root):
     """Module -> modules of the same package that it imports anywhere in it, ``TYPE_CHECKING`` included."""
-    known = known or modules(root)
+    known = modules(root)
     found = {}
     for name, path in known.items():
         here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
         targets = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in imports_of(path)[1]:
             if isinstance(node, ast.Import):
                 words = [a.name.split(".") for a in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 words = [(node.module or "").split(".") if node.module else []]
                 if node.level:
                     words = [[root.name, *[p for p in here if p][: len(here) - node.level + 1], *words[0]]]
                 words = [[*words[0], alias.name] for alias in node.names]
-            else:
-                continue
             for word in words:
                 if word[:1] == [root.name]:
                     inside = word[1:]
@@ -151,9 +162,10 @@ def test_every_file_has_a_room_and_every_room_says_what_it_is_for(package):
         first = name.split(".")[0]
         assert first in {*ROOMS[package], *GROUND[package], *ROOF[package], ""}, f"{path} stands in no room"
         if path.name == "__init__.py" and name:
-            text = path.read_text()
-            assert ast.get_docstring(ast.parse(text)), path
-            assert len(text.splitlines()) == 1, f"{path} holds more than the line that says what the room is for"
+            assert imports_of(path)[0], path
+            assert len(text_of(path).splitlines()) == 1, (
+                f"{path} holds more than the line that says what the room is for"
+            )
 
 
 @pytest.mark.parametrize("package", ROOMS)
@@ -176,23 +188,74 @@ def test_a_file_in_the_wrong_room_and_an_arrow_upwards_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-def test_the_mathematics_of_lte_needs_torch_alone():
-    """Everything but the command works where nothing but torch is installed."""
-    script = """
-import sys
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"memtrain_common", "tyro", "tqdm", "safetensors", "matplotlib", "tiktoken"}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Nothing())
-import torch, lte
+# A first use of each method, where nothing but torch can be imported of what its command needs besides.
+ALONE = {
+    "backrazor": ("""
+import backrazor
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+with backrazor.Razor(keep=0.1):
+    model(torch.randn(4, 64)).sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+""", set()),
+    "galore_vit": ("""
+import galore_vit
+model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(32, 32)])})
+layer = model["blocks"][0]
+optimizer = galore_vit.GaLoreAdamW(galore_vit.param_groups(model, rank=4), lr=1e-2)
+before = layer.weight.detach().clone()
+layer(torch.randn(4, 32)).square().sum().backward()
+optimizer.step()
+assert not torch.equal(layer.weight, before)
+""", {"numpy"}),
+    "lora_xs": ("""
+import lora_xs
+model = torch.nn.Sequential(torch.nn.Linear(60, 30), torch.nn.Linear(30, 8))
+lora_xs.inject(model, lora_xs.LoRAXSConfig(4, targets=("0",), head=("1",)), cache=False)
+model(torch.randn(2, 60)).sum().backward()
+""", {"safetensors"}),
+    "lte": ("""
+import lte
 model = lte.inject(torch.nn.Sequential(torch.nn.Linear(3, 3)), lte.LTEConfig(heads=2, rank=2))
 model(torch.randn(4, 3)).sum().backward()
 lte.Merger(model, 1).step()
 assert set(lte.merged_state_dict(model)) == {"0.weight", "0.bias"}
-assert sorted(lte.__all__) == lte.__all__ and all(getattr(lte, n) for n in lte.__all__)
+""", set()),
+}  # fmt: skip
+# What the commands need besides torch. numpy is left in: torch itself tries it.
+BESIDES = {
+    "memtrain_common",
+    "tyro",
+    "tqdm",
+    "safetensors",
+    "matplotlib",
+    "tiktoken",
+    "transformers",
+    "peft",
+    "sklearn",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mathematics_needs_torch_alone(method, tmp_path):
+    """Everything but the command works where nothing but torch is installed (safetensors too, for adapters' files)."""
+    use, allowed = ALONE[method]
+    script = f"""
+import sys
+absent = {BESIDES - allowed!r}
+for name in [n for n in sys.modules if n.split(".")[0] in absent | {{{method!r}}}]:
+    del sys.modules[name]  # this process was forked from one that has them
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ImportError(name)
+sys.meta_path.insert(0, Nothing())
+import torch
+{use}
+import {method} as module
+assert all(getattr(module, name) for name in module.__all__)
+assert not absent & {{n.split(".")[0] for n in sys.modules}}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run_script(script, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -206,18 +269,19 @@ def commands():
 
 
 def test_every_package_imports_without_torch():
-    for name in MODULES:
-        script = f"import sys, {name}; assert 'torch' not in sys.modules, 'torch'"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert done.returncode == 0, (name, done.stderr)
+    scripts = [f"import sys, {name}; assert 'torch' not in sys.modules, 'torch'" for name in MODULES]
+    for name, (code, said) in zip(MODULES, run_light(scripts), strict=True):
+        assert code == 0, (name, said)
 
 
-@pytest.mark.parametrize(("command", "entry"), commands())
-def test_help_of_every_command_does_not_load_torch(command, entry):
-    """A console script imports its package first, so this covers ``__init__`` as well."""
-    module, function = entry.split(":")
-    heavy = {"torch", "transformers", "datasets", "matplotlib", "numpy", "peft", "timm"}
-    script = f"""
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "numpy", "peft", "timm"}
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Every command's --help as its console script gives it, each in a process that has loaded nothing: (end, text)."""
+    scripts = [
+        f"""
 import sys
 sys.argv = [{command!r}, "--help"]
 from {module} import {function}
@@ -225,19 +289,27 @@ try:
     {function}()
 except SystemExit as stop:
     assert not stop.code, stop.code
-loaded = {heavy!r} & set(sys.modules)
+loaded = {HEAVY!r} & set(sys.modules)
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage: " + command in done.stdout
+        for command, (module, function) in ((c, e.split(":")) for c, e in commands())
+    ]
+    return dict(zip((c for c, _ in commands()), run_light(scripts), strict=True))
+
+
+@pytest.mark.parametrize("command", [c for c, _ in commands()])
+def test_help_of_every_command_does_not_load_torch(command, helps):
+    """A console script imports its package first, so this covers ``__init__`` as well."""
+    code, said = helps[command]
+    assert code == 0, said
+    assert "usage: " + command in said
     assert (BIN / command).exists()
 
 
 def test_nothing_is_unpickled_in_the_packages():
     for root in MODULES.values():
         for path in files(root):
-            text = path.read_text()
+            text = text_of(path)
             assert "weights_only=False" not in text, path
             assert not re.search(r"import pickle\b|pickle\.loads?\b|Unpickler\b", text), path
             assert set(re.findall(r"from pickle import (.*?)(?:  #.*)?$", text, re.M)) <= {
@@ -252,7 +324,7 @@ def test_files_stay_readable():
     for root in MODULES.values():
         most = 300 if root.name in ROOMS else 380  # an optimizer or an operation's mathematics stays together
         for path in files(root):
-            lines = len(path.read_text().splitlines())
+            lines = len(text_of(path).splitlines())
             assert lines <= most, f"{path} has {lines} lines: split it by what is in it"
-            assert ast.get_docstring(ast.parse(path.read_text())) or path.read_text() == "", f"{path} says nothing"
+            assert imports_of(path)[0] or text_of(path) == "", f"{path} says nothing"
     assert Path(MODULES[COMMON] / "py.typed").exists()

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from lte.tasks.train_config import TrainConfig
-from support import ROOT
+from support import ROOT, run_script
 
 README = (ROOT / "README.md").read_text()
 READMES = sorted(p for p in ROOT.glob("**/README.md") if ".venv" not in p.parts and "runs" not in p.parts)
@@ -70,7 +68,7 @@ def test_links_lead_somewhere(readme):
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_examples_run(readme, tmp_path):
     for example in code_blocks(readme.read_text(), "python"):
-        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+        done = run_script(example, tmp_path)
         assert done.returncode == 0, f"{readme}\n{example}\n{done.stderr}"
 
 

@@ -106,6 +106,7 @@ def no_pictures():
     matplotlib.figure.Figure.savefig = lambda self, path: None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, command):
     """The best of the evaluations is not the last: damaged, it is refused by name; --select last goes on without."""
@@ -164,6 +165,7 @@ def _dispatch(words, folder):
             raise RuntimeError(f"exit code {stop.code}") from None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_two_processes_share_a_folder_that_nobody_named_and_resume_it(few_steps, tmp_path, command):
     """Without --out every process must get the first one's folder; resumed, one process takes the lock for all."""

@@ -7,10 +7,14 @@ import sys
 import pytest
 from support import ROOT
 
+CHECKS = [
+    pytest.param(["mypy"], id="types", marks=pytest.mark.slow),
+    pytest.param(["ruff", "check", "."], id="lint"),
+    pytest.param(["ruff", "format", "--check", "."], id="format"),
+]
 
-@pytest.mark.parametrize(
-    "check", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["lint", "format", "types"]
-)
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_style(check):
     done = subprocess.run([sys.executable, "-m", *check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """ablate as a person meets it: a small grid, an arm without memory, a kill in the middle, the report, and mistakes."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from memtrain_apps.ablate import ablate as ablate_module
 from memtrain_apps.ablate.config import configure
 from memtrain_apps.ablate.grid_file import read_grid
 from memtrain_common.errors import UserError
@@ -18,6 +20,18 @@ from support import Command, assert_refused, run_command
 
 ARM = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "64", "--log-interval", "1"]
 GRID = ["ablate", "--train", "head", "lora", "--save", "all", "backrazor", "--seeds", "2", "--devices", "cpu", "cpu"]
+
+
+def forked_arms():
+    """A ``before``: arms are forked from the command, which has the libraries, not from a server that loads them anew.
+
+    Tests of kills and of memory limits have the server.
+    """
+    ablate_module.server = lambda: multiprocessing.get_context("fork")
+
+
+def ablate(words, cwd):
+    return run_command(words, cwd, before=forked_arms)
 
 
 def results(folder):
@@ -28,11 +42,12 @@ def results(folder):
 def whole(tmp_path_factory):
     """Three combinations that train and one without meaning, over two seeds."""
     cwd = tmp_path_factory.mktemp("whole")
-    done = run_command([*GRID, "--out", "abl", *ARM], cwd)
+    done = ablate([*GRID, "--out", "abl", *ARM], cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "abl", done
 
 
+@pytest.mark.slow
 def test_every_arm_has_its_result(whole):
     folder, done = whole
     found = results(folder)
@@ -50,6 +65,7 @@ def test_every_arm_has_its_result(whole):
     assert "± " in done.stdout
 
 
+@pytest.mark.slow
 def test_an_arms_command_makes_the_same_run_alone(whole, tmp_path):
     folder, _ = whole
     arm = next(r for r in results(folder).values() if r["axes"]["save"] == "backrazor" and r["status"] == "done")
@@ -60,10 +76,11 @@ def test_an_arms_command_makes_the_same_run_alone(whole, tmp_path):
     assert (scores["val"], scores["test"], again["train_loss"]) == (arm["val"], arm["test"], arm["train_loss"])
 
 
+@pytest.mark.slow
 def test_finished_arms_are_not_repeated_and_seeds_may_be_added(whole):
     folder, _ = whole
     before = {p: p.stat().st_mtime_ns for p in (folder / "results").glob("*.json")}
-    again = run_command(["ablate", "--resume", "abl"], folder.parent)
+    again = ablate(["ablate", "--resume", "abl"], folder.parent)
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert "6 are finished already" in again.stdout
@@ -85,6 +102,7 @@ class Page(HTMLParser):
                 self.fetched.append((tag, value))
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_with_every_figure(whole):
     folder, _ = whole
     text = (folder / "report.html").read_text()
@@ -97,7 +115,7 @@ def test_the_report_is_one_file_with_every_figure(whole):
     for arm in results(folder).values():
         assert arm["command"].replace("'", "&#39;") in text
     (folder / "report.html").unlink()
-    assert run_command(["ablate", "--report", "abl"], folder.parent).returncode == 0
+    assert ablate(["ablate", "--report", "abl"], folder.parent).returncode == 0
     assert (folder / "report.html").read_text() == text
 
 
@@ -106,6 +124,7 @@ def chromium():
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium: put one on PATH, or name it in CHROMIUM")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_draws_it_without_a_scroll_bar_or_a_complaint(whole, tmp_path, width):
@@ -141,6 +160,7 @@ def test_a_browser_draws_it_without_a_scroll_bar_or_a_complaint(whole, tmp_path,
     assert picture.stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
     words = ["ablate", "--train", "full", "head", "--seeds", "1", "--memory-limit", "150MiB", "--devices", "cpu"]
     arm = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "240", "--image-size", "64"]
@@ -153,6 +173,7 @@ def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
     assert "out of memory" in (tmp_path / "abl" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_limit_too_small_for_the_threads_is_out_of_memory_too(tmp_path):
     words = ["ablate", "--train", "head", "--seeds", "1", "--memory-limit", "2MiB", "--devices", "cpu", "--out", "abl"]
     done = run_command([*words, "--", "--data", "digits", "--labels", "5", "6", "--epochs", "1"], tmp_path)
@@ -163,6 +184,7 @@ def test_a_limit_too_small_for_the_threads_is_out_of_memory_too(tmp_path):
     assert "predicted peak of a step" in (tmp_path / "abl" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on_where_it_was(whole, tmp_path):
     folder, _ = whole
     command = Command([*GRID, "--out", "abl", *ARM], tmp_path)
@@ -220,7 +242,7 @@ def test_mistakes_in_a_grid_are_one_sentence(text, tmp_path):
     ],
 )
 def test_mistakes_on_the_command_line_are_one_sentence(words, expected, tmp_path):
-    assert_refused(run_command(["ablate", *words], tmp_path), *expected)
+    assert_refused(ablate(["ablate", *words], tmp_path), *expected)
 
 
 def test_the_grid_without_arguments_has_ten_combinations_and_more():

@@ -1,20 +1,24 @@
 """Every example runs, and does what it says in its first line."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def output(name):
-    words = [sys.executable, "-W", "ignore", str(EXAMPLES / name)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def output(tmp_path):
+    """What an example of a name says."""
+
+    def run(name):
+        done = run_script((EXAMPLES / name).read_text(), tmp_path, file=EXAMPLES / name)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def accuracy(text):
@@ -26,32 +30,37 @@ def test_an_example_is_short(script):
     assert len((EXAMPLES / script).read_text().splitlines()) <= 40
 
 
-def test_save_less():
+@pytest.mark.slow
+def test_save_less(output):
     text = output("save_less.py")
     assert float(re.search(r"([\d.]+) times less saved", text)[1]) > 10
     assert accuracy(text) > 0.85
 
 
-def test_train_less():
+@pytest.mark.slow
+def test_train_less(output):
     before, after = map(float, re.search(r"accuracy ([\d.]+) before, ([\d.]+) after", output("train_less.py")).groups())
     assert before < 0.55
     assert after > 0.85
 
 
-def test_train_in_parallel():
+@pytest.mark.slow
+def test_train_in_parallel(output):
     text = output("train_in_parallel.py")
     trained, plain = re.search(r"accuracy ([\d.]+) after 30 merges; as a plain network ([\d.]+)", text).groups()
     assert trained == plain
     assert float(trained) > 0.85
 
 
-def test_remember_less():
+@pytest.mark.slow
+def test_remember_less(output):
     adam, galore = re.findall(r"accuracy ([\d.]+), +(\d+) KiB", output("remember_less.py"))
     assert int(adam[1]) > 5 * int(galore[1])
     assert float(galore[0]) > float(adam[0]) - 0.05
 
 
-def test_compose_two():
+@pytest.mark.slow
+def test_compose_two(output):
     text = output("compose_two.py")
     assert accuracy(text) > 0.85
     assert float(re.search(r"activations +([\d.]+)", text)[1]) < 100

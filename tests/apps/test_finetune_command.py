@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from dataclasses import fields
 
 import pytest
@@ -11,7 +10,17 @@ from memtrain_apps.compose.axes import USED_BY, Axes
 from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
 from memtrain_common.models.vit import load_vit
 from safetensors.torch import load_file
-from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed
+from support import (
+    Command,
+    assert_refused,
+    both,
+    newest_checkpoint,
+    pause_at,
+    rows,
+    run_command,
+    run_installed,
+    without_pictures,
+)
 
 FAST = ["--tracker", "none", "--log-interval", "5", "--threads", "1"]
 DIGITS = ["finetune", "--epochs", "1", "--labels", "5", "6", "7", "--batch-size", "32", *FAST]
@@ -73,11 +82,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     words = [w for w in words if w != "7"]  # fewer pictures
     straight = run_command(["straight" if w == "run" else w for w in words], tmp_path)
     assert straight.returncode == 0, straight.stderr
-    command = Command(words, tmp_path)
-    while command.poll() is None and not list(tmp_path.glob("run/checkpoints/step-*/manifest.json")):
-        time.sleep(0.02)
-    command.send_signal(signal.SIGKILL)
-    command.wait()
+    killed = Command(words, tmp_path, before=both(without_pictures, pause_at(5))).end_by(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
     resumed = run_command(["finetune", "--resume", "run"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     keep = ("step", "split", "loss", "accuracy", "lr")

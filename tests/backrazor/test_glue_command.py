@@ -11,7 +11,6 @@ from memtrain_common.commands.configure import with_new_names
 from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command
 
-pytestmark = pytest.mark.usefixtures("loaded")
 PROG = "backrazor-glue"
 TINY = ["--task", "sst2", "--tracker", "none", "--num-train-epochs", "5", "--per-device-train-batch-size", "4",
         "--gradient-accumulation-steps", "2", "--log-interval", "5", "--eval-steps", "20", "--max-seq-length", "16",

@@ -11,7 +11,6 @@ from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
 from memtrain_common.measuring.prediction import fake_step
 from support import assert_refused, run_command
 
-pytestmark = pytest.mark.usefixtures("loaded")
 PROG = "backrazor-memory"
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 
 import matplotlib.figure
 import numpy as np
@@ -21,10 +20,9 @@ from memtrain_common.measuring.prediction import dense_activations
 from memtrain_common.models.classifiers import build_classifier, classification_loss
 from memtrain_common.models.vit import build_vit, load_vit
 from memtrain_common.runs import checkpoint
-from support import Command, assert_refused, rows, run_command, run_ranks
+from support import Command, assert_refused, both, pause_at, rows, run_command, run_ranks
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("loaded")
 PROG = "backrazor-train"
 QUICK = ["--epochs", "2", "--batch-size", "8", "--tracker", "none", "--device", "cpu", "--log-interval", "1"]
 
@@ -163,13 +161,10 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
     )["scores"]["test"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resumes_in_the_comparison_too(tmp_path, pictures):
-    words = [PROG, *words_for(pictures, "--compare-dense", "--epochs", "12", "--out", "run")]
-    process = Command(words, tmp_path, before=no_pictures)
-    while process.poll() is None and not (tmp_path / "run" / "dense" / "metrics.jsonl").exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    stopped = process.wait()
+    words = [PROG, *words_for(pictures, "--compare-dense", "--epochs", "4", "--out", "run")]
+    stopped = Command(words, tmp_path, before=both(no_pictures, pause_at(1, "dense"))).end_by(signal.SIGTERM)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "resume with --resume run" in stopped.stderr
     assert "--resume run/dense" not in stopped.stderr

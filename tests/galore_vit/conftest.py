@@ -15,11 +15,3 @@ def plain_bfloat16() -> Iterator[None]:
     """Without oneDNN, whose bfloat16 products end the process on processors that announce AMX and lack it."""
     with torch.backends.mkldnn.flags(enabled=False):
         yield
-
-
-@pytest.fixture(scope="session")
-def loaded() -> None:
-    """The slow libraries, loaded once here for the commands that tests fork from this process."""
-    import peft  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    from transformers import ViTConfig, ViTForImageClassification  # noqa: F401

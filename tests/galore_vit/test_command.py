@@ -15,21 +15,8 @@ from memtrain_common.models.vit import build_vit
 from memtrain_common.runs import checkpoint
 from support import assert_refused, rows, run_command, run_ranks
 
-pytestmark = pytest.mark.usefixtures("loaded")
-QUICK = [
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--tracker",
-    "none",
-    "--device",
-    "cpu",
-    "--galore-rank",
-    "4",
-    "--gap",
-    "3",
-]
+QUICK = ["--epochs", "2", "--batch-size", "8", "--tracker", "none", "--device", "cpu", "--galore-rank", "4",
+         "--gap", "3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

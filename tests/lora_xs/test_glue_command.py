@@ -6,13 +6,23 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from lora_xs import describe_adapter
 from safetensors.torch import load_file
-from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
+from support import (
+    Command,
+    assert_refused,
+    both,
+    newest_checkpoint,
+    pause_at,
+    rows,
+    run_command,
+    run_installed,
+    run_ranks,
+    without_pictures,
+)
 
 TINY = ["lora-xs", "glue", "--task", "sst2", "--tracker", "none", "--rank", "4", "--epochs", "5", "--batch-size", "8",
         "--log-interval", "5", "--eval-interval", "10", "--learning-rate", "3e-2", "--head-learning-rate", "3e-2",
@@ -64,26 +74,21 @@ def same_run(a, b):
         assert (a / "adapter" / name).read_bytes() == (b / "adapter" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, words, tmp_path):
     run = tmp_path / "run"
-    process = Command(words, tmp_path)
-    while process.poll() is None and not list(run.glob("checkpoints/step-*2*")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait().returncode == -signal.SIGKILL
+    done = Command(words, tmp_path, before=both(without_pictures, pause_at(25))).end_by(signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL
     done = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     same_run(run, whole[0])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resumes(whole, words, tmp_path):
     run = tmp_path / "run"
-    process = Command(words, tmp_path)
-    while process.poll() is None and not (run / "metrics.jsonl").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    done = process.wait()
+    done = Command(words, tmp_path, before=both(without_pictures, pause_at(5))).end_by(signal.SIGTERM)
     assert done.returncode == 143, done.stderr
     assert "resume with --resume run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -178,17 +183,14 @@ def test_random_bases_are_not_those_of_the_svd(words, tmp_path):
     assert describe_adapter(tmp_path / "run" / "adapter").config.init == "random"
 
 
+@pytest.mark.slow
 def test_a_grid_is_stopped_resumed_and_tabled(encoder, glue_dir, tmp_path):
     grid = ["lora-xs", "glue", "scratch", "--task", "sst2", "--model", encoder, "--data-dir", glue_dir, "--grid",
             "--grid-ranks", "2", "4", "--grid-learning-rates", "1e-3", "--grid-head-learning-rates", "5e-3",
             "--grid-seeds", "0", "1", "--epochs", "2", "--tracker", "none", "--out", "grid"]  # fmt: skip
     folder = tmp_path / "grid"
-    process = Command(grid, tmp_path)
-    second = folder / "r2-lr0.001-head0.005-seed1"
-    while process.poll() is None and not (second / "metrics.jsonl").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    stopped = process.wait()
+    second = pause_at(0, "r2-lr0.001-head0.005-seed1")
+    stopped = Command(grid, tmp_path, before=both(without_pictures, second)).end_by(signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stderr
     assert "--resume grid" in stopped.stderr
     first = (folder / "r2-lr0.001-head0.005-seed0" / "result.json").stat().st_mtime_ns

@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import signal
-import time
 
 import peft
 import pytest
@@ -17,7 +16,17 @@ from memtrain_common.data.text.instruct_batches import IGNORED, collate, loss_of
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_tokenizer
 from safetensors.torch import load_file
-from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_ranks
+from support import (
+    Command,
+    assert_refused,
+    both,
+    newest_checkpoint,
+    pause_at,
+    rows,
+    run_command,
+    run_ranks,
+    without_pictures,
+)
 
 TINY = ["lora-xs", "instruct", "--tracker", "none", "--rank", "16", "--learning-rate", "2e-2", "--epochs", "30",
         "--batch-size", "8", "--gradient-accumulation-steps", "2", "--val-samples", "2", "--eval-interval", "5",
@@ -61,11 +70,8 @@ def test_instruct_learns(tuned):
 
 
 def test_sigterm_and_resume(tuned, words, tmp_path):
-    process = Command(words, tmp_path)
-    while process.poll() is None and not list((tmp_path / "run").glob("checkpoints/step-*")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait().returncode == 143
+    done = Command(words, tmp_path, before=both(without_pictures, pause_at(10))).end_by(signal.SIGTERM)
+    assert done.returncode == 143, done.stderr
     done = run_command(["lora-xs", "instruct", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run") == rows(tuned[0])

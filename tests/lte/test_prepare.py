@@ -3,12 +3,13 @@
 import csv
 import io
 import json
+import os
 import pickle
 import signal
 import sys
-import time
 import types
 import urllib.request
+from pathlib import Path
 
 import lte.tasks.preparing
 import memtrain_common.data.text.pieces
@@ -21,7 +22,7 @@ from memtrain_common.data.text.documents import find_sources
 from memtrain_common.data.text.pieces import Cutting
 from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 from memtrain_common.errors import UserError
-from support import Command, assert_refused, run_command
+from support import Command, assert_refused, both, pause_when, run_command
 
 END = 50256
 
@@ -154,17 +155,16 @@ def many(tmp_path_factory):
     return folder
 
 
-def small_and_slow(seconds=0.004):
-    """What a large data set is to a test: many pieces, each of which takes a while."""
-    encode = lte.tasks.preparing._encode
-
-    def slowly(*args):
-        time.sleep(seconds)
-        return encode(*args)
-
+def in_pieces():
+    """What a large data set is to a test: many pieces, and an entry of the journal after each."""
     memtrain_common.data.text.pieces.PIECE = 3000
-    lte.tasks.preparing._FLUSH_SECONDS = 0.0
-    lte.tasks.preparing._encode = slowly
+    lte.tasks.preparing._FLUSH_SECONDS = -1.0
+
+
+def pause_after(pieces):
+    """In pieces, and the command pauses itself when the journal tells of so many and the bins hold one more."""
+    written = pause_when(os, "fsync", lambda fd: pieces_done(Path("out")) >= pieces)
+    return both(in_pieces, written)
 
 
 WORDS = ["--tokenizer", "bytes", "--workers", "2"]
@@ -189,16 +189,13 @@ def test_killed_again_and_again_the_bins_are_the_same(many, undisturbed, tmp_pat
     words = ["lte-prepare", str(many), *WORDS, "--out", "out"]
     out = tmp_path / "out"
     for moment in moments:
-        process = Command(words, tmp_path, before=small_and_slow)
-        while process.poll() is None and pieces_done(out) < moment:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait().returncode == -signal.SIGKILL
+        done = Command(words, tmp_path, before=pause_after(moment)).end_by(signal.SIGKILL)
+        assert done.returncode == -signal.SIGKILL
         with pytest.raises(UserError, match="not prepared to its end"):
             load_corpus(str(out))
     before = pieces_done(out)
     assert before >= moments[-1]
-    done = run_command(words, tmp_path, before=small_and_slow)
+    done = run_command(words, tmp_path, before=in_pieces)
     assert done.returncode == 0, done.stderr
     assert f"going on with out after {before} pieces" in done.stdout
     assert contents(out) == contents(undisturbed)
@@ -208,19 +205,14 @@ def test_killed_again_and_again_the_bins_are_the_same(many, undisturbed, tmp_pat
 
 def test_a_signal_says_where_it_stopped_and_the_command_goes_on(many, undisturbed, tmp_path):
     words = ["lte-prepare", str(many), *WORDS, "--out", "out"]
-    process = Command(words, tmp_path, before=small_and_slow)
-    while pieces_done(tmp_path / "out") < 5:
-        assert process.poll() is None, process.wait()
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    done = process.wait()
+    done = Command(words, tmp_path, before=pause_after(5)).end_by(signal.SIGTERM)
     assert done.returncode == 128 + signal.SIGTERM
     pieces = pieces_done(tmp_path / "out")
     assert done.stderr == f"lte-prepare: stopped by SIGTERM after {pieces} pieces; the same command goes on\n"
-    other = run_command([*words, "--separator", "nothing"], tmp_path, before=small_and_slow)
+    other = run_command([*words, "--separator", "nothing"], tmp_path, before=in_pieces)
     assert_refused(other, "was begun with separator 'newline', not 'nothing'", "or remove out/.preparing")
     assert pieces_done(tmp_path / "out") == pieces
-    assert run_command(words, tmp_path, before=small_and_slow).returncode == 0
+    assert run_command(words, tmp_path, before=in_pieces).returncode == 0
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
@@ -434,9 +426,8 @@ def test_bad_input_leaves_nothing_behind(tmp_path, real_data):
 
 def test_two_at_a_time_are_refused(many, tmp_path):
     words = ["lte-prepare", str(many), *WORDS, "--out", "out"]
-    first = Command(words, tmp_path, before=small_and_slow)
-    while pieces_done(tmp_path / "out") < 1:
-        assert first.poll() is None, first.wait()
-        time.sleep(0.001)
+    first = Command(words, tmp_path, before=pause_after(1))
+    first.wait_until_paused()
     assert_refused(run_command(words, tmp_path), "is in use by another process")
+    first.send_signal(signal.SIGCONT)
     assert first.wait().returncode == 0

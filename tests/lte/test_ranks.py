@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ CORPUS = Corpus("squares", TOKENS[:3000], TOKENS[3000:], ByteTokenizer(), 4000, 
 FROZEN = {"trainable": ()}
 SHARED = {"trainable": ("embeddings", "norms", "skipped")}
 COPIES = {**SHARED, "replicas": ("embeddings", "norms")}
-STEPS, T = 200, 20
+STEPS, T = 100, 10
 
 
 def train(
@@ -99,7 +98,7 @@ def train(
             ),
             FitConfig(
                 max_iters=steps,
-                eval_interval=50,
+                eval_interval=25,
                 log_interval=10,
                 grad_clip=1.0,
                 agree_interval=every or 10,
@@ -150,6 +149,7 @@ def single(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "name"), [(2, "shared"), (4, "copies")])
 def test_any_number_of_processes_is_one_process(tmp_path, single, name, size):
     policy = {"shared": SHARED, "copies": COPIES}[name]
@@ -163,16 +163,17 @@ def test_any_number_of_processes_is_one_process(tmp_path, single, name, size):
     assert first - last > 0.1  # it learned something
 
 
+@pytest.mark.slow
 def test_killed_on_four_processes_gone_on_with_on_two_and_on_one(tmp_path, single):
-    """SIGKILL at step 110 and again at 170; what is left is the curve of a run that nothing disturbed."""
+    """SIGKILL at step 55 and again at 85; what is left is the curve of a run that nothing disturbed."""
     one, out = single("copies", COPIES), tmp_path / "run"
-    run_ranks(4, lambda: train(out, COPIES, at=(2, 111, end_all)))
-    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000050", "step-00000100"]
-    run_ranks(2, lambda: train(out, COPIES, resume=True, at=(1, 71, end_all)))
+    run_ranks(4, lambda: train(out, COPIES, at=(2, 56, end_all)))
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000025", "step-00000050"]
+    run_ranks(2, lambda: train(out, COPIES, resume=True, at=(1, 36, end_all)))
     train(out, COPIES, resume=True)
     assert "was made by 4 processes, not 2" in (out / "log-0.txt").read_text()
     assert_same(out, one)
-    made = load_file(out / "checkpoints" / "step-00000200" / "model.safetensors")
+    made = load_file(out / "checkpoints" / "step-00000100" / "model.safetensors")
     assert made["transformer.h.0.mlp.c_fc.lora_A"].shape == (4, 2, 16)  # all heads, in their order
 
 
@@ -189,22 +190,16 @@ def vanish():
 
 
 def freeze():
-    """SIGSTOP, and an end for the test's sake later on: the connections stay open, and nothing comes through them."""
-    me = os.getpid()
-    if os.fork() == 0:
-        time.sleep(12)
-        os.kill(me, signal.SIGKILL)
-        os._exit(0)
-    os.kill(me, signal.SIGSTOP)
+    """SIGSTOP: the connections stay open, and nothing comes through them. It is killed when the others have ended."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
-@pytest.mark.parametrize(("lost", "patience_s"), [(vanish, 20.0), (freeze, 3.0)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "patience_s"), [(vanish, 20.0), (freeze, 6.0)])
 def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patience_s):
     """The checkpoint holds the model of the last merge, exactly; new heads go on from it."""
     out, until_merge = tmp_path / "run", tmp_path / "undisturbed"
-    began = time.monotonic()
-    run_ranks(4, lambda: train(out, FROZEN, every=10, at=(0, 34, lost), patience_s=patience_s))
-    assert time.monotonic() - began < 40
+    run_ranks(4, lambda: train(out, FROZEN, every=10, at=(0, 34, lost), patience_s=patience_s), frozen=(0,))
     for rank in (1, 2, 3):
         message = (out / f"stopped-{rank}").read_text()
         assert re.fullmatch(
@@ -225,6 +220,7 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
     """Signals are agreed on at logged steps where T is 0: SIGTERM to one process stops both, with a checkpoint."""
     out = tmp_path / "run"
@@ -233,6 +229,7 @@ def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
         assert "stopped by SIGTERM at step 20; checkpoint" in (out / f"stopped-{rank}").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path):
     """Each head is copied, moments included: the evaluated model is the same. Three heads are refused."""
     out = tmp_path / "run"

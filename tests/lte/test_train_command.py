@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,18 @@ from memtrain_common.errors import UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.training.loop import mean_loss
 from safetensors.torch import load_file
-from support import Command, assert_refused, newest_checkpoint, rows, run_command, run_installed, run_ranks
+from support import (
+    Command,
+    assert_refused,
+    both,
+    newest_checkpoint,
+    pause_at,
+    rows,
+    run_command,
+    run_installed,
+    run_ranks,
+    without_pictures,
+)
 
 TINY = [
     "lte-train", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4",
@@ -132,43 +142,24 @@ def same_run(a, b):
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("moments", [(0.0, 0.5, 0.9), (0.3, 0.35), (0.02, 0.6, 0.65, 0.97)])
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_path, moments):
-    """SIGKILL at several moments of training; --resume goes on each time; the bytes are those of the whole run."""
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(0, 30, 54), (18, 21), (2, 36, 39, 58)])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_path, steps):
+    """SIGKILL at several steps of training; --resume goes on each time; the bytes are those of the whole run."""
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
-    run = tmp_path / "run"
-    killed = 0
-    for moment in moments:
-        process = Command(words, tmp_path)
-        while process.poll() is None and last_step(run) < 60 * moment:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait().returncode == -signal.SIGKILL
-        if not (run / "config.json").exists():  # killed before the run began
-            continue
+    for step in steps:
+        process = Command(words, tmp_path, before=both(without_pictures, pause_at(step)))
+        assert process.end_by(signal.SIGKILL).returncode == -signal.SIGKILL
         words = ["lte-train", "--resume", "run"]
-    assert killed, "no process lived long enough to be killed"
-    done = run_command(words, tmp_path)
+    done = run_command(words, tmp_path, before=without_pictures)
     assert done.returncode == 0, done.stderr
-    same_run(whole[0], run)
-
-
-def last_step(run):
-    """The newest logged step, while another process may be writing."""
-    if not (run / "metrics.jsonl").exists():
-        return -1
-    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
-    return json.loads(lines[-1])["step"] if lines else -1
+    same_run(whole[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum):
-    process = Command([*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"], tmp_path)
-    while last_step(tmp_path / "run") < 10:
-        assert process.poll() is None, process.wait()
-        time.sleep(0.001)
-    process.send_signal(signum)
-    done = process.wait()
+    words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
+    done = Command(words, tmp_path, before=both(without_pictures, pause_at(10))).end_by(signum)
     assert done.returncode == 128 + signum
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
@@ -204,6 +195,7 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_
     [["--parallel", "ddp"], [], ["--lte-replicas", "embeddings", "--lte-vectors", "norms", "--lte-reset", "all"]],
     ids=["ddp", "heads", "heads with copies, vectors and resets"],
 )
+@pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(text, tmp_path, words):
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--dropout", "0.0", *words, "--out"]
     one = run_command([*words, str(tmp_path / "one")], tmp_path)
