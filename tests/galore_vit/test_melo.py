@@ -1,5 +1,7 @@
 """MeLo adapters: what is trained, the scale, the file, merging, several tasks."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -156,3 +158,55 @@ def test_a_new_task_begins_untrained(images):
     assert all(B.count_nonzero() == 0 for _, B in adapted(model, "next"))
     with pytest.raises(ValueError, match="no adapter for task 'other'"):
         adapted(model, "other")
+
+
+class Reading(torch.nn.Module):
+    """A block that reads its projections' weights, as timm's BEiT does with qkv; or calls them."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("query", "value")})])
+        self.classifier, self.calls = torch.nn.Linear(4, 2), calls
+
+    def forward(self, x):
+        for layer in self.layers:
+            for part in layer.values():
+                x = part(x) if self.calls else torch.nn.functional.linear(x, part.weight, part.bias)
+        return self.classifier(x)
+
+
+def test_projections_that_are_never_called_are_named_once():
+    x = torch.randn(3, 4)
+    model = add_melo(Reading(calls=False), MeLo(2))
+    with pytest.warns(UserWarning, match=r"did not call .*layers\.0\.query.*layers\.0\.value.*train nothing"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(x)
+        called = add_melo(Reading(calls=True), MeLo(2))
+        called.eval()(x)
+        called.train()(x)
+        called(x)
+    assert not any(m._forward_hooks for m in called.modules())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm]
+)
+def test_a_projection_whose_weight_is_computed_is_refused_by_name(norm):
+    model = Reading(calls=True)
+    norm(model.layers[0]["value"])
+    with pytest.raises(ValueError, match=r"layers\.0\.value has no weight of its own"):
+        add_melo(model, MeLo(2))
+
+
+def test_other_projections_and_heads_are_refused():
+    model = Reading(calls=True)
+    model.layers[0]["query"] = torch.nn.Bilinear(4, 4, 4)
+    with pytest.raises(ValueError, match=r"layers\.0\.query is a Bilinear"):
+        add_melo(model, MeLo(2))
+    model = Reading(calls=True)
+    del model.classifier
+    with pytest.raises(ValueError, match="head named classifier, which Reading has not"):
+        add_melo(model, MeLo(2))

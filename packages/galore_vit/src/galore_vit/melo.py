@@ -11,10 +11,13 @@ the adapter by zero), and the head's bias is saved with its weight.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 QUERY_VALUE = ("q_proj", "v_proj"), ("query", "value")
 """What transformers calls the two projections: from version 5 on, and before."""
@@ -49,11 +52,19 @@ class MeLo:
 def add_melo(model: nn.Module, config: MeLo, task: str = "default") -> Any:
     """The ViT classifier of transformers inside a PeftModel whose adapter and head alone are trained.
 
-    Merge with PEFT's `merge_and_unload()`; further tasks with `add_task`, switched by `set_adapter(task)`.
+    Merge with PEFT's `merge_and_unload()`; further tasks with `add_task`, switched by `set_adapter(task)`. The first
+    training pass names, in a warning, projections that it did not call, whose adapters then train nothing.
+
+    Raises:
+        ValueError: if the model has no separate query and value projections, one of them is no plain linear layer, or
+            there is no linear head named `classifier`.
     """
     from peft import get_peft_model
 
-    return get_peft_model(model, _lora_config(model, config), adapter_name=task)
+    _refuse_what_has_no_adapter(model)
+    adapted_model = get_peft_model(model, _lora_config(model, config), adapter_name=task)
+    FirstPass(adapted_model, task)
+    return adapted_model
 
 
 def add_task(model: Any, config: MeLo, task: str, classes: int) -> None:
@@ -85,6 +96,49 @@ def adapted(model: Any, task: str) -> list[tuple[Tensor, Tensor]]:
 def head_wrapper(model: Any) -> Any:
     """PEFT's wrapper that holds every task's head."""
     return getattr(model.get_base_model(), HEAD)
+
+
+class FirstPass:
+    """A forward hook that names, after the first training pass and once, adapters that it did not call."""
+
+    def __init__(self, model: nn.Module, task: str) -> None:
+        layers: dict[str, Any] = {n: m for n, m in projections(model) if task in getattr(m, "lora_A", {})}
+        self.missing = set(layers)
+        self.handles = [m.lora_A[task].register_forward_hook(partial(self.mark, n)) for n, m in layers.items()]
+        self.handles.append(model.register_forward_hook(self.say))
+
+    def mark(self, name: str, *_: Any) -> None:
+        self.missing.discard(name)
+
+    def say(self, model: nn.Module, *_: Any) -> None:
+        if not model.training or not self.handles:
+            return
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if self.missing:
+            names = sorted(self.missing, key=lambda name: (_block(name), name))
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            warnings.warn(
+                f"the first training pass did not call {', '.join(names[:4])}{more}: the layer around reads their "
+                "weight, and their adapters train nothing; this model is not for MeLo",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _refuse_what_has_no_adapter(model: nn.Module) -> None:
+    for name, module in projections(model):
+        computed = parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters
+        if type(module) is not nn.Linear and not computed:
+            raise ValueError(f"{name} is a {type(module).__name__}, and MeLo adapts plain linear layers")
+        if computed:
+            raise ValueError(
+                f"{name} has no weight of its own (weight_norm or spectral_norm computes it): make it a plain layer "
+                "before adding MeLo"
+            )
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise ValueError(f"MeLo trains a linear head named {HEAD}, which {type(model).__name__} has not")
 
 
 def _block(name: str) -> int:
