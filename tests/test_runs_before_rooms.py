@@ -32,11 +32,6 @@ def checkpoints(run):
     return [checkpoint.load(p)["model"] for p in sorted((run / "checkpoints").glob("step-*"))[-2:]]
 
 
-# (of losses, of what the second half moved): how far a resumed run may be from what it was. LoRA-XS's warm-up on GLUE
-# is rounded down since then, as in the official script: the learning rate of its other steps is an eighth lower here.
-NEAR = {"lora-xs-glue": (0.05, 0.3)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
@@ -51,7 +46,7 @@ def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
     assert "resumed from" in done.stdout
     again = rows(run)
     assert [(r["step"], r["split"]) for r in again] == [(r["step"], r["split"]) for r in before]
-    of_loss, of_move = NEAR.get(name, (1e-3, 0.02))
+    of_loss, of_move = 1e-3, 0.02
     assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in before], rel=of_loss)
     found = checkpoint.load(last)["model"]
     assert found.keys() == end.keys()

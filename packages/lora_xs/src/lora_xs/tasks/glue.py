@@ -97,9 +97,9 @@ def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
     return inject(model, xs)
 
 
-def warmup_steps(ratio: float, steps: int) -> int:
+def warmup_steps(ratio: float, steps: int, rounding: str = "down") -> int:
     """Rounded down as in the official GLUE script, where transformers' Trainer (and `instruct`) rounds up."""
-    return int(ratio * steps)
+    return int(ratio * steps) if rounding == "down" else math.ceil(ratio * steps)
 
 
 def plain_task(config: GlueConfig, prepared: Prepared, model: nn.Module, world: World) -> tuple[Task, FitConfig]:
@@ -114,7 +114,7 @@ def plain_task(config: GlueConfig, prepared: Prepared, model: nn.Module, world: 
     def evaluate(m: nn.Module) -> dict[str, float]:
         return evaluation(config.task, prepared, m, config.batch_size)
 
-    factor = schedule("linear", warmup_steps(config.warmup_ratio, steps), steps)
+    factor = schedule("linear", warmup_steps(config.warmup_ratio, steps, config.warmup_rounding), steps)
     per_step = config.batch_size * config.gradient_accumulation_steps
     fit_config = FitConfig(
         max_iters=steps,

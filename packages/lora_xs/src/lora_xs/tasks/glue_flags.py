@@ -1,6 +1,8 @@
 """``lora-xs glue``: flags, presets, checks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from memtrain_common.commands.configure import at_least, one_of, positive, required
 from memtrain_common.errors import UserError
@@ -15,6 +17,11 @@ TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
 @dataclass(frozen=True)
 class GlueConfig(TrainingFlags):
     """Every flag of lora-xs glue; kept in the run folder's config.json."""
+
+    @classmethod
+    def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs that do not say how they rounded the warm-up rounded it up, and go on so."""
+        return {"warmup_rounding": "up", **super().modernise(values)}
 
     task: str = ""
     """One of cola sst2 qnli mrpc rte stsb mnli qqp."""
@@ -38,6 +45,8 @@ class GlueConfig(TrainingFlags):
     targets: tuple[str, ...] = ROBERTA_TARGETS
     epochs: float = 10.0
     warmup_ratio: float = 0.06
+    warmup_rounding: Literal["down", "up"] = "down"
+    """How --warmup-ratio becomes whole steps: down as in the official script, or up as older runs here."""
     weight_decay: float = 0.01
     eval_interval: int = 0
     """Steps between evaluations and checkpoints; 0 evaluates after each epoch."""
