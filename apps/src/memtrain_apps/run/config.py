@@ -18,6 +18,8 @@ Config = TypeVar("Config", bound="RunConfig")
 class RunConfig(RunFlags, StepFlags, Axes):
     """Flags of both commands, after those of the axes."""
 
+    OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
+
     # -- the run
     explain_memory: bool = False
     """Only say what each choice saves, what still dominates, and the cheapest next step; nothing is trained."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from memtrain_common.commands.configure import at_least, below_one, one_of, positive, required
 from memtrain_common.commands.run_flags import LearningRate, RunFlags, Select, StepFlags
@@ -20,6 +20,8 @@ TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
 @dataclass(frozen=True)
 class GlueConfig(RunFlags, StepFlags, ModeFlags):
     """Every flag of backrazor-glue; kept in the run folder's config.json."""
+
+    OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
 
     ALIASES: ClassVar[Mapping[str, str]] = {
         "num_train_epochs": "epochs", "max_seq_length": "max_length", "max_grad_norm": "grad_clip",

@@ -1,8 +1,8 @@
 """``backrazor-train``: flags, presets, checks. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, positive, refuse_unused
 from memtrain_common.commands.run_flags import ImageFlags, LearningRate, RunFlags, StepFlags
@@ -31,6 +31,8 @@ FREE = MAY_CHANGE | {"workers", "download", "bad_images"}
 @dataclass(frozen=True)
 class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     """Every flag of backrazor-train; kept in the run folder's config.json."""
+
+    OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
 
     # -- input and output
     data: Data = "digits"

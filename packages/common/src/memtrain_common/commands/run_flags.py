@@ -23,6 +23,9 @@ class RunFlags:
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Fields by their old names: understood on the command line and in the config.json of older runs."""
 
+    OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {}
+    """(field, value of older runs) -> what it is called today."""
+
     out: str = ""
     """Run folder to make; empty names one in runs/ by date and time."""
     resume: str = ""
@@ -43,7 +46,8 @@ class RunFlags:
     @classmethod
     def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The flags that an older run wrote, under the names of today."""
-        return {cls.ALIASES.get(name, name): value for name, value in values.items()}
+        named = {cls.ALIASES.get(name, name): value for name, value in values.items()}
+        return {n: v if isinstance(v, dict | list) else cls.OLD_VALUES.get((n, v), v) for n, v in named.items()}
 
 
 @dataclass(frozen=True)
