@@ -17,7 +17,7 @@ from memtrain_common.training.rng import seed_all
 from support import newest_checkpoint
 from torch import nn
 
-STEPS = 8  # with a merge and a refresh of GaLore in either half
+STEPS = 10  # with a merge and a refresh of GaLore in either half
 REFUSED_ON_THE_CPU = {"offload"}
 ADAM8 = ("full",)  # the only choice whose matrices are large enough here
 

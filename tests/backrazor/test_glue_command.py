@@ -33,7 +33,7 @@ def words(encoder, glue_dir):
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("whole")
-    done = glue(cwd, *words, "--out", "run")
+    done = glue(cwd, *words, "--razor-mode", "pruned", "--out", "run")
     assert done.returncode == 0, done.stderr
     return cwd / "run", done
 
@@ -46,7 +46,7 @@ def test_it_learns_and_says_what_it_saved(whole):
     result = json.loads((run / "result.json").read_text())
     assert result["scores"]["dev"]["accuracy"] == validation[-1]["accuracy"]
     dense, kept = result["own"]["dense_activation_bytes"], result["measured"]["activations"]
-    assert dense > 1.3 * kept  # keep 0.2 is six bits of 32, and a model 16 wide has few rows to share ends
+    assert dense > 3 * kept
     assert "Back Razor, keep 0.2" in done.stdout
     assert done.stdout == (run / "log.txt").read_text()
 

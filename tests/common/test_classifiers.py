@@ -50,7 +50,7 @@ def test_sizes():
     assert len(MODELS) == 9
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet20"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet20"])
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])
 def test_weights_of_a_cnn(tmp_path, name, form):
     from safetensors.torch import save_file
