@@ -21,7 +21,9 @@ from .workload import Workload
 
 def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     """The set and the classifier that the flags name; fresh weights come from torch's generator."""
-    pictures = with_labels(load_images(config.data, config.data_dir, size=config.size), config.labels)
+    pictures = with_labels(
+        load_images(config.data, config.data_dir, size=config.size, verify=config.verify), config.labels
+    )
     name = config.model or "vit-mini"
     size = config.image_size or (0 if config.weights else usual_size(name) or pictures.size)
     if not size and not config.weights:

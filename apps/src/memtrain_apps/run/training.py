@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from memtrain_common.measuring.prediction import Prediction
 from memtrain_common.training.distributed import World, parallelize
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
-from memtrain_common.training.schedule import cosine_with_warmup
+from memtrain_common.training.schedule import schedule
 from torch import nn
 
 from ..compose.axes import read_settings
@@ -98,10 +97,7 @@ def _fit_config(config: RunConfig, workload: Workload) -> FitConfig:
 
 
 def _schedule(config: RunConfig, steps: int) -> Callable[[int], float]:
-    warmup = min(round(config.warmup_ratio * steps), steps - 1)
-    if config.schedule == "constant":
-        return lambda step: min(1.0, (step + 1) / (warmup + 1))
-    return partial(cosine_with_warmup, warmup_iters=warmup, decay_iters=steps, min_ratio=0.0)
+    return schedule(config.schedule, min(round(config.warmup_ratio * steps), steps - 1), steps)
 
 
 def _arm(content: dict[str, Any]) -> dict[str, Any]:

@@ -108,8 +108,9 @@ def put_back(
     if len(state["rng"]) == world().size:
         set_rng_state(state["rng"][world().rank])
     else:
+        n = len(state["rng"])
         say(
-            f"{where} was made by {len(state['rng'])} processes, not {world().size}: dropout masks will differ from an "
+            f"{where} was made by {n} process{'' if n == 1 else 'es'}, not {world().size}: dropout masks will differ from an "
             "uninterrupted run's; the data order does not"
         )
 

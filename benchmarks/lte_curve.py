@@ -1,0 +1,72 @@
+"""How far do the loss curves of one process and of two part, and which parameters are why?
+
+    uv run python benchmarks/lte_curve.py
+
+Trains lte-train's default for 40 steps without warm-up, by torchrun on 1 and on 2 processes with the same seed, and
+compares the losses of every step. Three ways: everything beside the heads is shared, as by default; each head has a
+copy that is averaged at merges; it is frozen. Only shared parameters have a gradient that is a sum over all tokens, which
+two processes add in two parts.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from memtrain_common.measuring.bench import write_results
+
+RESULT = Path(__file__).parent / "results" / "lte_curve.json"
+STEPS, SEEDS = 40, (1337, 1, 2)
+WAYS = {
+    "shared": [],
+    "copied": ["--lte-trainable", "embeddings", "norms", "skipped", "--lte-replicas", "embeddings", "norms", "skipped"],
+    "frozen": ["--lte-trainable"],
+}
+COMMON = [
+    "--max-iters", str(STEPS), "--warmup-iters", "0", "--eval-interval", str(STEPS), "--eval-iters", "1",
+    "--log-interval", "1", "--sample-tokens", "0", "--tracker", "none", "--device", "cpu",
+]  # fmt: skip
+
+
+def losses(folder: Path, words: list[str], processes: int) -> list[float]:
+    """Training losses of every step."""
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
+    run = folder / str(processes)
+    subprocess.run(
+        [*torchrun, "--no-python", "lte-train", *words, *COMMON, "--out", str(run)], check=True, capture_output=True
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"]
+
+
+def main() -> None:
+    found = {}
+    for way, words in WAYS.items():
+        rows = []
+        for seed in SEEDS:
+            with tempfile.TemporaryDirectory() as folder:
+                one, two = (losses(Path(folder), [*words, "--seed", str(seed)], n) for n in (1, 2))
+            apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
+            rows.append({"seed": seed, "largest": max(apart), "last": apart[-1], "first_step_apart": _first(apart)})
+            print(way, rows[-1], flush=True)
+        found[way] = rows
+    write_results(
+        RESULT,
+        argv=["python", "benchmarks/lte_curve.py"],
+        device=torch.device("cpu"),
+        seeds=SEEDS,
+        steps=STEPS,
+        largest={way: max(row["largest"] for row in rows) for way, rows in found.items()},
+        runs=found,
+    )
+
+
+def _first(apart: list[float]) -> int | None:
+    """The first step, from 1, whose losses differ."""
+    return next((i for i, difference in enumerate(apart, start=1) if difference), None)
+
+
+if __name__ == "__main__":
+    main()
