@@ -4,8 +4,8 @@
 
 Trains lte-train's default for 40 steps without warm-up, by torchrun on 1 and on 2 processes with the same seed, and
 compares the losses of every step. Three ways: everything beside the heads is shared, as by default; each head has a
-copy that is averaged at merges; it is frozen. Only shared parameters have a gradient that is a sum over all tokens, which
-two processes add in two parts.
+copy that is averaged at merges; it is frozen. Only shared parameters have a gradient that is a sum over all tokens,
+which two processes add in two parts.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from memtrain_common.measuring.bench import write_results
@@ -42,7 +43,7 @@ def losses(folder: Path, words: list[str], processes: int) -> list[float]:
 
 
 def main() -> None:
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for way, words in WAYS.items():
         rows = []
         for seed in SEEDS:

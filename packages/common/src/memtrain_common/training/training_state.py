@@ -110,8 +110,8 @@ def put_back(
     else:
         n = len(state["rng"])
         say(
-            f"{where} was made by {n} process{'' if n == 1 else 'es'}, not {world().size}: dropout masks will differ from an "
-            "uninterrupted run's; the data order does not"
+            f"{where} was made by {n} process{'' if n == 1 else 'es'}, not {world().size}: dropout masks will differ "
+            "from an uninterrupted run's; the data order does not"
         )
 
 
