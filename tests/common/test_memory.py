@@ -169,13 +169,13 @@ def test_phases_have_their_own_peaks():
     device = torch.device("cpu")
     meter = PeakMeter(device)
     meter.begin("training")
-    block = torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB, written to
+    block = torch.ones(256 << 20, dtype=torch.uint8)  # written to; the system may take other pages away meanwhile
     del block
     meter.begin("evaluation")
     meter.end()
     if meter.peak("training") is None:
         pytest.skip("this system does not let a process reset its resident peak")
-    assert meter.peak("training") > meter.peak("evaluation") + (48 << 20)
+    assert meter.peak("training") > meter.peak("evaluation") + (192 << 20)
     assert meter.peak("sleeping") is None
     assert memory_in_use(device) > 10 << 20
 
