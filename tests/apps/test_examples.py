@@ -63,10 +63,11 @@ def test_remember_less(output):
 def test_compose_two(output):
     text = output("compose_two.py")
     assert accuracy(text) > 0.85
-    assert float(re.search(r"activations +([\d.]+)", text)[1]) < 100
+    assert float(re.search(r"activations +([\d.]+)", text)[1]) < 952 / 6  # 952 KiB densely
 
 
-def test_adapter_in_trainer():
+@pytest.mark.slow
+def test_adapter_in_trainer(output):
     text = output("adapter_in_trainer.py")  # it asserts that resuming and loading give the same logits
     assert int(re.search(r"weights are ([\d,]+) bytes", text)[1].replace(",", "")) < 30_000
     assert accuracy(text) > 0.4

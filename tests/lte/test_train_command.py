@@ -359,7 +359,7 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     data["config"]["data_dir"] = str(cwd / "other")
     (cwd / "copy").mkdir()
     (cwd / "copy" / "config.json").write_text(json.dumps(data))
-    assert_refused(run_command(["lte-train", "--resume", "copy"], cwd), "was trained on other data", "was found now")
+    assert_refused(run_command(["lte-train", "--resume", "copy"], cwd), "was trained on other data", "and now other")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 

@@ -27,7 +27,7 @@ def measure_place(place: Workplace, axes: Axes, device: torch.device) -> tuple[d
         model = build_model(place.step.shape, place.step.weights).to(device)
         composed = compose(plain_task(place.step, model, place.rows), axes, lr=1e-4, predicting=True)
         model, optimizer = composed.model, composed.needed_optimizer()
-        live.peak_bytes = live.bytes
+        live.restart()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         for step in range(2):

@@ -103,8 +103,7 @@ class StepBytes(LiveBytes):
         self.accumulated += parameter.grad.nbytes
 
     def restart(self) -> None:
-        """Forget the peaks so far."""
-        self.peak_bytes = self.bytes
+        super().restart()
         self.beside = self.bytes - self.accumulated
 
 

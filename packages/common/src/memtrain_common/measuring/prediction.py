@@ -7,6 +7,7 @@ allocated, and a model of 7 billion weights takes seconds on a laptop.
 """
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -70,7 +71,7 @@ def predict(
         ledger = Ledger()
         for step in range(2):  # the optimizer makes its state in the first
             activations: dict[str, int] = {}
-            live.peak_bytes = live.bytes
+            live.restart()
             for micro in range(micro_batches):
                 recording = SavedActivations(model, by_layer=by_layer) if step == micro == 0 else None
                 with saving(), recording or nullcontext():
@@ -99,6 +100,9 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
     with ExitStack() as stack:
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
+        if not gc.get_freeze_count():  # `restart` then looks for garbage among what is made inside, not among libraries
+            gc.freeze()
+            stack.callback(gc.unfreeze)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(swap_fakes())
         stack.enter_context(one_fake_mode())
@@ -146,6 +150,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
+
+    def restart(self) -> None:
+        """Forget the peak so far. What was built and dropped in cycles would live until Python's collector comes by, at
+        a moment that differs from run to run: it goes now."""
+        gc.collect()
+        self.peak_bytes = self.bytes
 
 
 def dense_activations(
