@@ -45,6 +45,25 @@ def in_bf16(model):
         return gpt_loss(model)
 
 
+class InBackward(torch.optim.Optimizer):
+    """SGD with momentum that takes each gradient when it comes, and lets it go."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {})
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, p):
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        self.state[p]["momentum"].add_(p.grad)
+        p.data.add_(self.state[p]["momentum"], alpha=-1e-3)
+        p.grad = None
+
+    def step(self):
+        pass
+
+
 def frozen_norms():
     model = gpt()
     for name, parameter in model.named_parameters():
@@ -105,6 +124,7 @@ def real_step(build, loss, optimizer, saving):
         pytest.param(gpt, in_bf16, adamw, nullcontext, id="gpt-autocast"),
         pytest.param(frozen_norms, gpt_loss, sgd, nullcontext, id="gpt-frozen-norms"),
         pytest.param(gpt, gpt_loss, adamw, offload, id="gpt-offload"),
+        pytest.param(gpt, gpt_loss, InBackward, nullcontext, id="gpt-stepped-in-the-backward-pass"),
         pytest.param(llama, llama_loss, adamw, nullcontext, id="llama-of-transformers"),
         pytest.param(Convolutions, convolution_loss, sgd, nullcontext, id="cnn-checkpoint"),
     ],

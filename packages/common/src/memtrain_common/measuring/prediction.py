@@ -68,26 +68,34 @@ def predict(
         model = _as_fake(build())
         stack.enter_context(as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
-        ledger = Ledger()
-        for step in range(2):  # the optimizer makes its state in the first
-            activations: dict[str, int] = {}
-            live.restart()
+
+        def run_passes(by_layer_of: dict[str, int] | None) -> None:
             for micro in range(micro_batches):
-                recording = SavedActivations(model, by_layer=by_layer) if step == micro == 0 else None
+                recording = (
+                    SavedActivations(model, by_layer=by_layer) if micro == 0 and by_layer_of is not None else None
+                )
                 with saving(), recording or nullcontext():
                     value = loss(model)
-                if recording is not None:
-                    activations = recording.by_layer()
+                if recording is not None and by_layer_of is not None:
+                    by_layer_of.update(recording.by_layer())
                     del recording
                 value.backward()
                 del value
-            if made is not None:
-                made.step()
-            if step == 0:
-                ledger = measure(model, made, activations)
-            for parameter in model.parameters():
-                parameter.grad = None
-        return Prediction(ledger, live.peak_bytes)
+
+        activations: dict[str, int] = {}
+        live.restart()
+        run_passes(activations)
+        peak, before = live.peak_bytes, live.bytes
+        if made is not None:
+            made.step()
+        ledger = measure(model, made, activations)
+        if made is not None:
+            live.restart()
+            peak += live.bytes - before  # the state that the first step made lies beside every pass from now on
+            if all(p.grad is None for p in model.parameters()):  # it stepped while gradients came
+                run_passes(None)
+            made.step()
+        return Prediction(ledger, max(peak, live.peak_bytes))
 
 
 @contextmanager
@@ -120,9 +128,17 @@ class LiveBytes(TorchDispatchMode):
         self._live: dict[int, int] = {}  # a storage's key -> its bytes
         self._any = WeakIdKeyDictionary()  # results of ``any``
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to say so anew at every operation takes longer than to count it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return self._number(args[0])
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.prim.device.default:  # half of all calls
+                return args[0].fake_device
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return self._number(args[0])
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any:
             self._any[result] = True
