@@ -15,6 +15,8 @@ from memtrain_apps.plan.cuda_choices import CudaChoices
 from memtrain_apps.plan.forecast import (
     Workplace,
     between,
+    compose_forecast,
+    count_optimizers,
     count_step,
     largest,
     predict_arm,
@@ -207,13 +209,25 @@ def test_composed_is_predicted_whole(name):
         assert found.peak == expected.peak_bytes
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes(),
+        Axes("lora", "checkpoint", "sgd"),
+        Axes("lora-xs", "all", "adamw"),
+        Axes("full", "backrazor"),
+    ],
+    ids=lambda a: f"{a.train}+{a.save}",
+)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_composed_is_predicted_whole_for_text(family, micro_batches):
-    place = Workplace(SMALL[family], rows=3, micro_batches=micro_batches)
-    for axes in (Axes(), Axes("lora", "checkpoint", "sgd"), Axes("lora-xs", "all", "adamw"), Axes("full", "backrazor")):
-        found = predict_arm(place, axes)
-        with_mask = predict_with_mask(place, axes, micro_batches)
+def test_composed_is_predicted_whole_for_text(family, axes):
+    """Of one and of three micro-batches, from the same counts."""
+    places = [Workplace(SMALL[family], rows=3, micro_batches=n) for n in (1, 3)]
+    moments = count_step(places[0], axes)
+    steps = count_optimizers(places[0], axes, (axes.optim,))[axes.optim]
+    for place in places:
+        found = compose_forecast(place, axes, moments, steps)
+        with_mask = predict_with_mask(place, axes, place.micro_batches)
         assert found.ledger == with_mask.ledger.totals
         # Llama's whole prediction is up to 1.3 % above; a real step is not (test_no_plan_is_too_small)
         assert abs(found.peak - with_mask.peak_bytes) <= 0.015 * found.peak
@@ -235,9 +249,9 @@ def predict_with_mask(place, axes, micro_batches):
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("save", ["all", "backrazor", "checkpoint", "offload"])
 def test_depth_is_drawn_out_exactly(family, save):
-    """Of nine blocks, from two and three; a peak that has not reached its slope is a bound within half a per cent."""
+    """Of seven or nine blocks, from two and three; a peak that has not reached its slope is a bound within half a per cent."""
     step = SMALL[family]
-    place = Workplace(replace(step, shape=step.shape.with_depth(9)), rows=4)
+    place = Workplace(replace(step, shape=step.shape.with_depth(9 if save == "backrazor" else 7)), rows=4)
     for train in ("full", "lora"):
         axes = Axes(train, save)
         drawn, counted = count_step(place, axes), step_use_of(place.step, axes, 4)
