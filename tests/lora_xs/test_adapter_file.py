@@ -12,6 +12,7 @@ from lora_xs import (
     LoRAXSConfig,
     LoRAXSError,
     describe_adapter,
+    files,
     inject,
     load_adapter,
     remove,
@@ -257,3 +258,16 @@ def test_an_interrupted_save_leaves_the_old_file(mixed, tmp_path, monkeypatch):
         save_adapter(model, tmp_path)
     assert (tmp_path / "adapter.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "head.safetensors"]
+
+
+def test_a_file_holds_values_and_not_flags_on_memory(tmp_path):
+    """A lazy negative is a flag that a file cannot hold; a dtype that it has no name for is refused by name."""
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    lazy = z.conj().imag
+    assert lazy.is_neg()
+    files.write(tmp_path / "a", {"R": lazy}, {}, "test")
+    assert torch.equal(files.read(tmp_path / "a", "test")[0]["R"], -z.imag)
+    for odd in (z, torch.eye(3).to_sparse()):
+        with pytest.raises(LoRAXSError, match=r"layer\.R cannot be written: it is "):
+            files.write(tmp_path / "b", {"layer.R": odd}, {}, "test")
+    assert not (tmp_path / "b").exists()

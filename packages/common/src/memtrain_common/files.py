@@ -14,6 +14,32 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
+def read_json(path: Path, *, most_bytes: int = 64 << 20) -> Any:
+    """The content of a JSON file of which nothing is known yet.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON, larger than ``most_bytes``, or nested more deeply than Python's parser goes.
+    """
+    with path.open("rb") as file:
+        text = file.read(most_bytes + 1)
+    if len(text) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
+    return parse_json(text)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` with one kind of error.
+
+    Raises:
+        ValueError: if it is no JSON, or nested more deeply than Python's parser goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def visible_files(folder: Path) -> Iterator[Path]:
     """Files below a folder, without those that are hidden or in hidden folders (.git, .venv).
 

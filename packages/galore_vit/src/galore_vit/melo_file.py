@@ -34,7 +34,7 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
     tensors |= {key: head.weight, f"{key}_bias": head.bias}
     settings = {"rank": config.r, "alpha": config.lora_alpha, "layers": blocks}
     save_file(
-        {k: v.detach().contiguous().cpu() for k, v in tensors.items()},
+        {k: v.detach().resolve_neg().contiguous().cpu() for k, v in tensors.items()},
         str(path),
         metadata={"melo": json.dumps(settings)},
     )

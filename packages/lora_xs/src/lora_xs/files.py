@@ -29,7 +29,7 @@ _DTYPES = {
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> None:
     """Write `tensors` and `header` to `path`, by way of a file beside it that is renamed when it is
     complete."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     header = {"format": kind, **header}
     write_safetensors(path, tensors, {**header, "sha256": _checksum(tensors, header)})
 
@@ -37,7 +37,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file. The same tensors give the same bytes, which the safetensors package does
     not promise (its metadata come in any order), and numpy is not needed."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -63,6 +63,15 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """On the CPU, with its values in its memory, where a lazy conjugate or negative has only a flag."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        raise LoRAXSError(
+            f"{name} cannot be written: it is {tensor.layout} of {tensor.dtype}, which these files do not hold"
+        )
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def read_header(path: Path, kind: str) -> dict[str, str]:

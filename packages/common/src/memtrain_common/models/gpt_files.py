@@ -139,7 +139,7 @@ def write_gpt2(folder: Path, plain: PlainGPT, *, tokenizer_dir: Path | None = No
     for name, value in plain.weights.items():
         if name == "lm_head.weight":  # tied: transformers ties it again
             continue
-        tensors[name] = (value.T if name.endswith(_TRANSPOSED) else value).float().contiguous().clone()
+        tensors[name] = (value.T if name.endswith(_TRANSPOSED) else value).float().resolve_neg().contiguous().clone()
         if not config.bias and name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
             tensors[name.removesuffix("weight") + "bias"] = torch.zeros(value.shape[0])
     end = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None

@@ -5,18 +5,23 @@ One folder a step, ``checkpoints/step-00001000/``::
     model.safetensors     the model's tensors, by name
     training.safetensors  every other tensor: optimizer, random generators, …
     state.json            the rest of the state, and where each tensor belongs
-    manifest.json         SHA-256 and size of each file above; written last
+    manifest.json         format, step, SHA-256 and size of each file above, and its own SHA-256; written last
 
 A folder is written beside its final place, every file fsynced, then renamed: it is whole or it is not there. Loading
-takes the newest folder whose manifest and hashes hold, and says which ones it passed over and why.
+takes the newest folder whose manifest and hashes hold, and says which ones it passed over and why. A folder of a newer
+format than ``FORMAT`` is refused by name. What lies among the checkpoints and is none (a file, a link to nothing, a
+folder that cannot be read) is left where it is: it ends no save.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
+from ..files import read_json
 from .state_tree import decode, encode
 
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+"""Of the folder. A manifest without a format is of before there was one, and reads as this one."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -52,7 +60,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a folder, oldest first; nothing is verified."""
-        found = (_STEP.fullmatch(p.name) for p in self.folder.glob("step-*"))
+        found = (_STEP.fullmatch(p.name) for p in self.folder.glob("step-*") if os.path.isdir(p))
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -67,32 +75,40 @@ class Checkpoints:
             best: the step that must stay besides the newest ones.
 
         Raises:
-            UserError: where the disk is full; what was there before is untouched.
+            UserError: where the disk is full or the run folder is gone; what was there before is untouched.
         """
         tree, tensors = encode(state)  # collective where tensors are sharded: every process takes part
         final = self.path(step)
         if not self.writes:
             return final
-        partial = self.folder / f".partial-{final.name}"
         self.clean()
+        partial = self._unused(f".partial-{final.name}")
         try:
-            partial.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that is gone is not made again
+            partial.mkdir()
             inside = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
             others = {name: t for name, t in tensors.items() if not name.startswith("model.")}
             save_file(inside, partial / MODEL)
             save_file(others, partial / TRAINING)
             (partial / STATE).write_text(json.dumps(tree))
             files = {n: _fingerprint(partial / n) for n in (MODEL, TRAINING, STATE)}
-            (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+            manifest = {"format": FORMAT, "step": step, "files": files}
+            manifest["sha256"] = _own_hash(manifest)
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             for name in (*files, MANIFEST):
                 _fsync(partial / name)
             _fsync(partial)
-            if final.exists():  # a damaged one that was passed over, or the same step again after a resume
-                os.replace(final, self.folder / f".replaced-{final.name}")
+            if os.path.lexists(final):  # a damaged one that was passed over, or the same step again after a resume
+                os.replace(final, self._unused(f".replaced-{final.name}"))
             os.replace(partial, final)
             _fsync(self.folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
+            if not self.folder.parent.exists():
+                raise UserError(
+                    f"could not save the checkpoint of step {step}: the run folder {self.folder.parent} was removed or "
+                    "renamed while the run trained"
+                ) from None
             raise UserError(
                 f"could not save the checkpoint of step {step} in {self.folder} ({_reason(error)}): earlier "
                 "checkpoints are intact; free some space and resume"
@@ -102,7 +118,7 @@ class Checkpoints:
         kept = {*until_now[-self.keep :], best}
         for old in self.steps():
             if old not in kept:
-                shutil.rmtree(self.path(old))
+                _remove(self.path(old))
         return final
 
     def rescue(self, step: int, state: dict[str, Any], *, best: int | None, every: int) -> Path | None:
@@ -111,41 +127,76 @@ class Checkpoints:
         Args:
             every: processes whose steps lie between the same multiples of it have the same to save.
         """
-        claim = self.folder / f".rescue-{step // every}"
+        with self._claimed(f".rescue-{step // every}") as free:
+            return replace(self, writes=True).save(step, state, best=best) if free else None
+
+    @contextlib.contextmanager
+    def _claimed(self, name: str) -> Iterator[bool]:
+        """Whether this process is the one that has the claim of this name. What a killed process left of a claim is
+        none: the lock on the file ended with its process. Where the file system knows no locks, the file is the claim.
+        """
+        claim, handle, free = self.folder / name, None, True
+        with contextlib.suppress(OSError):  # what fails here fails in the saving too, which says why
+            self.folder.mkdir(exist_ok=True)
+            if os.path.isdir(claim):
+                _remove(claim)
+            new = not os.path.lexists(claim)
+            handle = os.open(claim, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+            except OSError:
+                free = new
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            return None
-        try:
-            return replace(self, writes=True).save(step, state, best=best)
+            yield free
         finally:
-            claim.unlink(missing_ok=True)
+            if handle is not None:
+                if free:
+                    claim.unlink(missing_ok=True)
+                os.close(handle)
+
+    def _unused(self, name: str) -> Path:
+        """A path of this name, or with a number behind it where something lies there that could not be removed."""
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        return next(self.folder / n for n in names if not os.path.lexists(self.folder / n))
 
     def clean(self) -> None:
         """Put the folder in order after a process was killed in the middle of :meth:`save`."""
         for replaced in self.folder.glob(".replaced-*"):
-            final = self.folder / replaced.name.removeprefix(".replaced-")
-            if final.exists():
-                shutil.rmtree(replaced)
+            named = _STEP.match(replaced.name.removeprefix(".replaced-"))
+            final = self.folder / (named[0] if named else "")
+            if os.path.lexists(final):
+                _remove(replaced)
             else:  # killed between the two renames
-                os.replace(replaced, final)
+                with contextlib.suppress(OSError):
+                    os.replace(replaced, final)
         for partial in self.folder.glob(".partial-*"):
-            shutil.rmtree(partial)
+            _remove(partial)
 
     def load_newest(self, say: Callable[[str], None] = print) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint that verifies: (step, state), or None where there is none.
 
         Args:
             say: told, a line each, which checkpoints were passed over and why.
+
+        Raises:
+            UserError: at one of a newer format: an older one would go back behind it in silence.
         """
         if self.writes:
             self.clean()
+            for claim in self.folder.glob(".rescue-*"):  # of a process that was killed
+                _remove(claim)
         for step in reversed(self.steps()):
             path = self.path(step)
             wrong = verify(path)
             if wrong is None:
-                return step, load(path)
+                try:
+                    return step, load(path)
+                except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
+                    wrong = f"{STATE} or its tensors are not a checkpoint's"
+            if wrong.startswith(_NEWER):
+                raise UserError(f"{path} {wrong}")
             say(f"passed over checkpoint {path}: {wrong}")
         return None
 
@@ -153,7 +204,16 @@ class Checkpoints:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None if every file has the hash that was recorded."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = read_json(path / MANIFEST)
+        if "format" in manifest or "sha256" in manifest:
+            if manifest["sha256"] != _own_hash(manifest):
+                return f"{MANIFEST} does not have the SHA-256 that it states"
+            if manifest["format"] > FORMAT:
+                return f"{_NEWER} ({manifest['format']}; this version knows {FORMAT}): update memtrain-common"
+        named = _STEP.fullmatch(path.name)
+        if named and manifest["step"] != int(named[1]):
+            return f"{MANIFEST} is that of step {manifest['step']}"
+        files = manifest["files"]
         for name in (MODEL, TRAINING, STATE):
             found = _fingerprint(path / name)
             if found["bytes"] != files[name]["bytes"]:
@@ -164,21 +224,39 @@ def verify(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
+
+
+_NEWER = "is of a newer format of checkpoints"
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content."""
+    content = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint folder, on the CPU. :func:`verify` it first."""
     tensors = load_file(path / TRAINING)
     tensors.update({f"model.{name}": t for name, t in load_file(path / MODEL).items()})
-    return decode(json.loads((path / STATE).read_text()), tensors)
+    return decode(read_json(path / STATE), tensors)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _remove(path: Path) -> None:
+    """Remove what lies there, a link without what it leads to; what may not be removed stays."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

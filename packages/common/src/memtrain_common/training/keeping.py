@@ -11,6 +11,7 @@ from torch import Tensor
 from ..console import Console
 from ..errors import DivergedError, UserError
 from ..runs.run_folder import RunFolder
+from ..runs.state_tree import check
 from .distributed import any_rank, unwrap
 from .fit_config import FitResult
 from .task import Task
@@ -55,6 +56,20 @@ class Keeper:
         self.resume_key = dict(resume_key)
         self.progress = Progress(torch.ones((), dtype=torch.bool, device=next(self.model.parameters()).device))
         self._others: dict[str, Stateful] = {**task.stateful, "scaler": scaler}
+        if run is not None:
+            self._check_storable()
+
+    def _check_storable(self) -> None:
+        """Now rather than at the first checkpoint.
+
+        Raises:
+            UserError: naming what no checkpoint can hold.
+        """
+        others = {name: other.state_dict() for name, other in self._others.items()}
+        try:
+            check({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "others": others})
+        except TypeError as error:
+            raise UserError(str(error)) from None
 
     @property
     def best_step(self) -> int | None:
@@ -145,11 +160,26 @@ class Keeper:
             return
         step, state = found
         where = checkpoints.path(step)
+        try:
+            self._take_up(step, state, where, read_key)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(f"{where} does not hold what this version's checkpoints do ({error!r})") from None
+        say(f"resumed from {where}")
+
+    def _take_up(
+        self,
+        step: int,
+        state: dict[str, Any],
+        where: Path,
+        read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    ) -> None:
+        """Put a checkpoint's state into the model and all that goes with it."""
+        assert self.run is not None
         check_resume_key(read_key(state["identity"]), self.resume_key, where)
-        put_back(state, self.model, self.optimizer, self._others, where=where, say=say, parts=self.task.parts)
+        say, parts = self.console.say, self.task.parts
+        put_back(state, self.model, self.optimizer, self._others, where=where, say=say, parts=parts)
         saved, result = state["progress"], self.progress.result
         result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
         result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
         result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it
         self.run.truncate_metrics(saved["metrics_bytes"])
-        say(f"resumed from {where}")
