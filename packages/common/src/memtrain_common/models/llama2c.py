@@ -4,7 +4,7 @@ The file is seven int32 (width, hidden width, layers, heads, key-value heads, vo
 tensors one after another, each kind for all layers at once. The vocabulary is a file of its own.
 """
 
-import itertools
+import heapq
 import struct
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,33 @@ class Llama2cTokenizer:
     def encode(self, line: str) -> list[int]:
         """Token 1, then pieces: the neighbours whose joint piece scores highest merge, as long as there is one."""
         pieces = self.pieces
-        parts = [c.encode() for c in " " + line]
-        while True:
-            joint = [a + b for a, b in itertools.pairwise(parts)]
-            known = [(pieces[piece][1], -i) for i, piece in enumerate(joint) if piece in pieces]
-            if not known:
-                break
-            i = -max(known)[1]
-            parts[i : i + 2] = [joint[i]]
+        parts: list[bytes | None] = [c.encode() for c in " " + line]  # what has merged with its left neighbour is None
+        after = list(range(1, len(parts) + 1))
+        before = list(range(-1, len(parts) - 1))
+        waiting: list[tuple[float, int, bytes, bytes]] = []  # of equal scores the leftmost is first
+
+        def propose(i: int) -> None:
+            if i >= 0 and after[i] < len(parts):
+                left, right = parts[i], parts[after[i]]
+                assert left is not None
+                assert right is not None
+                if left + right in pieces:
+                    heapq.heappush(waiting, (-pieces[left + right][1], i, left, right))
+
+        for i in range(len(parts)):
+            propose(i)
+        while waiting:
+            _, i, left, right = heapq.heappop(waiting)
+            j = after[i]
+            if parts[i] != left or j >= len(parts) or parts[j] != right:
+                continue  # one of them has merged meanwhile
+            parts[i], parts[j], after[i] = left + right, None, after[j]
+            if after[i] < len(parts):
+                before[after[i]] = i
+            propose(before[i])
+            propose(i)
         # A character without a piece is written as its bytes, whose tokens follow the three special ones.
-        return [1, *(t for p in parts for t in ([pieces[p][0]] if p in pieces else [byte + 3 for byte in p]))]
+        return [
+            1,
+            *(t for p in parts if p is not None for t in ([pieces[p][0]] if p in pieces else [byte + 3 for byte in p])),
+        ]
