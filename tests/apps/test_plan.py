@@ -249,7 +249,7 @@ def predict_with_mask(place, axes, micro_batches):
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("save", ["all", "backrazor", "checkpoint", "offload"])
 def test_depth_is_drawn_out_exactly(family, save):
-    """Of seven or nine blocks, from two and three; a peak that has not reached its slope is a bound within half a per cent."""
+    """Of seven or nine blocks, from two and three; a peak short of its slope is a bound within half a per cent."""
     step = SMALL[family]
     place = Workplace(replace(step, shape=step.shape.with_depth(9 if save == "backrazor" else 7)), rows=4)
     for train in ("full", "lora"):

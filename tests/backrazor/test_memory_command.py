@@ -48,6 +48,16 @@ def test_predicted_is_measured(tmp_path, name):
     assert ("softmax" in done.stdout) == ("eager" in name)
 
 
+def test_what_is_recomputed_is_not_stored_and_what_is_exact_is_dense(tmp_path):
+    kept = {}
+    for words in ((), ("--recompute", "attention"), ("--recompute", "block"), ("--exact", "attention", "*.fc1")):
+        done = memory(tmp_path, "vit-mini", *words, "--json", "a.json")
+        assert done.returncode == 0, done.stderr
+        kept[words] = json.loads((tmp_path / "a.json").read_text())["back_razor"]
+    bytes_of = list(kept.values())
+    assert bytes_of[3] > bytes_of[0] > bytes_of[1] > bytes_of[2]
+
+
 def test_a_picture_and_tables(tmp_path):
     done = memory(tmp_path, "resnet20", "--layers", "all", "--out", "r.png", draw=True)
     assert done.returncode == 0, done.stderr

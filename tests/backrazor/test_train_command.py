@@ -388,6 +388,7 @@ REFUSED = {
     "keep above 1": (["--keep", "1.5"], "--keep must be above 0 and at most 1, got 1.5"),
     "keep nan": (["--keep", "nan"], "--keep must be above 0"),
     "unknown mode": (["--mode", "prune"], "--mode"),
+    "recompute what is pruned": (["--razor-mode", "pruned", "--recompute", "block"], "--recompute block is for"),
     "unknown razor mode": (["--razor-mode", "thesis"], "--razor-mode"),
     "keep when dense": (["--mode", "full", "--keep", "0.5"], "--keep 0.5 would do nothing"),
     "dense twice": (

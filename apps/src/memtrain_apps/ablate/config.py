@@ -52,7 +52,9 @@ class AblateConfig:
     keep: tuple[float, ...] = ()
     """Back Razor's part of each activation that is kept."""
     razor_mode: tuple[Literal["low-bit", "pruned", "paper"], ...] = ()
-    """Back Razor's own packing, or the paper's."""
+    """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
+    recompute: tuple[Literal["auto", "none", "attention", "block"], ...] = ()
+    """What Back Razor makes again in the backward pass."""
     galore_rank: tuple[int, ...] = ()
     """GaLore's r."""
     gap: tuple[int, ...] = ()

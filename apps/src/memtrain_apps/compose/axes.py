@@ -54,6 +54,8 @@ class Axes:
     """Back Razor's part of each activation that is kept."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
     """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
+    recompute: Literal["auto", "none", "attention", "block"] = "auto"
+    """What Back Razor makes again in the backward pass, in the mode low-bit; auto: below keep = 1/16 the block."""
     # -- optim
     galore_rank: int = 4
     """GaLore's r: dimensions of a gradient's subspace."""
@@ -86,6 +88,7 @@ USED_BY = {
     "merge_steps": ("train", ("lte",)),
     "keep": ("save", ("backrazor",)),
     "razor_mode": ("save", ("backrazor",)),
+    "recompute": ("save", ("backrazor",)),
     "galore_rank": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
     "gap": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
     "galore_scale": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
@@ -142,6 +145,11 @@ def check(axes: Axes) -> Axes:
         raise UserError(f"--dropout must be at least 0 and below 1, got {axes.dropout}")
     if not 0 < axes.keep <= 1:
         raise UserError(f"--keep must be above 0 and at most 1, got {axes.keep}")
+    if axes.recompute not in ("auto", "none") and axes.razor_mode != "low-bit":
+        raise UserError(
+            f"--recompute {axes.recompute} is for --razor-mode low-bit: the mode {axes.razor_mode} stores what it "
+            "keeps, so leave it out"
+        )
     why = refusal(axes)
     if why is not None:
         raise UserError(why)

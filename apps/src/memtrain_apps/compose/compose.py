@@ -169,7 +169,8 @@ def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[
     if axes.save == "backrazor":
         import backrazor
 
-        return partial(backrazor.Razor, axes.keep, mode=axes.razor_mode)
+        recompute = None if axes.recompute == "none" else axes.recompute
+        return partial(backrazor.Razor, axes.keep, mode=axes.razor_mode, recompute=recompute)
     if axes.save == "checkpoint":
         return partial(CheckpointBlocks, blocks(model).values())
     if axes.save == "offload":

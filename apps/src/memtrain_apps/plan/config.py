@@ -76,7 +76,9 @@ class PlanConfig:
     keep: float = 0.1
     """Back Razor's part of each activation that is kept."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
-    """Back Razor's own packing, or the paper's."""
+    """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
+    recompute: Literal["auto", "none", "attention", "block"] = "auto"
+    """What Back Razor makes again in the backward pass."""
     galore_rank: int = 4
     """GaLore's r."""
     # -- the answer

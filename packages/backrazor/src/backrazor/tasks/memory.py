@@ -20,10 +20,9 @@ from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.loop import DTYPES
 from torch import nn
 
-from ..razor import Razor
 from .memory_flags import MemoryConfig
 from .memory_picture import plot_saved
-from .saving import train_only
+from .saving import razor_of, train_only
 
 Places = dict[tuple[str, str], int]
 """(layer, operation) -> bytes saved."""
@@ -51,7 +50,7 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     if config.dtype == "bfloat16" and config.measure:
         avoid_broken_amx()
     transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
-    razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
+    razor = razor_of(config)
     model = shaped(config)
     dense, order = saved(config, model, nullcontext)
     if not sum(dense.values()):
@@ -128,6 +127,8 @@ def as_json(config: MemoryConfig, model: Shaped, dense: Places, kept: Places) ->
         "razor_mode": config.razor_mode,
         "attention": config.attention,
         "values": config.values,
+        "recompute": config.recompute,
+        "exact": list(config.exact),
         "measured": config.measure,
         "dense": sum(dense.values()),
         "back_razor": sum(kept.values()),

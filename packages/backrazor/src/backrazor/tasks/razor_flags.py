@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from memtrain_common.commands.configure import fraction, refuse_unused
+from memtrain_common.errors import UserError
 
 Mode = Literal["full", "bitfit", "backrazor", "head"]
 RazorMode = Literal["low-bit", "pruned", "paper"]
 Attention = Literal["pruned", "exact"]
 Values = Literal["bf16", "fp32", "fp16", "int8"]
-FIELDS = ("keep", "razor_mode", "attention", "values")
+Recompute = Literal["auto", "none", "attention", "block"]
+FIELDS = ("keep", "razor_mode", "attention", "values", "recompute", "exact")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class RazorFlags:
     """Whether attention's own activations are pruned too, or kept as they are."""
     values: Values = "bf16"
     """How kept values are written, in the mode pruned."""
+    recompute: Recompute = "auto"
+    """What is made again in the backward pass and not stored, in the mode low-bit: attention's Q, K and V; or a whole
+    block from its norms. auto: nothing, and below keep = 1/16 the block."""
+    exact: tuple[str, ...] = ()
+    """What is left to PyTorch: kinds of operations (attention, norm, activation, convolution, depthwise) or patterns of
+    modules, as "*.stem"."""
 
     def __post_init__(self) -> None:
         if self.razor_mode == "default":  # of a run begun when this was the pruned one
@@ -48,5 +56,10 @@ def check_razor(config: Any, plain: Any) -> None:
         plain: the preset that flags were laid over.
     """
     fraction(config, "keep")
+    if config.razor_mode != "low-bit" and config.recompute not in ("auto", "none"):
+        raise UserError(
+            f"--recompute {config.recompute} is for --razor-mode low-bit: the mode {config.razor_mode} stores "
+            "what it keeps, so leave it out"
+        )
     if config.mode != "backrazor":
         refuse_unused(config, plain, FIELDS, f"--mode {config.mode} saves everything that its backward pass needs")

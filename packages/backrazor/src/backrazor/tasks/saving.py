@@ -18,8 +18,20 @@ def saving_of(config: Any) -> Callable[[], AbstractContextManager[Any]]:
     """``saving`` for :func:`memtrain_common.training.loop.fit`: a Razor with the flags' settings, or nothing."""
     if config.mode != "backrazor":
         return nullcontext
-    razor = Razor(config.keep, mode=config.razor_mode, attention=config.attention, values=config.values)
+    razor = razor_of(config)
     return lambda: razor
+
+
+def razor_of(config: Any) -> Razor:
+    """A Razor with the settings of :class:`~backrazor.tasks.razor_flags.RazorFlags`."""
+    return Razor(
+        config.keep,
+        mode=config.razor_mode,
+        attention=config.attention,
+        values=config.values,
+        recompute=None if config.recompute == "none" else config.recompute,
+        exact=config.exact,
+    )
 
 
 def train_only(model: nn.Module, head: tuple[str, ...], mode: str, *, freeze_bn: bool = False) -> nn.Module:
