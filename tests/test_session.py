@@ -123,6 +123,7 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
     (last / "state.json").write_text(json.dumps(state))
     manifest = json.loads((last / "manifest.json").read_text())
     manifest["files"]["state.json"] = checkpoint._fingerprint(last / "state.json")
+    manifest["sha256"] = checkpoint._own_hash(manifest)
     (last / "manifest.json").write_text(json.dumps(manifest))
     shutil.copytree(tmp_path / "run", tmp_path / "intact")
     weights = best / "model.safetensors"
