@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "backrazor_gradients.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "low-bit 0.125": {"keep": 0.125},
     "low-bit 0.1": {"keep": 0.1},
+    "low-bit 0.09": {"keep": 0.09},
     "low-bit 0.0625": {"keep": 0.0625},
     "low-bit 0.05": {"keep": 0.05},
     "low-bit 0.03": {"keep": 0.03},

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
 from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -148,6 +149,17 @@ DINO_KINDS = (
     ("layer scale", "lambda1"),
     ("head", r"head\.weight"),
 )
+LLAMA_KINDS = (
+    ("embeddings, head", "embed_tokens|lm_head"),
+    ("q", r"q_proj\.weight"),
+    ("k", r"k_proj\.weight"),
+    ("v", r"v_proj\.weight"),
+    ("o", r"o_proj\.weight"),
+    ("gate", r"gate_proj\.weight"),
+    ("up", r"up_proj\.weight"),
+    ("down", r"down_proj\.weight"),
+    ("norms", "norm"),
+)
 EFFICIENTNET_KINDS = (
     ("stem", r"conv_stem\.weight"),
     ("batch norm γ", r"bn\d\.weight"),
@@ -181,10 +193,21 @@ def efficientnet_probe(n: int = 8) -> Probe:
     return Probe(efficientnet().train(), lambda m: F.cross_entropy(m(x), y), EFFICIENTNET_KINDS)
 
 
+def stories_probe(n: int = 8) -> Probe:
+    """n pieces of 256 tokens; a Llama turns Q and K by their places after it has projected them."""
+    folder = data() / "weights" / "stories260K"
+    text = (data() / "text" / "tinyshakespeare.txt").read_text()[:10_000]
+    tokens = torch.tensor(Llama2cTokenizer(folder / "tok512.bin").encode(text))
+    x = torch.stack([tokens[256 * i : 256 * i + 257] for i in range(n)])
+    model = load_llama2c(folder / "stories260K.bin").train()
+    return Probe(model, lambda m: F.cross_entropy(m(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()), LLAMA_KINDS)
+
+
 PROBES: dict[str, Callable[[], Probe]] = {
     "MiniLM-L6, SST-2": minilm_probe,
     "DINOv2-small, CIFAR-10 at 98 px": dino_probe,
     "EfficientNet-Lite0, CIFAR-10 at 96 px": efficientnet_probe,
+    "stories260K (Llama), Tiny Shakespeare": stories_probe,
 }
 
 

@@ -55,7 +55,7 @@ class Axes:
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
     """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
     recompute: Literal["auto", "none", "attention", "block"] = "auto"
-    """What Back Razor makes again in the backward pass, in the mode low-bit; auto: below keep = 1/16 the block."""
+    """What Back Razor makes again in the backward pass, in the mode low-bit; auto: below keep = 0.09 the block."""
     # -- optim
     galore_rank: int = 4
     """GaLore's r: dimensions of a gradient's subspace."""

@@ -46,7 +46,7 @@ class Razor(Keeper, TorchFunctionMode):
         derivative_bits: bits for the derivative of an activation function in the mode "pruned": 2, 3 or 4.
         recompute: outputs of linear layers that are made again in the backward pass and not stored, in the mode
             "low-bit": "attention", Q, K and V; "block", also the inputs of activation functions; None, nothing;
-            "auto" is None, and "block" where ``keep`` is below 1/16.
+            "auto" is None, and "block" where ``keep`` is below 0.09.
         exact: patterns of what is left to PyTorch: names of operations in the table, "attention", "norm",
             "activation", "convolution", "depthwise", or of modules: ("depthwise", "*.stem").
 

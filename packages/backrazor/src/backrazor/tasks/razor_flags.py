@@ -29,7 +29,7 @@ class RazorFlags:
     """How kept values are written, in the mode pruned."""
     recompute: Recompute = "auto"
     """What is made again in the backward pass and not stored, in the mode low-bit: attention's Q, K and V; or a whole
-    block from its norms. auto: nothing, and below keep = 1/16 the block."""
+    block from its norms. auto: nothing, and below keep = 0.09 the block."""
     exact: tuple[str, ...] = ()
     """What is left to PyTorch: kinds of operations (attention, norm, activation, convolution, depthwise) or patterns of
     modules, as "*.stem"."""
