@@ -27,42 +27,44 @@ ADAPTERS = ("lora", "melo", "lora-xs", "lte")
 class Axes:
     """One choice on each axis, and the settings of the choices."""
 
+    # -- train: which numbers are trained
     train: Train = "full"
-    """Which numbers are trained: all; the task head; biases and the head (bitfit); LoRA (PEFT's); LoRA on q and v
-    (melo); r×r adapters (lora-xs); parallel LoRA heads that are merged (lte)."""
+    """full, head, bitfit (biases, head), lora (PEFT's), melo (LoRA on q, v), lora-xs (r×r), lte (parallel heads)."""
+    # -- save: what is kept for the backward pass
     save: Save = "all"
-    """What is kept for the backward pass: everything; the largest part of each activation (backrazor); block inputs
-    (checkpoint); everything, in host memory (offload)."""
+    """all, backrazor (activations in few bits), checkpoint (block inputs), offload (all, in host memory)."""
+    # -- optim: what state the optimizer keeps
     optim: Optim = "adamw"
-    """What state the optimizer keeps: a momentum (sgd); two moments (adamw); the same in 8 bits; or moments of the
-    projected gradient (galore-…)."""
-    # -- train
+    """sgd, adamw, adamw8bit, or moments of projected gradients: galore-adamw, galore-adamw8bit, galore-adafactor."""
+    # -- train: which numbers are trained
     rank: int = 8
-    """r of lora, melo, lora-xs and lte."""
+    """lora, melo, lora-xs, lte: rank r of an adapter."""
     alpha: float = 0.0
-    """α: an adapter is multiplied by α/r; 0 takes α = r."""
+    """lora, melo, lora-xs, lte: adapters are multiplied by α/r; 0 takes α = r."""
     adapt: Literal["attention", "all"] = "all"
-    """Matrices that get adapters: those of attention, or those of the MLP (and convolutions) too. melo has q and v."""
+    """lora, lora-xs, lte: adapt attention only, or the MLP and convolutions too."""
     dropout: float = 0.0
-    """Dropout before LoRA's A. It keeps a copy of every adapted layer's input."""
+    """lora: dropout before A; it keeps a copy of every adapted layer's input."""
     heads: int = 4
-    """lte's heads a layer; each sees its own share of the batch."""
+    """lte: heads per layer; each sees its own share of the batch."""
     merge_steps: int = 10
-    """Optimizer steps between merges of lte's heads."""
-    # -- save
+    """lte: optimizer steps between merges."""
+    # -- save: what is kept for the backward pass
     keep: float = 0.1
-    """Back Razor's part of each activation that is kept."""
+    """backrazor: fraction of an activation's bits (low-bit) or elements (pruned, paper) to keep."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
-    """Back Razor's low-bit codes, its pruning to the largest elements, or the paper's."""
+    """backrazor: few bits of each element, the largest elements, or the paper's pruning."""
     recompute: Literal["auto", "none", "attention", "block"] = "auto"
-    """What Back Razor makes again in the backward pass, in the mode low-bit; auto: below keep = 0.09 the block."""
-    # -- optim
+    """backrazor: few bits of each element, the largest elements, or the paper's pruning."""
+    recompute: Literal["auto", "none", "attention", "block"] = "auto"
+    """backrazor, low-bit: what the backward pass recomputes; auto: below keep 0.09 the block."""
+    # -- optim: what state the optimizer keeps
     galore_rank: int = 4
-    """GaLore's r: dimensions of a gradient's subspace."""
+    """galore-*: rank r of a gradient's subspace."""
     gap: int = 50
-    """GaLore's T: optimizer steps between two refreshes of a subspace."""
+    """galore-*: optimizer steps T between refreshes of a subspace."""
     galore_scale: float = 1.0
-    """GaLore's α on the update of a projected weight."""
+    """galore-*: α, which multiplies the update of a projected weight."""
 
     def __post_init__(self) -> None:
         if self.razor_mode == "default":  # of a run begun when the mode "pruned" was called so

@@ -20,35 +20,40 @@ class RunConfig(RunFlags, StepFlags, Axes):
 
     OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
 
-    # -- the run
+    GROUPS: ClassVar[tuple[str, ...]] = (
+        "train: which numbers are trained", "save: what is kept for the backward pass",
+        "optim: what state the optimizer keeps", "data and model", "optimization", "run", "system",
+    )  # fmt: skip
+
+    # -- run
     explain_memory: bool = False
-    """Only say what each choice saves, what still dominates, and the cheapest next step; nothing is trained."""
+    """Print what each choice saves and which change would save most; nothing is trained."""
     save_model: bool = True
     """Write the trained model, adapters merged, to the run folder's model/."""
     # -- optimization
     lr: Lr = 0.0
-    """Peak learning rate; 0 takes the usual one of --train and --optim, which is said."""
+    """Peak learning rate; 0 takes the usual one of --train and --optim."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (sgd: added to the gradient)."""
     select: Select = "best"
-    """Weights to end with, which are tested and saved: the last, or those of the best validation."""
+    """Weights to test and save: the last, or those of the best validation."""
     batch_size: int = 64
-    """Samples a micro-batch, over all processes."""
+    """Samples per micro-batch, over all processes."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip. lte clips each head by its own norm."""
+    """Gradient clipping norm, for lte of each head by itself; 0 does not clip."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up the rate falls to 0 by a cosine, or stays."""
+    """Learning rate after the warm-up."""
     warmup_ratio: float = 0.05
-    """Part of the steps in which the rate rises."""
+    """Fraction of the steps that warm the learning rate up."""
     # -- system
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: whole copies of the model, or shards."""
+    """Under torchrun: replicate the model, or shard it."""
     compile: bool = False
     """Run the model through torch.compile."""
     threads: int = 0
-    """CPU threads; 0 leaves it to torch. Results repeat to the bit for one number of them."""
+    """CPU threads; 0 leaves it to torch. Results are bit-identical for the same number."""
     workers: int = 0
-    """Processes that prepare batches ahead."""
+    """Processes that prepare batches."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +61,46 @@ class FinetuneConfig(RunConfig, ImageFlags):
     """Every flag of finetune; kept in the run folder's config.json."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"recipe": "augment"}
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "finetune --train lora --save backrazor",
+        "finetune --data pets --data-dir PETS --model vit-s-16 --weights ViT-S_16.npz --optim galore-adamw",
+        "finetune --data glue:sst2 --data-dir GLUE --model MiniLM --train lora-xs --rank 16",
+        "finetune --train lora --dropout 0.1 --explain-memory",
+        "finetune --resume runs/NAME",
+    )
 
     # -- data and model
     data: str = "digits"
-    """digits (embedded); a MedMNIST set; cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; folder;
+    """digits (embedded); cifar10, cifar100, aircraft, cars, cub200, flowers102, food101, pets; a MedMNIST set; folder;
     glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
     data_dir: str = ""
     """Folder (or zip) with the data in its public form."""
     labels: tuple[int, ...] = ()
-    """Only the pictures of these classes, in this order; empty takes all."""
+    """Classes to use, in this order; empty takes all."""
     model: str = ""
-    """Pictures: vit-mini, vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2, resnet20; empty
-    takes vit-mini. Language: folder of a transformers model, or its name on the hub."""
+    """Images: vit-mini (default), vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2,
+    resnet20. Text: a transformers folder, or a name on the hub."""
     weights: str = ""
-    """Pictures: pretrained weights (transformers' folder, Google's .npz, timm's .safetensors; a CNN's state dict)."""
+    """Images: pretrained weights (transformers folder, Google's .npz, timm's .safetensors, a state dict)."""
     max_length: int = 128
-    """Tokens that a text is cut to."""
+    """Text: longest input in tokens."""
+    # -- optimization
     head_lr: float = 0.0
     """Peak learning rate of the task head; 0 takes --lr."""
+    # -- run
     eval_epochs: float = 1.0
-    """Epochs between evaluations; the checkpoint that validates best is tested."""
+    """Epochs between evaluations."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Every flag of pretrain; kept in the run folder's config.json."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "pretrain --optim galore-adamw --save backrazor",
+        "pretrain --model llama --data-dir TEXT --tokenizer chars --max-iters 2000",
+        "pretrain --resume runs/NAME",
+    )
 
     # -- data and model
     data_dir: str = ""
@@ -102,7 +122,7 @@ class PretrainConfig(RunConfig):
     bias: bool = False
     """Biases in linear layers and norms (gpt); bitfit needs them."""
     batch_size: int = 16
-    """Crops a micro-batch, over all processes."""
+    """Crops per micro-batch, over all processes."""
     epochs: float = 0.0
     """Passes over the training tokens, instead of --max-iters; 0 leaves it to that."""
     max_iters: int = 500

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..errors import Stopped, UserError
-from .tyro_help import join_wrapped_lines
+from .flag_help import help_text
 
 Config = TypeVar("Config")
 
@@ -45,7 +45,6 @@ def parse(
         UserError: on an unknown flag or preset (with the nearest name), or a value of the wrong type.
         SystemExit: with code 0, after printing the help.
     """
-    join_wrapped_lines()
     presets = presets or {}
     words = list(argv)
     if words and not words[0].startswith("-"):
@@ -53,8 +52,9 @@ def parse(
         if name not in presets:
             raise UserError(f"unknown preset {name!r}{_nearest(name, presets)}: the presets are {_list(presets)}")
         default = presets[name]
-    if presets:
-        description += f"\n\nPresets, by name as the first word: {_list(presets)}."
+    if {"-h", "--help"} & set(words):
+        print(help_text(config_type, prog=prog, description=description, presets=presets, default=default), end="")
+        raise SystemExit(0)
     known = [f.name.replace("_", "-") for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
     complaints = io.StringIO()
     try:
@@ -62,7 +62,6 @@ def parse(
             config, unknown = tyro.cli(
                 config_type,
                 prog=prog,
-                description=description,
                 args=words,
                 default=config_type() if default is None else default,
                 return_unknown_args=True,

@@ -26,18 +26,19 @@ class RunFlags:
     OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {}
     """(field, value of older runs) -> what it is called today."""
 
+    # -- run
     out: str = ""
-    """Run folder to make; empty names one in runs/ by date and time."""
+    """New run folder; empty names one under runs/ by date and time."""
     resume: str = ""
-    """Run folder to resume, from its newest valid checkpoint; other flags come from its config.json."""
+    """Run folder to resume from its newest valid checkpoint; its config.json gives the other flags."""
     data_changed: Literal["refuse", "ok"] = "refuse"
-    """Where a resumed run finds other data than it began with: refuse, or go on (config.json then says so)."""
+    """When a resumed run finds changed data: refuse, or continue and record it in config.json."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     log_interval: int = 10
     """Steps between logged rows."""
     seed: int = 0
-    """Seed of the initial weights, the data order, augmentation and dropout."""
+    """Seed of initial weights, data order, augmentation and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "float32"
@@ -54,18 +55,19 @@ class RunFlags:
 class StepFlags:
     """How many optimizer steps, and what each of them does."""
 
+    # -- optimization
     epochs: float = 10.0
-    """Passes over the training rows, where --max-iters is 0."""
+    """Passes over the training rows if --max-iters is 0."""
     max_iters: int = 0
-    """Optimizer steps; 0 takes --epochs."""
+    """Optimizer steps; 0 uses --epochs."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step."""
+    """Micro-batches per optimizer step."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Gradient clipping norm; 0 does not clip."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
     select: Select = "last"
-    """Weights to end with: the last, or those of the best evaluation."""
+    """Final weights: the last, or those of the best evaluation."""
 
     def total_steps(self, rows: int, per_step: int) -> int:
         """Optimizer steps: those asked for, or those of the epochs.
@@ -81,13 +83,14 @@ class StepFlags:
 class ImageFlags:
     """Which pictures, and how they are read."""
 
+    # -- data and model
     data_dir: str = ""
     """Folder with the set's files in their published form, or the folder or zip of pictures."""
     size: int = 28
     """Pixels of a MedMNIST file: 28, 64, 128 or 224."""
     verify: bool = True
-    """Compare a MedMNIST file's MD5 with the published one; --no-verify reads a file of your own in its form."""
+    """Check a MedMNIST file's published MD5; --no-verify reads your own file of that form."""
     image_size: int = 0
-    """Pixels that the model sees; 0 takes what it was made for, or the pictures' own."""
+    """Pixels that the model sees; 0 takes the model's usual size, or the pictures' own."""
     augment: Recipe = "none"
-    """Augmentation; vit, cotuning and cnn are the recipes of Back Razor's code. packages/common says what each does."""
+    """Augmentation; vit, cotuning and cnn are those of Back Razor's code."""

@@ -33,7 +33,7 @@ class GlueConfig(TrainingFlags):
     """Use the first so many training rows; 0 uses all."""
     max_eval_samples: int = 0
     """Evaluate on the first so many rows; 0 uses all."""
-    # -- what is otherwise here than elsewhere
+    # -- input and output
     resume: str = ""
     """Run folder (or folder of a grid) to go on with; other flags come from its config.json."""
     data_dir: str = ""
@@ -45,6 +45,7 @@ class GlueConfig(TrainingFlags):
     targets: tuple[str, ...] = ROBERTA_TARGETS
     epochs: float = 10.0
     warmup_ratio: float = 0.06
+    # -- optimization
     warmup_rounding: Literal["down", "up"] = "down"
     """How --warmup-ratio becomes whole steps: down as in the official script, or up as older runs here."""
     weight_decay: float = 0.01

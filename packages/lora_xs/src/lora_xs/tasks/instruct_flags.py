@@ -34,7 +34,7 @@ class InstructConfig(TrainingFlags):
     """Rows held out, evenly spread, for the validation loss; 0 holds out none and evaluates nothing."""
     base_dtype: Dtype = "float32"
     """Of the frozen weights; R is always float32."""
-    # -- what is otherwise here than elsewhere
+    # -- input and output
     data_dir: str = ""
     """Folder with MetaMathQA-395K.json or commonsense_170k.json (or that file); empty reads them from the hub."""
     rank: int = 64
