@@ -55,8 +55,6 @@ class Axes:
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
     """backrazor: few bits of each element, the largest elements, or the paper's pruning."""
     recompute: Literal["auto", "none", "attention", "block"] = "auto"
-    """backrazor: few bits of each element, the largest elements, or the paper's pruning."""
-    recompute: Literal["auto", "none", "attention", "block"] = "auto"
     """backrazor, low-bit: what the backward pass recomputes; auto: below keep 0.09 the block."""
     # -- optim: what state the optimizer keeps
     galore_rank: int = 4
