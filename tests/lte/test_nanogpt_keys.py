@@ -145,6 +145,7 @@ def test_a_file_of_assignments_is_read(tmp_path, capsys):
         ("n_layer = 9**9**9\n", ["line 1: n_layer must be"]),
         ("n_layer = 1 / 0\n", ["line 1: n_layer must be"]),
         ("n_layer = 3 +\n", ["is not a file of assignments"]),
+        ("n_layer = f'{1 + 1}'\n", ["line 1: n_layer must be", "give it as --n_layer=VALUE"]),
         ("n_layers = 3\n", ["unknown flag --n-layers", "did you mean --n-layer?"]),
         ("n_layer = 'three'\n", ["three"]),
     ],

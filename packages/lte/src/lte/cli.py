@@ -9,10 +9,11 @@ from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.errors import UserError
 
-from .tasks.nanogpt import translate
+from .tasks.nanogpt import asked, translate
 from .tasks.prepare_flags import DATASETS
-from .tasks.source_presets import SOURCE_PRESETS
+from .tasks.source_presets import NANOGPT, NANOGPTS, SOURCE_PRESETS
 from .tasks.train_config import MAY_CHANGE, PROG, TrainConfig, check
+from .tasks.unasked import settle
 
 DESCRIPTION = """Pre-train a GPT with many LoRA heads in parallel (LTE), and say what it cost.
 
@@ -36,12 +37,19 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             and not asks_for_help
         ):
             raise UserError(f"the preset {argv[0]} needs --data-dir: a folder with tinyshakespeare as a text file")
-        return check(parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS))
+        config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, presets=SOURCE_PRESETS)
+        name = argv[0] if argv and not argv[0].startswith("-") else "default"
+        config, notes = settle(config, SOURCE_PRESETS[name], asked(argv), nanogpts=name in NANOGPTS)
+        for note in notes:
+            print(note)
+        return check(config)
     if not argv[0].startswith("-"):
         raise UserError(f"--resume brings its own configuration: leave out the preset {argv[0]!r}")
     folder = Path(resume)
     if folder.name == "full" and (folder.parent / "config.json").exists():
         raise UserError(f"{resume} is the comparison within a run: --resume {folder.parent}")
+    if not (folder / "config.json").is_file() and (folder / "ckpt.pt").is_file():
+        return _nanogpts_own(folder, argv)
     before = saved_config(TrainConfig, folder, PROG)
     config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, default=before)
     if config.out not in (before.out, resume):
@@ -61,6 +69,24 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{resume} was begun with {flag} {old}, not {new}: leave the flag out, or begin a new run")
     return check(replace(config, out=resume))
+
+
+def _nanogpts_own(folder: Path, argv: Sequence[str]) -> TrainConfig:
+    """The run of nanoGPT's train.py in a folder, gone on with as a run of ours in the same folder.
+
+    We wrote no configuration of it: as nanoGPT does, its own defaults, files and flags are read again.
+    """
+    config = parse(TrainConfig, argv, prog=PROG, description=DESCRIPTION, default=replace(NANOGPT, method="full"))
+    if config.method != "full":
+        raise UserError(
+            f"{folder} holds a run of nanoGPT's, which goes on as full training: leave --method out, or begin heads on "
+            f"its weights by --init-from {folder}"
+        )
+    config, _ = settle(config, NANOGPT, asked(argv), nanogpts=True)
+    if config.out not in ("", str(folder)):
+        raise UserError(f"--out {config.out} differs from --resume {folder}: a resumed run stays in its folder")
+    path = str(folder / "ckpt.pt")
+    return check(replace(config, resume="", out=str(folder), init_from=path, nanogpt_run=path))
 
 
 def _check_prepared(config: TrainConfig) -> None:

@@ -10,7 +10,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -95,12 +95,13 @@ class Session:
         check_tracker(config.tracker)
         return cls(config, argv, prog, place, device)
 
-    def open(self, data: dict[str, Any], **about: Any) -> None:
+    def open(self, data: dict[str, Any], *, beside: Collection[str] = (), **about: Any) -> None:
         """Make the run folder, or open the one that is resumed, and write its config.json.
 
         Args:
             data: what the data are; their "sha256" and "parts" tell them from other data
                 (:mod:`memtrain_common.data.fingerprint`), their "name" is for people.
+            beside: files that may lie in a new run's folder already.
             about: is kept in config.json besides.
 
         Raises:
@@ -123,7 +124,7 @@ class Session:
                     )
         else:
             own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
-            run = RunFolder.create(gather_objects(own)[0], writes=main)  # the first one's clock
+            run = RunFolder.create(gather_objects(own)[0], writes=main, beside=beside)  # the first one's clock
         self._enter(run, dataclasses.replace(self.config, out=str(run.path)), **about)
         self.console = Console(run.path / "log.txt" if main else None, quiet=not main)
 
@@ -164,7 +165,14 @@ class Session:
         return {**kept, **more}
 
     def fit(
-        self, task: Task, config: FitConfig, *, resume_key: Mapping[str, Any], label: str = "", select: str = "last"
+        self,
+        task: Task,
+        config: FitConfig,
+        *,
+        resume_key: Mapping[str, Any],
+        label: str = "",
+        select: str = "last",
+        resume: bool = False,
     ) -> Outcome:
         """Train by the shared loop, and put the chosen weights into the model.
 
@@ -172,6 +180,7 @@ class Session:
             resume_key: what a checkpoint must agree in.
             label: the progress bar's name.
             select: "last", or "best": the weights of the best evaluation.
+            resume: go on from the newest checkpoint also where the command's ``--resume`` is empty.
 
         Raises:
             UserError: if the best checkpoint is damaged; which one is intact is said.
@@ -179,7 +188,7 @@ class Session:
         model = unwrap(task.model)
         start = _weights(task) if select == "best" else {}
         result = fit(
-            task, config, run=self.run, resume=bool(self.config.resume), resume_path=self._resume_path,
+            task, config, run=self.run, resume=resume or bool(self.config.resume), resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").exists():

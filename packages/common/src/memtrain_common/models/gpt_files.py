@@ -47,8 +47,56 @@ class PlainGPT:
 # -- nanoGPT's ckpt.pt
 
 
+@dataclass(frozen=True)
+class NanoGPTRun:
+    """All of nanoGPT's ``ckpt.pt``."""
+
+    plain: PlainGPT
+    config: Mapping[str, Any]
+    """nanoGPT's globals: its flags; "dataset" names the folder in ``data/`` that has the bins."""
+    iter_num: int
+    """Optimizer steps done."""
+    best_val_loss: float
+    optimizer: Mapping[str, Any]
+    """The state dict of its AdamW: one group of matrices, one of vectors, each in the order of named_parameters."""
+
+    def adamw_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state dict for an AdamW with the same two groups: its moments and steps, this one's learning rates.
+
+        Raises:
+            ValueError: if it belongs to other parameters.
+        """
+        now = optimizer.state_dict()
+        theirs, state = self.optimizer["param_groups"], self.optimizer["state"]
+        if [len(g["params"]) for g in theirs] != [len(g["params"]) for g in now["param_groups"]]:
+            raise ValueError("its groups have other numbers of parameters")
+        order = [i for group in theirs for i in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moved: dict[int, dict[str, Tensor]] = {}
+        for ours, (key, parameter) in enumerate(zip(order, parameters, strict=True)):
+            if not state:  # an AdamW that has not stepped
+                break
+            entry = state.get(key, {})
+            if any(name not in entry or entry[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"parameter {ours} of shape {tuple(parameter.shape)} has no moments of that shape")
+            step = torch.as_tensor(entry["step"], dtype=torch.float32).cpu()  # a number, before torch 1.12
+            moved[ours] = {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
+        for mine, group in zip(now["param_groups"], theirs, strict=True):
+            mine.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
+        return {**now, "state": moved}
+
+
 def read_nanogpt(path: Path) -> PlainGPT:
     """The model of nanoGPT's ``ckpt.pt``; only tensors and plain values are loaded, never code.
+
+    Raises:
+        UserError: if it is no such file.
+    """
+    return read_nanogpt_run(path).plain
+
+
+def read_nanogpt_run(path: Path) -> NanoGPTRun:
+    """The whole of nanoGPT's ``ckpt.pt``, where it has more than the model; nothing is loaded but tensors and values.
 
     Raises:
         UserError: if it is no such file.
@@ -60,7 +108,15 @@ def read_nanogpt(path: Path) -> PlainGPT:
         named = {k.removeprefix("_orig_mod."): v for k, v in content["model"].items()}
     except Exception as error:  # each way of being no such file has a class of its own
         raise UserError(f"{path} is not a checkpoint of nanoGPT's ({_first_line(error)})") from None
-    return _checked(config, {k: v for k, v in named.items() if not k.endswith(_MASKS)}, path)
+    plain = _checked(config, {k: v for k, v in named.items() if not k.endswith(_MASKS)}, path)
+    said, optimizer = content.get("config"), content.get("optimizer")
+    try:
+        step, best = int(content.get("iter_num", 0)), float(content.get("best_val_loss", float("inf")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of nanoGPT's ({_first_line(error)})") from None
+    return NanoGPTRun(
+        plain, said if isinstance(said, dict) else {}, step, best, optimizer if isinstance(optimizer, dict) else {}
+    )
 
 
 def write_nanogpt(

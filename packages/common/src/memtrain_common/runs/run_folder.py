@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,13 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
 
     @classmethod
-    def create(cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+    def create(
+        cls, path: Path, *, writes: bool = True, keep_checkpoints: int = 2, beside: Collection[str] = ()
+    ) -> "RunFolder":
         """A new run's folder, which must be missing or empty.
+
+        Args:
+            beside: files that may lie there already.
 
         Raises:
             UserError: if there is something in it already, or it cannot be made.
@@ -57,7 +62,7 @@ class RunFolder:
             if (path / "config.json").exists():
                 raise UserError(f"{path} holds another run: choose a new --out, or resume it with --resume {path}")
             if any(
-                p.name != LOCK and p.suffix != ".partial" for p in path.iterdir()
+                p.name not in (LOCK, *beside) and p.suffix != ".partial" for p in path.iterdir()
             ):  # a kill may leave a partial file
                 raise UserError(f"{path} is not empty: --out needs a new or empty folder")
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)

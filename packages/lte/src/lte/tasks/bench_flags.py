@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from memtrain_common.commands.cli import parse
 from memtrain_common.errors import UserError
 
-from .nanogpt import translate
-from .source_presets import SOURCE_PRESETS
+from .nanogpt import asked, translate
+from .source_presets import NANOGPTS, SOURCE_PRESETS
 from .train_config import TrainConfig, check
+from .unasked import settle
 
 if TYPE_CHECKING:
     from memtrain_common.models.gpt import GPT
@@ -54,9 +55,13 @@ def configure(argv: Sequence[str]) -> BenchConfig:
         raise UserError(f"--steps must be at least 2, got {config.steps}")
     if config.warmup_steps < 0 or not 0 <= config.peak_tflops < float("inf"):
         raise UserError("--warmup-steps and --peak-tflops must not be negative")
-    for name in ("resume", "out", "eval_only"):
+    for name in ("resume", "out", "eval_only", "nanogpt_run"):
         if getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is lte-train's: {PROG} begins afresh and keeps nothing")
+    name = argv[0] if argv and not argv[0].startswith("-") else "default"
+    config, notes = settle(config, presets[name], asked(argv), nanogpts=name in NANOGPTS)
+    for note in notes:
+        print(note)
     return check(config)  # type: ignore[return-value]
 
 

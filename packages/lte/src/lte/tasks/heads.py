@@ -78,7 +78,7 @@ def check_world(config: TrainConfig, world: World) -> None:
     if world.size == 1:
         return
     if config.parallel == "ddp" or config.method == "full":
-        heads = config.lte_heads if config.method == "lte" else 1
+        heads = config.lte_heads if config.method == "lte" and config.lte_mode == "parallel" else 1
         if config.batch_size % (heads * world.size):
             raise UserError(
                 f"--batch-size {config.batch_size} must be divisible by --lte-heads {heads} times {world.size} "

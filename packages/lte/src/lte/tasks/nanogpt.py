@@ -1,23 +1,17 @@
 """nanoGPT's way of giving configurations: ``--key=value`` by its names, and files of assignments. No torch here.
 
-nanoGPT runs a positional ``config/x.py`` as code. Here such a file is **read**, never run: top-level assignments of
-numbers, strings, True and False, arithmetic on them, and names assigned before. Imports are passed over. Anything else
-is refused with its line, but for a ``wandb_run_name`` that is computed (nanoGPT's own example does), which is left out.
+Files are read by :mod:`lte.tasks.nanogpt_files`. What a file leaves open has the defaults of the project that it is
+of, which its keys tell: nanoGPT, nanoGPT-LTE or nanoGPT-LoRA.
 """
 
-import ast
 import dataclasses
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from memtrain_common.errors import UserError
 
-_OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow,
-}  # fmt: skip
+from .nanogpt_files import read_assignments
+
 # The same under another name: nanoGPT's, nanoGPT-LTE's and nanoGPT-LoRA's.
 _RENAMED = {"out_dir": "out", "eval_batches": "eval_iters", "lora_rank": "lora_r"}
 # Keys that have one meaning here, whatever the value: said in a line, not passed over in silence.
@@ -32,6 +26,12 @@ _ONLY = {
     "lora_dropout": ("0.0", "heads have no dropout of their own"),
 }
 
+# Keys that only nanoGPT-LTE has, and only nanoGPT-LoRA.
+_LTE_KEYS = {
+    "eval_batches", "save_checkpoint", "wrap_lte", "freeze_n", "lora_r", "lte_heads", "lte_mode", "lte_merge_steps",
+    "skip_attn", "skip_mlp", "skip_logit",
+}  # fmt: skip
+_LORA_KEYS = {"lora_rank", "lora_dropout", "compute_grad_memory"}
 _MODES = {"mhlora": "sequential", "ddp": "parallel", "dmp": "parallel"}  # nanoGPT-LTE's words
 
 
@@ -69,19 +69,38 @@ def translate(argv: Sequence[str], config_type: type) -> tuple[list[str], list[s
     files = [word for word in leading if word.endswith(".py")]
     presets = [word for word in leading if not word.endswith(".py")]
     notes: list[str] = []
-    given = _mapped(_flags(rest), notes)
-    keys = {flag.key.removeprefix("no_") for flag in given}
-    from_files: dict[str, Flag] = {}
+    given = _flags(rest)
+    spoken_for = {flag.key for flag in given}  # the command line comes after the files, as in nanoGPT
+    in_files: dict[str, Flag] = {}
     for file in files:
-        values = read_assignments(Path(file), notes)
-        from_files.update({key: Flag(key, [str(value)]) for key, value in values.items()})
-    in_files = [flag for flag in _mapped(list(from_files.values()), notes) if flag.key not in keys]
-    flags = _resumed(in_files + given)  # the command line comes after the files, as in nanoGPT
+        values = read_assignments(Path(file), notes, spoken_for)
+        in_files.update({key: Flag(key, [str(value)]) for key, value in values.items()})
+    from_files = _mapped([flag for key, flag in in_files.items() if key not in spoken_for], notes)
+    given = _mapped(given, notes)
+    ours = {flag.key.removeprefix("no_") for flag in given}
+    flags = _resumed([flag for flag in from_files if flag.key not in ours] + given)
     booleans = {f.name for f in dataclasses.fields(config_type) if f.type in (bool, "bool")}
-    words = [word for flag in flags for word in flag.words(booleans)]
     if files and not presets and not any(flag.key == "resume" for flag in flags):
-        presets = ["nanogpt"]  # a file means nanoGPT's defaults for what it does not say
+        project = _project(in_files, flags)
+        presets = [project]
+        if project == "nanogpt" and _LORA_KEYS & set(in_files) and "method" not in {flag.key for flag in flags}:
+            flags.append(Flag("method", ["full"]))  # nanoGPT-LoRA without a rank
+    words = [word for flag in flags for word in flag.words(booleans)]
     return [*presets, *words], notes
+
+
+def asked(words: Iterable[str]) -> set[str]:
+    """The fields that translated words set: what is not among them, nobody asked for."""
+    names = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
+    return {name.removeprefix("no_") for name in names}
+
+
+def _project(in_files: Iterable[str], flags: list[Flag]) -> str:
+    """Whose defaults hold for what a file leaves open."""
+    keys = set(in_files)
+    if keys & _LORA_KEYS:
+        return "nanogpt-lora" if any(flag.key == "lora_r" for flag in flags) else "nanogpt"
+    return "nanogpt-lte" if keys & _LTE_KEYS else "nanogpt"
 
 
 def _flags(words: Sequence[str]) -> list[Flag]:
@@ -109,6 +128,10 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
             only, why = _ONLY[flag.key]
             if value not in (only, only.removesuffix(".0")):
                 raise UserError(f"{flag.key} can only be {only}: {why}")
+        elif flag.key == "lora_r" and value == "0":  # nanoGPT-LoRA: no adapters
+            out.append(Flag("method", ["full"]))
+        elif flag.key == "lora_alpha" and value in ("0", "0.0"):
+            pass  # beside a rank of 0
         elif flag.key == "dataset" and value is not None:
             out.append(Flag("data_dir", [f"data/{value}"]))
         elif flag.key == "wandb_log":
@@ -130,61 +153,6 @@ def _resumed(flags: list[Flag]) -> list[Flag]:
         return flags
     folders = [f.values[0] for f in flags if f.key == "out" and f.values] or ["out"]
     return [f for f in flags if f.key not in ("init_from", "out")] + [Flag("resume", folders[-1:])]
-
-
-def read_assignments(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The top-level assignments of a nanoGPT configuration, as values; nothing is run.
-
-    Raises:
-        UserError: naming the line that is anything else.
-    """
-    try:
-        tree = ast.parse(path.read_text(), filename=str(path))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path} ({error.strerror})") from None
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a file of assignments ({error})") from None
-    values: dict[str, Any] = {}
-    for statement in tree.body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            continue
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):  # a docstring
-            continue
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=expression):
-                try:
-                    values[name] = _value(expression, values)
-                except (ValueError, TypeError, ArithmeticError):
-                    if name == "wandb_run_name":
-                        notes.append(f"{path}: wandb_run_name is computed there and left out: files are read, not run")
-                        continue
-                    raise UserError(
-                        f"{path}, line {statement.lineno}: {name} must be a number, a string, True or False, or "
-                        "arithmetic on those: configurations are read, not run"
-                    ) from None
-            case _:
-                raise UserError(
-                    f"{path}, line {statement.lineno} is not an assignment: configurations are read, not run"
-                )
-    return values
-
-
-def _value(node: ast.expr, known: dict[str, Any]) -> Any:
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
-            return value
-        case ast.Name(id=name) if name in known:
-            return known[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, known)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            a, b = _value(left, known), _value(right, known)
-            if isinstance(op, ast.Pow) and (abs(b) > 64 or abs(a) > 2**16):
-                raise ValueError("too large")
-            if isinstance(a, str) and not isinstance(op, ast.Add):  # "x" * 10**9
-                raise TypeError("text can only be added")
-            return _OPERATIONS[type(op)](a, b)
-    raise ValueError(ast.dump(node))
 
 
 def _is_number(word: str) -> bool:

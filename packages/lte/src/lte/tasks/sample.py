@@ -41,7 +41,8 @@ class SampleConfig:
     seed: int = 1337
     """Of the first sample; the next ones take the numbers that follow."""
     data_dir: str = ""
-    """Folder of bins whose vocabulary nanoGPT's checkpoint uses (meta.json or meta.pkl); a run knows its own."""
+    """Folder of bins whose vocabulary nanoGPT's checkpoint uses (meta.json or meta.pkl); a run knows its own, and a
+    checkpoint the name of its data set, which is looked for in data/."""
     tokenizer_dir: str = ""
     """Folder with GPT-2's encoder.json and vocab.bpe; empty lets tiktoken download them."""
     device: str = "auto"
@@ -133,6 +134,8 @@ def _tokenizer(config: SampleConfig, data: dict[str, Any] | None, vocab_size: in
     folder = Path(config.tokenizer_dir) if config.tokenizer_dir else None
     if config.data_dir:
         coder = read_tokenizer(Path(config.data_dir), folder)
+    elif data is not None and "folder" in data:  # that of nanoGPT's bins
+        coder = read_tokenizer(Path(data["folder"]), folder)
     elif data is not None:
         coder = tokenizer_of(data, folder)
     elif vocab_size in (50257, 50304):

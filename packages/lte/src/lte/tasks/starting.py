@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.commands.configure import saved_config
+from memtrain_common.data.text.bins import META, META_PICKLE, describe_tokenizer, read_tokenizer
 from memtrain_common.data.text.corpus import Corpus
 from memtrain_common.errors import UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
-from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt
+from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt_run
 from memtrain_common.runs.checkpoint import load, verify
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.runs.state_tree import same_shapes
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..injection import inject, merged_state_dict
 from .train_config import PROG, TrainConfig, check, lte_config
+from .unasked import with_shorter_warmup
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Trained:
 def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     """The weights that a word names, and the corpus that they were trained on, where that is known.
 
+    nanoGPT's checkpoint names its data set: the corpus is known where ``data/NAME`` is there, as nanoGPT looks for it.
+
     Args:
         init_from: one of OpenAI's four names, a run folder, ``ckpt.pt`` or its folder, or a transformers folder. What
             exists on disk comes before a name.
@@ -44,12 +48,12 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     """
     path = Path(init_from)
     if path.is_file():
-        return read_nanogpt(path), None
+        return _read_nanogpts(path)
     if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
         trained = read_run(path)
         return trained.plain, trained.data
     if (path / "ckpt.pt").is_file():
-        return read_nanogpt(path / "ckpt.pt"), None
+        return _read_nanogpts(path / "ckpt.pt")
     if (path / "config.json").is_file():
         return read_gpt2(path), None
     if init_from in GPT2_NAMES and not path.exists():
@@ -58,6 +62,13 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
         f"--init-from {init_from} is neither scratch, resume, {', '.join(GPT2_NAMES)}, nor a folder with a run, a "
         "GPT-2 or nanoGPT's ckpt.pt"
     )
+
+
+def _read_nanogpts(path: Path) -> tuple[PlainGPT, dict[str, Any] | None]:
+    run = read_nanogpt_run(path)
+    folder = Path("data") / str(run.config.get("dataset", ""))
+    there = "dataset" in run.config and any((folder / name).is_file() for name in (META, META_PICKLE, "train.bin"))
+    return run.plain, {**describe_tokenizer(read_tokenizer(folder)), "folder": str(folder)} if there else None
 
 
 def _is_run(path: Path) -> bool:
@@ -143,13 +154,20 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     return replace(config, **shape)
 
 
-def with_length(config: TrainConfig, corpus: Corpus) -> TrainConfig:
-    """The configuration with ``--epochs`` as steps; the decay ends with them where nothing else was asked for."""
+def with_length(config: TrainConfig, corpus: Corpus, *, keep_warmup: bool = True) -> TrainConfig:
+    """The configuration with ``--epochs`` as steps; the decay ends with them where nothing else was asked for.
+
+    Args:
+        keep_warmup: else it shrinks with the run, where the decay does.
+    """
     if not config.epochs:
         return config
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     steps = max(1, math.ceil(config.epochs * len(corpus.train) / tokens))
-    decay = steps if config.lr_decay_iters == config.max_iters else config.lr_decay_iters
+    decay = config.lr_decay_iters
+    if decay == config.max_iters:
+        decay = steps
+        config = config if keep_warmup else with_shorter_warmup(config, steps, config.max_iters)
     return check(replace(config, epochs=0.0, max_iters=steps, lr_decay_iters=decay))
 
 

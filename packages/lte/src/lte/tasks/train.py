@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from ..merging import averaged
 from .evaluating import evaluate_only
 from .heads import add_heads, check_world, lr_factor, sent_facts
+from .nanogpt import asked, translate
+from .resuming_nanogpt import begin_at_nanogpts_step, with_nanogpts_settings
 from .starting import freeze, gpt_config, starting_gpt, with_architecture, with_length
 from .train_config import MAY_CHANGE, PROG, TrainConfig
+from .unasked import said_of_warmup
 
 HEARTBEAT_S = 15.0  # of silence: torchrun gives a process 30 s between SIGTERM and SIGKILL, in which it must have saved
 
@@ -52,6 +55,7 @@ class Trained:
 
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``lte-train`` does once its flags are checked."""
+    config = with_nanogpts_settings(config)
     patience = config.peer_timeout if config.parallel == "heads" else None
     session = Session.begin(config, argv, prog=PROG, shared="", patience_s=patience)
     check_world(config, session.place)
@@ -65,11 +69,15 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         world_size=session.place.size,
         contiguous=config.parallel == "heads",
     )
-    session.config = config = with_length(with_architecture(config, corpus), corpus)
+    keep_warmup = "warmup_iters" in asked(translate(argv, TrainConfig)[0])
+    config = with_length(with_architecture(config, corpus), corpus, keep_warmup=keep_warmup)
+    session.config = config
     if config.eval_only:
         evaluate_only(config, corpus, crops, session.device, session.place)
         return
-    session.open(corpus.describe())
+    session.open(corpus.describe(), beside=("ckpt.pt",) if config.nanogpt_run else ())
+    if not config.resume and said_of_warmup(config):
+        session.console.say(said_of_warmup(config))
     session.console.say(
         f"{session.folder.path}: {corpus.name}, {len(corpus.train):,} training tokens ({corpus.tokenizer.name})"
     )
@@ -135,7 +143,10 @@ def train_one(
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     key = {**kept, "text_sha256": corpus.sha256}
     label = "full" if full else "lte"
-    outcome = session.fit(task, fit_config, resume_key=key, label=label, select=config.select)
+    begun = bool(config.nanogpt_run) and run is not None
+    if begun and run is not None and not run.checkpoints.steps():
+        begin_at_nanogpts_step(config, task, run, key, session.console)
+    outcome = session.fit(task, fit_config, resume_key=key, label=label, select=config.select, resume=begun)
     trainable = heads.trained() if heads is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
     plain = heads.plain() if heads is not None else dict(model.state_dict())
     facts = sent_facts(heads, run, outcome.result.step * per_step, full_parameters) if heads and run else {}

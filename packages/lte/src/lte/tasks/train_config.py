@@ -23,7 +23,7 @@ class TrainConfig(RunFlags, StepFlags):
     data_dir: str = ""
     """Folder of text files, or of bins (lte-prepare); empty takes the source of Python's standard library."""
     tokenizer: Literal["bytes", "chars", "gpt2"] = "bytes"
-    """What a token of text files is; bins know theirs."""
+    """What a token of text files is; bins know theirs, and refuse another that is asked for."""
     tokenizer_dir: str = ""
     """Folder with GPT-2's encoder.json and vocab.bpe; empty lets tiktoken download them."""
     wandb_project: str = "memtrain"
@@ -106,13 +106,13 @@ class TrainConfig(RunFlags, StepFlags):
     decay_lr: bool = True
     """Cosine decay with warm-up; else constant."""
     warmup_iters: int = 50
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; in a run shorter than the default's, fewer in proportion where the flag is left out."""
     lr_decay_iters: int = 0
     """Steps until the lowest learning rate; 0 takes --max-iters."""
     min_lr_ratio: float = 0.1
     """Lowest learning rate over the peak."""
     min_lr: float = 0.0
-    """Lowest learning rate itself, which then decides --min-lr-ratio; 0 leaves it."""
+    """Lowest learning rate itself, which then decides --min-lr-ratio; 0 leaves it. Not read with --no-decay-lr."""
     # -- evaluation and logging
     eval_interval: int = 200
     """Steps between evaluations; a checkpoint follows each."""
@@ -133,6 +133,9 @@ class TrainConfig(RunFlags, StepFlags):
     """Under torchrun: each process holds its own heads and speaks at merges, or holds all and averages gradients."""
     peer_timeout: float = 40.0
     """With --parallel heads: seconds of silence after which another process counts as lost."""
+    nanogpt_run: str = ""
+    """A ckpt.pt of nanoGPT's train.py to go on with: weights, AdamW's state and iteration. --resume of its folder sets
+    it, and out; the architecture, betas and weight decay are then those of the checkpoint, and the method is full."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 1337
@@ -223,7 +226,7 @@ def check(config: TrainConfig) -> TrainConfig:
             raise UserError(f"{_flag(name)} must be below 1, got {getattr(config, name)}")
     if config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
-    if config.method == "lte" and config.batch_size % config.lte_heads:
+    if config.method == "lte" and config.lte_mode == "parallel" and config.batch_size % config.lte_heads:
         raise UserError(
             f"--batch-size {config.batch_size} must be divisible by --lte-heads {config.lte_heads}: every head gets an "
             "equal chunk of the batch"
@@ -242,23 +245,20 @@ def check(config: TrainConfig) -> TrainConfig:
             f"--lte-restart-warmup-iters {config.lte_restart_warmup_iters} must be below --lte-merge-steps "
             f"{config.lte_merge_steps}"
         )
-    decay = config.lr_decay_iters
-    if config.decay_lr and 0 < decay <= config.warmup_iters:
-        raise UserError(f"--warmup-iters {config.warmup_iters} must be below the {decay} steps of the decay")
     return config
 
 
 def _filled_in(config: TrainConfig) -> TrainConfig:
     """The configuration with what takes its value from another flag."""
     rate = config.learning_rate
-    if config.min_lr < 0 or (config.min_lr and not config.min_lr <= rate):
+    if config.min_lr < 0 or (config.decay_lr and config.min_lr and not config.min_lr <= rate):
         raise UserError(f"--min-lr must be from 0 to --learning-rate {rate}, got {config.min_lr}")
     return replace(
         config,
         lr_decay_iters=config.lr_decay_iters or config.max_iters,
         rest_learning_rate=config.rest_learning_rate or rate,
         full_learning_rate=rate if config.method == "full" else config.full_learning_rate or rate,
-        min_lr_ratio=config.min_lr / rate if config.min_lr and rate > 0 else config.min_lr_ratio,
+        min_lr_ratio=config.min_lr / rate if config.decay_lr and config.min_lr and rate > 0 else config.min_lr_ratio,
     )
 
 

@@ -83,6 +83,12 @@ def read_tokenizer(folder: Path, tokenizer_dir: Path | None = None) -> Tokenizer
     return tokenizer_of(described, tokenizer_dir or (folder if beside else None))
 
 
+def describe_tokenizer(coder: Tokenizer) -> dict[str, Any]:
+    """What :func:`tokenizer_of` makes it again from."""
+    letters = {"characters": coder.characters} if isinstance(coder, CharTokenizer) else {}
+    return {"tokenizer": coder.name, "vocab_size": coder.vocab_size, **letters}
+
+
 def tokenizer_of(described: dict[str, Any], tokenizer_dir: Path | None = None) -> Tokenizer:
     """The tokenizer that ``meta.json``, or a run's ``data``, describes: "tokenizer", "vocab_size", "characters".
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ...errors import UserError
 from ...files import visible_files
 from ..order import random_offsets, rank_share
-from .bins import is_bins, read_bins
+from .bins import describe_tokenizer, is_bins, read_bins
 from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -45,16 +45,13 @@ class Corpus:
         return self.n_bytes / (len(self.train) + len(self.val))
 
     def describe(self) -> dict[str, object]:
-        letters = {"characters": self.tokenizer.characters} if isinstance(self.tokenizer, CharTokenizer) else {}
         return {
             "name": self.name,
-            "tokenizer": self.tokenizer.name,
-            "vocab_size": self.tokenizer.vocab_size,
+            **describe_tokenizer(self.tokenizer),
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
             "bytes": self.n_bytes,
             "sha256": self.sha256,
-            **letters,
         }
 
 
