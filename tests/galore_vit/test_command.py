@@ -54,6 +54,21 @@ def without(words, flag):
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+def test_the_source_projects_rank_above_every_side_runs_as_published(tmp_path, pictures):
+    """meloravit.py: MeLo r = 8 under GaLore's rank 512, which turns the adapters' gradients and projects nothing."""
+    words = ["--train", "melo", "--rank", "8", "--paper", "--out", "run"]
+    done = train(tmp_path, *words, data=pictures, quick=[*without(QUICK, "--galore-rank"), "--galore-rank", "512"])
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "run" / "log.txt").read_text()
+    # q and v of four blocks, A and B of each
+    assert "GaLore projects nothing: rank 512 is not below the smaller side of any of the 16 weights" in said
+    assert "(8 at most)" in said
+    measured = json.loads((tmp_path / "run" / "result.json").read_text())["measured"]
+    numbers = 16 * 8 * 96  # of the adapters; both moments, and an 8x8 basis for each
+    head = 96 * 2 + 2
+    assert measured["optimizer"] >= 4 * (2 * numbers + 2 * head + 16 * 8 * 8)
+
+
 def test_the_run_folder(tmp_path, pictures):
     done = train(tmp_path, "--out", "run", data=pictures, pictures=True)
     assert done.returncode == 0, done.stderr
@@ -261,6 +276,9 @@ REFUSED = {
     ),
     "nothing to project": (["--train", "head"], "GaLore finds no weight to project"),
     "adapters thinner than the rank": (["--train", "melo", "--galore-rank", "4"], "GaLore would project nothing"),
+    "which --paper takes": (["--train", "melo", "--galore-rank", "4"], "--paper runs it as the published"),
+    "paper with its own refresh": (["--paper", "--refresh", "svd"], "--paper finds subspaces as published"),
+    "paper in 8 bits": (["--paper", "--optim", "galore-adamw8bit"], "8-bit arithmetic is bitsandbytes' own"),
     "rank without GaLore": (["--optim", "adamw", "--galore-rank", "8"], "--galore-rank 8 would do nothing"),
     "alpha without adapters": (["--lora-alpha", "8"], "--alpha 8.0 would do nothing"),
     "an adapter's rank without one": (["--rank", "8"], "GaLore's rank is --galore-rank"),

@@ -14,7 +14,7 @@ PROG = "galore-vit"
 # What a resumed run may do otherwise than it began. The data's hash is compared besides.
 MAY_CHANGE = {*configure.MAY_CHANGE, "verify", "workers"}
 LORA = ("melo", "lora")
-GALORE_FLAGS = ("galore_rank", "gap", "galore_scale", "proj_type", "refresh")
+GALORE_FLAGS = ("galore_rank", "gap", "galore_scale", "proj_type", "refresh", "paper")
 Data = Literal[
     "digits", "folder", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
@@ -69,6 +69,9 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """Which side of a gradient is projected; std takes the smaller."""
     refresh: Literal["power", "svd"] = "power"
     """How a subspace is found: warm-started iteration, or the full SVD as published."""
+    paper: bool = False
+    """The published code's arithmetic (galore-adamw, galore-adafactor). It takes a rank above every side of a weight,
+    whose gradient it then turns whole instead of projecting it."""
     lr: Lr = 3e-3
     """Peak learning rate."""
     epochs: float = 25.0
@@ -148,6 +151,10 @@ PRESETS = {
         data="pathmnist", size=224, model="b", patch_size=16, galore_rank=512, gap=50, galore_scale=1.0, lr=5e-3,
         batch_size=128, epochs=1.0, schedule="constant", grad_clip=0.0,
     ),
+    "path-224-melo": TrainConfig(
+        data="pathmnist", size=224, model="b", patch_size=16, train="melo", rank=8, alpha=4.0, galore_rank=512, gap=50,
+        galore_scale=1.0, paper=True, lr=5e-3, batch_size=128, epochs=10.0, schedule="constant", grad_clip=0.0,
+    ),
     "melo": TrainConfig(
         data="breastmnist", image_size=224, model="b", patch_size=16, train="melo", optim="adamw", rank=4,
         alpha=4.0, lr=1e-3, batch_size=16, epochs=20.0, grad_clip=0.0,
@@ -187,7 +194,11 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
     if not config.optim.startswith("galore"):
         refuse_unused(config, plain, GALORE_FLAGS, f"--optim {config.optim} projects nothing")
     elif config.optim == "galore-torch":
-        refuse_unused(config, plain, ("refresh",), "galore-torch finds its subspaces by SVD alone")
+        refuse_unused(config, plain, ("refresh", "paper"), "galore-torch is the published code, by SVD alone")
+    elif config.optim == "galore-adamw8bit":
+        refuse_unused(config, plain, ("paper",), "the published 8-bit arithmetic is bitsandbytes' own")
+    if config.paper:
+        refuse_unused(config, plain, ("refresh",), "--paper finds subspaces as published, by SVD")
     if config.train not in LORA:
         refuse_unused(
             config, plain, ("rank", "alpha"), f"--train {config.train} has no adapters; GaLore's rank is --galore-rank"
