@@ -120,6 +120,7 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
     """nanoGPT's keys that mean something else here, or the same by another name."""
     out: list[Flag] = []
     for flag in flags:
+        without = flag.key == "lora_rank" and flag.values in (["0"], ["0.0"])  # nanoGPT-LoRA: no adapters
         flag = Flag(_RENAMED.get(flag.key, flag.key), flag.values)
         value = flag.values[0] if len(flag.values) == 1 else None
         if flag.key in _NOTES:
@@ -128,7 +129,7 @@ def _mapped(flags: list[Flag], notes: list[str]) -> list[Flag]:
             only, why = _ONLY[flag.key]
             if value not in (only, only.removesuffix(".0")):
                 raise UserError(f"{flag.key} can only be {only}: {why}")
-        elif flag.key == "lora_r" and value == "0":  # nanoGPT-LoRA: no adapters
+        elif without:
             out.append(Flag("method", ["full"]))
         elif flag.key == "lora_alpha" and value in ("0", "0.0"):
             pass  # beside a rank of 0
