@@ -41,7 +41,9 @@ class Point:
     css: str
     on_front: bool
     title: str
-    """What the pointer shows."""
+    """What is shown while the pointer or the keyboard's focus is on it."""
+    group: str = ""
+    """Classes of all that belongs to it, by which a page may hide it."""
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -116,12 +118,11 @@ def scatter(
         if p.half:
             ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
             out.append(
-                f'<line class="interval {p.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+                f'<line class="interval {p.css} {p.group}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
+                f'y2="{ends[1]:.1f}"/>'
             )
     for p, (x, y) in zip(points, anchors, strict=True):
-        out.append(
-            f"<g><title>{escape(p.title)}</title>{mark(p.shape, x, y, p.css + (' best' if p.on_front else ''))}</g>"
-        )
+        out.append(f'<g class="{p.group}">{mark(p.shape, x, y, p.css + (" best" if p.on_front else ""))}</g>')
     order = sorted(range(len(points)), key=lambda i: (not points[i].on_front, points[i].x))
     texts = [
         [f"{points[i].number} {points[i].label}", str(points[i].number)]
@@ -135,9 +136,30 @@ def scatter(
         cx, cy = box.x + box.width / 2, box.y + box.height / 2
         nx, ny = min(max(x, box.x), box.x + box.width), min(max(y, box.y), box.y + box.height)
         if math.hypot(nx - x, ny - y) > 13:
-            out.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{nx:.1f}" y2="{ny:.1f}"/>')
-        out.append(_text(cx, cy + FONT * 0.36, text, "middle", "point" + (" strong" if points[i].on_front else "")))
-    return svg(out, width, height, title, describe)
+            out.append(
+                f'<line class="leader {points[i].group}" x1="{x:.1f}" y1="{y:.1f}" x2="{nx:.1f}" y2="{ny:.1f}"/>'
+            )
+        css = f"point {'strong ' if points[i].on_front else ''}{points[i].group}"
+        out.append(_text(cx, cy + FONT * 0.36, text, "middle", css))
+    for p, (x, y) in zip(points, anchors, strict=True):
+        out.append(_named(p, x, y, width))
+    return svg(out, width, height, title, describe, role="group")
+
+
+def _named(p: Point, x: float, y: float, width: int) -> str:
+    """An invisible circle over a mark that takes the pointer and the focus, and the words that it then shows: above it,
+    or below where there is no room, and within the picture."""
+    words, shift = [p.title], 18 if y < 40 else -14
+    if text_width(p.title) > width - 20:
+        head, _, tail = p.title.rpartition(": ")
+        words, shift = [head, tail], (18 if y < 56 else -30)
+    half = max(map(text_width, words)) / 2
+    middle = min(max(x, half + 6), width - half - 6)
+    lines = "".join(_text(middle, y + shift + 16 * i, w, "middle", "") for i, w in enumerate(words))
+    return (
+        f'<g class="arm {p.group}" tabindex="0" role="img" aria-label="{escape(p.title)}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="11"/><g class="tip" aria-hidden="true">{lines}</g></g>'
+    )
 
 
 @dataclass(frozen=True)
@@ -206,11 +228,15 @@ def swatch(shape: str, css: str) -> Markup:
     return Markup(f'<svg class="swatch" viewBox="0 0 18 18" aria-hidden="true">{mark(shape, 9, 9, css)}</svg>')
 
 
-def svg(parts: Sequence[str], width: int, height: int, title: str, describe: str) -> Markup:
-    """A figure with a title and a description for who does not see it."""
+def svg(parts: Sequence[str], width: int, height: int, title: str, describe: str, role: str = "img") -> Markup:
+    """A figure with a title and a description for who does not see it.
+
+    Args:
+        role: "group" where parts of it take the focus.
+    """
     return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title><desc>{escape(describe)}</desc>'
-        f"{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {width} {height}" role="{role}"><title>{escape(title)}</title>'
+        f"<desc>{escape(describe)}</desc>{''.join(parts)}</svg>"
     )
 
 

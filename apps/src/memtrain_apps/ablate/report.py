@@ -12,8 +12,9 @@ import jinja2
 from markupsafe import Markup
 from memtrain_common.console import format_bytes, format_count, format_seconds
 
-from ..compose.axes import SAVE, TRAIN
+from ..compose.axes import OPTIM, SAVE, TRAIN
 from .charts import Line, Point, curves, scatter, swatch
+from .comparing import baseline_of, choices, csv_link, orders, paired_text, used
 from .grid import flag_words
 from .results import CATEGORIES, LOWER_IS_BETTER, Summary
 
@@ -45,12 +46,20 @@ def render(found: Sequence[Summary], config: dict[str, Any]) -> str:
     trained = [s for s in found if s.runs]
     arms = [r for s in found for r in s.results]
     predicted = [s for s in found if s.predicted]
+    baseline = baseline_of(trained)
+    filters = {axis: used(found, axis, values) for axis, values in (("train", TRAIN), ("save", SAVE), ("optim", OPTIM))}
     return environment.get_template("report.html.j2").render(
         found=found,
         trained=trained,
         ranked=sorted(trained, key=lambda s: s.rank),
         arms=arms,
         facts=facts(trained),
+        baseline=baseline,
+        paired_text=paired_text,
+        choices=choices(trained, baseline) if baseline else [],
+        orders=orders(trained),
+        filters={axis: values for axis, values in filters.items() if values},
+        csv=csv_link(found),
         seeds=sorted({r["seed"] for r in arms}),
         names=[n for n in ("out of memory", "diverged", "killed", "failed", "refused") if _with(found, n)],
         with_status={n: _with(found, n) for n in ("out of memory", "diverged", "killed", "failed", "refused")},
@@ -162,6 +171,7 @@ def _scatters(trained: Sequence[Summary]) -> list[tuple[str, Markup]]:
             s.memory_bytes, s.score, s.interval[1], s.number, s.label, SHAPES[s.axes["save"]],  # type: ignore[index]
             f"t-{s.axes['train']}" + ("" if s.axes["optim"] == "adamw" else " hollow"), s.on_front,
             f"{s.number} {s.label}: {s.metric} {s.score_text}, {format_bytes(s.memory_bytes)}",
+            " ".join(f"is-{choice}" for choice in s.axes.values()),
         )
         for s in trained
     ]  # fmt: skip
