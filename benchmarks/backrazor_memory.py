@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[MemoryConfig, float]] = {
     "ViT-B/16, SDPA": (MemoryConfig(model="vit-b-16"), 0.0),
     "ResNet-18": (MemoryConfig(model="resnet18"), 0.0),
     "ResNet-50": (MemoryConfig(model="resnet50"), 0.0),
+    "ProxylessNAS-Mobile": (MemoryConfig(model="proxyless_mobile"), 0.0),
     "BERT-base, 128 tokens": (MemoryConfig(model="bert-base"), 0.0),
     "GPT-2 small, 128 tokens": (MemoryConfig(model="gpt2"), 0.0),
 }

@@ -45,7 +45,7 @@ VITS = {
     "vit-b-16": (768, 12, 12, 224, 16),
     "vit-l-16": (1024, 24, 16, 224, 16),
 }
-CNNS = {"resnet18": 224, "resnet50": 224, "mobilenet_v2": 224, "resnet20": 32}
+CNNS = {"resnet18": 224, "resnet50": 224, "mobilenet_v2": 224, "proxyless_mobile": 224, "resnet20": 32}
 """As ``finetune`` names them -> pixels of an image's side."""
 # model_type, vocabulary, width, blocks, heads, positions, token types; the MLP is 4 widths
 ENCODERS = {

@@ -10,8 +10,9 @@ from .razor_flags import RazorFlags
 
 PROG = "backrazor-memory"
 KNOWN = (
-    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2", "resnet20",
-    "bert-base", "bert-large", "roberta-base", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
+    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2",
+    "proxyless_mobile", "resnet20", "bert-base", "bert-large", "roberta-base", "gpt2",
+    "gpt2-medium", "gpt2-large", "gpt2-xl",
 )  # fmt: skip
 DESCRIPTION = f"""What every layer of MODEL saves for the backward pass: dense, and by Back Razor. Table and picture.
 
@@ -61,7 +62,7 @@ def check(config: MemoryConfig) -> MemoryConfig:
         raise UserError(f"MODEL is missing: give one of {', '.join(KNOWN)}, or a folder of transformers")
     at_least(config, batch_size=1, image_size=0, sequence_length=1, classes=2)
     fraction(config, "keep")
-    if config.model.startswith(("vit", "resnet", "mobilenet")):
+    if config.model.startswith(("vit", "resnet", "mobilenet", "proxyless")):
         refuse_unused(config, MemoryConfig(), ("sequence_length",), f"{config.model} sees pictures")
     if config.model.startswith(("bert", "roberta", "gpt2")):
         refuse_unused(config, MemoryConfig(), ("image_size",), f"{config.model} sees tokens")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from memtrain_common.commands.configure import fraction, refuse_unused
 from memtrain_common.errors import UserError
 
-Mode = Literal["full", "bitfit", "backrazor", "head"]
+Mode = Literal["full", "bitfit", "backrazor", "head", "lite-residual", "lite-residual+bias"]
 RazorMode = Literal["low-bit", "pruned", "paper"]
 Attention = Literal["pruned", "exact"]
 Values = Literal["bf16", "fp32", "fp16", "int8"]
@@ -45,7 +45,8 @@ class ModeFlags(RazorFlags):
 
     mode: Mode = "backrazor"
     """full: all weights, dense (the baseline). bitfit: biases and the head. head: the head alone. backrazor: all
-    weights, with the saved activations made smaller."""
+    weights, with the saved activations made smaller. lite-residual: TinyTL's branches and the head (proxyless_mobile);
+    +bias: biases too."""
 
 
 def check_razor(config: Any, plain: Any) -> None:

@@ -1,6 +1,6 @@
 """What the commands do with Back Razor: the context of a forward pass, what is trained, and the dense ledger beside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,27 +10,41 @@ from torch import nn
 
 from ..razor import Razor
 
-NAMES = {"full": "dense", "backrazor": "Back Razor", "bitfit": "bitfit", "head": "head"}
+NAMES = {
+    "full": "dense", "backrazor": "Back Razor", "bitfit": "bitfit", "head": "head", "lite-residual": "lite residual",
+    "lite-residual+bias": "lite residual and biases",
+}  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def saving_of(config: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """``saving`` for :func:`memtrain_common.training.loop.fit`: a Razor with the flags' settings, or nothing."""
+def saving_of(config: Any, exact: Sequence[str] = ()) -> Callable[[], AbstractContextManager[Any]]:
+    """``saving`` for :func:`memtrain_common.training.loop.fit`: a Razor with the flags' settings, or nothing.
+
+    Args:
+        exact: modules that are left to PyTorch besides those of the flags.
+    """
     if config.mode != "backrazor":
         return nullcontext
-    razor = razor_of(config)
+    razor = razor_of(config, exact)
     return lambda: razor
 
 
-def razor_of(config: Any) -> Razor:
-    """A Razor with the settings of :class:`~backrazor.tasks.razor_flags.RazorFlags`."""
+def first_and_last(model: nn.Module, head: str) -> tuple[str, ...]:
+    """Names of a classifier's first convolution, its last layer norm where it has one, and its head."""
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    return (*convolutions[:1], *norms[-1:], head)
+
+
+def razor_of(config: Any, exact: Sequence[str] = ()) -> Razor:
+    """A Razor with the settings of :class:`~backrazor.tasks.razor_flags.RazorFlags`, and further exact modules."""
     return Razor(
         config.keep,
         mode=config.razor_mode,
         attention=config.attention,
         values=config.values,
         recompute=None if config.recompute == "none" else config.recompute,
-        exact=config.exact,
+        exact=(*config.exact, *exact),
     )
 
 
@@ -39,13 +53,17 @@ def train_only(model: nn.Module, head: tuple[str, ...], mode: str, *, freeze_bn:
 
     Args:
         head: paths of the modules that are trained in every mode.
-        mode: "full" and "backrazor" train all, "bitfit" biases and the head, "head" the head.
+        mode: "full" and "backrazor" train all, "bitfit" biases and the head, "head" the head, "lite-residual" TinyTL's
+            branches and the head, "lite-residual+bias" biases too, but those that end a branch.
         freeze_bn: not the weights and biases of batch norms.
     """
     for name, parameter in model.named_parameters():
         inside = name.startswith(tuple(f"{h}." for h in head))
-        bias = mode == "bitfit" and name.rpartition(".")[2] == "bias"
-        parameter.requires_grad_(mode in ("full", "backrazor") or inside or bias)
+        bias = mode in ("bitfit", "lite-residual+bias") and name.rpartition(".")[2] == "bias"
+        lite = mode.startswith("lite-residual") and ".lite_residual." in name
+        if mode == "lite-residual+bias" and name.endswith(".lite_residual.final_bn.bias"):
+            lite = bias = False  # the bias at the end of the block that it is added to does the same
+        parameter.requires_grad_(mode in ("full", "backrazor") or inside or bias or lite)
     if freeze_bn:
         for module in model.modules():
             if isinstance(module, BATCH_NORMS):

@@ -21,6 +21,7 @@ from memtrain_common.models.classifiers import (
     logits_of,
     usual_size,
 )
+from memtrain_common.models.proxyless import ProxylessMobile, add_lite_residuals
 from memtrain_common.training.distributed import gather_objects, parallelize
 from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
@@ -28,7 +29,7 @@ from memtrain_common.training.schedule import schedule
 from memtrain_common.training.task import Task
 from torch import nn
 
-from .saving import NAMES, fix_statistics, saving_of, side_by_side, train_only
+from .saving import NAMES, first_and_last, fix_statistics, saving_of, side_by_side, train_only
 from .train_flags import FREE, PROG, TrainConfig
 
 
@@ -122,7 +123,7 @@ def train_one(session: Session, pictures: ImageSet, made: Classifier | None = No
         make_optimizer(model, made.head, config),
         evaluate=partial(score, "val") if "val" in pictures.splits else None,
         lr_factor=lr_factor(config, steps),
-        saving=saving_of(config),
+        saving=saving_of(config, first_and_last(model, made.head) if config.dense_first_last else ()),
     )
     fit_config = FitConfig(
         max_iters=steps,
@@ -154,6 +155,9 @@ def make_model(config: TrainConfig, pictures: ImageSet) -> Classifier:
         image_size=image_size(config, pictures),
         patch_size=config.patch_size,
     )
+    if config.mode.startswith("lite-residual"):
+        assert isinstance(made.model, ProxylessMobile)
+        add_lite_residuals(made.model)
     train_only(made.model, (made.head,), config.mode, freeze_bn=config.freeze_bn)
     if config.fix_bn_stat:
         fix_statistics(made.model)

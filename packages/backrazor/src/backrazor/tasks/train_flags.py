@@ -21,8 +21,9 @@ Data = Literal[
     "tissuemnist", "organamnist", "organcmnist", "organsmnist",
 ]  # fmt: skip
 Model = Literal[
-    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2", "resnet20"
-]
+    "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2",
+    "proxyless_mobile", "resnet20",
+]  # fmt: skip
 
 FREE = MAY_CHANGE | {"workers", "download", "bad_images"}
 """What a resumed run may change."""
@@ -45,7 +46,7 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     """Damaged pictures: refuse the set, leave them out and say which, or do not look until they are used."""
     # -- model
     model: Model = "vit-mini"
-    """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, or CIFAR's ResNet-20."""
+    """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, ProxylessNAS-Mobile, or CIFAR's ResNet-20."""
     weights: str = ""
     """Pretrained weights. ViT: a folder of transformers, Google's .npz, timm's .safetensors. CNN: .pth or .safetensors,
     or imagenet (torchvision's, downloaded). Empty begins at random."""
@@ -55,6 +56,9 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     """Do not train the weights of batch norms (official: full_noBN)."""
     fix_bn_stat: bool = False
     """Batch norms use their running statistics in training too, and leave them as they are."""
+    dense_first_last: bool = False
+    """Leave the first convolution (of a ViT the patch embedding), the last layer norm and the head to PyTorch, as the
+    official code does."""
     compare_dense: bool = False
     """Also train the same model on the same batches densely (--mode full), in the folder dense of the run."""
     # -- optimizer
@@ -105,15 +109,21 @@ def fork(data: Data, max_iters: int, **more: object) -> TrainConfig:
 
 def cnn(data: Data, learning_rate: float, label_smoothing: float, **more: object) -> TrainConfig:
     """What the official CNN commands have in common: Adam, 50 epochs, batches of 8, batch norms' weights frozen."""
-    base: dict[str, object] = {"model": "mobilenet_v2", "freeze_bn": True, "workers": 4, "eval_batch_size": 100}
+    base: dict[str, object] = {"model": "proxyless_mobile", "freeze_bn": True, "workers": 4, "eval_batch_size": 100}
+    base |= {"keep": 0.1}
     return TrainConfig(
         data=data, learning_rate=learning_rate, label_smoothing=label_smoothing, optim="adam", epochs=50.0,
-        batch_size=8, keep=0.1, grad_clip=0.0, augment="cnn",
+        batch_size=8, grad_clip=0.0, augment="cnn",
         **{**base, **more},  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 PRESETS = {
+    # what the official command lines leave open
+    "official-vit": vit(
+        "cifar10", 0.03, 10_000, 0.2, mode="full", batch_size=512, eval_batch_size=64, eval_interval=100
+    ),
+    "official-cnn": cnn("flowers102", 0.05, 0.0, mode="full", freeze_bn=False, keep=0.2, color_jitter="tf"),
     "digits": TrainConfig(
         model="resnet20", image_size=8, compare_dense=True, learning_rate=0.1, weight_decay=5e-4, warmup_iters=20
     ),
@@ -137,6 +147,18 @@ PRESETS = {
     "cnn-cifar10": cnn("cifar10", 3e-5, 0.1, fix_bn_stat=True),
     "cnn-cifar100": cnn("cifar100", 3e-5, 0.1, fix_bn_stat=True),
     "resnet18-cifar10": cnn("cifar10", 1e-5, 0.1, fix_bn_stat=True, model="resnet18"),
+    "resnet18-cifar10-full": cnn("cifar10", 3e-5, 0.1, fix_bn_stat=True, model="resnet18", mode="full"),
+    # the official sweep over learning rates
+    **{
+        f"resnet18-cifar100-{rate}": cnn("cifar100", float(rate), 0.1, fix_bn_stat=True, model="resnet18")
+        for rate in ("1e-5", "3e-6", "1e-6")
+    },
+    **{
+        f"resnet18-cifar100-full-{rate}": cnn(
+            "cifar100", float(rate), 0.1, fix_bn_stat=True, model="resnet18", mode="full"
+        )
+        for rate in ("3e-5", "1e-5", "3e-6", "1e-6")
+    },
 }
 
 
@@ -158,6 +180,10 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
     positive(config, "learning_rate", "head_lr_factor", "epochs")
     below_one(config, "momentum", "label_smoothing")
     check_razor(config, plain)
+    if config.mode.startswith("lite-residual") and config.model != "proxyless_mobile":
+        raise UserError(f"--mode {config.mode} is of TinyTL's network: give --model proxyless_mobile")
+    if config.mode != "backrazor":
+        refuse_unused(config, plain, ("dense_first_last",), f"--mode {config.mode} leaves everything to PyTorch")
     if config.mode != "backrazor" and config.compare_dense:
         refuse_unused(config, plain, ("compare_dense",), f"--mode {config.mode} is dense itself")
         config = replace(config, compare_dense=False)  # the preset's
@@ -180,7 +206,8 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
 def needs_weights(argv: Sequence[str], config: TrainConfig) -> None:
     """A preset for pretrained weights is not run without them by mistake."""
     if argv and argv[0].startswith(("vit-", "cnn-", "resnet18-")) and not config.weights:
-        usual = "imagenet" if not config.model.startswith("vit") else "ViT-B_16.npz or a folder of transformers"
+        usual = "ViT-B_16.npz or a folder of transformers" if config.model.startswith("vit") else "imagenet"
+        usual = "the published proxyless_mobile.pth" if config.model == "proxyless_mobile" else usual
         raise UserError(f"the preset {argv[0]} fine-tunes pretrained weights: give --weights ({usual})")
 
 

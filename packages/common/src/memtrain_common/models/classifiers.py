@@ -1,4 +1,4 @@
-"""Image classifiers by name: ViTs, torchvision's ResNets and MobileNetV2, CIFAR's ResNet-20; with local weights.
+"""Image classifiers by name: ViTs, torchvision's CNNs, ProxylessNAS-Mobile, CIFAR's ResNet-20; with local weights.
 
 What a model wants to be given (its size in pixels, the normalisation of its pretraining) comes with it.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.images.batches import IMAGENET, Normalize
 from ..errors import UserError
 from .cifar_resnet import CifarResNet
+from .proxyless import ProxylessMobile, made_for, renamed
 from .vit import build_vit, load_vit, patch_for
 from .vit_files import read_state_dict
 
@@ -24,7 +25,10 @@ VITS = {
     "vit-l-16": ("l", 16),
 }
 # name -> its head
-CNNS = {"resnet18": "fc", "resnet50": "fc", "mobilenet_v2": "classifier.1", "resnet20": "linear"}
+CNNS = {
+    "resnet18": "fc", "resnet50": "fc", "mobilenet_v2": "classifier.1", "proxyless_mobile": "classifier.linear",
+    "resnet20": "linear",
+}  # fmt: skip
 MODELS = (*VITS, *CNNS)
 IMAGENET_WEIGHTS = "imagenet"
 
@@ -70,8 +74,9 @@ def build_classifier(
         raise UserError(f"{name!r} is no known model: choose one of {', '.join(MODELS)}")
     if name in CNNS:
         image_size = image_size or usual_size(name)
-        model = _cnn(name, classes)
-        kept = _load(model, name, weights) if weights else False
+        tensors = _weights(name, weights) if weights else {}
+        model = _cnn(name, classes, tensors)
+        kept = _load(model, name, weights, tensors) if weights else False
         return Classifier(model, image_size, CNNS[name], IMAGENET, kept)
     if weights:
         model, kept = load_vit(Path(weights), image_size=image_size, classes=classes)
@@ -99,9 +104,11 @@ def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, label
     return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def _cnn(name: str, classes: int) -> nn.Module:
+def _cnn(name: str, classes: int, tensors: dict[str, Tensor]) -> nn.Module:
     if name == "resnet20":
         return CifarResNet(3, classes)
+    if name == "proxyless_mobile":
+        return made_for(tensors, classes) if tensors else ProxylessMobile(classes)
     try:
         from torchvision import models
     except ImportError:
@@ -109,9 +116,13 @@ def _cnn(name: str, classes: int) -> nn.Module:
     return getattr(models, name)(num_classes=classes)
 
 
-def _load(model: nn.Module, name: str, weights: str) -> bool:
-    """Put the weights into the model, all but a head of other classes; -> whether the head was put in."""
+def _weights(name: str, weights: str) -> dict[str, Tensor]:
     tensors = _imagenet(name) if weights == IMAGENET_WEIGHTS else read_state_dict(Path(weights))
+    return renamed(tensors) if name == "proxyless_mobile" else tensors
+
+
+def _load(model: nn.Module, name: str, weights: str, tensors: dict[str, Tensor]) -> bool:
+    """Put the weights into the model, all but a head of other classes; -> whether the head was put in."""
     own = model.state_dict()
     head = [f"{CNNS[name]}.{part}" for part in ("weight", "bias")]
     kept = all(n in tensors and tensors[n].shape == own[n].shape for n in head)
@@ -136,6 +147,8 @@ def _imagenet(name: str) -> dict[str, Tensor]:
     """torchvision's newest ImageNet weights, through its cache; the file's hash is in its name and is checked."""
     if name == "resnet20":
         raise UserError("--weights imagenet: there are none of resnet20, which is CIFAR's")
+    if name == "proxyless_mobile":
+        raise UserError("--weights imagenet: torchvision has none of proxyless_mobile: name the published file")
     from torchvision.models import get_model_weights
 
     try:
