@@ -116,6 +116,11 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert set(result) == SCHEMA
     assert result["steps"] == 4
+    head, cost = ((tmp_path / "run" / "cost.csv").read_text()).splitlines()
+    assert head == "steps,seconds,joules,mean_watts,energy_source"
+    steps, seconds, joules, watts, *_ = cost.split(",")
+    assert (int(steps), float(seconds)) == (4, result["seconds"])
+    assert (joules == watts == "unavailable") == (result["joules"] is None)
     last, best = tmp_path / "run" / "checkpoints" / "step-00000004", tmp_path / "run" / "checkpoints" / "step-00000002"
     assert checkpoint.verify(best) is None
     state = json.loads((last / "state.json").read_text())

@@ -71,7 +71,7 @@ def test_the_folder_holds_everything(whole):
     names = {p.name for p in run.iterdir()} - {"energy.csv", ".lock"}
     assert names == {
         "config.json", "metrics.jsonl", "log.txt", "memory.json", "loss.png", "memory.png", "tensorboard",
-        "checkpoints", "full", "result.json",
+        "checkpoints", "full", "result.json", "cost.csv",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["lora_r"] == 4

@@ -19,7 +19,7 @@ from torch import nn
 from ..training.fit_config import FitConfig, FitResult
 from .summary import count_parameters
 
-RESULT = "result.json"
+RESULT, COST = "result.json", "cost.csv"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,23 @@ def result_content(
         "energy_source": result.energy_source,
         "own": dict(own),
     }
+
+
+def write_cost(path: Path, result: FitResult) -> None:
+    """A run's time and energy as a table of one row, for a spreadsheet; "unavailable" where nothing was measured.
+
+    Evaluation and saving are left out of the seconds; the joules are those of the devices that ``energy_source`` names.
+    """
+    joules = "unavailable" if result.joules is None else f"{result.joules:.1f}"
+    watts = "unavailable"
+    if result.joules is not None and result.seconds > 0:
+        watts = f"{result.joules / result.seconds:.1f}"
+    row = (str(result.step), f"{result.seconds:.3f}", joules, watts, result.energy_source)
+    path.write_text(f"steps,seconds,joules,mean_watts,energy_source\n{','.join(map(_cell, row))}\n")
+
+
+def _cell(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ from ..training.distributed import World, gather_objects, launch, unwrap
 from ..training.fit_config import DTYPES, FitConfig
 from ..training.loop import fit
 from ..training.task import Task
-from .result import RESULT, Outcome, result_content
+from .result import COST, RESULT, Outcome, result_content, write_cost
 from .summary import count_parameters, ledger_table, run_facts
 
 
@@ -281,6 +281,7 @@ class Session:
                 run_facts(numbers or count_parameters(outcome.model), outcome.result, outcome.config.unit, facts)
             )
         write_json(self.folder.path / RESULT, content)
+        write_cost(self.folder.path / COST, outcome.result)
         if ledger is not None:
             plot_memory(ledger, self.folder.path / "memory.png")
         drawn = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}

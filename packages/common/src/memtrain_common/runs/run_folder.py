@@ -7,6 +7,8 @@
       metrics.jsonl    one object a logged step
       log.txt          the console
       energy.csv       seconds, watts, joules so far (where there is a counter)
+      result.json      what came out
+      cost.csv         steps, seconds, joules, mean watts of the finished run; "unavailable" where nothing measures them
       memory.json      the memory ledger
       loss.png, memory.png
       tensorboard/
