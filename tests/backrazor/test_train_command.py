@@ -8,10 +8,13 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from backrazor.tasks.saving import saving_of, train_only
+from backrazor.tasks.official import TRAIN
+from backrazor.tasks.saving import first_and_last, saving_of, train_only
 from backrazor.tasks.train import evaluate, image_size, lr_factor, make_model, make_optimizer, train_one
 from backrazor.tasks.train_flags import PRESETS, TrainConfig, check, with_preset
 from image_files import google_file, image_folder, random_file
+from memtrain_common.commands.cli import parse
+from memtrain_common.commands.official import translate
 from memtrain_common.commands.session import Session
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
@@ -437,3 +440,56 @@ def test_the_help_names_the_presets(tmp_path):
     done = razor(tmp_path, "--help")
     assert done.returncode == 0
     assert all(name in done.stdout.replace("\n", " ") for name in ("vit-cifar100", "cnn-pets", "resnet18-cifar10"))
+
+
+# -- the official exceptions, words and network ---------------------------------------------------------------------
+
+
+def test_the_first_and_the_last_can_be_left_to_pytorch():
+    """Then the head and the last norm have dense gradients, to the bit of the kernels; the blocks have Back Razor's."""
+    made = build_classifier("vit-mini", 10, image_size=28)
+    torch.manual_seed(0)
+    batch = (torch.randn(8, 3, 28, 28), torch.arange(8))
+
+    def gradients(config):
+        names = first_and_last(made.model, made.head) if config.dense_first_last else ()
+        made.model.zero_grad()
+        with saving_of(config, names)():
+            loss = classification_loss(made.model, batch)
+        loss.backward()
+        return {n: p.grad.clone() for n, p in made.model.named_parameters()}
+
+    dense = gradients(TrainConfig(mode="full"))
+    ours = gradients(TrainConfig(keep=0.1, dense_first_last=True))
+    plain = gradients(TrainConfig(keep=0.1))
+    for name in ("classifier.weight", "vit.layernorm.weight", "vit.layernorm.bias"):
+        torch.testing.assert_close(ours[name], dense[name], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(plain["vit.layernorm.weight"], dense["vit.layernorm.weight"], rtol=1e-4)
+    inside = next(n for n in dense if "mlp.fc1.weight" in n)
+    assert not torch.allclose(ours[inside], dense[inside], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--quantize", "--new_backrazor"], {"razor_mode": "pruned", "values": "int8", "mode": "backrazor"}),
+        (["--back_prune_ratio", "0.95"], {"keep": 0.05}),
+        (["--dense-first-last"], {"dense_first_last": True}),
+        (["--transfer_learning_method", "full_noBN", "--backRazor"], {"mode": "backrazor", "freeze_bn": True}),
+        (["--transfer_learning_method", "tinytl-lite_residual"], {"mode": "lite-residual"}),
+    ],
+)
+def test_the_official_words_are_understood(words, expected):
+    words, _ = translate([*words, "--data", "cifar10"], TRAIN, prog=PROG)
+    preset, rest = (PRESETS[words[0]], words[1:]) if not words[0].startswith("-") else (TrainConfig(), words)
+    config = parse(TrainConfig, rest, prog=PROG, description="", default=preset)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_the_lite_residual_needs_is_one_sentence():
+    with pytest.raises(UserError, match="is of TinyTL's network: give --model proxyless_mobile"):
+        check(TrainConfig(model="resnet18", mode="lite-residual"), TrainConfig())
+    with pytest.raises(UserError, match="finetune takes the same flags"):
+        translate(["--lora_rank", "4"], TRAIN, prog=PROG)
+    with pytest.raises(UserError, match="--dense-first-last True would do nothing: --mode full leaves everything"):
+        check(TrainConfig(mode="full", dense_first_last=True), TrainConfig())

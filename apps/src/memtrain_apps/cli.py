@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from memtrain_common.commands.cli import run_command
+from memtrain_common.commands.official import in_our_words
 
 FINETUNE = """Fine-tune a model with one choice on each of three axes: --train, --save, --optim.
 
@@ -15,7 +16,9 @@ Without flags: a small GPT on the source of Python's standard library. The first
 
 def _finetune(argv: Sequence[str]) -> None:
     from .run.config import FINETUNE_PRESETS, FinetuneConfig, configure
+    from .run.official import FORK
 
+    argv = in_our_words(argv, FORK, prog="finetune")
     config = configure(argv, FinetuneConfig, prog="finetune", description=FINETUNE, presets=FINETUNE_PRESETS)
     from .run.finetune import run_finetune
 
@@ -24,7 +27,9 @@ def _finetune(argv: Sequence[str]) -> None:
 
 def _pretrain(argv: Sequence[str]) -> None:
     from .run.config import PRETRAIN_PRESETS, PretrainConfig, configure
+    from .run.official import GALORE
 
+    argv = in_our_words(argv, GALORE, prog="pretrain")
     config = configure(argv, PretrainConfig, prog="pretrain", description=PRETRAIN, presets=PRETRAIN_PRESETS)
     from .run.pretrain import run_pretrain
 

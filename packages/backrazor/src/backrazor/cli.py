@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from memtrain_common.commands.cli import parse, run_command
 from memtrain_common.commands.configure import configure
+from memtrain_common.commands.official import in_our_words
 from memtrain_common.errors import UserError
 
-from .tasks import glue_flags, memory_flags, train_flags
+from .tasks import glue_flags, memory_flags, official, train_flags
 
 
 def _train(argv: Sequence[str]) -> None:
+    argv = in_our_words(argv, official.TRAIN, prog=train_flags.PROG)
     argv = train_flags.with_preset(argv)
     config = configure(
         train_flags.TrainConfig, argv, prog=train_flags.PROG, description=train_flags.DESCRIPTION,
@@ -25,6 +27,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _glue(argv: Sequence[str]) -> None:
+    argv = in_our_words(argv, official.GLUE, prog=glue_flags.PROG)
     config = configure(
         glue_flags.GlueConfig, argv, prog=glue_flags.PROG, description=glue_flags.DESCRIPTION,
         presets=glue_flags.PRESETS, check=glue_flags.check,

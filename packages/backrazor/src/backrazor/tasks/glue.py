@@ -62,7 +62,11 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
         model_loss,
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate),
         evaluate=score,
-        lr_factor=partial(linear_with_warmup, warmup_iters=math.ceil(config.warmup_ratio * steps), decay_iters=steps),
+        lr_factor=partial(
+            linear_with_warmup,
+            warmup_iters=config.warmup_iters or math.ceil(config.warmup_ratio * steps),
+            decay_iters=steps,
+        ),
         saving=saving_of(config),
     )
     fit_config = FitConfig(

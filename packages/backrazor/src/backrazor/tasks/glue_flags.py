@@ -13,7 +13,8 @@ PROG = "backrazor-glue"
 DESCRIPTION = """Fine-tune an encoder on a GLUE task, by Back Razor or densely.
 
 Flags are those of the official BERT code, which are transformers' own; its run is
-  backrazor-glue --task rte --model bert-base-uncased --per-device-train-batch-size 8   on 4 processes (torchrun)."""
+  backrazor-glue --task rte --model bert-base-uncased --per-device-train-batch-size 8   on 4 processes (torchrun).
+Its own line (--model_name_or_path … --backRazor True) is understood, and said in these words."""
 TASKS = ("cola", "sst2", "qnli", "mrpc", "rte", "stsb", "mnli", "qqp")
 
 
@@ -52,6 +53,8 @@ class GlueConfig(RunFlags, StepFlags, ModeFlags):
     """Pad every row to --max-length, as the official code does, and not to the longest of its batch."""
     warmup_ratio: float = 0.0
     """Part of the steps in which the learning rate rises."""
+    warmup_iters: int = 0
+    """Steps in which it rises; 0 takes --warmup-ratio."""
     # -- evaluation
     eval_interval: int = 100
     """Steps between evaluations; 0 evaluates after each epoch."""
@@ -69,6 +72,18 @@ OFFICIAL = GlueConfig(task="rte", model="bert-base-uncased", pad_to_max_length=T
 PRESETS = {
     "official": OFFICIAL,
     "official-baseline": replace(OFFICIAL, mode="full"),
+    # what run_glue.py's own command line leaves open
+    "run-glue": GlueConfig(
+        mode="full",
+        learning_rate=5e-5,
+        epochs=3.0,
+        gradient_accumulation_steps=1,
+        max_length=128,
+        seed=42,
+        pad_to_max_length=True,
+        eval_interval=500,
+        log_interval=500,
+    ),
 }
 
 
@@ -86,8 +101,8 @@ def check(config: GlueConfig, plain: GlueConfig) -> GlueConfig:
     one_of("task", config.task, TASKS)
     at_least(
         config, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
-        max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, eval_interval=0, max_iters=0, log_interval=1,
-        max_train_samples=0, max_eval_samples=0, seed=0,
+        max_length=2, warmup_ratio=0, warmup_iters=0, weight_decay=0, grad_clip=0, eval_interval=0, max_iters=0,
+        log_interval=1, max_train_samples=0, max_eval_samples=0, seed=0,
     )  # fmt: skip
     positive(config, "learning_rate", "epochs")
     below_one(config, "warmup_ratio")

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 from memtrain_common.commands.cli import parse
 from memtrain_common.commands.configure import at_least, configure, required
+from memtrain_common.commands.official import in_our_words
 
-from . import adapter_flags, demo_flags, eval_flags, glue_flags, instruct_flags
+from . import adapter_flags, demo_flags, eval_flags, glue_flags, instruct_flags, official
 from .adapter_flags import ADAPTER, OUT
 
 GLUE = """
@@ -26,6 +27,7 @@ A small ViT learns scikit-learn's handwritten digits 0 to 4, then 5 to 9 by each
 
 
 def glue(argv: Sequence[str], description: str) -> None:
+    argv = in_our_words(argv, official.GLUE, prog=glue_flags.PROG)
     config = configure(
         glue_flags.GlueConfig, argv, prog=glue_flags.PROG, description=description + GLUE, presets=glue_flags.PRESETS,
         check=lambda c, _: glue_flags.check(c),
