@@ -72,7 +72,7 @@ def place(tmp_path_factory, encoder, glue_dir, language_model, sums):
     config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
                                     image_size=32, patch_size=16, num_labels=2)  # fmt: skip
     transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
-    for name in ("resnet18", "proxyless_mobile"):
+    for name in ("resnet18", "resnet20", "proxyless_mobile"):
         torch.save(build_classifier(name, 2).model.state_dict(), folder / f"{name}.pth")
     (folder / "boolq").mkdir()
     item = {"instruction": "1 plus 2?", "input": "", "output": "the correct answer is true", "answer": "true"}
@@ -123,10 +123,11 @@ def tiny(words):
         rest = [w for w in rest if w not in ("--data-dir", "DATA")]
         return [command, *rest, *LTE, *data, *(["--init-from", "gpt2-tiny"] if weights else [])]
     if command == "backrazor-train" or rest[:1] == ["vit-s-lora"] or command == "finetune":
-        model = "proxyless_mobile" if any(w.startswith("cnn-") for w in rest) else "resnet18"
-        vit = any("vit-" in w or w == "path-lte-galore" for w in rest)
-        weights = ["--weights", "vit" if vit else f"{model}.pth"]
-        return [*words, *ONE_STEP, *PICTURES, *weights]
+        if any("vit-" in w or w == "path-lte-galore" for w in rest):
+            return [*words, *ONE_STEP, *PICTURES, "--weights", "vit"]
+        own = {"cnn-cars": "proxyless_mobile", "resnet18-cifar10": "resnet18"}  # the rest in a network of a tenth
+        model = own.get(rest[0], "resnet20")
+        return [*words, *ONE_STEP, *PICTURES, "--model", model, "--weights", f"{model}.pth"]
     if command == "backrazor-glue":
         return [*words, *GLUE]
     if command == "galore-vit":

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..files import write_json
 from ..training.fit_config import FitConfig, FitResult
 from .summary import count_parameters
 
@@ -76,17 +77,19 @@ def result_content(
     }
 
 
-def write_cost(path: Path, result: FitResult) -> None:
-    """A run's time and energy as a table of one row, for a spreadsheet; "unavailable" where nothing was measured.
+def write_result(folder: Path, content: Mapping[str, Any], result: FitResult) -> None:
+    """``result.json`` and ``cost.csv``, a run's time and energy as a table of one row, for a spreadsheet.
 
-    Evaluation and saving are left out of the seconds; the joules are those of the devices that ``energy_source`` names.
+    "unavailable" stands where nothing was measured. Evaluation and saving are left out of the seconds; the joules are
+    those of the devices that ``energy_source`` names.
     """
+    write_json(folder / RESULT, dict(content))
     joules = "unavailable" if result.joules is None else f"{result.joules:.1f}"
     watts = "unavailable"
     if result.joules is not None and result.seconds > 0:
         watts = f"{result.joules / result.seconds:.1f}"
     row = (str(result.step), f"{result.seconds:.3f}", joules, watts, result.energy_source)
-    path.write_text(f"steps,seconds,joules,mean_watts,energy_source\n{','.join(map(_cell, row))}\n")
+    (folder / COST).write_text(f"steps,seconds,joules,mean_watts,energy_source\n{','.join(map(_cell, row))}\n")
 
 
 def _cell(text: str) -> str:

@@ -22,7 +22,6 @@ from torch import nn
 from ..console import Console
 from ..data.fingerprint import changed_part
 from ..errors import UserError
-from ..files import write_json
 from ..measuring.environment import device_name
 from ..measuring.memory import Ledger
 from ..measuring.plots import plot_loss, plot_memory
@@ -35,7 +34,7 @@ from ..training.distributed import World, gather_objects, launch, unwrap
 from ..training.fit_config import DTYPES, FitConfig
 from ..training.loop import fit
 from ..training.task import Task
-from .result import COST, RESULT, Outcome, result_content, write_cost
+from .result import Outcome, result_content, write_result
 from .summary import count_parameters, ledger_table, run_facts
 
 
@@ -165,15 +164,9 @@ class Session:
         return {**kept, **more}
 
     def fit(
-        self,
-        task: Task,
-        config: FitConfig,
-        *,
-        resume_key: Mapping[str, Any],
-        label: str = "",
-        select: str = "last",
+        self, task: Task, config: FitConfig, *, resume_key: Mapping[str, Any], label: str = "", select: str = "last",
         resume: bool = False,
-    ) -> Outcome:
+    ) -> Outcome:  # fmt: skip
         """Train by the shared loop, and put the chosen weights into the model.
 
         Args:
@@ -280,8 +273,7 @@ class Session:
             self.console.say(
                 run_facts(numbers or count_parameters(outcome.model), outcome.result, outcome.config.unit, facts)
             )
-        write_json(self.folder.path / RESULT, content)
-        write_cost(self.folder.path / COST, outcome.result)
+        write_result(self.folder.path, content, outcome.result)
         if ledger is not None:
             plot_memory(ledger, self.folder.path / "memory.png")
         drawn = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}
