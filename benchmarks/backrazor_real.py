@@ -207,6 +207,7 @@ def run(name: str) -> None:
     rates: dict[str, float] = before.get("learning_rates_held_out", {})
     runs: dict[str, dict[str, Any]] = before.get("runs", {})
     arms, n_bytes = arms_of(study)
+    runs = {arm: runs[arm] for arm in [*arms, *runs] if arm in runs}
 
     def write() -> None:
         write_results(
@@ -229,12 +230,13 @@ def run(name: str) -> None:
             print(name, rate, rates[str(rate)], flush=True)
             write()
     best = (min if study.metric == "nats" else max)(rates, key=lambda r: rates[r])
-    for seed in SEEDS:
-        for arm, context in arms.items():
-            if str(seed) not in runs.setdefault(arm, {}):
-                runs[arm][str(seed)] = train(study, float(best), seed, context, "test")
-                print(name, arm, seed, runs[arm][str(seed)], flush=True)
-                write()
+    # the default mode beside dense first, then the others
+    order = sorted(((s, a) for s in SEEDS for a in arms), key=lambda run: run[1].startswith(("pruned", "paper")))
+    for seed, arm in order:
+        if str(seed) not in runs.setdefault(arm, {}):
+            runs[arm][str(seed)] = train(study, float(best), seed, arms[arm], "test")
+            print(name, arm, seed, runs[arm][str(seed)], flush=True)
+            write()
 
 
 def main() -> None:
