@@ -261,7 +261,7 @@ DIGITS = load_images("digits")
 def test_the_presets_are_the_published_settings_and_hold_their_own_checks():
     for name, preset in PRESETS.items():
         assert check(preset, preset) == preset, name
-    assert len(PRESETS) == 21
+    assert len(PRESETS) == 31
     aircraft = PRESETS["vit-aircraft"]
     assert (aircraft.learning_rate, aircraft.max_iters, aircraft.keep) == (0.03, 6000, 0.2)
     assert (aircraft.batch_size, aircraft.warmup_iters, aircraft.head_lr_factor) == (128, 500, 10.0)

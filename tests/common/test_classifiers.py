@@ -47,7 +47,7 @@ def test_sizes():
     assert usual_size("resnet20") == 32
     assert usual_size("vit-mini") == 0
     assert usual_size("vit-mini", "ViT-B_16.npz") == 224
-    assert len(MODELS) == 9
+    assert len(MODELS) == 10
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet20"])
