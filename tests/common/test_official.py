@@ -11,6 +11,7 @@ THEIRS = Official(
     unused={"cache_dir", "port"},
     presets={"kind": "theirs"},
     late={"new_way"},
+    shared={"num_steps"},
 )  # fmt: skip
 
 
@@ -18,6 +19,7 @@ def test_a_line_of_ours_comes_back_as_it_is():
     words = ["preset", "--max-iters", "3", "--data", "a", "-x", "--out=runs/a b"]
     assert translate(words, THEIRS, prog="do") == (words, [])
     assert translate([], THEIRS, prog="do") == ([], [])
+    assert translate(["--num_steps", "3"], THEIRS, prog="do") == (["--num_steps", "3"], [])
 
 
 def test_a_line_of_theirs_is_said_in_our_words():
@@ -48,7 +50,7 @@ def test_a_line_of_theirs_is_said_in_our_words():
     ("words", "expected"),
     [
         (["--new_way", "maybe"], "--new_way takes True or False, got maybe"),
-        (["--num_steps"], "--num_steps takes one value, got none"),
+        (["--num_steps", "--loud"], "--num_steps takes one value, got none"),
         (["--num_steps", "1", "2"], "--num_steps takes one value, got 1 2"),
         (["--prune", "1"], "--prune must be a fraction from 0 to below 1, got 1"),
         (["--prune", "much"], "--prune must be a fraction"),

@@ -107,5 +107,6 @@ GLUE = Official(
         "ddp_find_unused_parameters", "use_fast_tokenizer", "max_predict_samples", "push_to_hub", "fp16_opt_level",
     },
     presets={"model_name_or_path": "run-glue"},
+    shared={"eval_steps"},
     finish=_evaluated_as_logged,
 )  # fmt: skip

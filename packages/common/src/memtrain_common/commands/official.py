@@ -27,6 +27,8 @@ class Official:
     """A flag of the other command alone -> the preset that has its defaults."""
     late: Set[str] = frozenset()
     """Switches that win over what other flags say."""
+    shared: Set[str] = frozenset()
+    """Flags that are old spellings of ours as well: by themselves they make no line the other project's."""
     finish: Callable[[dict[str, list[str]]], None] = lambda said: None
     """Changes the flags in our words where several decide together."""
 
@@ -45,7 +47,7 @@ def translate(argv: Sequence[str], official: Official, *, prog: str) -> tuple[li
         key = name.removeprefix("--").replace("-", "_")
         preset = preset or official.presets.get(key, "")
         known = key in official.switches or key in official.values or key in official.unused
-        foreign |= known
+        foreign |= known and key not in official.shared
         if key in official.switches:
             if values not in ([], ["True"], ["true"], ["False"], ["false"]):
                 raise UserError(f"{name} takes True or False, got {' '.join(values)}")
