@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .axes import Axes, check
 from .checkpointing import CheckpointBlocks
 from .families import blocks, head_name, matrices
+from .first_step import first_step_check, refuse
 
 
 def load_libraries(train: str, optim: str) -> None:
@@ -57,10 +58,10 @@ def compose(
     optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
     task = replace(task, model=wrapped, optimizer=optimizer, saving=keeps)
     if axes.train != "lte":
-        return task
+        return replace(task, after_step=first_step_check(model, axes.train))
     import lte
 
-    merger = lte.Merger(model, axes.merge_steps)
+    merger = lte.Merger(model, axes.merge_steps, unreached=refuse)
     clip = partial(lte.clip_grad_norm_per_head, model)
     return replace(task, after_step=merger.step, clip=clip, stateful={"merger": merger})
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..compose.axes import read_settings
 from ..compose.compose import compose, merged
 from ..compose.families import blocks
+from ..compose.first_step import as_errors
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .explain import explain
 from .predicting import predict_run
@@ -57,7 +58,10 @@ def run(
     seed_all(config.seed + session.place.rank)  # dropout differs between processes; the weights above must not
     kept = session.resume_key(MAY_CHANGE, data_sha256=workload.about["sha256"])
     key = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
-    outcome = session.fit(task, _fit_config(config, workload), resume_key=key, label=config.name, select=config.select)
+    with as_errors():
+        outcome = session.fit(
+            task, _fit_config(config, workload), resume_key=key, label=config.name, select=config.select
+        )
     with session.judging(outcome) as trained:
         scores = {split: workload.evaluate(trained, split) for split in workload.splits}
     content = session.finish(

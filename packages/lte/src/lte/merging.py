@@ -1,6 +1,6 @@
 """Merging: the mean of the heads' deltas goes into the frozen weights, and training continues from there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,6 +151,7 @@ class Merger:
         every: T, in optimizer steps (not micro-batches); 0 never merges.
         ranks, optimizer: as :func:`merge` takes them.
         seed: of what resets draw.
+        unreached: given the sentence that names heads without a gradient after the first step; None warns.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Merger:
         ranks: Ranks | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
+        unreached: Callable[[str], None] | None = None,
     ) -> None:
         if every < 0:
             raise ValueError(f"every must be 0 (never) or a number of optimizer steps, got {every}")
@@ -168,7 +170,7 @@ class Merger:
         self.every = every
         self.steps = 0
         self.merges = 0
-        self._reached = Reached(model)
+        self._reached = Reached(model, unreached)
 
     def step(self) -> bool:
         """Count an optimizer step; -> whether it merged. After the first, layers without a gradient are named."""

@@ -1,6 +1,7 @@
 """Which heads the first backward pass reaches: those of a layer that is never called get no gradient."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -13,9 +14,13 @@ class Reached:
 
     Some blocks read a linear layer's weight and never call the layer (timm's BEiT and EVA02 with qkv, Mamba with
     dt_proj): heads there would train nothing, in silence.
+
+    Args:
+        tell: given the sentence that names them; None warns.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tell: Callable[[str], None] | None = None) -> None:
+        self._tell = tell
         self._missing = set(headed(model))
         self._hooks = [
             layer.lora_B.register_hook(partial(self._mark, name))
@@ -37,10 +42,12 @@ class Reached:
         if reached and self._missing:
             names = sorted(self._missing)
             more = f" and {len(names) - 4} more layers" if len(names) > 4 else ""
-            warnings.warn(
+            sentence = (
                 f"the first backward pass did not reach heads of {', '.join(names[:4])}{more}, which train nothing: "
                 "the layer around reads their weight and never calls them, or the loss does not depend on them; add "
-                "them to exclude",
-                UserWarning,
-                stacklevel=3,
+                "them to exclude"
             )
+            if self._tell is not None:
+                self._tell(sentence)
+            else:
+                warnings.warn(sentence, UserWarning, stacklevel=3)

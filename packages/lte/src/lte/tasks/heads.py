@@ -65,8 +65,14 @@ def add_heads(config: TrainConfig, model: nn.Module, world: World) -> Heads:
         model, lr=config.learning_rate, rest_lr=config.rest_learning_rate, weight_decay=config.weight_decay
     )
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
-    merger = Merger(model, config.lte_merge_steps, ranks=ranks, optimizer=optimizer, seed=config.seed)
+    merger = Merger(
+        model, config.lte_merge_steps, ranks=ranks, optimizer=optimizer, seed=config.seed, unreached=_refuse
+    )
     return Heads(model, optimizer, merger, ranks, HeadShards(model, optimizer, ranks))
+
+
+def _refuse(sentence: str) -> None:
+    raise UserError(sentence)
 
 
 def check_world(config: TrainConfig, world: World) -> None:
