@@ -10,7 +10,10 @@ import pytest
 import torch
 from image_files import google_file
 from memtrain_common.errors import UserError
+from memtrain_common.measuring.memory import SavedActivations
+from memtrain_common.models.classifiers import logits_of
 from memtrain_common.models.vit import SIZES, build_vit, load_vit, patch_for, resize_positions
+from memtrain_common.models.vit_model import ViT, ViTConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -232,3 +235,44 @@ def test_a_pth_that_holds_more_than_tensors_is_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"damaged"):
         load_vit(path, image_size=8, classes=5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_model_is_transformers_vit_to_the_bit(attention, dropout, tmp_path):
+    """First weights, answers, gradients and bytes saved for the backward pass, and the folders of either."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=8,
+                 patch_size=4, num_labels=5, hidden_dropout_prob=dropout, layer_norm_eps=1e-6)  # fmt: skip
+    torch.manual_seed(0)
+    ours = ViT(ViTConfig(**sizes))
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**sizes, attention_probs_dropout_prob=0.0, attn_implementation=attention)
+    theirs = transformers.ViTForImageClassification(config)
+    ours.set_attn_implementation(attention)
+    state = theirs.state_dict()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in state.items()}
+    assert all(torch.equal(t, state[n]) for n, t in ours.state_dict().items())
+    x, saved = torch.randn(3, 3, 8, 8), []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        with SavedActivations(model) as activations:
+            out = logits_of(model.train(), x)
+        saved.append(sum(activations.by_layer().values()))
+        out.square().sum().backward()
+    assert saved[0] == saved[1]
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours", attn_implementation=attention)
+    assert torch.equal(read.eval()(x).logits, ours.eval()(x).logits)
+    again, kept = load_vit(tmp_path / "theirs", image_size=0, classes=5)
+    assert kept
+    assert all(torch.equal(t, state[n]) for n, t in again.state_dict().items())
+
+
+def test_pictures_of_another_size_are_refused():
+    model = build_vit("mini", image_size=8, patch_size=4, classes=2)
+    with pytest.raises(ValueError, match=r"pictures have 6×8 pixels, and the model takes 8"):
+        model(torch.zeros(1, 3, 6, 8))

@@ -1,4 +1,4 @@
-"""Vision transformers: transformers' ViT by size, or with the weights of a file that :mod:`.vit_files` reads. Position
+"""Vision transformers: :mod:`.vit_model` by size, or with the weights of a file that :mod:`.vit_files` reads. Position
 embeddings of another image size are resized by bicubic interpolation.
 """
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .vit_files import read_vit
+from .vit_model import ViT, ViTConfig
 
 # width, blocks, heads: Touvron et al. (2021, arXiv:2012.12877) for Ti and S; Dosovitskiy et al. for B, L and H
 SIZES = {
@@ -27,7 +28,7 @@ def patch_for(image_size: int) -> int:
     return max(d for d in range(1, 17) if image_size % d == 0 and (d <= image_size // 4 or d == 1))
 
 
-def build_vit(size: str, *, image_size: int, patch_size: int, classes: int, dropout: float = 0.0) -> nn.Module:
+def build_vit(size: str, *, image_size: int, patch_size: int, classes: int, dropout: float = 0.0) -> ViT:
     """A ViT classifier with random weights.
 
     Args:
@@ -45,24 +46,11 @@ def build_vit(size: str, *, image_size: int, patch_size: int, classes: int, drop
 
 def _vit(
     width: int, blocks: int, heads: int, mlp: int, image: int, patch: int, classes: int, dropout: float = 0.0
-) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        image_size=image,
-        patch_size=patch,
-        num_labels=classes,  # type: ignore[call-arg]
-        hidden_dropout_prob=dropout,
-        layer_norm_eps=1e-6,  # the published models'
-    )
-    return ViTForImageClassification(config)
+) -> ViT:
+    return ViT(ViTConfig(width, blocks, heads, mlp, image, patch, classes, hidden_dropout_prob=dropout))
 
 
-def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[nn.Module, bool]:
+def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[ViT, bool]:
     """A pretrained ViT, and whether its head fits ``classes`` and was kept; a head that does not is fresh.
 
     Args:

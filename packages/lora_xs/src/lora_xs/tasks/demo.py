@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from memtrain_common.commands.quiet import quiet_imports
 from memtrain_common.console import Console, format_bytes, format_seconds, format_table
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.vit_model import ViT, ViTConfig
+from memtrain_common.optional import installed, without
 from memtrain_common.training.loop import FitConfig, FitResult, Task, fit
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import schedule
@@ -69,22 +70,18 @@ def digits(first: int, last: int) -> tuple[Digits, Digits]:
 
 
 def vit(classes: int) -> nn.Module:
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=classes,  # type: ignore[call-arg]
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config)
+    return ViT(ViTConfig(64, 3, 4, 128, 8, 2, classes, num_channels=1, layer_norm_eps=1e-12))
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
-    return nn.functional.cross_entropy(model(pixel_values=images).logits, labels)
+    return nn.functional.cross_entropy(model(images).logits, labels)
 
 
 def accuracy(model: nn.Module, data: Digits) -> float:
     model.eval()
     with torch.no_grad():
-        return float((model(pixel_values=data.images).logits.argmax(-1) == data.labels).float().mean())
+        return float((model(data.images).logits.argmax(-1) == data.labels).float().mean())
 
 
 def learn(model: nn.Module, groups: list[dict[str, Any]], data: Digits, steps: int, seed: int) -> FitResult:
@@ -115,7 +112,11 @@ def run_demo(config: DemoConfig, argv: Sequence[str]) -> list[Arm]:
     console.say(f"adapting it to the digits 5 to 9: {len(new.labels)} images, {config.steps} steps of {BATCH}")
     methods: list[tuple[str, Callable[[nn.Module, int], Prepared]]] = [("head alone", _head)]
     methods += [(f"LoRA-XS r={r}", lambda model, seed, r=r: _lora_xs(model, seed, r)) for r in config.ranks]  # type: ignore[misc]
-    methods += [(f"LoRA r={config.lora_rank}", lambda model, seed: _lora(model, config.lora_rank)), ("full", _full)]
+    if installed("peft"):
+        methods.append((f"LoRA r={config.lora_rank}", lambda model, seed: _lora(model, config.lora_rank)))
+    else:
+        console.say(without("plain LoRA beside it", "peft"))
+    methods.append(("full", _full))
     arms = []
     for name, prepare in methods:
         arms.append(_arm(name, prepare, base, new, new_test, config))
