@@ -78,7 +78,7 @@ ROOMS = {
     APPS: ("ablate", "plan", "run", "compose"),
 }
 # Beside the rooms: what every room may import, and what stands over all of them.
-GROUND = {COMMON: {"errors", "files", "console"}, APPS: set()}
+GROUND = {COMMON: {"errors", "files", "console", "optional"}, APPS: set()}
 ROOF = {COMMON: {"hf"}, APPS: {"cli"}}
 BESIDE_EACH_OTHER = {("ablate", "plan"), ("plan", "ablate")}
 

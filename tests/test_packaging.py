@@ -10,7 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support import ROOT, pip_environment
+from memtrain_common.optional import PACKAGES
+from support import ROOT, pip_environment, run_command
 
 MEMBERS = [*sorted(p.parent for p in ROOT.glob("packages/*/pyproject.toml")), ROOT / "apps"]
 OURS = {tomllib.loads((m / "pyproject.toml").read_text())["project"]["name"] for m in MEMBERS}
@@ -104,12 +105,70 @@ def test_a_member_follows_the_design(member):
         name = re.split(r"[ @>=<\[]", dependency)[0]
         if name in OURS:  # a bare name could be a stranger's
             folder = "common" if name == "memtrain-common" else folders[name]
-            assert dependency == f"{name} @ {{root:parent:uri}}/{'packages/' if apps else ''}{folder}"
+            wanted = f"{name}{'[all]' if apps else ''} @ {{root:parent:uri}}/{'packages/' if apps else ''}{folder}"
+            assert dependency == wanted
+
+
+def required(member):
+    """Names of what a plain `pip install` of a member asks for."""
+    project = tomllib.loads((member / "pyproject.toml").read_text())["project"]
+    return {re.split(r"[ @>=<\[]", d)[0] for d in project["dependencies"]}
+
+
+NEEDED = {  # of what is optional elsewhere: the packages' embedded default needs it
+    "backrazor": {"pillow", "scikit-learn", "torchvision"},
+    "galore_vit": {"pillow", "scikit-learn"},
+    "lora_xs": {"scikit-learn"},
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS[:-1], ids=lambda m: m.name)
+def test_what_only_some_paths_need_comes_by_extras(member):
+    project = tomllib.loads((member / "pyproject.toml").read_text())["project"]
+    extras = dict(project["optional-dependencies"])
+    (everything,) = extras.pop("all")
+    assert everything == f"{project['name']}[{','.join(sorted(extras))}]"
+    assert required(member) & set(PACKAGES.values()) == NEEDED.get(member.name, set())
+    for wanted in (d for words in extras.values() for d in words):
+        assert re.split(r"[>=]", wanted)[0] in PACKAGES.values(), f"{wanted} is optional, so {PACKAGES=} should say it"
+
+
+LIGHT = {  # a command on its embedded default -> the package that is installed alone
+    "backrazor-train --max-iters 2 --eval-interval 2 --batch-size 8": "backrazor",
+    "galore-vit train --max-iters 2 --batch-size 8": "galore_vit",
+    "lora-xs demo --pretrain-steps 2 --steps 2 --seeds 1 --ranks 2": "lora_xs",
+    "lte-train --max-iters 2 --eval-iters 1 --batch-size 4 --block-size 16 --n-layer 1 --sample-tokens 0 "
+    "--warmup-iters 1": "lte",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", LIGHT)
+def test_the_main_command_trains_on_its_embedded_default_without_any_extra(words, tmp_path):
+    needed = NEEDED.get(LIGHT[words], set()) | ({"scipy"} if LIGHT[words] in NEEDED else set())  # scikit-learn's own
+    missing = [module for module, package in PACKAGES.items() if package not in needed | {"sympy"}]  # torch has sympy
+
+    def lightly():
+        for name in [n for n in sys.modules if n.partition(".")[0] in missing]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(missing))
+
+    out = [] if words.startswith("lora-xs") else ["--out", "run", "--device", "cpu"]
+    done = run_command([*words.split(), *out], tmp_path, before=lightly)
+    assert done.returncode == 0, done.stderr
+    if out:
+        assert "without pictures, since matplotlib is not installed: pip install matplotlib" in done.stdout
+        assert "without TensorBoard's events" in done.stdout
+        assert (tmp_path / "run" / "result.json").exists()
+        assert not list((tmp_path / "run").glob("*.png"))
+    else:
+        assert "without plain LoRA beside it, since peft is not installed: pip install peft" in done.stdout
 
 
 def test_the_root_depends_on_every_member():
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(content["project"]["dependencies"]) == OURS
+    extras = {re.split(r"\[", d)[0]: d.endswith("[all]") for d in content["project"]["dependencies"]}
+    assert extras == {name: name != "memtrain-apps" for name in OURS}  # everything, where the workspace is
     assert content["tool"]["uv"]["sources"] == {name: {"workspace": True} for name in sorted(OURS)}
     assert content["tool"]["uv"]["package"] is False
     assert "exclude-newer" in content["tool"]["uv"]

@@ -139,3 +139,18 @@ def test_small_helpers():
     with pytest.raises(UserError, match="--resume was given 2 times"):
         flag_value(["--resume", "a", "--resume=b"], "--resume")
     assert changed_fields(Config(), Config(n_layer=5)) == {"n_layer": (4, 5)}
+
+
+def test_a_package_that_only_this_path_needs_is_named_with_the_line_to_type(capsys):
+    def broken(argv):
+        import torch.nothing  # noqa: F401
+
+    def missing(argv):
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
+
+    assert run_command(missing, prog="prog", argv=[]) == 2
+    assert capsys.readouterr().err == (
+        "prog: error: this needs the package scikit-learn, which is not installed: pip install scikit-learn\n"
+    )
+    with pytest.raises(ModuleNotFoundError):  # a fault of the code, and not of the installation
+        run_command(broken, prog="prog", argv=[])

@@ -1,5 +1,6 @@
 """The composition behind ``backrazor-memory``: one step dense, one by Back Razor; tables, picture, numbers."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # fake_step tells it something, so it must be loaded by then
 from memtrain_common.console import format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
@@ -16,6 +16,7 @@ from memtrain_common.measuring.memory import SavedActivations
 from memtrain_common.measuring.prediction import fake_step
 from memtrain_common.models.shaped import Shaped, Wanted
 from memtrain_common.models.shaped import shaped as shaped_model
+from memtrain_common.optional import installed, without
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.loop import DTYPES
 from torch import nn
@@ -49,7 +50,10 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     """Everything that ``backrazor-memory`` does; -> what is saved dense, and by Back Razor."""
     if config.dtype == "bfloat16" and config.measure:
         avoid_broken_amx()
-    transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
+    with contextlib.suppress(ModuleNotFoundError):
+        import transformers  # fake_step tells it something, so it must be loaded by then, where it is installed
+
+        transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
     razor = razor_of(config)
     model = shaped(config)
     dense, order = saved(config, model, nullcontext)
@@ -73,9 +77,12 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     print(format_table([head, *(r.cells(config.batch_size) for r in [*operations, total])]))
     if total.razor >= total.dense:
         print("Back Razor saves nothing here: what this step keeps is already small, or is not pruned")
-    picture = Path(config.out or f"{Path(config.model).name.removesuffix('.npz')}.png")
-    plot_saved(layers, operations, total, picture, title=f"{config.model}, {model.sample}", batch=config.batch_size)
-    print(f"\npicture {picture}")
+    if config.out or installed("matplotlib"):
+        picture = Path(config.out or f"{Path(config.model).name.removesuffix('.npz')}.png")
+        plot_saved(layers, operations, total, picture, title=f"{config.model}, {model.sample}", batch=config.batch_size)
+        print(f"\npicture {picture}")
+    else:
+        print("\n" + without("a picture", "matplotlib"))
     if config.json:
         write_json(Path(config.json), as_json(config, model, dense, kept))
         print(f"numbers {config.json}")

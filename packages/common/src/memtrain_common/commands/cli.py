@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..errors import Stopped, UserError
+from ..optional import package_of
 from .flag_help import help_text
 
 Config = TypeVar("Config")
@@ -105,6 +106,12 @@ def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Seque
         return 0
     except UserError as error:
         code, line = error.exit_code, f"error: {error}"
+    except ModuleNotFoundError as error:
+        package = package_of(error)
+        if package is None:
+            raise
+        code = UserError.exit_code
+        line = f"error: this needs the package {package}, which is not installed: pip install {package}"
     except Stopped as stop:
         if os.environ.get("RANK", "0") != "0":  # every process stops; the first one says so
             return stop.exit_code

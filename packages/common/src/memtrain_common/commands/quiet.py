@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -17,10 +18,11 @@ def quiet_libraries() -> None:
 
 
 def no_progress_bars() -> None:
-    """transformers' own bars, for what takes a moment."""
-    from transformers.utils import logging as transformers_logging
+    """transformers' own bars, for what takes a moment; where it is not loaded there are none."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ class RunFlags:
     """Run folder to resume from its newest valid checkpoint; its config.json gives the other flags."""
     data_changed: Literal["refuse", "ok"] = "refuse"
     """When a resumed run finds changed data: refuse, or continue and record it in config.json."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
+    """Where metrics go besides metrics.jsonl; auto is TensorBoard where it is installed."""
     log_interval: int = 10
     """Steps between logged rows."""
     seed: int = 0

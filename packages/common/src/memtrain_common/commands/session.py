@@ -24,7 +24,6 @@ from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
 from ..measuring.memory import Ledger
-from ..measuring.plots import plot_loss, plot_memory
 from ..runs import checkpoint
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
@@ -34,6 +33,7 @@ from ..training.distributed import World, gather_objects, launch, unwrap
 from ..training.fit_config import DTYPES, FitConfig
 from ..training.loop import fit
 from ..training.task import Task
+from .installed import draw, with_what_is_installed
 from .result import Outcome, result_content, write_result
 from .summary import count_parameters, ledger_table, run_facts
 
@@ -178,7 +178,7 @@ class Session:
         Raises:
             UserError: if the best checkpoint is damaged; which one is intact is said.
         """
-        model = unwrap(task.model)
+        config, model = with_what_is_installed(config, self.device, self.console.say), unwrap(task.model)
         start = _weights(task) if select == "best" else {}
         result = fit(
             task, config, run=self.run, resume=resume or bool(self.config.resume), resume_path=self._resume_path,
@@ -274,13 +274,13 @@ class Session:
                 run_facts(numbers or count_parameters(outcome.model), outcome.result, outcome.config.unit, facts)
             )
         write_result(self.folder.path, content, outcome.result)
-        if ledger is not None:
-            plot_memory(ledger, self.folder.path / "memory.png")
-        drawn = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}
-        plot_loss(drawn, self.folder.path / "loss.png", ylabel=ylabel, levels=levels or {})
+        rows = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}
+        line = draw(self.folder.path, ledger, rows, ylabel=ylabel, levels=levels or {})
+        if line and say:
+            self.console.say(line)
+        if say and closing:
+            self.console.say(closing)
         if say:
-            if closing:
-                self.console.say(closing)
             self.console.say(f"run folder {self.folder.path}")
         return content
 

@@ -17,7 +17,9 @@ def hub_rows(name: str, subset: str | None, split: str, *, revision: str | None 
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name} by its name needs the package datasets: install it, or give --data-dir") from None
+        raise UserError(
+            f"{name} by its name needs the package datasets: pip install datasets, or give --data-dir"
+        ) from None
     at = {"revision": revision} if revision else {}
     try:
         return datasets.load_dataset(name, subset, split=split, **at)

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..optional import installed
+
 RAPL_ROOT = Path("/sys/class/powercap")
 Counter = Callable[[], float]  # joules since some fixed moment, never falling
 
@@ -96,7 +98,7 @@ class EnergyMeter:
 
 def nvml_counters(gpus: Sequence[int]) -> dict[str, Counter]:
     """One counter a CUDA device, matched by UUID (``CUDA_VISIBLE_DEVICES`` renumbers devices, NVML does not)."""
-    if not gpus:
+    if not gpus or not installed("pynvml"):
         return {}
     import pynvml
     import torch

@@ -112,7 +112,7 @@ def _cnn(name: str, classes: int, tensors: dict[str, Tensor]) -> nn.Module:
     try:
         from torchvision import models
     except ImportError:
-        raise UserError(f"{name} needs the package torchvision: install it") from None
+        raise UserError(f"{name} needs the package torchvision: pip install torchvision") from None
     return getattr(models, name)(num_classes=classes)
 
 

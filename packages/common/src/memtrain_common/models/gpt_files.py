@@ -227,7 +227,9 @@ def download_gpt2(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"{name} by its name needs the package huggingface_hub: install it, or name a folder") from None
+        raise UserError(
+            f"{name} by its name needs the package huggingface_hub: pip install huggingface_hub, or name a folder"
+        ) from None
     try:
         where = snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
     except Exception as error:  # each failure of a network has a class of its own

@@ -162,7 +162,7 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
         import timm
     except ImportError:
         raise UserError(
-            f"{BY_NAME}{name} needs the package timm: install it (pip install timm), or give the path of a file"
+            f"{BY_NAME}{name} needs the package timm: pip install timm, or give the path of a file"
         ) from None
     try:
         model: Any = timm.create_model(name, pretrained=True)

@@ -1,4 +1,4 @@
-"""Where metrics go besides ``metrics.jsonl``: TensorBoard by default, W&B or trackio by name. Imported when used."""
+"""Where metrics go besides ``metrics.jsonl``: TensorBoard where it is installed, or one by name. Imported when used."""
 
 import importlib
 import importlib.util
@@ -18,8 +18,8 @@ class Tracker(Protocol):
 
 def check_tracker(kind: str) -> None:
     """Refuse a tracker whose library is not installed: before a run has made anything."""
-    if kind in ("wandb", "trackio") and importlib.util.find_spec(kind) is None:
-        raise UserError(f"--tracker {kind} needs the package {kind}: install it, or use tensorboard")
+    if kind in TRACKERS and kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(f"--tracker {kind} needs the package {kind}: pip install {kind}, or use another tracker")
 
 
 def open_tracker(

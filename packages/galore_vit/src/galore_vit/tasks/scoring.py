@@ -12,6 +12,7 @@ from memtrain_common.data.images.image_set import ImageSet, ImageSplit
 from memtrain_common.data.images.medmnist_results import Scores, official_file, official_name, write_predictions
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.classification_plots import plot_confusion, plot_roc
+from memtrain_common.optional import installed
 from numpy.typing import NDArray
 from torch import nn
 
@@ -76,7 +77,7 @@ def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: A
         old.unlink()  # of an earlier evaluation of the same run
     write_predictions(folder / official_file(images, split, found.auc, found.acc, run), scores)
     (folder / f"{split}.json").write_text(json.dumps({"split": split, "images": len(labels), **found.numbers}) + "\n")
-    if pictures:
+    if pictures and installed("matplotlib"):
         plot_confusion(labels, scores, images.name, images.classes, folder / f"confusion_{split}.png")
         plot_roc(labels, scores, images.name, images.classes, folder / f"roc_{split}.png")
     return found

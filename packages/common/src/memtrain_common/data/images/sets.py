@@ -94,7 +94,7 @@ def fetch(name: str, data_dir: str) -> None:
         from torchvision import datasets
         from torchvision.datasets.utils import download_url
     except ImportError:
-        raise UserError(f"--download of {name} needs the package torchvision") from None
+        raise UserError(f"--download of {name} needs the package torchvision: pip install torchvision") from None
     if name not in CIFAR and name not in _TORCHVISION:
         raise UserError(f"--download knows no source of {name}: get its files, and name their folder by --data-dir")
     if not data_dir:

@@ -183,7 +183,9 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError(f"{path} needs the package pyarrow: install it, or convert the file to JSON Lines") from None
+        raise UserError(
+            f"{path} needs the package pyarrow: pip install pyarrow, or convert the file to JSON Lines"
+        ) from None
     from pyarrow import ArrowException
 
     size = path.stat().st_size
