@@ -431,3 +431,21 @@ def test_dx_is_exact_where_the_table_says_so(case, mode):
 
 def test_every_activation_of_the_table_is_met():
     assert {names()[call] for call in ACTIVATIONS if call != "quick_gelu"} <= set(names().values())
+
+
+def test_a_sigmoid_of_minus_infinity_has_finite_gradients():
+    """Llama 4's router: scores of experts that were not chosen are −∞ before the sigmoid."""
+    x = torch.randn(64, 8)
+    gate = torch.randn(8, 4, requires_grad=True)
+    chosen = torch.rand(64, 4) > 0.5
+
+    def loss():
+        return (torch.sigmoid((x @ gate).masked_fill(~chosen, float("-inf"))) * x[:, :4]).square().sum()
+
+    expected = torch.autograd.grad(loss(), gate)[0]
+    with Razor(0.1):
+        made = loss()
+    (got,) = torch.autograd.grad(made, gate)
+    assert torch.equal(made, loss())
+    assert got.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.9

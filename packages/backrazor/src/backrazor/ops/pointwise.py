@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..coded import Levels, Steps, code, mask_bits, steps_of
 from ..function import Function, Kept, save
-from ..internals import on_real_tensors
+from ..internals import is_fake, on_real_tensors
 from ..keeper import Keeper
 from ..store import Held, Holder
 
@@ -196,6 +196,8 @@ def activation(call: Any) -> Any:
         inplace = settings.pop("inplace", False)
         if not input.requires_grad or not input.is_floating_point():
             return NotImplemented
+        if call is torch.sigmoid and razor.mode == "low-bit" and not is_fake(input) and not input.isfinite().all():
+            return NotImplemented  # a router's scores, −∞ where an expert is not chosen: no end of a range of codes
         if inplace:
             if input._is_view() or input.is_leaf or razor.keep == 1:
                 return NotImplemented
