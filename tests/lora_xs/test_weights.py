@@ -455,3 +455,12 @@ def test_a_padded_batch_in_evaluation(train_r):
         got = model.eval()(x, src_key_padding_mask=padding)
     for row, length in ((0, 5), (1, 3)):
         torch.testing.assert_close(got[row, :length], want[row, :length])
+
+
+def test_a_weight_of_zeros_is_named_since_its_adapter_can_train_nothing():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    nn.init.zeros_(model[1].weight)
+    with pytest.warns(UserWarning, match=r"^\* have weights of zeros, .* train nothing"):
+        inject(model, LoRAXSConfig(rank=2), cache=False)
+    model(torch.randn(3, 6)).square().sum().backward()
+    assert not model[1].lora_xs.R["default"].grad.any()

@@ -111,3 +111,18 @@ def test_the_merge_clock_survives_a_checkpoint():
     again.load_state_dict(clock.state_dict())
     assert [again.step(), again.step()] == [False, True]
     assert again.merges == 2
+
+
+def test_what_the_model_itself_does_not_train_stays_frozen():
+    """A router's correction bias is set by the model's own rule; a model that is frozen whole says nothing about it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].correction = nn.Parameter(torch.zeros(3), requires_grad=False)
+    model.scale = nn.Parameter(torch.ones(2), requires_grad=False)
+    model.shift = nn.Parameter(torch.ones(2))
+    plan = LTEConfig(heads=2, rank=2, exclude=("0",))
+    inject(model, plan)
+    assert not model[0].correction.requires_grad
+    assert not model.scale.requires_grad
+    assert model.shift.requires_grad
+    whole = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
+    assert inject(whole, LTEConfig(heads=2, rank=2))[1].weight.requires_grad

@@ -18,7 +18,7 @@ from .kinds import CONV2D, EMBEDDING, is_quantized
 from .layer import ATTRIBUTE, XSConv2d, XSEmbedding, XSLayer, XSWeight, XSWeights, is_adapted, layers
 from .svd import generator
 from .targets import Target, find_heads, find_targets
-from .untrained import say_what_has_no_adapter, watch
+from .untrained import say_what_has_no_adapter, say_which_bases_are_zero, watch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,6 +60,8 @@ def inject(
         pairs = make_bases(requests, config, folder, progress)
     bases = [(r.target, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
     attach(model, config, name, bases, given=losses is not None)
+    if config.init == "svd":
+        say_which_bases_are_zero(model)
     say_what_has_no_adapter(model, config)
     return model
 

@@ -81,6 +81,17 @@ def say_what_has_no_adapter(model: nn.Module, config: LoRAXSConfig) -> None:
         warnings.warn(f"{found}", stacklevel=3)
 
 
+def say_which_bases_are_zero(model: nn.Module) -> None:
+    """Warn of weights of zeros: A = S Vᵀ is zero too, and with it the gradient of R."""
+    zero = [layer.name for _, layer in layers(model) if not layer.A.is_meta and not bool(layer.A.any())]
+    if zero:
+        warnings.warn(
+            f"{', '.join(sorted(set(map(numberless, zero))))} have weights of zeros, whose bases are zero too: their "
+            'adapters train nothing; exclude them, or take init="random"',
+            stacklevel=3,
+        )
+
+
 def uncalled(model: nn.Module) -> list[str]:
     """Names of adapters that no forward pass has come to yet although it came to others, in the model's order.
 

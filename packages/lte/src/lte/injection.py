@@ -46,6 +46,9 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             raise ValueError("sequential heads see the whole batch and cannot be spread over processes: use parallel")
     chosen = targets(model, config)
     owners = _owners(model)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    if len(frozen) == len(list(model.parameters())):
+        frozen = set()  # all of it: what is trained is for the configuration to say
     for name, layer in chosen.items():
         owned = owners[cast(Tensor, layer.weight)]
         if len(owned) > 1:
@@ -65,7 +68,7 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
                     raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
                 _exchange(model, name, LTENorm(module, config, share))
     _replicate(model, config, share)
-    _freeze(model, config)
+    _freeze(model, config, frozen)
     _watch(model)
     take_slow_paths(model)
     say_what_has_no_heads(model, config)
@@ -182,8 +185,12 @@ def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
     return owners
 
 
-def _freeze(model: nn.Module, config: LTEConfig) -> None:
-    """Train the heads and what ``config.trainable`` lists; freeze everything else."""
+def _freeze(model: nn.Module, config: LTEConfig, frozen: set[nn.Parameter]) -> None:
+    """Train the heads and what ``config.trainable`` lists; freeze everything else.
+
+    Args:
+        frozen: what the model does not train by itself, as a router's correction bias; it stays so.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -193,7 +200,7 @@ def _freeze(model: nn.Module, config: LTEConfig) -> None:
             elif isinstance(module, Replicas):
                 train = True
             else:
-                train = kind(module) in config.trainable
+                train = kind(module) in config.trainable and parameter not in frozen
             if train:
                 parameter.requires_grad_(True)
 
