@@ -4,8 +4,10 @@ import pytest
 import torch
 from memtrain_common.measuring.memory import CATEGORIES, Ledger, SavedActivations, measure
 from memtrain_common.measuring.peak import PeakMeter, memory_in_use
+from memtrain_common.measuring.prediction import predict
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 FLOAT = 4
 
@@ -192,3 +194,36 @@ def test_operations_and_layers_that_saved_are_named():
     assert recording.by_layer() == {layer: n for (layer, _), n in expected.items()}
     del loss
     assert recording.by_operation() == {}
+
+
+class Selective(nn.Module):
+    """Two layers in a checkpoint that keeps what matrix products give, where it is told to."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.body, self.keep = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)), keep
+
+    def policy(self, context, operation, *args, **kwargs):
+        kept = self.keep and operation is torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def forward(self, x):
+        contexts = lambda: create_selective_checkpoint_contexts(self.policy)  # noqa: E731
+        return checkpoint(self.body, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
+def test_what_selective_checkpointing_keeps_is_counted_and_predicted():
+    """Four rows: the input (6 wide) stays either way, the outputs of both products (9 and 5) by the policy."""
+
+    def loss(model):
+        return model(torch.randn(4, 6, requires_grad=True)).sum()
+
+    measured = {}
+    for keep in (False, True):
+        model = Selective(keep)
+        saved, value = recorded(model, lambda model=model: loss(model))
+        measured[keep] = sum(saved.by_layer().values())
+        value.backward()
+        assert predict(lambda keep=keep: Selective(keep), loss).ledger.total("activations") == measured[keep]
+    assert measured[True] - measured[False] == 4 * (9 + 5) * FLOAT

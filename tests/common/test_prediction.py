@@ -187,3 +187,22 @@ def test_conditions_on_numbers_go_the_way_of_a_healthy_run():
         return model
 
     assert predict(build, lambda m: m(torch.randn(2, 4)).sum()).ledger.total("activations") == 2 * 4 * 4
+
+
+def test_a_padded_batch_keeps_more_than_is_predicted_of_it():
+    """transformers leaves out a mask of ones; a fake mask reads as one (packages/common/README.md says so)."""
+    model, held = llama(), {}
+    for name, length in (("full", 24), ("padded", 15)):
+        mask = (torch.arange(24) < torch.tensor([[24], [24], [length]])).long()
+        tokens = torch.ones(3, 24).long()
+
+        def loss(model, mask=mask, tokens=tokens):
+            return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
+
+        with SavedActivations(model) as saved:
+            value = loss(model)
+        held[name] = sum(saved.by_layer().values())
+        del value
+    predicted = predict(llama, llama_loss).ledger.total("activations")
+    assert predicted == held["full"]
+    assert 1.02 < held["padded"] / predicted < 1.15

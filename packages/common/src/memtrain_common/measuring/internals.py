@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,6 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 def innermost_hooks() -> Any:
     """The saved-tensor hooks (pack, unpack) that autograd would call now; None where there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def selective_checkpoints(note: Callable[[Any], Any]) -> AbstractContextManager[Any]:
+    """Within, ``note`` is given what selective activation checkpointing caches: no saved-tensor hook sees that. Each
+    cached value is wrapped, in all of these versions, in an object of a class of its own."""
+    wrapper = torch.utils.checkpoint._VersionWrapper
+
+    class Noted(wrapper):  # type: ignore[misc, valid-type]
+        def __init__(self, val: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(val, *args, **kwargs)
+            note(val)
+
+    return mock.patch.object(torch.utils.checkpoint, "_VersionWrapper", Noted)
 
 
 def as_if_real() -> AbstractContextManager[Any]:

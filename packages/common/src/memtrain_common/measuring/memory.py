@@ -3,7 +3,8 @@
 Categories (design: weights, gradients, optimizer state, saved activations, buffers) are counted as unique storages:
 a tied weight, a view, or a tensor that several operations save is counted once, with its whole storage, because
 that is what stays allocated. What an operation saves for the backward pass is seen through
-``torch.autograd.graph.saved_tensors_hooks``, so a method that saves packed values is counted by what it packs.
+``torch.autograd.graph.saved_tensors_hooks``, so a method that saves packed values is counted by what it packs; what
+selective checkpointing caches besides is counted too.
 
 Not seen: workspace and temporaries within an operation, and tensors that a custom ``autograd.Function`` stashes on
 its ``ctx`` instead of giving them to ``save_for_backward``. The process's peak
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import write_json
-from .internals import innermost_hooks
+from .internals import innermost_hooks, selective_checkpoints
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -95,6 +96,8 @@ class SavedActivations:
         pack, unpack = outer if outer is not None else (Tensor.detach, _same)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._note(pack(tensor)), unpack)
         self._hooks.__enter__()
+        self._cached = selective_checkpoints(self._note)
+        self._cached.__enter__()
         if self._operations is not None:
             self._operations.__enter__()
         return self
@@ -104,6 +107,7 @@ class SavedActivations:
     ) -> None:
         if self._operations is not None:
             self._operations.__exit__(kind, error, trace)
+        self._cached.__exit__(kind, error, trace)
         self._hooks.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
