@@ -71,3 +71,16 @@ def test_adapter_in_trainer(output):
     text = output("adapter_in_trainer.py")  # it asserts that resuming and loading give the same logits
     assert int(re.search(r"weights are ([\d,]+) bytes", text)[1].replace(",", "")) < 30_000
     assert accuracy(text) > 0.4
+
+
+@pytest.mark.slow
+def test_adapter_in_peft(output):
+    text = output("adapter_in_peft.py")  # it asserts that the loaded adapter gives the same answers
+    assert int(re.search(r"are ([\d,]+) bytes", text)[1].replace(",", "")) < 20_000
+    assert accuracy(text) > 0.85
+
+
+@pytest.mark.slow
+def test_razor_in_lightning(output):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    assert accuracy(output("razor_in_lightning.py")) > 0.85
