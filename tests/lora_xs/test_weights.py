@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -464,3 +465,24 @@ def test_a_weight_of_zeros_is_named_since_its_adapter_can_train_nothing():
         inject(model, LoRAXSConfig(rank=2), cache=False)
     model(torch.randn(3, 6)).square().sum().backward()
     assert not model[1].lora_xs.R["default"].grad.any()
+
+
+def test_a_head_of_several_layers_is_trained_and_saved_part_by_part(tmp_path):
+    """torchvision's classifiers: a container calls whatever is added to it, so that nothing may be."""
+
+    def build():
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        head = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 2)))
+        return nn.Sequential(OrderedDict(features=body, classifier=head))
+
+    model, x = inject(build(), LoRAXSConfig(rank=2), cache=False), torch.randn(3, 6)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if n.startswith("classifier")} == {
+        f"classifier.{part}.{leaf}" for part in ("1", "3.0") for leaf in ("weight", "bias")
+    }
+    with torch.no_grad():
+        for p in (p for group in param_groups(model) for p in group["params"]):
+            p.normal_()
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(build(), tmp_path).eval()(x), model.eval()(x))

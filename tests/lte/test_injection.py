@@ -1,5 +1,6 @@
 """What inject replaces, freezes and refuses; per-head clipping; the merge clock's state."""
 
+import lte
 import pytest
 import torch
 from lte import LTEConfig, LTELinear, Merger, clip_grad_norm_per_head, inject, merge, param_groups
@@ -126,3 +127,16 @@ def test_what_the_model_itself_does_not_train_stays_frozen():
     assert model.shift.requires_grad
     whole = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
     assert inject(whole, LTEConfig(heads=2, rank=2))[1].weight.requires_grad
+
+
+def test_a_merged_state_dict_keeps_the_versions_that_modules_ask_for():
+    class Versioned(nn.Linear):
+        _version = 7
+
+        def _load_from_state_dict(self, state, prefix, metadata, *args):
+            assert metadata["version"] == 7
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    model = nn.Sequential(nn.Linear(4, 4), Versioned(4, 4))
+    inject(model, LTEConfig(heads=2, rank=2))
+    nn.Sequential(nn.Linear(4, 4), Versioned(4, 4)).load_state_dict(lte.merged_state_dict(model))

@@ -178,7 +178,8 @@ def _in_order(model: nn.Module, names: set[str]) -> list[str]:
 
 
 def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
-    """The outermost modules that `head` names."""
+    """The outermost modules that `head` names; of a container its parts with parameters, since it would call whatever
+    is added to it."""
     suffixes = USUAL_HEADS if config.head is None else config.head
     named = dict(model.named_modules())
     # A usual head is a submodule of the model itself: a "score" deep inside an attention is none.
@@ -190,7 +191,16 @@ def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
     for name in outermost:
         if not any(True for _ in named[name].parameters()):
             raise LoRAXSError(f"the head {name} has no parameters to train; name another one in `head`")
-    return {name: named[name] for name in outermost}
+    return dict(part for name in outermost for part in _parts(name, named[name]))
+
+
+def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        if any(True for _ in child.parameters()):
+            yield from _parts(f"{name}.{key}", child)
 
 
 def _what_there_is(modules: dict[str, nn.Module], parameters: dict[str, Target], wanted: str) -> str:

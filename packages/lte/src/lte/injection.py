@@ -1,6 +1,7 @@
 """Give a model's layers their heads, decide what is trained, and get a plain model back."""
 
 import copy
+from collections import OrderedDict
 from typing import cast
 
 from torch import Tensor, nn
@@ -98,8 +99,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers, copies = headed(model), replicas(model)
     means: dict[tuple[int, ...], Tensor] = {}  # of the copies that tied layers share
-    plain = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    state = model.state_dict(keep_vars=True)
+    plain: dict[str, Tensor] = OrderedDict()
+    plain._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]  # versions, which some modules ask for
+    for name, value in state.items():
         parent, _, leaf = name.rpartition(".")
         if parent in layers and (leaf in OWN_TENSORS or leaf == "weight"):
             if leaf == "lora_A":  # once a layer
