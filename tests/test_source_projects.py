@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shlex
+import sys
+import traceback
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -15,13 +18,17 @@ from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
 from memtrain_common.models.classifiers import build_classifier
 from memtrain_common.models.gpt import GPT, GPTConfig
 from memtrain_common.models.gpt_files import PlainGPT, write_gpt2
-from support import ROOT, Command, run_command, without_pictures
+from support import ROOT, Command, Forked, load_libraries, run_command, without_pictures
 
 from tests.lte.nanogpt_configs import FILES
 
 PAGE = (ROOT / "docs" / "source-projects.md").read_text()
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", PAGE, re.MULTILINE)
 HERE = list(dict.fromkeys(here for _, here in ROWS))
+SECTIONS = {
+    title: [here for here in HERE if f"| `{here}` |" in text]
+    for title, text in (part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
+}
 
 ONE_STEP = ["--max-iters", "1", "--tracker", "none", "--device", "cpu"]
 PICTURES = ["--data", "folder", "--data-dir", "pictures", "--batch-size", "8", "--image-size", "32", "--workers", "0"]
@@ -147,25 +154,55 @@ def tiny(words):
     return [*words, *ANSWERS, *data]
 
 
+def run_all(commands, place, cwd):
+    """Run commands of the page one after another, each in a folder of its own; exit code 1 if one fails.
+
+    All in one process: what each would load and compile again is there already.
+    """
+    failed = False
+    for number, here in enumerate(commands):
+        words = shlex.split(here)
+        folder = cwd / str(number)
+        folder.mkdir()
+        for entry in place.iterdir():
+            (folder / entry.name).symlink_to(entry)
+        for name in ("out", "runs", "data"):  # where commands write
+            (folder / name).unlink()
+            (folder / name).mkdir()
+            if name != "data" or words[0] != "lte-prepare":
+                for entry in (place / name).iterdir():
+                    (folder / name / entry.name).symlink_to(entry)
+        if words[0] == "lte-train":
+            (folder / "out-shakespeare-char").unlink()
+        out = ["--out", "new"] if words[0] not in ("lte-sample", "lte-bench", "lte-train", "lora-xs") else []
+        sys.argv = [*tiny(words), *out]
+        os.chdir(folder)
+        (entry,) = metadata.entry_points(group="console_scripts", name=sys.argv[0])
+        code: object = 0
+        try:
+            entry.load()()
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        if code:
+            print(f"FAILED with {code}: {shlex.join(sys.argv)}", file=sys.stderr)
+            failed = True
+    sys.exit(int(failed))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("here", HERE)
-def test_what_stands_on_the_right_runs(here, place, tmp_path, request):
-    words = shlex.split(here)
-    if words[0] == "lte-prepare":
-        (tmp_path / "gpt2").symlink_to(request.getfixturevalue("real_data") / "tokenizers" / "gpt2")
-    for entry in place.iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
-    for name in ("out", "runs", "data"):  # where commands write
-        (tmp_path / name).unlink()
-        (tmp_path / name).mkdir()
-        if name != "data" or words[0] != "lte-prepare":
-            for entry in (place / name).iterdir():
-                (tmp_path / name / entry.name).symlink_to(entry)
-    if words[0] == "lte-train":
-        (tmp_path / "out-shakespeare-char").unlink()
-    out = ["--out", "new"] if words[0] not in ("lte-sample", "lte-bench", "lte-train", "lora-xs") else []
-    done = run_command([*tiny(words), *out], tmp_path, before=lightly)
-    assert done.returncode == 0, (tiny(words), done.stderr)
+@pytest.mark.parametrize("section", SECTIONS)
+def test_what_stands_on_the_right_runs(section, place, tmp_path, request):
+    commands = SECTIONS[section]
+    if any(here.startswith("lte-prepare") for here in commands):
+        vocabulary = request.getfixturevalue("real_data") / "tokenizers" / "gpt2"
+        if not (place / "gpt2").exists():
+            (place / "gpt2").symlink_to(vocabulary)
+    load_libraries()
+    done = Forked(lambda: run_all(commands, place, tmp_path), [], tmp_path, before=lightly).wait()
+    assert done.returncode == 0, done.stderr
 
 
 def understood(words, cwd):
@@ -232,6 +269,7 @@ def test_a_grid_is_asked_for_in_the_scripts_words(place, tmp_path):
 
 
 def test_the_page_is_linked_and_every_command_on_it_is_one_of_ours():
+    assert {here for commands in SECTIONS.values() for here in commands} == set(HERE)
     assert "docs/source-projects.md" in (ROOT / "README.md").read_text()
     assert len(ROWS) == PAGE.count("\n| `")
     assert {shlex.split(here)[0] for here in HERE} <= {
