@@ -23,7 +23,7 @@ from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.errors import Stopped, UserError
 
 from .arms import server
-from .config import PROG, Ablation
+from .config import PROG, Ablation, saved_request
 from .results import Summary, read_results, summarise
 from .runner import Runner, meaningful_of
 
@@ -52,7 +52,10 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
     """
     if request.config.report:
         return draw(Path(request.config.report), Console())
-    context = context or server()  # it loads the libraries while the folder is made
+    if request.config.collect:
+        return collect(Path(request.config.collect), Console())
+    if request.config.launcher == "processes":
+        context = context or server()  # it loads the libraries while the folder is made
     from memtrain_common.measuring.environment import device_name
     from memtrain_common.runs.run_folder import RunFolder, default_run_path
 
@@ -69,6 +72,13 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
         device = device_name(torch.device(places[0]))
         run.write_config(grid, prog=PROG, argv=argv, device=device, places=places)
     console = Console(run.path / "log.txt")
+    if config.launcher != "processes":
+        from .cluster import launch
+
+        launch(request, run.path, console, places)
+        found = draw(run.path, console)
+        _end(run.path, [r for s in found for r in s.results])
+        return found
     runner = Runner(request, run.path, console, places, context)
     try:
         runner.run()
@@ -97,6 +107,19 @@ def draw(folder: Path, console: Console) -> list[Summary]:
     path = write_report(folder, found)
     console.say(f"report {path}")
     return found
+
+
+def collect(folder: Path, console: Console) -> list[Summary]:
+    """The report of what is there, whether or not anybody still runs or watches the arms; says what is missing."""
+    runner = Runner(saved_request(folder), folder, Console(quiet=True), ["cpu"], None)
+    runner.prepare()
+    left = runner.left()
+    running = [arm.name for arm in left if (folder / "runs" / arm.name / "config.json").exists()]
+    console.say(
+        f"{len(runner.arms) - len(left)} of {len(runner.arms)} arms have a result; {len(running)} of the others have "
+        "begun"
+    )
+    return draw(folder, console)
 
 
 def find_places(devices: Sequence[str], arms: int) -> list[str]:

@@ -91,7 +91,7 @@ def run_jobs(
                 job, process, place = running.pop(sentinel)
                 process.join()
                 free.append(place)
-                queue[:0] = on_end(job, _outcome(job, process.exitcode))
+                queue[:0] = on_end(job, outcome_of(job, process.exitcode))
             while_waiting([job for job, _, _ in running.values()])
     except BaseException:
         for _, process, _ in running.values():
@@ -116,7 +116,7 @@ def _placed(job: Job, place: str) -> Job:
     return Job(**{**vars(job), "device": place})
 
 
-def _outcome(job: Job, code: int | None) -> dict[str, Any]:
+def outcome_of(job: Job, code: int | None) -> dict[str, Any]:
     """What became of a job whose process has ended."""
     try:
         return json.loads(job.outcome.read_text())
@@ -136,6 +136,13 @@ def _outcome(job: Job, code: int | None) -> dict[str, Any]:
 
 def _process(job: Job) -> None:
     """The whole life of one arm."""
+    end_with_the_parent()
+    live(job)
+    os._exit(0)  # the interpreter's own end takes longer than some arms
+
+
+def live(job: Job) -> None:
+    """Do a job in this process, whose console becomes the job's log, and write its outcome."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
         sys.stdout.flush()
@@ -144,7 +151,6 @@ def _process(job: Job) -> None:
         os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # whole lines, whatever ends the process
     tqdm.set_lock(threading.RLock())  # its own kind is a semaphore of the system, which outlives os._exit
-    end_with_the_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     outcome: dict[str, Any]
@@ -169,7 +175,6 @@ def _process(job: Job) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     write_json(job.outcome, outcome)
-    os._exit(0)  # the interpreter's own end takes longer than some arms
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -72,10 +72,20 @@ class AblateConfig:
     """Folder of an ablation to go on with: what is finished stays, and an arm in the middle goes on."""
     report: str = ""
     """Folder of an ablation: only write its report again."""
+    collect: str = ""
+    """Folder of an ablation that may still run elsewhere: report what is there, and say what is missing."""
     devices: tuple[str, ...] = ("auto",)
     """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one a core."""
     memory_limit: str = ""
     """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory."""
+    launcher: Literal["processes", "local", "slurm"] = "processes"
+    """What runs the arms: processes of this command; submitit's jobs on this machine (local); or Slurm's."""
+    time_limit: int = 60
+    """Minutes of a job of local or slurm; an arm that is not finished then leaves a checkpoint and is requeued."""
+    signal_seconds: int = 120
+    """Seconds before the time limit at which an arm is told to leave its checkpoint."""
+    slurm: tuple[str, ...] = ()
+    """Words of sbatch for every arm: partition=gpu account=me."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of finished arms."""
 
@@ -106,7 +116,7 @@ def configure(argv: Sequence[str]) -> Ablation:
     config = parse(AblateConfig, words, prog=PROG, description=DESCRIPTION.format(grids=", ".join(presets)))
     _check(config, named, arms_words)
     limit = parse_bytes(config.memory_limit, "--memory-limit") if config.memory_limit else 0
-    if config.report:
+    if config.report or config.collect:
         return Ablation(config, Grid(), limit)
     if config.resume:
         return Ablation(config, _saved_grid(Path(config.resume), config), limit)
@@ -120,9 +130,22 @@ def configure(argv: Sequence[str]) -> Ablation:
 
 
 def _check(config: AblateConfig, named: str, words: Sequence[str]) -> None:
-    if sum(map(bool, (config.out, config.resume, config.report))) > 1:
-        raise UserError("--out makes a folder, --resume goes on in one, --report draws one again: give one of them")
-    going_on = "--resume" if config.resume else "--report" if config.report else ""
+    if sum(map(bool, (config.out, config.resume, config.report, config.collect))) > 1:
+        raise UserError(
+            "--out makes a folder, --resume goes on in one, --report draws one again, --collect one that still runs: "
+            "give one of them"
+        )
+    going_on = next((flag(n) for n in ("resume", "report", "collect") if getattr(config, n)), "")
+    if config.slurm and config.launcher != "slurm":
+        raise UserError("--slurm is for --launcher slurm: leave it out")
+    for word in config.slurm:
+        if not re.fullmatch(r"[a-z_]+=.+", word):
+            raise UserError(f"--slurm {word} must be a word of sbatch with its value, as partition=gpu")
+    if not 1 <= config.signal_seconds < 60 * config.time_limit:
+        raise UserError(
+            f"--signal-seconds {config.signal_seconds} must be at least 1 and less than --time-limit "
+            f"{config.time_limit} minutes"
+        )
     if going_on:
         changed = [flag(n) for n in LISTED if getattr(config, n)]
         given = ([named] if named else []) + changed + (["--"] if words else [])
@@ -147,6 +170,12 @@ def _named_grid(named: str, presets: Sequence[str]) -> Grid:
     if not named.endswith(".toml") and not Path(named).exists():
         raise UserError(f"unknown grid {named!r}: name a TOML file, or one of {', '.join(presets)}")
     return read_grid(Path(named))
+
+
+def saved_request(folder: Path) -> Ablation:
+    """What a begun ablation was asked, as its own folder says."""
+    config = AblateConfig(resume=str(folder))
+    return Ablation(config, _saved_grid(folder, config), 0)
 
 
 def _saved_grid(folder: Path, config: AblateConfig) -> Grid:

@@ -21,6 +21,8 @@ from .results import curve, last_step
 
 FINISHED = ("done", "refused", "diverged", "out of memory")
 """Ends that another try would find again; an arm that was killed or failed is tried again by --resume."""
+PRETRAINED = "pretrained"
+"""Name of the run before all arms."""
 ON_ITS_OWN = {"tracker": "none", "save_model": False}
 """Flags of an arm that the grid may change."""
 
@@ -35,9 +37,7 @@ class Runner:
         self.written = 0
 
     def run(self) -> None:
-        for sub in ("results", "logs", "runs"):
-            (self.folder / sub).mkdir(exist_ok=True)
-        self._refuse()
+        self.prepare()
         self._pretrain()
         left = self.left()
         done = len(self.arms) - len(left)
@@ -48,20 +48,20 @@ class Runner:
         def on_end(job: Job, outcome: dict[str, Any]) -> Iterable[Job]:
             arm = self.arms[job.name]
             if job.run is predict_job:
-                record = json.loads(self._result(arm).read_text())
+                record = json.loads(self.result(arm).read_text())
                 record.update(outcome.get("content") or {"predicted": None, "predicted_peak_bytes": None})
-                write_json(self._result(arm), record)
+                write_json(self.result(arm), record)
             else:
                 if outcome["status"] == "stopped":  # this arm alone: where all are stopped, nobody is told of ends
                     outcome = {**outcome, "status": "killed"}
-                record = self._record(arm, job, outcome)
-                write_json(self._result(arm), record)
+                record = self.record(arm, job, outcome)
+                write_json(self.result(arm), record)
                 if outcome["status"] in ("out of memory", "killed"):
                     outcome_path = job.outcome.with_suffix(".predicted.json")
                     return [dataclasses.replace(job, run=predict_job, outcome=outcome_path, limit_bytes=0)]
             self.written += 1
             bar.update()
-            self._row(record)
+            self.row(record)
             return []
 
         def progress(running: list[Job]) -> None:
@@ -69,7 +69,7 @@ class Runner:
 
         try:
             run_jobs(
-                [self._job(arm) for arm in left],
+                [self.job(arm) for arm in left],
                 self.places,
                 on_end=on_end,
                 while_waiting=progress,
@@ -78,12 +78,18 @@ class Runner:
         finally:
             bar.close()
 
+    def prepare(self) -> None:
+        """The folders, and the combinations without meaning."""
+        for sub in ("results", "logs", "runs"):
+            (self.folder / sub).mkdir(exist_ok=True)
+        self.refuse()
+
     def left(self) -> list[Arm]:
         """Arms without a final result."""
-        return [arm for arm in self.arms.values() if not self._finished(arm)]
+        return [arm for arm in self.arms.values() if not self.finished(arm)]
 
-    def _finished(self, arm: Arm) -> bool:
-        path = self._result(arm)
+    def finished(self, arm: Arm) -> bool:
+        path = self.result(arm)
         if not path.exists():
             return False
         record = json.loads(path.read_text())
@@ -91,10 +97,10 @@ class Runner:
             return False
         return record["status"] in FINISHED
 
-    def _result(self, arm: Arm) -> Path:
+    def result(self, arm: Arm) -> Path:
         return self.folder / "results" / f"{arm.name}.json"
 
-    def _refuse(self) -> None:
+    def refuse(self) -> None:
         """Record the combinations without meaning, and say each once."""
         for combination in self.grid.combinations():
             why = refusal(combination.axes)
@@ -105,39 +111,55 @@ class Runner:
                 del self.arms[Arm(combination, seed).name]
             self.console.say(f"refused: {combination.name}: {why}")
             words = [*combination.words, *flag_words(self.grid.finetune)]
-            if not self._result(arm).exists():
-                write_json(self._result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
+            if not self.result(arm).exists():
+                write_json(self.result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
 
     def _pretrain(self) -> None:
         """The run before all arms, unless it is finished or there is none."""
-        ended = self.folder / "pretrained.json"
-        if self.grid.pretrain is None or ended.exists():
+        if not self.needs_pretraining:
             return
-        words = flag_words({"tracker": "none", **self.grid.pretrain})
-        self.console.say(f"pretraining: {shlex.join(['finetune', *words])}")
+        job = self.pretraining()
+        self.console.say(f"pretraining: {shlex.join(['finetune', *job.words])}")
         ends: list[dict[str, Any]] = []
 
         def on_end(job: Job, outcome: dict[str, Any]) -> Iterable[Job]:
             ends.append(outcome)
             return []
 
-        job = Job(
-            "pretrained", finetune_job, tuple(words), folder=self._pretrained,
-            log=self.folder / "logs" / "pretrained.txt", outcome=self.folder / "pretrained.outcome.json",
-        )  # fmt: skip
         with self.console.progress(1, label="pretraining") as bar:
             run_jobs(
                 [job], self.places[:1], on_end=on_end, context=self.context,
                 while_waiting=lambda jobs: bar.set_postfix_str("".join(last_step(j.folder) for j in jobs)),
             )  # fmt: skip
         (end,) = ends
-        job.outcome.unlink(missing_ok=True)
         if end["status"] == "stopped":
+            job.outcome.unlink(missing_ok=True)
             raise KeyboardInterrupt
+        self.keep_pretraining(job, end)
+
+    @property
+    def needs_pretraining(self) -> bool:
+        return self.grid.pretrain is not None and not (self.folder / "pretrained.json").exists()
+
+    def pretraining(self) -> Job:
+        """The run before all arms."""
+        words = flag_words({"tracker": "none", **(self.grid.pretrain or {})})
+        return Job(
+            PRETRAINED, finetune_job, tuple(words), folder=self._pretrained,
+            log=self.folder / "logs" / "pretrained.txt", outcome=self.folder / "pretrained.outcome.json",
+        )  # fmt: skip
+
+    def keep_pretraining(self, job: Job, end: dict[str, Any]) -> None:
+        """Write ``pretrained.json``.
+
+        Raises:
+            UserError: if it did not end with a result.
+        """
+        job.outcome.unlink(missing_ok=True)
         if end["status"] != "done":
             raise UserError(f"the pretraining did not end: {end['why']}")
         content = end["content"]
-        write_json(ended, content)
+        write_json(self.folder / "pretrained.json", content)
         self.console.say(
             f"pretrained in {format_seconds(content['seconds'])}: {content['metric']} {content['val']:.4f} on its "
             f"validation split"
@@ -147,7 +169,7 @@ class Runner:
     def _pretrained(self) -> Path:
         return self.folder / "pretrained"
 
-    def _job(self, arm: Arm) -> Job:
+    def job(self, arm: Arm) -> Job:
         words = [*arm.combination.words, *flag_words({**ON_ITS_OWN, **self.grid.finetune})]
         if self.grid.pretrain is not None:
             words += ["--weights", str(self._pretrained / "model")]
@@ -162,7 +184,7 @@ class Runner:
             limit_bytes=self.request.limit_bytes,
         )
 
-    def _record(self, arm: Arm, job: Job, outcome: dict[str, Any]) -> dict[str, Any]:
+    def record(self, arm: Arm, job: Job, outcome: dict[str, Any]) -> dict[str, Any]:
         """What ``results/NAME.json`` says."""
         content = outcome.get("content") or {}
         record = _head_of(arm, with_device(job))
@@ -174,6 +196,13 @@ class Runner:
         if outcome["status"] in FINISHED and not self.request.config.keep_checkpoints:
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
         return record
+
+    def tell(self, name: str) -> None:
+        """Say the result of an arm that ran elsewhere."""
+        if name in self.arms:
+            self.written = len(self.arms) - len(self.left())
+            self._width = max(len(n) for n in self.arms)
+            self.row(json.loads(self.result(self.arms[name]).read_text()))
 
     # -- what is said --------------------------------------------------------------------------------------------------
 
@@ -189,7 +218,7 @@ class Runner:
         if len(self.arms) > done:
             self.console.say(f"{'':>9}  {'arm':{self._width}}      val     test      memory     time")
 
-    def _row(self, record: dict[str, Any]) -> None:
+    def row(self, record: dict[str, Any]) -> None:
         where = f"{self.written}/{len(self.arms)}"
         if record["status"] != "done":
             self.console.say(f"{where:>9}  {record['name']:{self._width}}  {record['status']}: {record['why']}")

@@ -1,0 +1,250 @@
+"""Arms on other machines: submitted and watched here, run there, by submitit (Slurm, or its processes here).
+
+A shared file system is all that arms share. Each is one command,
+
+    python -m memtrain_apps.ablate.cluster DIR NAME
+
+which goes on where the arm was left, and writes ``results/NAME.json`` itself: the driver may die, and ``ablate
+--collect DIR`` reports what is there. A signal before the time limit leaves a checkpoint, and the arm is requeued. An
+arm whose job ended without a result is submitted again, RETRIES times. submitit sends the call by pickle, within
+``DIR/cluster``.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memtrain_common.console import Console, format_bytes
+from memtrain_common.errors import Stopped, UserError
+from memtrain_common.files import write_json
+
+from .arms import Job, live, outcome_of, wait_until_free
+from .config import Ablation, saved_request
+from .runner import PRETRAINED, Runner
+
+RETRIES = 3
+PAUSE = 0.5  # seconds between two looks
+AGAIN = 75
+"""Exit code of an arm that stopped with a checkpoint, or found another process in its folder: EX_TEMPFAIL."""
+LIBRARIES = 2 * 2**30
+"""Bytes of Python, torch and a GPU's driver in the memory of a process, beside what the ledger counts."""
+SPARE = 1.25
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is asked of the cluster for an arm."""
+
+    memory_bytes: int
+    gpus: int
+    minutes: int
+    signal_seconds: int  # between the signal and the end
+
+
+# -- where an arm runs ---------------------------------------------------------------------------------------------
+
+
+def run_arm(folder: Path, name: str) -> int:
+    """Run an arm of an ablation's folder, or go on with it, and write its result; -> an exit code."""
+    options = json.loads((folder / "cluster.json").read_text())
+    request = replace(saved_request(folder), limit_bytes=options["limit_bytes"])
+    runner = Runner(request, folder, Console(quiet=True), [options["device"]], None)
+    arm = runner.arms.get(name)
+    if runner.finished(arm) if arm else not runner.needs_pretraining:
+        return 0
+    job = replace(runner.job(arm) if arm else runner.pretraining(), device=options["device"])
+    try:
+        wait_until_free(job.folder)  # one that was submitted twice, or whose job is gone and that writes its checkpoint
+    except UserError:
+        return AGAIN
+    _end_when_orphaned()
+    job.outcome.unlink(missing_ok=True)
+    live(job)
+    outcome = outcome_of(job, 0)
+    if outcome["status"] == "stopped":
+        return AGAIN
+    if arm is None:
+        runner.keep_pretraining(job, outcome)
+    else:
+        write_json(runner.result(arm), runner.record(arm, job, outcome))
+    return 0
+
+
+def _end_when_orphaned() -> None:
+    """Stop, after a checkpoint, when the job that started this process is gone: it will be submitted again."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+class ArmCall:
+    """An arm's command as submitit calls it; what :meth:`checkpoint` returns is requeued."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        # the signal before the time limit reaches every process of a job: it is this one that tells the arm to stop
+        ignoring = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # noqa: E731
+        words = [sys.executable, "-m", "memtrain_apps.ablate.cluster", self.folder, self.name]
+        self.child = subprocess.Popen(words, preexec_fn=ignoring)
+        while (code := self.child.poll()) is None:
+            time.sleep(0.1)
+        return code
+
+    def checkpoint(self) -> Any:
+        """Called within a signal's handler: the arm writes its checkpoint and ends."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.child is not None and self.child.returncode is None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.child.pid, signal.SIGTERM)
+                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(ArmCall(self.folder, self.name))
+
+
+# -- where the driver runs -----------------------------------------------------------------------------------------
+
+
+class Submitit:
+    """Slurm, or submitit's local executor."""
+
+    def __init__(self, cluster: str, folder: Path, slurm: dict[str, Any]) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError(
+                f'--launcher {cluster} needs submitit: install "memtrain-apps[cluster]", or leave the flag out'
+            ) from None
+        self._slurm, self._folder = slurm if cluster == "slurm" else None, folder
+        try:
+            make = submitit.LocalExecutor if cluster == "local" else submitit.SlurmExecutor
+            self._executor: Any = make(folder / "cluster")
+        except RuntimeError as error:
+            raise UserError(f"--launcher {cluster}: {error}; choose local, or a machine with sbatch") from None
+
+    def submit(self, name: str, needs: Needs) -> Any:
+        """-> the job."""
+        words: dict[str, Any] = {"gpus_per_node": needs.gpus, "signal_delay_s": needs.signal_seconds}
+        if self._slurm is None:
+            words["timeout_min"] = needs.minutes
+        else:
+            words |= {"time": needs.minutes, "mem": f"{math.ceil(needs.memory_bytes / 2**30)}GB", "job_name": name}
+            words |= {"cpus_per_task": 1, **self._slurm}
+        self._executor.update_parameters(**words)
+        return self._executor.submit(ArmCall(str(self._folder), name))
+
+    def ended(self, handle: Any) -> bool:
+        """Whether the job has ended, and does not wait to be requeued."""
+        return bool(handle.done())
+
+
+def launch(request: Ablation, folder: Path, console: Console, places: list[str]) -> None:
+    """Submit every arm that has no result, and watch until each has one.
+
+    Raises:
+        Stopped: on Ctrl-C. Arms that were submitted go on.
+    """
+    config = request.config
+    device = "cuda:0" if any(p.startswith("cuda") for p in places) else "cpu"
+    if config.launcher == "local" and device != "cpu":
+        raise UserError("--launcher local is for the CPU: leave it out, and an arm runs on each GPU")
+    write_json(folder / "cluster.json", {"device": device, "limit_bytes": request.limit_bytes})
+    runner = Runner(request, folder, console, [device], None)
+    runner.prepare()
+    slurm = dict(word.split("=", 1) for word in config.slurm)
+    launcher = Submitit(config.launcher, folder.resolve(), slurm)
+    base = Needs(LIBRARIES, int(device != "cpu"), config.time_limit, config.signal_seconds)
+    try:
+        if runner.needs_pretraining:
+            console.say("pretraining")
+            _watch(runner, launcher, {PRETRAINED: base}, 1)
+        arms = runner.left()
+        needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
+        most = len(arms) if config.launcher == "slurm" else len(places)
+        console.say(f"{len(arms)} arms by {config.launcher}, {min(most, len(arms))} at a time")
+        _watch(runner, launcher, needs, most)
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+        raise Stopped(
+            signum, f"stopped watching: arms that were submitted go on; --collect {folder} reports what is there, and "
+            f"--resume {folder} --launcher {config.launcher} submits the rest"
+        ) from None  # fmt: skip
+
+
+_peaks: dict[tuple[str, ...], int] = {}
+
+
+def _needs(runner: Runner, job: Job, base: Needs) -> Needs:
+    """By the arm's own predicted peak, which all seeds share; on a GPU the host holds the weights while they load."""
+    from .arm_jobs import predict_job
+
+    words = tuple(w for i, w in enumerate(job.words) if "--seed" not in job.words[max(0, i - 1) : i + 1])
+    if words not in _peaks:
+        found = predict_job(job) or {}
+        totals = found["predicted"]
+        _peaks[words] = found["predicted_peak_bytes"] if job.device == "cpu" else 2 * totals["weights"]
+        runner.console.say(
+            f"{job.name.rpartition('-seed')[0]}: {format_bytes(found['predicted_peak_bytes'])} predicted"
+        )
+    return replace(base, memory_bytes=int(SPARE * _peaks[words]) + base.memory_bytes)
+
+
+def _watch(runner: Runner, launcher: Submitit, needs: dict[str, Needs], most: int) -> None:
+    """Submit, and submit again what ended without a result."""
+    waiting = list(needs)
+    running: dict[str, Any] = {}
+    tries: Counter[str] = Counter()
+
+    def has_result(name: str) -> bool:
+        arm = runner.arms.get(name)
+        return runner.finished(arm) if arm else not runner.needs_pretraining
+
+    while waiting or running:
+        while waiting and len(running) < most:
+            name = waiting.pop(0)
+            tries[name] += 1
+            running[name] = launcher.submit(name, needs[name])
+        for name, handle in list(running.items()):
+            ended = launcher.ended(handle)  # before the look for a result, which is written before the end
+            if has_result(name):
+                del running[name]
+                runner.tell(name)
+            elif ended:
+                del running[name]
+                if tries[name] < RETRIES:
+                    waiting.append(name)
+                else:
+                    _give_up(runner, name)
+        time.sleep(PAUSE)
+
+
+def _give_up(runner: Runner, name: str) -> None:
+    why = f"its job ended {RETRIES} times without a result; {runner.folder / 'cluster'} has its logs"
+    arm = runner.arms.get(name)
+    if arm is None:
+        raise UserError(f"the pretraining did not end: {why}")
+    job = runner.job(arm)
+    if not runner.result(arm).exists():  # one that failed has written what it found
+        write_json(runner.result(arm), runner.record(arm, job, {"status": "killed", "why": why}))
+    runner.tell(name)
+
+
+if __name__ == "__main__":
+    sys.exit(run_arm(Path(sys.argv[1]), sys.argv[2]))

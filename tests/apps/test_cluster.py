@@ -1,0 +1,226 @@
+"""Arms as jobs: submitted, watched, submitted again and collected; by submitit's local executor, with kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from memtrain_apps.ablate import cluster
+from memtrain_apps.ablate.ablate import collect
+from memtrain_apps.ablate.cluster import RETRIES, ArmCall, Needs, Submitit, _watch
+from memtrain_apps.ablate.config import configure, saved_request
+from memtrain_apps.ablate.runner import Runner
+from memtrain_common.console import Console
+from memtrain_common.errors import UserError
+from memtrain_common.files import write_json
+from support import Command, run_command
+
+ARM = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "64", "--log-interval", "1"]
+GRID = ["ablate", "--train", "head", "--save", "all", "--seeds", "2", "--devices", "cpu"]
+
+
+def begun(folder, *words):
+    """An ablation's folder with a grid and nothing else, and its runner."""
+    request = configure([*(words or ["--train", "full", "head", "--save", "all", "backrazor", "--seeds", "2"]), *ARM])
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", {"config": asdict(request.grid)})
+    runner = Runner(saved_request(folder), folder, Console(quiet=True), ["cpu"], None)
+    runner.prepare()
+    return runner
+
+
+def record_of(runner, name, status="done"):
+    arm = runner.arms[name]
+    ledger = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "buffers"), 1)
+    content = {
+        "metric": "accuracy", "val": 0.5, "test": 0.5, "measured": ledger, "predicted": ledger, "seconds": 1.0,
+        "trained_parameters": 1, "samples_per_second": 1.0,
+    }  # fmt: skip
+    outcome = {"status": status, "why": None, "content": content if status == "done" else None}
+    write_json(runner.result(arm), runner.record(arm, replace(runner.job(arm), device="cpu"), outcome))
+
+
+class Scripted:
+    """A launcher whose jobs end at once, as a script says: with a result, or without."""
+
+    def __init__(self, runner, ends):
+        self.runner, self.ends, self.submitted, self.most, self.now = runner, ends, [], 0, 0
+
+    def submit(self, name, needs):
+        self.submitted.append(name)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        status = self.ends[name].pop(0)
+        if status:
+            record_of(self.runner, name, status)
+        return name
+
+    def ended(self, handle):
+        self.now -= 1
+        return True
+
+
+def test_what_ends_without_a_result_is_submitted_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PAUSE", 0)
+    runner = begun(tmp_path / "a")
+    lucky, again, unlucky, *rest = names = list(runner.arms)
+    ends = {lucky: ["done"], again: [None, None, "done"], unlucky: [None] * RETRIES}
+    ends |= {n: ["refused"] for n in rest}
+    launcher = Scripted(runner, ends)
+    _watch(runner, launcher, dict.fromkeys(names, Needs(1, 0, 1, 1)), most=2)
+    assert launcher.submitted.count(again) == 3
+    assert launcher.submitted.count(unlucky) == RETRIES
+    assert launcher.most == 2
+    found = {p.stem: json.loads(p.read_text())["status"] for p in runner.folder.glob("results/*.json")}
+    assert (found[lucky], found[again], found[unlucky]) == ("done", "done", "killed")
+    assert runner.left() == [runner.arms[unlucky]]  # --resume tries it again
+
+
+def test_collecting_reports_what_is_there(tmp_path, capsys):
+    runner = begun(tmp_path / "a")
+    first, *_ = runner.arms
+    record_of(runner, first)
+    found = collect(tmp_path / "a", Console())
+    assert sum(len(s.runs) for s in found) == 1
+    said = capsys.readouterr().out
+    assert f"1 of {len(runner.arms)} arms have a result; 0 of the others have begun" in said
+    assert "refused" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_memory_is_asked_by_the_arms_own_prediction(tmp_path, monkeypatch):
+    """Once for all seeds; on a GPU the host's part is the weights'."""
+    runner = begun(tmp_path / "a")
+    asked = []
+
+    def predicted(job):
+        asked.append(job.name)
+        return {"predicted": {"weights": 10**9}, "predicted_peak_bytes": 7 * 10**9 + 1000 * len(asked)}
+
+    monkeypatch.setattr("memtrain_apps.ablate.arm_jobs.predict_job", predicted)
+    monkeypatch.setattr(cluster, "_peaks", {})
+    base = Needs(cluster.LIBRARIES, 0, 5, 1)
+    arms = runner.left()
+    needs = [cluster._needs(runner, replace(runner.job(a), device="cpu"), base) for a in arms]
+    assert len(asked) == len({a.combination.name for a in arms}) == len(arms) // 2
+    assert len({n.memory_bytes for n in needs}) == len(asked)
+    assert needs[0].memory_bytes == int(cluster.SPARE * (7 * 10**9 + 1000)) + cluster.LIBRARIES
+    monkeypatch.setattr(cluster, "_peaks", {})
+    on_gpu = cluster._needs(runner, replace(runner.job(arms[0]), device="cuda:0"), replace(base, gpus=1))
+    assert on_gpu.memory_bytes == int(cluster.SPARE * 2 * 10**9) + cluster.LIBRARIES
+
+
+def test_slurm_is_asked_for_what_an_arm_needs(tmp_path, monkeypatch):
+    """What sbatch reads, of submitit's own making; the commands of Slurm are two lines of shell."""
+    pytest.importorskip("submitit")
+    for name, body in (("sbatch", 'cp "$1" "$ASKED"; echo "Submitted batch job 7"'), ("srun", ""), ("sacct", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    launcher = Submitit("slurm", tmp_path / "abl", {"partition": "gpu", "account": "me"})
+    job = launcher.submit("an-arm", Needs(11 * 2**30 + 1, 1, 90, 150))
+    assert job.job_id == "7"
+    asked = (tmp_path / "asked").read_text()
+    words = (
+        "mem=12GB",
+        "gpus-per-node=1",
+        "time=90",
+        "partition=gpu",
+        "account=me",
+        "signal=USR2@150",
+        "job-name=an-arm",
+    )
+    for word in words:
+        assert f"#SBATCH --{word}\n" in asked, asked
+
+
+def test_the_signal_before_the_limit_ends_the_arm_and_requeues_it(tmp_path, monkeypatch):
+    """The call's own process: its child is told to stop, and what is requeued is the same arm."""
+    pytest.importorskip("submitit")
+    script = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+signal.pause()
+"""
+    call = ArmCall(str(tmp_path), "an-arm")
+    call.child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert call.child.stdout.readline() == b"ready\n"
+    again = call.checkpoint()
+    assert call.child.wait() == 75
+    assert (again.function.folder, again.function.name, again.function.child) == (str(tmp_path), "an-arm", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--slurm", "partition=gpu"], "--slurm is for --launcher slurm"),
+        (["--launcher", "slurm", "--slurm", "gpu"], "partition=gpu"),
+        (["--launcher", "local", "--time-limit", "1"], "--signal-seconds 120"),
+        (["--collect", "a", "--resume", "b"], "give one of them"),
+        (["--collect", "a", "--train", "full"], "--collect brings its own grid"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, match):
+    with pytest.raises(UserError, match=match):
+        configure(words)
+
+
+@pytest.mark.slow
+def test_driver_and_arm_are_killed_and_every_arm_ends_as_in_a_plain_run(tmp_path):
+    """By submitit's local executor: the arm's process is killed, then the driver; what was submitted goes on, and the
+    rest is submitted by --resume. The results are a plain run's but for times."""
+    pytest.importorskip("submitit")
+    plain = run_command([*GRID, "--out", "plain", *ARM], tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    here = ["--launcher", "local"]
+    driver = Command([*GRID, *here, "--out", "abl", *ARM], tmp_path)
+    arm = wait_for(lambda: children_of("memtrain_apps.ablate.cluster", str(tmp_path / "abl")), driver)[0]
+    os.kill(arm, signal.SIGKILL)
+    wait_for(
+        lambda: [p for p in children_of("memtrain_apps.ablate.cluster", str(tmp_path / "abl")) if p != arm], driver
+    )
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait_for(lambda: list((tmp_path / "abl" / "results").glob("*.json")))  # nobody watches, and it ends
+    assert run_command(["ablate", "--collect", "abl"], tmp_path).returncode == 0
+    done = run_command(["ablate", "--resume", "abl", *here], tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = (
+        {p.stem: json.loads(p.read_text()) for p in (tmp_path / n / "results").glob("*.json")} for n in ("plain", "abl")
+    )
+    assert a.keys() == b.keys()
+    for name in a:
+        for key in ("status", "val", "test", "measured", "predicted", "command", "trained_parameters"):
+            assert a[name][key] == b[name][key], (name, key)
+
+
+def results_in(folder):
+    return {p.stem: json.loads(p.read_text()) for p in (folder / "results").glob("*.json")}
+
+
+def children_of(*words):
+    """Process ids whose command has all the words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if all(any(w in part for part in command) for w in words) and "python" in command[0] and "-m" in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(look, driver=None, seconds=900):
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert driver is None or driver.poll() is None, "the driver ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
