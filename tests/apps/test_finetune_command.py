@@ -16,9 +16,11 @@ from support import (
     both,
     newest_checkpoint,
     pause_at,
+    ranks_of,
     rows,
     run_command,
     run_installed,
+    run_on,
     without_pictures,
 )
 
@@ -244,5 +246,30 @@ def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
     assert not any("lora" in n for n in load_file(tmp_path / "run" / "model" / "model.safetensors"))
 
 
-def test_a_model_in_shards_is_not_promised_whole(tmp_path):
-    assert_refused(run_command(["finetune", "--parallel", "fsdp"], tmp_path), "--no-save-model")
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "lora", "lora-xs"])
+def test_a_model_in_shards_is_trained_stopped_resumed_and_written_whole(tmp_path, train):
+    """FSDP2 on two gloo processes, killed in the middle, beside one process: the same model to 1e-5."""
+    words = [*DIGITS, "--train", train, "--optim", "sgd", "--lr", "0.1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    done = run_command([*words, "--out", "run"], one, before=without_pictures)
+    assert done.returncode == 0, done.stderr
+    last = rows(one / "run")[-1]["step"]
+    shared = [*words, "--parallel", "fsdp", "--out", "run"]
+    ranks = ranks_of(2, shared, two, both(without_pictures, pause_at(last // 2 + 1)))
+    ranks[0].wait_until_paused()
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+        rank.wait()
+    assert not (two / "run" / "model").exists()
+    for end in run_on(2, ["finetune", "--resume", "run"], two, without_pictures):
+        assert end.returncode == 0, end.stderr
+    expected, found = (load_file(f / "run" / "model" / "model.safetensors") for f in (one, two))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+    model, kept = load_vit(two / "run" / "model", image_size=0, classes=3)
+    assert kept
+    assert model.num_labels == 3

@@ -15,6 +15,7 @@ from memtrain_common.training.distributed import World, parallelize
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import schedule
+from memtrain_common.training.whole import gather_whole, skeleton
 from torch import nn
 
 from ..compose.axes import read_settings
@@ -48,11 +49,18 @@ def run(
         say(f"learning rate {lr:g}, the usual one of train {config.train} with {config.optim}")
     predicted = predict_run(workload, config, config, device=device)
 
+    plain: list[nn.Module] = []  # what the whole model is gathered into where its parts lie on several processes
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if config.save_model and config.parallel == "fsdp" and session.place.size > 1 and session.place.is_main:
+            plain.append(skeleton(model))
+        return parallelize(model, config.parallel, device, blocks=blocks(model).values())
+
     # the composition: inject, wrap, build; then fit enters the saving context around each forward pass
     task = compose(
         replace(workload.task, lr_factor=_schedule(config, workload.steps)), config, lr=lr,
         head_lr=getattr(config, "head_lr", 0.0), weight_decay=config.weight_decay, say=say,
-        wrap=lambda m: parallelize(m, config.parallel, device, blocks=blocks(m).values()),
+        wrap=wrap,
     )  # fmt: skip
     task = replace(task, evaluate=lambda m: workload.evaluate(m, workload.splits[0]))
     seed_all(config.seed + session.place.rank)  # dropout differs between processes; the weights above must not
@@ -77,8 +85,13 @@ def run(
         table=_scores_table(workload, outcome, scores),
         memory=_memory_table(outcome, predicted),
     )
-    if config.save_model and session.place.is_main:
-        _save_model(outcome.model, config, workload, session.folder.path / "model", session.console)
+    if config.save_model:
+        trained = outcome.model
+        if config.parallel == "fsdp" and session.place.size > 1:
+            gather_whole(trained, plain[0] if plain else None)
+            trained = plain[0] if plain else trained
+        if session.place.is_main:
+            _save_model(trained, config, workload, session.folder.path / "model", session.console)
     return _arm(content)
 
 
@@ -133,6 +146,8 @@ def _save_model(model: nn.Module, config: RunConfig, workload: Workload, path: P
         for part in workload.extra.values():
             part.save_pretrained(path)
     else:
+        for tensor in (*model.parameters(), *model.buffers()):  # a file holds values, not lazy flags on them
+            tensor.data = tensor.data.resolve_conj().resolve_neg()
         path.mkdir(exist_ok=True)
         save_model(model, str(path / "model.safetensors"))
     console.say(f"model {path}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import files
 from .config import LoRAXSConfig
@@ -75,7 +76,7 @@ def make_bases(
                 f"use at most {min(out, width)}, or give this module its own rank in rank_pattern"
             )
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world == 1:
+    if world == 1 or any(isinstance(request.weight, FakeTensor) for request in requests):  # nothing to share
         return _compute(requests, config, cache, progress)
     rank = dist.get_rank()
     failure = None
