@@ -78,8 +78,8 @@ ROOMS = {
     APPS: ("ablate", "plan", "run", "compose"),
 }
 # Beside the rooms: what every room may import, and what stands over all of them.
-GROUND = {COMMON: {"errors", "files", "console", "optional"}, APPS: set()}
-ROOF = {COMMON: {"hf"}, APPS: {"cli"}}
+GROUND = {COMMON: {"errors", "files", "console", "interrupts", "optional"}, APPS: set()}
+ROOF = {COMMON: {"hf"}, APPS: {"cli", "scripts"}}
 BESIDE_EACH_OTHER = {("ablate", "plan"), ("plan", "ablate")}
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import signal
 from typing import Literal
 
 import pytest
@@ -114,12 +113,6 @@ def test_ends_are_one_line_and_an_exit_code(error, code, said, capsys):
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert err.count("\n") == 1
-
-
-def test_sigterm_outside_training_is_one_line(capsys):
-    assert run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM), prog="prog", argv=[]) == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert capsys.readouterr().err == "prog: stopped by SIGTERM while nothing was being trained: nothing was lost\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback():

@@ -21,6 +21,7 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.errors import Stopped, UserError
+from memtrain_common.interrupts import say_from_now_on, unwinding
 
 from .arms import server
 from .config import PROG, Ablation, saved_request
@@ -81,8 +82,10 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
         return found
     runner = Runner(request, run.path, console, places, context)
     try:
-        runner.run()
+        with unwinding():  # its arms save their checkpoints first
+            runner.run()
     except KeyboardInterrupt as interrupt:
+        say_from_now_on(lambda name: f"stopped by {name}; resume with --resume {run.path}")
         with contextlib.suppress(UserError):  # nothing has a result yet
             draw(run.path, Console(quiet=True))
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
@@ -90,6 +93,7 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
         raise Stopped(
             signum, f"stopped by {signal.Signals(signum).name} with {left} arms left; resume with --resume {run.path}"
         ) from None
+    say_from_now_on(lambda name: f"stopped by {name} after the last arm; ablate --report {run.path} draws the report")
     found = draw(run.path, console)
     _end(run.path, [r for s in found for r in s.results])
     return found

@@ -11,6 +11,7 @@ from typing import Any
 from memtrain_common.commands.quiet import quiet_libraries
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import UserError
+from memtrain_common.interrupts import unwinding
 
 from ..compose.axes import Axes, Optim
 from .arms import Arm, Plan, Remedy
@@ -249,8 +250,14 @@ def _processes(workers: int) -> Iterator[_RunAll]:
     import torch._dynamo  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _one_thread) as pool:
-        yield pool.map
+    with unwinding(), ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _one_thread) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _one_thread() -> None:

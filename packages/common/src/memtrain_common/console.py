@@ -9,6 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 
+def printable(text: str) -> str:
+    """Text as a terminal may have it: control characters (a file's name may hold some) and halves of surrogate pairs
+    are escaped, as ``\\x1b``; new lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class Console:
     """Prints lines and keeps them in a log file; the progress bar stays below them.
 
@@ -23,13 +29,14 @@ class Console:
     def say(self, text: str = "") -> None:
         if self._quiet:
             return
+        text = printable(text)
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader (`| head`) is gone: training goes on, and the log is complete
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._log is not None:
-            with self._log.open("a") as file:
+            with self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def progress(self, total: int, *, initial: int = 0, label: str = "", scale: bool = False) -> "tqdm[Any]":

@@ -11,12 +11,14 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
+from ..console import printable
 from ..errors import Stopped, UserError
+from ..interrupts import leaving
 from ..optional import package_of
 from .flag_help import help_text
 
@@ -100,9 +102,19 @@ def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Seque
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    with leaving(prog):
+        ended = _end_of(main, sys.argv[1:] if argv is None else argv)
+    if isinstance(ended, int):
+        return ended
+    code, line = ended
+    print(f"{prog}: {printable(line)}", file=sys.stderr)
+    return code
+
+
+def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int | tuple[int, str]:
+    """Call it; -> the exit code, with a line to say if there is one."""
     try:
-        with _sigterm_as_interrupt():
-            main(sys.argv[1:] if argv is None else argv)
+        main(argv)
         return 0
     except UserError as error:
         code, line = error.exit_code, f"error: {error}"
@@ -125,26 +137,17 @@ def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Seque
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            if error.filename is None:
+                raise
+            places = " and ".join(
+                os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, str | bytes)
+            )
+            why = "is it gone, or was it renamed" if error.errno == errno.ENOENT else "look at what lies there"
+            return UserError.exit_code, f"error: cannot use {places} ({error.strerror}): {why}"
         where = error.filename or "the run folder"
         code = UserError.exit_code
         line = f"error: could not write {where} ({error.strerror}): free some space, or choose another place with --out"
-    print(f"{prog}: {line}", file=sys.stderr)
-    return code
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does; while training, the loop takes both over."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt(signum)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return code, line
 
 
 def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -31,8 +31,10 @@ from ..runs.trackers import check_tracker
 from ..training.cpu_workarounds import avoid_broken_amx
 from ..training.distributed import World, gather_objects, launch, unwrap
 from ..training.fit_config import DTYPES, FitConfig
+from ..training.leaving import say_after_training
 from ..training.loop import fit
 from ..training.task import Task
+from ..training.trained_state import copies
 from .installed import draw, with_what_is_installed
 from .result import Outcome, result_content, write_result
 from .summary import count_parameters, ledger_table, run_facts
@@ -179,14 +181,15 @@ class Session:
             UserError: if the best checkpoint is damaged; which one is intact is said.
         """
         config, model = with_what_is_installed(config, self.device, self.console.say), unwrap(task.model)
-        start = _weights(task) if select == "best" else {}
+        start = copies(task) if select == "best" else {}
         result = fit(
             task, config, run=self.run, resume=resume or bool(self.config.resume), resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
-        if result.ledger is None and self.run is not None and (self.run.path / "memory.json").exists():
+        if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
             result.ledger = Ledger.read(self.run.path / "memory.json")
         step = result.step
+        say_after_training(step, self._resume_path or (self.run.path if self.run is not None else None))
         if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
             step = result.best[0]
             state = {**model.state_dict(), **start} if not step else self._verified(step)
@@ -255,7 +258,7 @@ class Session:
         """
         about = {"command": shlex.join([*self.prog.split(" "), *self.argv]), "data": self.data.get("name")}
         about |= {"seed": self.config.seed}
-        losses = [row["loss"] for row in self.folder.metrics() if row["split"] == "train"]
+        losses = [row["loss"] for row in self.folder.metrics() if row.get("split") == "train"]
         content = result_content(
             outcome, about, train_loss=losses[-1] if losses else None, scores=scores, own=own or {}, numbers=numbers
         )
@@ -283,16 +286,3 @@ class Session:
         if say:
             self.console.say(f"run folder {self.folder.path}")
         return content
-
-
-def _weights(task: Task) -> dict[str, Any]:
-    """Copies of what training may change, since step 0 has no checkpoint: frozen weights change where steps merge."""
-    model = unwrap(task.model)
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    if task.after_step is not None:
-        frozen = set()
-    return {n: v.detach().clone() for n, v in model.state_dict().items() if n not in frozen and _is_tensor(v)}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)

@@ -5,6 +5,7 @@ Without torchrun everything here is the single process: rank 0 of 1.
 
 import datetime
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import UserError
+from ..errors import LostRankError, UserError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def launch(device: str = "auto", *, patience_s: float | None = None) -> tuple[Wo
 
     Raises:
         UserError: if CUDA is asked for and there is none.
+        LostRankError: if not all processes begin within a minute.
     """
     world = World(*(int(os.environ.get(n, d)) for n, d in _ENVIRONMENT))
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -60,11 +62,46 @@ def launch(device: str = "auto", *, patience_s: float | None = None) -> tuple[Wo
         raise UserError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
     if world.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = _meet()
         timeout = datetime.timedelta(seconds=patience_s) if patience_s else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _stores.append(store)
     return world, chosen
+
+
+MEETING_S = 60.0
+"""Seconds that a process waits for all the others to begin."""
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store, and this process's rank among how many, once all processes have come.
+
+    The waiting is done by a thread: this one stays with Python, which ends the command at a signal.
+
+    Raises:
+        LostRankError: if they do not come within ``MEETING_S``.
+    """
+    came: list[Any] = []
+
+    def wait() -> None:
+        try:
+            came.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_S))))
+        except Exception as error:  # of the store, of the network, of what the variables hold
+            came.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True, name="rendezvous")
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.2)
+    if isinstance(came[0], Exception):
+        if isinstance(came[0], ValueError):  # a variable of torchrun's is missing
+            raise UserError(f"the processes cannot meet: {str(came[0]).splitlines()[0]}")
+        raise LostRankError(
+            f"the {os.environ['WORLD_SIZE']} processes did not come together within {MEETING_S:.0f} s: one ended "
+            "before it began, or MASTER_ADDR and MASTER_PORT are not the same for all"
+        ) from came[0]
+    came[0][0].set_timeout(datetime.timedelta(minutes=30))  # torch's own, from here on
+    return came[0]
 
 
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))

@@ -3,8 +3,11 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from ..errors import LostRankError, Stopped
+from ..interrupts import say_from_now_on, saying
 from .keeping import Keeper
 from .training_state import all_finite
 
@@ -23,20 +26,37 @@ def stop(keeper: Keeper, signum: int) -> None:
     raise Stopped(signum, f"{message}; checkpoint {path}; resume with --resume {keeper.resume_path}")
 
 
-def stop_at_once(keeper: Keeper) -> None:
-    """Leave on a second Ctrl-C, without saving.
+def at_once(keeper: Keeper, name: str) -> str:
+    """What is said when a second signal of the same kind ends a training without saving."""
+    kept = keeper.last_kept.removesuffix(" yet")
+    return f"stopped at once by a second {name} in step {keeper.progress.result.step + 1}; {kept}"
+
+
+def stop_at_once(keeper: Keeper, interrupt: KeyboardInterrupt) -> None:
+    """Leave on a second signal, without saving: where no command has taken the signals, it raises this.
 
     Raises:
         Stopped: always.
     """
-    kept = keeper.last_kept.removesuffix(" yet")
-    message = f"stopped at once by a second SIGINT in step {keeper.progress.result.step + 1}; {kept}"
-    raise Stopped(signal.SIGINT, message) from None
+    signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+    raise Stopped(signum, at_once(keeper, signal.Signals(signum).name)) from None
+
+
+def say_after_training(step: int, folder: Path | None) -> None:
+    """From now on a signal that ends the command says that the last checkpoint is there."""
+    if folder is not None:
+        say_from_now_on(
+            lambda name: (
+                f"stopped by {name} after step {step}, the last one: its checkpoint is kept, and --resume "
+                f"{folder} goes on behind it"
+            )
+        )
 
 
 @contextmanager
 def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
-    """When another process is lost: save what this one can vouch for, and leave.
+    """When another process is lost: save what this one can vouch for, and leave. A second signal of a kind, which ends
+    the command without saving, says which checkpoint there is.
 
     Args:
         every: with a model in parts, processes whose steps lie between the same multiples of it have the same to save.
@@ -45,7 +65,8 @@ def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
         LostRankError: naming the checkpoint to go on from.
     """
     try:
-        yield
+        with saying(partial(at_once, keeper)):
+            yield
     except ConnectionAbortedError as error:
         run, step = keeper.run, keeper.progress.result.step
         message = f"stopped at step {step}: {error}; "

@@ -148,8 +148,8 @@ class _Trainer:
                         lapse = 0.0
                     self._agree_to_stop(signals)
                 result.joules = meter.joules
-        except KeyboardInterrupt:
-            stop_at_once(self.keeper)
+        except KeyboardInterrupt as interrupt:
+            stop_at_once(self.keeper, interrupt)
         finally:
             bar.close()
             self.peaks.end()

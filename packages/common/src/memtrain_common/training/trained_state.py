@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .distributed import unwrap
+from .task import Task
 
 
 @contextmanager
@@ -27,3 +30,13 @@ def trained_state(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copies(task: Task) -> dict[str, Any]:
+    """Copies of what training may change, since step 0 has no checkpoint: frozen weights change where steps merge."""
+    model = unwrap(task.model)
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if task.after_step is not None:
+        frozen = set()
+    state = model.state_dict().items()
+    return {n: v.detach().clone() for n, v in state if n not in frozen and isinstance(v, Tensor)}
