@@ -13,7 +13,6 @@ Processes are forked from a server that has loaded the libraries, so that an arm
 
 import contextlib
 import fcntl
-import json
 import multiprocessing
 import os
 import resource
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.errors import DivergedError, Stopped, UserError
-from memtrain_common.files import write_json
+from memtrain_common.files import read_json, write_json
 from tqdm import tqdm
 
 PRELOAD = "memtrain_apps.ablate.preload"
@@ -119,7 +118,7 @@ def _placed(job: Job, place: str) -> Job:
 def outcome_of(job: Job, code: int | None) -> dict[str, Any]:
     """What became of a job whose process has ended."""
     try:
-        return json.loads(job.outcome.read_text())
+        return read_json(job.outcome)
     except (OSError, ValueError):
         pass
     if code is not None and code < 0:

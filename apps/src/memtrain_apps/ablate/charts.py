@@ -118,7 +118,7 @@ def scatter(
         if p.half:
             ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
             out.append(
-                f'<line class="interval {p.css} {p.group}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
+                f'<line class="interval {escape(p.css)} {p.group}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
                 f'y2="{ends[1]:.1f}"/>'
             )
     for p, (x, y) in zip(points, anchors, strict=True):
@@ -199,28 +199,28 @@ def curves(
     for line in lines:
         if line.low and len(line.xs) > 1:
             there, back = path(line.xs, line.low), path(line.xs[::-1], line.high[::-1])
-            out.append(f'<path class="band {line.css}" d="M{there}L{back}Z"/>')
+            out.append(f'<path class="band {escape(line.css)}" d="M{there}L{back}Z"/>')
     for line in lines:
         if line.xs:
-            out.append(f'<path class="line {line.css}" d="M{path(line.xs, line.ys)}"/>')
+            out.append(f'<path class="line {escape(line.css)}" d="M{path(line.xs, line.ys)}"/>')
         for x, y in line.dots:
             if y_limits[0] <= y <= y_limits[1]:
-                out.append(f'<circle class="dot {line.css}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="2.6"/>')
+                out.append(f'<circle class="dot {escape(line.css)}" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="2.6"/>')
     return svg(out, width, height, title, describe)
 
 
 def mark(shape: str, x: float, y: float, css: str) -> str:
     """A mark of equal visual weight in four shapes."""
     if shape == "circle":
-        return f'<circle class="mark {css}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+        return f'<circle class="mark {escape(css)}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     if shape == "square":
-        return f'<rect class="mark {css}" x="{x - 5.4:.1f}" y="{y - 5.4:.1f}" width="10.8" height="10.8"/>'
+        return f'<rect class="mark {escape(css)}" x="{x - 5.4:.1f}" y="{y - 5.4:.1f}" width="10.8" height="10.8"/>'
     far = 7.0 if shape == "triangle" else 7.4
     corners = {
         "triangle": ((0, -far), (far * 0.92, far * 0.72), (-far * 0.92, far * 0.72)),
         "diamond": ((0, -far), (far, 0), (0, far), (-far, 0)),
     }[shape]
-    return f'<path class="mark {css}" d="M{"L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in corners)}Z"/>'
+    return f'<path class="mark {escape(css)}" d="M{"L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in corners)}Z"/>'
 
 
 def swatch(shape: str, css: str) -> Markup:
@@ -264,4 +264,4 @@ def _x_ticks(values: Sequence[float], sx: Scale, plot: Box, show: Callable[[floa
 
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="{escape(css)}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -24,8 +24,9 @@ def read_grid(path: Path) -> Grid:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the grid {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not TOML: {reason}") from None
     try:
         return grid_of(content)
     except UserError as error:

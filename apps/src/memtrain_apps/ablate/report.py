@@ -1,6 +1,5 @@
 """One HTML file of an ablation: every figure inline, no script, nothing fetched."""
 
-import json
 import math
 import shlex
 import statistics
@@ -11,6 +10,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from memtrain_common.console import format_bytes, format_count, format_seconds
+from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 
 from ..compose.axes import OPTIM, SAVE, TRAIN
 from .charts import Line, Point, curves, scatter, swatch
@@ -23,10 +24,18 @@ SHAPES = dict(zip(SAVE, ("circle", "square", "triangle", "diamond"), strict=True
 
 def write_report(folder: Path, found: Sequence[Summary]) -> Path:
     """``report.html`` in an ablation's folder, from the summaries of its results."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    try:
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        config = {**config}
+    except (ValueError, TypeError):
+        raise UserError(f"{folder / 'config.json'} is damaged: put it right, or remove it to do without it") from None
     path = folder / "report.html"
     partial = path.with_suffix(".partial")
-    partial.write_text(render(found, config), encoding="utf-8")
+    try:
+        text = render(found, config)
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration, jinja2.TemplateError) as error:
+        raise UserError(f"the results in {folder} do not hold what a report needs ({error!r})") from error
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
     return path
 

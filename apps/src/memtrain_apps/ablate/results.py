@@ -1,6 +1,5 @@
 """What arms tell while they run, and what their results say together: over seeds, with the Pareto front."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.errors import UserError
+from memtrain_common.files import parse_json, read_json
 from memtrain_common.measuring.intervals import mean_and_ci
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
@@ -139,7 +139,64 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     paths = sorted((folder / "results").glob("*.json"))
     if not paths:
         raise UserError(f"{folder} holds no results of an ablation: --report needs a folder that ablate made")
-    return [json.loads(p.read_text()) for p in paths]
+    return [read_arm(p) for p in paths]
+
+
+STATUSES = ("done", "refused", "diverged", "out of memory", "killed", "failed")
+
+
+def read_arm(path: Path) -> dict[str, Any]:
+    """One arm's result, with everything that the table and the report need.
+
+    Raises:
+        UserError: naming the file, if it is damaged.
+    """
+    try:
+        record = read_json(path)
+        wrong = _wrong(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    if wrong:
+        raise UserError(f"{path} is not an arm's result ({wrong}): remove it, and run the arm by ablate --resume")
+    return record
+
+
+def _wrong(record: dict[str, Any]) -> str:
+    """What does not hold of a result; empty where all does."""
+    from ..compose.axes import OPTIM, SAVE, TRAIN, USED_BY
+
+    texts = [record[k] for k in ("name", "combination", "command")]
+    if not all(isinstance(t, str) for t in texts) or not isinstance(record["seed"], int):
+        return "name, combination and command are texts, seed is a number"
+    for axis, choices in {"train": TRAIN, "save": SAVE, "optim": OPTIM}.items():
+        if record["axes"][axis] not in choices:
+            return f"its {axis} is {record['axes'][axis]!r}"
+    if set(record["axes"]) != {"train", "save", "optim"}:
+        return "it has other axes than train, save and optim"
+    unknown = next((n for n in record["settings"] if n not in USED_BY), None)
+    if unknown is not None:
+        return f"its settings have {unknown!r}"
+    if record["status"] not in STATUSES:
+        return f"its status is {record['status']!r}"
+    ledgers = [record["predicted"]] if record.get("predicted") else []
+    if record["status"] == "done":
+        numbers = {k: record[k] for k in ("val", "test", "seconds", "trained_parameters") if k in record or k != "test"}
+        odd = next((k for k, v in numbers.items() if not _is_number(v)), None)
+        if odd is not None:
+            return f"its {odd} is {numbers[odd]!r}"
+        if not isinstance(record["metric"], str):
+            return "its metric is no text"
+        ledgers.append(record["measured"])
+    if not all(_is_number(ledger[c]) for ledger in ledgers for c in CATEGORIES):
+        return "a ledger holds something else than numbers"
+    for row in record.get("curve", []):
+        if not _is_number(row["step"]) or not _is_number(row.get("loss") or 0):
+            return "its curve holds something else than numbers"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -169,12 +226,12 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     keep = ("step", "split", "loss", "accuracy", "seconds")
     rows = []
     path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
-        except ValueError:  # a kill cut it short
+            row = parse_json(line)
+            rows.append({k: row[k] for k in keep if k in row})
+        except (ValueError, TypeError):  # a kill cut it short
             continue
-        rows.append({k: row[k] for k in keep if k in row})
     return rows
 
 

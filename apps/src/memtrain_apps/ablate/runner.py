@@ -17,7 +17,7 @@ from .arm_jobs import configure_finetune, finetune_job, predict_job, with_device
 from .arms import Job, run_jobs
 from .config import Ablation
 from .grid import Arm, Combination, Grid, flag_words
-from .results import curve, last_step
+from .results import curve, last_step, read_arm
 
 FINISHED = ("done", "refused", "diverged", "out of memory")
 """Ends that another try would find again; an arm that was killed or failed is tried again by --resume."""
@@ -92,8 +92,13 @@ class Runner:
         path = self.result(arm)
         if not path.exists():
             return False
-        record = json.loads(path.read_text())
-        if record["status"] == "out of memory" and record["memory_limit_bytes"] != self.request.limit_bytes:
+        try:
+            record = read_arm(path)
+        except UserError as error:
+            self.console.say(f"{arm.name} runs again: {error}")
+            path.unlink()
+            return False
+        if record["status"] == "out of memory" and record.get("memory_limit_bytes") != self.request.limit_bytes:
             return False
         return record["status"] in FINISHED
 

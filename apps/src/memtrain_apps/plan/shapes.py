@@ -5,7 +5,6 @@ against the published totals.
 """
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 
 Task = Literal["pictures", "text", "language"]
 TASKS: dict[str, Task] = {
@@ -216,6 +216,9 @@ def _all() -> dict[str, Shape]:
     return {_key(s.name): s for s in found}
 
 
+MOST_BLOCKS = 1024
+
+
 def _from_folder(folder: Path) -> Shape:
     path = folder / "config.json"
     if not path.is_file():
@@ -223,9 +226,9 @@ def _from_folder(folder: Path) -> Shape:
             f"{folder} has no config.json: --model needs a folder as transformers' save_pretrained writes it"
         )
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         family = config["model_type"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration of transformers: it must be JSON with a model_type") from None
     if family not in TASKS or family == "cnn":
         raise UserError(
@@ -235,4 +238,7 @@ def _from_folder(folder: Path) -> Shape:
     shape = Shape(str(folder), family, config)
     if shape._depth_field not in config:
         raise UserError(f"{path} has no {shape._depth_field}: the number of blocks is needed")
+    depth = config[shape._depth_field]
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= MOST_BLOCKS:
+        raise UserError(f"{path} has {shape._depth_field} {depth!r}: a model has 1 to {MOST_BLOCKS} blocks")
     return shape

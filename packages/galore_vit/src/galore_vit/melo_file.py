@@ -113,8 +113,11 @@ def _settings(
     if "melo" in metadata:
         if alpha is not None:
             raise ValueError(f"{path} holds its own alpha: leave alpha out")
-        saved = json.loads(metadata["melo"])
-        return MeLo(rank, float(saved["alpha"]), tuple(saved["layers"]))
+        try:
+            saved = json.loads(metadata["melo"])
+            return MeLo(rank, float(saved["alpha"]), tuple(map(int, saved["layers"])))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} does not say its alpha and layers as MeLo files here do ({error!r})") from None
     if alpha is None:
         raise ValueError(f"{path} does not hold its alpha (the published code keeps it in the file name): give alpha")
     blocks = {n for name, _ in projections(model) for n in name.split(".") if n.isdigit()}

@@ -14,6 +14,8 @@ from .config import LoRAXSConfig
 from .errors import LoRAXSError
 
 ADAPTER, ADAPTER_FORMAT = "adapter.safetensors", "lora-xs adapter 1"
+MOST_UNPACKED = 64 << 20
+"""Bytes of the list of modules: a million of them have less."""
 HEAD_FILE, HEAD_FORMAT = "head.safetensors", "lora-xs head 1"
 
 
@@ -75,7 +77,7 @@ def parse_header(file: Path, header: dict[str, str]) -> AdapterInfo:
             stored_bases=json.loads(header["stored_bases"]),
             heads=tuple(json.loads(header["heads"])),
         )
-    except (KeyError, TypeError, json.JSONDecodeError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise LoRAXSError(f"{file} has no complete LoRA-XS header ({error})") from error
 
 
@@ -84,4 +86,9 @@ def pack(value: Any) -> str:
 
 
 def unpack(text: str) -> Any:
-    return json.loads(zlib.decompress(base64.b64decode(text)))
+    """The inverse of :func:`pack`; nothing larger than ``MOST_UNPACKED`` is unpacked."""
+    unpacking = zlib.decompressobj()
+    found = unpacking.decompress(base64.b64decode(text), MOST_UNPACKED)
+    if not unpacking.eof:
+        raise ValueError(f"its list of modules is incomplete, or larger than {MOST_UNPACKED >> 20} MiB")
+    return json.loads(found)

@@ -188,7 +188,7 @@ class LoRAXSConfig:
         """The inverse of `to_json`; unknown or missing fields are refused."""
         try:
             return cls(**json.loads(text))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise LoRAXSError(f"this is not a LoRA-XS configuration: {error}") from error
 
     @classmethod

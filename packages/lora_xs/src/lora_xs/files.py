@@ -26,6 +26,10 @@ _DTYPES = {
 }
 
 
+MOST_HEADER = 64 << 20
+"""Bytes of a file's header."""
+
+
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> None:
     """Write `tensors` and `header` to `path`, by way of a file beside it that is renamed when it is
     complete."""
@@ -89,6 +93,12 @@ def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _open(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > MOST_HEADER:
+            raise LoRAXSError(
+                f"{path} claims a header of {length / 2**20:.0f} MiB: an adapter's has at most {MOST_HEADER >> 20} MiB"
+            )
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != kind:

@@ -196,8 +196,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads((folder / "adapter_config.json").read_text())
     except FileNotFoundError as error:
         raise LoRAXSError(f"there is no file {folder / 'adapter_config.json'}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoRAXSError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise LoRAXSError(f"{folder / 'adapter_config.json'} is no object with named settings")
     if settings.get("peft_type") != "LORA":
         raise LoRAXSError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA can be imported")
     for option in ("use_dora", "lora_bias"):

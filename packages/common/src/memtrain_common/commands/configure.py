@@ -1,5 +1,6 @@
 """What commands' flags have in common: a resumed run's own configuration, and checks that name the flag. No torch."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -61,14 +62,25 @@ def saved_config(config_type: type[Config], folder: Path, prog: str) -> Config:
     from ..runs.run_folder import RunFolder
 
     saved = RunFolder.open(folder, writes=False).read_config()
-    made_by = saved.get("command", "")
+    made_by = str(saved.get("command", ""))
     if not made_by.startswith(prog + " ") and made_by != prog:
         raise UserError(f"{folder} was made by another command ({made_by}), not by {prog}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
     try:
-        return config_type(**config_type.modernise(values))  # type: ignore[attr-defined]
-    except TypeError as error:
+        config = config_type(**config_type.modernise(values))  # type: ignore[attr-defined]
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise UserError(f"{folder} was not made by this version of {prog}: {error}") from None
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, usual = getattr(config, field.name), type(field.default)
+        kinds: Any = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}.get(usual)
+        if kinds is not None and (not isinstance(value, kinds) or (usual is not bool and isinstance(value, bool))):
+            raise UserError(
+                f"{folder / 'config.json'} has {field.name} {value!r}: it must be {_KINDS[usual]}, as the run wrote it"
+            )
+    return config
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
 def with_new_names(argv: Sequence[str], config_type: Any) -> list[str]:

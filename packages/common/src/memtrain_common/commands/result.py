@@ -8,7 +8,6 @@ What only one command knows stands under ``own``::
      "seconds", "unit", "units_per_second", "joules", "energy_source", "own": {…}}
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..training.fit_config import FitConfig, FitResult
 from .summary import count_parameters
 
@@ -99,7 +98,7 @@ def _cell(text: str) -> str:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The content of a run's ``result.json``; None where there is none, or it is damaged."""
     try:
-        content = json.loads((folder / RESULT).read_text())
+        content = read_json(folder / RESULT)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

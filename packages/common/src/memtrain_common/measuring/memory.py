@@ -11,7 +11,6 @@ its ``ctx`` instead of giving them to ``save_for_backward``. The process's peak
 (:mod:`memtrain_common.measuring.peak`) contains those too.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..files import write_json
+from ..errors import UserError
+from ..files import read_json, write_json
 from .internals import innermost_hooks, selective_checkpoints
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "buffers")
@@ -51,8 +51,16 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """What :meth:`save` wrote."""
-        return cls(json.loads(path.read_text())["by_layer"])
+        """What :meth:`save` wrote.
+
+        Raises:
+            UserError: if the file is missing or damaged.
+        """
+        try:
+            layers = read_json(path)["by_layer"]
+            return cls({str(c): {str(k): int(v) for k, v in sizes.items()} for c, sizes in layers.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a memory ledger ({error}): the run's memory.json is needed") from None
 
 
 class SavedActivations:

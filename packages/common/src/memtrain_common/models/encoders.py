@@ -13,7 +13,10 @@ import transformers
 from torch import nn
 
 from ..errors import UserError
+from ..files import read_json
 
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+MOST_LAYERS = 1024
 HEADS = ("classifier", "score")  # what transformers calls them
 
 
@@ -33,7 +36,7 @@ def _quiet() -> Iterator[None]:
 
 
 def from_pretrained(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
-    """``loader.from_pretrained(name)``, its failures as one sentence.
+    """``loader.from_pretrained(name)``, its failures as one sentence. Code of the model's own never runs.
 
     Args:
         loader: a class of transformers.
@@ -45,12 +48,31 @@ def from_pretrained(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
         raise UserError(f"there is no folder {name}: --model needs a model's folder, or its name on the hub")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json: --model needs a folder as transformers' save_pretrained writes it")
+    _check_config(Path(name))
     try:
         with _quiet():
-            return loader.from_pretrained(name, **kwargs)
+            return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub fail by classes of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if "trust_remote_code" in str(error):  # no advice to run it anyway
+            reason = "it needs code that comes with it, which is never run: give a model that transformers has itself"
         raise UserError(f"cannot load the {what} of {name} ({reason})") from error
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a folder whose config.json asks for more layers than any model has: they would be built before its
+    weights are looked at."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        content = read_json(path)
+        claimed = [(k, v) for k, v in content.items() if k in LAYERS and v is not None]
+        too_many = next((f"{k} {v}" for k, v in claimed if not 0 <= int(v) <= MOST_LAYERS), None)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a model's configuration ({error})") from None
+    if too_many is not None:
+        raise UserError(f"{path} claims {too_many}: no model has more than {MOST_LAYERS} layers")
 
 
 def model_parts(name: str) -> dict[str, str]:
@@ -65,8 +87,8 @@ def model_parts(name: str) -> dict[str, str]:
     try:
         if not path.is_file():
             path = Path(str(transformers.utils.cached_file(name, "config.json")))
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): it must be the model's configuration in JSON") from None
     kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "transformers_version")}
     return {"the base model's config.json": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}

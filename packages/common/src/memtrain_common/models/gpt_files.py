@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import read_json
 from .gpt import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -101,13 +102,16 @@ def read_nanogpt_run(path: Path) -> NanoGPTRun:
     Raises:
         UserError: if it is no such file.
     """
+    unread = True
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        unread = False  # torch's own message advises to load it without its protection
         arguments = {k: v for k, v in content["model_args"].items() if k in GPTConfig.__dataclass_fields__}
         config = GPTConfig(**arguments)
         named = {k.removeprefix("_orig_mod."): v for k, v in content["model"].items()}
     except Exception as error:  # each way of being no such file has a class of its own
-        raise UserError(f"{path} is not a checkpoint of nanoGPT's ({_first_line(error)})") from None
+        reason = "it is damaged, or holds more than tensors and plain values" if unread else _first_line(error)
+        raise UserError(f"{path} is not a checkpoint of nanoGPT's ({reason})") from None
     plain = _checked(config, {k: v for k, v in named.items() if not k.endswith(_MASKS)}, path)
     said, optimizer = content.get("config"), content.get("optimizer")
     try:
@@ -161,7 +165,7 @@ def read_gpt2(folder: Path) -> PlainGPT:
     from safetensors.torch import load_file
 
     try:
-        said = json.loads((folder / "config.json").read_text())
+        said = read_json(folder / "config.json")
         if said.get("model_type") != "gpt2":
             raise UserError(f"{folder} holds the model type {said.get('model_type')!r}: only gpt2 can be taken up")
         shape = {ours: said[theirs] for ours, theirs in _SHAPE.items()}
@@ -250,6 +254,8 @@ _SHAPE = {
 
 def _checked(config: GPTConfig, weights: dict[str, Tensor], where: Path) -> PlainGPT:
     """The weights under both names of the tied one, if they are those of such a GPT."""
+    if config.n_layer > len(weights):  # before so many layers are built
+        raise UserError(f"{where} claims {config.n_layer} layers and holds {len(weights)} tensors: it is no whole GPT")
     weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight", torch.empty(0)))
     with torch.device("meta"):
         wanted = {k: v.shape for k, v in GPT(config).state_dict().items()}

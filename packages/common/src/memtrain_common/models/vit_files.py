@@ -5,7 +5,6 @@ keep q, k and v as one matrix; LoRA-ViT's ``base_vit`` starts from lukemelas/PyT
 (``B_16_imagenet1k.pth``).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.unpacking import NPZ_ERRORS, check_unpacked, npz_reason
 from ..errors import UserError
+from ..files import read_json
 
 BY_NAME = "timm:"
 """Before the name of a timm model."""
@@ -45,15 +46,21 @@ def _by_names(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
 def _from_folder(path: Path) -> tuple[dict[str, Tensor], int]:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: a folder of transformers holds config.json and model.safetensors")
-    settings = json.loads((path / "config.json").read_text())
-    if settings.get("model_type") != "vit":
-        raise UserError(f"{path} holds a {settings.get('model_type')!r} model, and a 'vit' is needed")
+    try:
+        settings = read_json(path / "config.json")
+        kind, heads = settings.get("model_type"), int(settings.get("num_attention_heads", 0))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path / 'config.json'} is not a model's configuration ({error})") from None
+    if kind != "vit":
+        raise UserError(f"{path} holds a {kind!r} model, and a 'vit' is needed")
+    if heads < 1:
+        raise UserError(f"{path / 'config.json'} has no num_attention_heads: a ViT's configuration names it")
     tensors: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         tensors |= read_safetensors(file)
     if not tensors:
         raise UserError(f"{path} has no safetensors file: save the model with save_pretrained")
-    return {_renamed(n): t for n, t in tensors.items() if ".pooler." not in n}, int(settings["num_attention_heads"])
+    return {_renamed(n): t for n, t in tensors.items() if ".pooler." not in n}, heads
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -80,9 +87,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile each fail by classes of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is damaged, or holds more than tensors, and is not read: {reason[0]}") from None
+    except Exception:  # torch, pickle and zipfile each fail by classes of their own, and advise to load it anyway
+        raise UserError(f"{path} is damaged, or holds more than tensors, and is not read: save weights alone") from None
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
@@ -111,15 +117,14 @@ def _renamed(name: str) -> str:
 
 
 def _from_google(path: Path) -> tuple[dict[str, Tensor], int]:
-    import zipfile
-
     import numpy as np
 
     try:
+        check_unpacked(path)
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged or no npz file: {error}") from None
+    except NPZ_ERRORS as error:
+        raise UserError(f"{path} is damaged or no npz file of numbers: {npz_reason(error)}") from None
     return google_tensors(found)
 
 

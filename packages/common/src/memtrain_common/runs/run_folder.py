@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import parse_json, read_json, write_json
 from ..measuring.environment import git_commit, versions
 from .checkpoint import Checkpoints
 from .lock import LOCK, lock_folder
@@ -102,7 +102,7 @@ class RunFolder:
             UserError: if the file is damaged.
         """
         try:
-            content = json.loads((self.path / "config.json").read_text())
+            content = read_json(self.path / "config.json")
             if isinstance(content["config"], dict):
                 return content
         except (ValueError, KeyError, TypeError):
@@ -119,8 +119,15 @@ class RunFolder:
         """All rows; a last line that a kill cut short is left out."""
         if not self._metrics.exists():
             return []
-        text = self._metrics.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        text = self._metrics.read_text(errors="replace")
+        rows = []
+        for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
+            try:
+                rows.append(parse_json(line))
+                rows[-1]["step"] + 0
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self._metrics}, line {number} is damaged: it must be what the run logged") from None
+        return rows
 
     def metrics_bytes(self) -> int:
         """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""

@@ -1,6 +1,5 @@
 """``galore-vit eval``: a run's best checkpoints, or a file of predictions, against the labels."""
 
-import json
 from pathlib import Path
 
 from memtrain_common.commands.configure import saved_config
@@ -10,6 +9,7 @@ from memtrain_common.data.images.image_set import check_classes
 from memtrain_common.data.images.medmnist_results import read_predictions
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.runs import checkpoint
 from memtrain_common.training.distributed import launch
@@ -75,8 +75,11 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
 def _chosen_step(folder: Path) -> int | None:
     """The step whose weights a finished trial tested; older runs keep it in ``best.json``."""
     old = folder / "best.json"
-    found = json.loads(old.read_text()) if old.is_file() else read_result(folder)
-    return found["step"] if found else None
+    try:
+        found = read_json(old) if old.is_file() else read_result(folder)
+        return int(found["step"]) if found else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not say which step is its best ({error!r}): train anew") from None
 
 
 def _load(model: nn.Module, path: Path) -> None:

@@ -15,6 +15,7 @@ from memtrain_common.data.text.answers import OPTIONS, boxed, gsm8k_expected, ru
 from memtrain_common.data.text.instruct import Row, find_file, read_rows, rows_from_hub
 from memtrain_common.data.text.prompts import RESPONSE, evaluation_prompt
 from memtrain_common.errors import UserError
+from memtrain_common.files import parse_json
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_causal_lm, load_tokenizer
 from memtrain_common.runs.run_folder import default_run_path
@@ -132,9 +133,9 @@ def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[
         return []
     if not config.resume:
         raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
-    text = out.read_text()
+    text = out.read_text(errors="replace")
     try:
-        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         same = len(rows) <= len(asked) and all(
             row["prompt"] == q.prompt and row["official_metric"] == config.official_metric
             for row, q in zip(rows, asked, strict=False)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from memtrain_common.models.encoders import from_pretrained, load_causal_lm, load_classifier
 from memtrain_common.training.fit_config import DTYPES
 from torch import nn
@@ -31,8 +32,8 @@ def read_task(adapter: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it, and give --model") from None
     return content if isinstance(content, dict) else {}
 

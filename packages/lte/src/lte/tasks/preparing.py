@@ -9,7 +9,6 @@ the bins come out as if nothing had happened. When all is there, files are moved
 import contextlib
 import datetime
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
 from memtrain_common.data.text.pieces import Cutting, Piece
 from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
 from memtrain_common.errors import Stopped, UserError
-from memtrain_common.files import write_json
+from memtrain_common.files import read_json, write_json
 from memtrain_common.runs.lock import LOCK, lock_folder
 from memtrain_common.training.stop_signals import StopSignals
 
@@ -55,7 +54,7 @@ def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
     try:
         plan, coder, cutting = _plan(config, known, work, console)
         if finished:
-            before = json.loads((out / META).read_text())["plan"]
+            before = _read(out / META, "plan")["plan"]
             _compare(before, plan, cutting.sources, f"{out} was prepared", "choose another --out")
             shutil.rmtree(work, ignore_errors=True)
             console.say(f"{out} is prepared already: {PROG} has nothing to do")
@@ -68,7 +67,22 @@ def run(config: PrepareConfig, known: DataSet | None, words: list[str]) -> None:
             shutil.rmtree(made[-1], ignore_errors=True)
         raise
     _publish(work, out)
-    _report(json.loads((out / META).read_text()), out, console)
+    _report(_read(out / META, "splits"), out, console)
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """A file that this command wrote.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        content = read_json(path)
+        if all(key in content for key in keys):
+            return dict(content)
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged: remove {path.parent} to prepare anew, or choose another --out")
 
 
 def _plan(
@@ -180,7 +194,7 @@ def _tokenize(
     journal: dict[str, Any] = {"pieces": 0, "counts": {}}
     path = work / JOURNAL
     if path.exists():
-        journal = json.loads(path.read_text())
+        journal = _read(path, "plan", "pieces", "counts")
         way_out = f"give what it was begun with, or remove {work} to begin anew"
         _compare(journal["plan"], plan, cutting.sources, f"{work.parent} holds a preparation that was begun", way_out)
         console.say(f"going on with {work.parent} after {journal['pieces']} pieces")

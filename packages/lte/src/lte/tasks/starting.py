@@ -1,6 +1,5 @@
 """Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours, its heads merged."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from memtrain_common.commands.configure import saved_config
 from memtrain_common.data.text.bins import META, META_PICKLE, describe_tokenizer, read_tokenizer
 from memtrain_common.data.text.corpus import Corpus
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
 from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt_run
 from memtrain_common.runs.checkpoint import load, verify
@@ -73,7 +73,7 @@ def _read_nanogpts(path: Path) -> tuple[PlainGPT, dict[str, Any] | None]:
 
 def _is_run(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return isinstance(content, dict) and isinstance(content.get("config"), dict)
     except ValueError:
         return False

@@ -1,12 +1,12 @@
 """Finished runs as ``--figures`` and other readers see them."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from memtrain_common.commands.result import RESULT, read_result
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from memtrain_common.runs.run_folder import RunFolder
 
 
@@ -48,7 +48,12 @@ def read_finished(path: Path) -> Finished:
         name = RESULT if result is None else "memory.json"
         raise UserError(f"{path} has no {name}: it is not finished; resume it with --resume {path}")
     known = {"method": "lte", "skip_attn": False, "skip_mlp": False, **config}
-    return Finished(path, known, result, json.loads((path / "memory.json").read_text()), run.metrics())
+    try:
+        memory = read_json(path / "memory.json")
+        sum(memory["totals"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'memory.json'} is not a memory ledger ({error}): leave {path} out") from None
+    return Finished(path, known, result, memory, run.metrics())
 
 
 def _old_summary(path: Path) -> dict[str, Any] | None:
@@ -56,6 +61,9 @@ def _old_summary(path: Path) -> dict[str, Any] | None:
     file = path / "summary.json"
     if not file.exists():
         return None
-    old = json.loads(file.read_text())
-    best = {"step": old["best"]["step"], "value": old["best"]["loss"]} if old["best"] else None
-    return {**old, "best": best, "seconds": old["training_seconds"], "units_per_second": old["tokens_per_second"]}
+    try:
+        old = read_json(file)
+        best = {"step": old["best"]["step"], "value": old["best"]["loss"]} if old["best"] else None
+        return {**old, "best": best, "seconds": old["training_seconds"], "units_per_second": old["tokens_per_second"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): leave {path} out") from None

@@ -1,7 +1,6 @@
 """Reading a MedMNIST npz file, with everything checked that can be: checksum, keys, shapes, labels."""
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError
+from ..unpacking import NPZ_ERRORS, check_unpacked, npz_reason
 from .image_set import SPLITS, ArrayImages, ImageSet, ImageSplit
 from .medmnist_sets import SETS, SIZES, MedMNISTSet
 
@@ -39,10 +39,11 @@ def read_medmnist(flag: str, folder: Path, size: int = 28, *, verify: bool = Tru
     if verify:
         _check_md5(path, known.md5[SIZES.index(size)])
     try:
+        check_unpacked(path)
         with np.load(path, allow_pickle=False) as arrays:
             splits = {split: _split(arrays, split, known, size, path) for split in SPLITS}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged or no npz file: {error}") from error
+    except NPZ_ERRORS as error:
+        raise UserError(f"{path} is damaged or no npz file of numbers: {npz_reason(error)}") from error
     return ImageSet(flag, known.task, tuple(map(str, range(known.classes))), splits, size, path.stem)
 
 

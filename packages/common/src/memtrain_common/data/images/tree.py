@@ -2,12 +2,14 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ..fingerprint import file_digests
+from ..unpacking import MOST_PICTURE
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -37,7 +39,7 @@ class Tree:
         if pid not in self._archives:
             try:
                 self._archives[pid] = zipfile.ZipFile(self.root)
-            except (zipfile.BadZipFile, OSError) as error:
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 raise UserError(f"{self.root} is damaged or no zip: {error}") from None
         return self._archives[pid]
 
@@ -83,8 +85,13 @@ class Tree:
         Raises:
             UserError: if the file is not there, or its part of the zip is damaged.
         """
+        if self.zipped and name in self._files and self._files[name].file_size > MOST_PICTURE:
+            size = self._files[name].file_size / 2**20
+            raise UserError(
+                f"{self.where(name)} unpacks to {size:.0f} MiB: a picture has at most {MOST_PICTURE >> 20} MiB"
+            )
         try:
             return self._archive().read(name) if self.zipped else (self.root / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise UserError(f"{self.where(name)} cannot be read: {reason}") from None

@@ -5,7 +5,6 @@ one are nanoGPT's own: characters where there is a ``meta.pkl``, GPT-2's tokens 
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from ...console import Console
 from ...errors import UserError
+from ...files import read_json
 from .nanogpt_meta import read_meta_pickle
 from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
@@ -60,7 +60,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        meta = json.loads(path.read_text())
+        meta = read_json(path)
         for split in ("train", "val"):
             int(meta["splits"][split]["tokens"]), int(meta["splits"][split]["text_bytes"])
         letters = isinstance(meta["characters"], str) if meta["tokenizer"] == "chars" else True

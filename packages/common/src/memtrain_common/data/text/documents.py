@@ -8,16 +8,15 @@ import csv
 import gzip
 import hashlib
 import io
-import json
 import re
-import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError
-from ...files import visible_files
+from ...files import MOST_LINE, lines_of, parse_json, visible_files
 from ..fingerprint import file_digests
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -62,7 +61,7 @@ class Source:
             yield from reader(self.path, self.column)
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path} is not UTF-8 text ({error.reason}): convert it, or take it out") from None
-        except (EOFError, gzip.BadGzipFile):
+        except (EOFError, gzip.BadGzipFile, zlib.error):
             raise UserError(f"{self.path} is not a whole gzip file: mend it, or take it out") from None
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error.strerror}): mend it, or take it out") from None
@@ -148,12 +147,11 @@ def _text(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
 
 
 def _csv(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MOST_LINE)
     raw, data = _open(path)
     with raw:
-        rows = csv.DictReader(
-            io.TextIOWrapper(data, "utf-8-sig", newline=""), dialect="excel-tab" if ".tsv" in path.suffixes else "excel"
-        )
+        lines = lines_of(io.TextIOWrapper(data, "utf-8-sig", newline=""), path)
+        rows = csv.DictReader(lines, dialect="excel-tab" if ".tsv" in path.suffixes else "excel")
         try:
             if column not in (rows.fieldnames or ()):
                 raise UserError(_no_column(str(path), column, rows.fieldnames or ()))
@@ -166,12 +164,12 @@ def _csv(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
 def _jsonl(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
     raw, data = _open(path)
     with raw:
-        for number, line in enumerate(data, start=1):
+        for number, line in enumerate(lines_of(data, path), start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except UnicodeDecodeError:
                 raise
             except ValueError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UserError
+from ...files import lines_of
 from ..hub import hub_rows
 
 Array = npt.NDArray[Any]
@@ -104,7 +105,8 @@ def read_split(task: str, data_dir: Path, split: str) -> GlueSplit:
     if path is None:
         raise UserError(f"{data_dir} has no {spec.folder}/{names[0]}: --data-dir needs GLUE's own folders of TSV files")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = [line.removesuffix("\n") for line in lines_of(file, path)] or [""]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     return _parse(spec, path, [line.rstrip("\r") for line in lines])

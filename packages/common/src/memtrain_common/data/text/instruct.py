@@ -5,7 +5,6 @@ Known rows: MetaMathQA's ``query`` and ``response``; Alpaca's and the commonsens
 ``solution``.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files import MOST_LINE, parse_json
 from ..hub import hub_rows
 
 PROMPT = (
@@ -45,6 +45,10 @@ class Row:
             has = ", ".join(map(repr, self.values)) or "nothing"
             what = f"no field {name!r}" if name not in self.values else f"no text in the field {name!r}"
             raise UserError(f"{self.where} has {what}: it has {has}")
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(
+                f"{self.where} has half of a surrogate pair in the field {name!r}, which is no text: mend it"
+            )
         return value
 
 
@@ -70,7 +74,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if text.lstrip().startswith("["):
         try:
-            items = json.loads(text)
+            items = parse_json(text)
         except ValueError as error:
             raise UserError(f"{path} is not a whole JSON list: {error}") from None
         rows = [Row(item, f"{path}, item {i}") for i, item in enumerate(items[:limit], start=1)]
@@ -87,7 +91,9 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
 
 def _object(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        if len(line) > MOST_LINE:
+            raise ValueError(f"it is longer than {MOST_LINE >> 20} MiB")
+        return parse_json(line)
     except ValueError as error:
         raise UserError(f"{path}, line {number} is not JSON: {error}") from None
 
