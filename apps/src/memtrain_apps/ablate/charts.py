@@ -118,11 +118,11 @@ def scatter(
         if p.half:
             ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
             out.append(
-                f'<line class="interval {escape(p.css)} {p.group}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
+                f'<line class="interval {escape(p.css)} {escape(p.group)}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
                 f'y2="{ends[1]:.1f}"/>'
             )
     for p, (x, y) in zip(points, anchors, strict=True):
-        out.append(f'<g class="{p.group}">{mark(p.shape, x, y, p.css + (" best" if p.on_front else ""))}</g>')
+        out.append(f'<g class="{escape(p.group)}">{mark(p.shape, x, y, p.css + (" best" if p.on_front else ""))}</g>')
     order = sorted(range(len(points)), key=lambda i: (not points[i].on_front, points[i].x))
     texts = [
         [f"{points[i].number} {points[i].label}", str(points[i].number)]
@@ -157,7 +157,7 @@ def _named(p: Point, x: float, y: float, width: int) -> str:
     middle = min(max(x, half + 6), width - half - 6)
     lines = "".join(_text(middle, y + shift + 16 * i, w, "middle", "") for i, w in enumerate(words))
     return (
-        f'<g class="arm {p.group}" tabindex="0" role="img" aria-label="{escape(p.title)}">'
+        f'<g class="arm {escape(p.group)}" tabindex="0" role="img" aria-label="{escape(p.title)}">'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="11"/><g class="tip" aria-hidden="true">{lines}</g></g>'
     )
 
