@@ -118,8 +118,8 @@ def scatter(
         if p.half:
             ends = [sy(min(max(p.y + s * p.half, bottom), top)) for s in (-1, 1)]
             out.append(
-                f'<line class="interval {escape(p.css)} {escape(p.group)}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" '
-                f'y2="{ends[1]:.1f}"/>'
+                f'<line class="interval {escape(p.css)} {escape(p.group)}" x1="{x:.1f}" x2="{x:.1f}" '
+                f'y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
             )
     for p, (x, y) in zip(points, anchors, strict=True):
         out.append(f'<g class="{escape(p.group)}">{mark(p.shape, x, y, p.css + (" best" if p.on_front else ""))}</g>')
