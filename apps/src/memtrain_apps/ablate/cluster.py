@@ -27,6 +27,7 @@ from typing import Any
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import write_json
+from memtrain_common.interrupts import unwinding
 
 from .arms import Job, live, outcome_of, wait_until_free
 from .config import Ablation, saved_request
@@ -172,14 +173,15 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
     launcher = Submitit(config.launcher, folder.resolve(), slurm)
     base = Needs(LIBRARIES, int(device != "cpu"), config.time_limit, config.signal_seconds)
     try:
-        if runner.needs_pretraining:
-            console.say("pretraining")
-            _watch(runner, launcher, {PRETRAINED: base}, 1)
-        arms = runner.left()
-        needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
-        most = len(arms) if config.launcher == "slurm" else len(places)
-        console.say(f"{len(arms)} arms by {config.launcher}, {min(most, len(arms))} at a time")
-        _watch(runner, launcher, needs, most)
+        with unwinding():
+            if runner.needs_pretraining:
+                console.say("pretraining")
+                _watch(runner, launcher, {PRETRAINED: base}, 1)
+            arms = runner.left()
+            needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
+            most = len(arms) if config.launcher == "slurm" else len(places)
+            console.say(f"{len(arms)} arms by {config.launcher}, {min(most, len(arms))} at a time")
+            _watch(runner, launcher, needs, most)
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         raise Stopped(
