@@ -32,7 +32,7 @@ SMALL = {
 def test_predicted_is_measured(tmp_path, name):
     found = []
     for more in ([], ["--measure"]):
-        words = [name.split()[0], *SMALL[name], "--batch-size", "3", "--json", "a.json", *more]
+        words = [name.split()[0], *SMALL[name], "--batch-size", "3", "--json", "a.json", "--overwrite", *more]
         done = memory(tmp_path, *words)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((tmp_path / "a.json").read_text()))
@@ -61,7 +61,10 @@ def test_what_is_recomputed_is_not_stored_and_what_is_exact_is_dense(tmp_path):
 def test_a_picture_and_tables(tmp_path):
     done = memory(tmp_path, "resnet20", "--layers", "all", "--out", "r.png", draw=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "r.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert_refused(memory(tmp_path, "resnet20", "--out", "r.png"), "--out r.png exists", "--overwrite")
+    assert (tmp_path / "r.png").read_bytes() == drawn
     assert "layer3.2.bn2" in done.stdout
     assert "batch_norm" in done.stdout
     none = memory(tmp_path, "resnet20", "--layers", "none")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_files import random_file
 from memtrain_common.data.images.medmnist import check_labels, file_name, read_medmnist
+from memtrain_common.data.images.medmnist_names import NAMES, class_names
 from memtrain_common.data.images.medmnist_sets import SETS, SIZES
 from memtrain_common.errors import UserError
 
@@ -84,3 +85,12 @@ def test_other_refusals(tmp_path):
         read_medmnist("breastmnist", tmp_path, verify=False)
     with pytest.raises(UserError, match=r"must lie in 0\.\.6"):
         check_labels(np.array([0, 7]), "multi-class", 7, "labels")
+
+
+def test_classes_have_the_published_names():
+    info = pytest.importorskip("medmnist", reason="medmnist is not installed").INFO
+    for name, names in NAMES.items():
+        assert list(names) == list(info[name]["label"].values()), name
+    assert class_names("breastmnist", ("0", "1")) == ("malignant", "normal, benign")
+    assert class_names("breastmnist", ("0",)) == ("0",)  # another file of that form
+    assert class_names("pets", ("cat", "dog")) == ("cat", "dog")

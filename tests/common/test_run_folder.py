@@ -8,12 +8,12 @@ import types
 
 import pytest
 import torch
-from memtrain_common.console import Console, format_bytes, format_count, format_seconds, format_table
+from memtrain_common.console import Console, Progress, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from memtrain_common.measuring.environment import versions
 from memtrain_common.measuring.memory import Ledger
-from memtrain_common.measuring.plots import plot_loss, plot_memory
+from memtrain_common.measuring.plots import largest_layers, plot_loss, plot_memory
 from memtrain_common.runs.run_folder import RunFolder, default_run_path
 from memtrain_common.runs.trackers import check_tracker, open_tracker
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
@@ -182,6 +182,8 @@ def test_pictures_are_drawn(tmp_path):
     layers = {f"h.{i}": 1000 * i for i in range(20)}
     plot_memory(Ledger({**Ledger().bytes_by_layer, "weights": layers}), tmp_path / "memory.png")
     plot_memory(Ledger(), tmp_path / "empty.png")
+    assert largest_layers(layers | {"head": 190_000}) == "h.* (20×) 50%, head 50%"
+    assert largest_layers({}) == ""
     for name in ("loss", "memory", "empty"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -218,3 +220,18 @@ def test_amx_is_avoided_only_where_it_is_announced_and_dies(monkeypatch, tmp_pat
     said = []
     assert avoid_broken_amx(said.append) is expected
     assert bool(said) is expected
+
+
+def test_without_a_terminal_progress_is_told_every_ten_seconds_or_two_percent():
+    now, lines = 0.0, []
+    bar = Progress(total=1000, initial=100, desc="", disable=True, lines=lines.append, clock=lambda: now)
+    bar.set_postfix_str("loss 1.5000", refresh=False)
+    for seconds, done in ((0.5, 50), (0.6, 0), (8.0, 1), (2.5, 1)):  # soon: none; 2 % in a second; less; 10 s later
+        now += seconds
+        bar.update(done)
+    bar.close()
+    assert lines == [
+        "step 150/1000 (15%), loss 1.5000, 18.7 s left",
+        "step 152/1000 (15%), loss 1.5000, 3 min 9 s left",
+    ]
+    Progress(total=10, disable=True, lines=None).update(10)

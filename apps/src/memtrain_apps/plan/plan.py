@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memtrain_common.commands.quiet import quiet_libraries
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import UserError
 from memtrain_common.interrupts import unwinding
@@ -156,7 +155,6 @@ class _Counts:
             optims = tuple(dict.fromkeys(a.optim for a in meant if a.train == train))
             tasks.append(_Task(place, config.axes(train, "all", "sgd"), optims))
         tasks += [_Task(place, config.axes(train, save, "sgd")) for train, save in steps]
-        quiet_libraries()
         with _processes(config.workers or min(4, os.cpu_count() or 1)) as run_all:
             self._count(run_all, tasks, "planning")
             # what does not fit may fit with fewer samples: a second point of its peak

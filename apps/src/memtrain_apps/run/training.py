@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.commands.quiet import no_progress_bars, quiet_libraries
+from memtrain_common.commands.quiet import no_progress_bars
 from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
 from memtrain_common.commands.summary import ledger_table
@@ -32,7 +32,6 @@ def run(
     config: RunConfig, make: Callable[[Any, World], Workload], argv: Sequence[str], prog: str
 ) -> dict[str, Any] | None:
     """Everything that ``finetune`` and ``pretrain`` do once their flags are checked; -> what an ablation keeps."""
-    quiet_libraries()
     session = Session.begin(config, argv, prog=prog)
     device = session.device
     seed_all(config.seed)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,54 @@ def printable(text: str) -> str:
     """Text as a terminal may have it: control characters (a file's name may hold some) and halves of surrogate pairs
     are escaped, as ``\\x1b``; new lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+class Progress(tqdm):  # type: ignore[type-arg]
+    """tqdm's bar, which is silent where stderr is no terminal; and plain lines for a file or a batch system.
+
+    A line is due when 10 s have passed since the last one, or 2 % of the total in at least a second.
+
+    Args:
+        lines: takes each line; None has the bar alone.
+        clock: counts seconds.
+        given: as :class:`tqdm.tqdm` takes it.
+    """
+
+    def __init__(
+        self, *, lines: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic, **given: Any
+    ) -> None:
+        super().__init__(**given)
+        self._lines, self._clock = lines, clock
+        self._scaled = bool(given.get("unit_scale"))
+        self._label, self._total = given.get("desc") or "step", given["total"]
+        self._done = self._first = self._told = given.get("initial", 0)
+        self._began = self._told_at = clock()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._done += n or 0
+        if self._lines is not None and self._total:
+            now = self._clock()
+            waited = now - self._told_at
+            if waited >= 10 or (waited >= 1 and self._done - self._told >= 0.02 * self._total):
+                self._lines(self._line(now))
+                self._told, self._told_at = self._done, now
+        return super().update(n)
+
+    def _line(self, now: float) -> str:
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
+        number = format_count if self._scaled else str
+        text = f"{self._label} {number(self._done)}/{number(self._total)} ({self._done / self._total:.0%})"
+        if getattr(self, "postfix", None):
+            text += f", {self.postfix}"
+        return f"{text}, {format_seconds(max(0, self._total - self._done) / rate)} left" if rate > 0 else text
+
+
+def print_line(text: str) -> None:
+    """To stdout at once; nothing where its reader is gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Console:
@@ -39,9 +88,11 @@ class Console:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "", scale: bool = False) -> "tqdm[Any]":
-        """A progress bar on stderr; none where stderr is not a terminal. ``scale`` shows 1.5M for 1500000."""
-        return tqdm(
+    def progress(self, total: int, *, initial: int = 0, label: str = "", scale: bool = False) -> "Progress":
+        """A progress bar on stderr, and lines on stdout where that is no terminal. ``scale`` shows 1.5M for 1500000."""
+        lines = not self._quiet and not sys.stdout.isatty()
+        return Progress(
+            lines=print_line if lines else None,
             total=total,
             initial=initial,
             desc=label,

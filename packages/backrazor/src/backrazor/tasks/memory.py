@@ -77,12 +77,10 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     print(format_table([head, *(r.cells(config.batch_size) for r in [*operations, total])]))
     if total.razor >= total.dense:
         print("Back Razor saves nothing here: what this step keeps is already small, or is not pruned")
-    if config.out or installed("matplotlib"):
-        picture = Path(config.out or f"{Path(config.model).name.removesuffix('.npz')}.png")
-        plot_saved(layers, operations, total, picture, title=f"{config.model}, {model.sample}", batch=config.batch_size)
-        print(f"\npicture {picture}")
-    else:
-        print("\n" + without("a picture", "matplotlib"))
+    if config.out:
+        title = f"{config.model}, {model.sample}"
+        plot_saved(layers, operations, total, Path(config.out), title=title, batch=config.batch_size)
+        print(f"\npicture {config.out}")
     if config.json:
         write_json(Path(config.json), as_json(config, model, dense, kept))
         print(f"numbers {config.json}")

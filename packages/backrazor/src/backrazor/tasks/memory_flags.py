@@ -1,6 +1,7 @@
 """``backrazor-memory``: flags and checks. No torch here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from memtrain_common.commands.configure import at_least, fraction, refuse_unused
@@ -14,7 +15,7 @@ KNOWN = (
     "proxyless_mobile", "resnet20", "bert-base", "bert-large", "roberta-base", "gpt2",
     "gpt2-medium", "gpt2-large", "gpt2-xl",
 )  # fmt: skip
-DESCRIPTION = f"""What every layer of MODEL saves for the backward pass: dense, and by Back Razor. Table and picture.
+DESCRIPTION = f"""What every layer of MODEL saves for the backward pass: dense, and by Back Razor.
 
 MODEL is one of {", ".join(KNOWN)}; a folder of transformers (its config.json decides, no weights are read); or Google's
 ViT as .npz.
@@ -47,9 +48,11 @@ class MemoryConfig(RazorFlags):
     layers: Literal["alike", "all", "none"] = "alike"
     """The table's rows: layers that differ in a block's number alone are added up (alike), or all, or none."""
     out: str = ""
-    """The picture's file; empty names it MODEL.png in the current folder."""
+    """File for the picture (.png, .svg, .pdf); empty draws none."""
     json: str = ""
-    """A file for all numbers, in bytes."""
+    """File for all numbers, in bytes."""
+    overwrite: bool = False
+    """Write over files that exist."""
 
 
 def check(config: MemoryConfig) -> MemoryConfig:
@@ -62,6 +65,9 @@ def check(config: MemoryConfig) -> MemoryConfig:
         raise UserError(f"MODEL is missing: give one of {', '.join(KNOWN)}, or a folder of transformers")
     at_least(config, batch_size=1, image_size=0, sequence_length=1, classes=2)
     fraction(config, "keep")
+    for name in ("out", "json"):
+        if (path := getattr(config, name)) and Path(path).exists() and not config.overwrite:
+            raise UserError(f"--{name} {path} exists: choose another file, or write over it with --overwrite")
     if config.model.startswith(("vit", "resnet", "mobilenet", "proxyless")):
         refuse_unused(config, MemoryConfig(), ("sequence_length",), f"{config.model} sees pictures")
     if config.model.startswith(("bert", "roberta", "gpt2")):

@@ -21,6 +21,7 @@ from ..errors import Stopped, UserError
 from ..interrupts import leaving
 from ..optional import package_of
 from .flag_help import help_text
+from .quiet import quiet_libraries
 
 Config = TypeVar("Config")
 
@@ -99,6 +100,7 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 def run_command(main: Callable[[Sequence[str]], None], *, prog: str, argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and turn what the user can mend into one line on stderr and an exit code."""
+    quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

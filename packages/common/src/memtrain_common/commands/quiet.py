@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
-    """Call it once, before they are imported; what they call an error is still shown."""
+    """Call it before they are imported, as every command does; what they call an error is still shown."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers sets its logger's level when it is imported
     for name in ("torch.utils._pytree", "bitsandbytes", "transformers"):  # deprecations; optional kernels; fresh heads
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

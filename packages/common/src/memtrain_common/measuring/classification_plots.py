@@ -29,6 +29,7 @@ def plot_confusion(labels: NDArray[np.int64], scores: Scores, name: str, classes
         names: Sequence[str] = ("no", "yes")
     else:
         tables, titles, names = [confusion(labels, scores, len(classes))], [name], classes
+    names = [shorter(n) for n in names]
     columns = min(5, len(tables))
     rows = -(-len(tables) // columns)
     side = 2.2 if len(tables) > 1 else max(3.6, 0.55 * len(names))
@@ -36,15 +37,22 @@ def plot_confusion(labels: NDArray[np.int64], scores: Scores, name: str, classes
     for i, (table, title) in enumerate(zip(tables, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         share = table / table.sum(1, keepdims=True).clip(1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (y, x), n in np.ndenumerate(table):
             axes.text(x, y, str(n), ha="center", va="center", color="white" if share[y, x] > 0.5 else "black")
-        axes.set_xticks(range(len(names)), names)
+        long = max(map(len, names)) > 4
+        axes.set_xticks(range(len(names)), names, **({"rotation": 45, "ha": "right"} if long else {}))
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
-        axes.set_xlabel("answer")
-        axes.set_ylabel("truth")
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+    figure.colorbar(shown, ax=figure.axes, label="share of the true class", shrink=0.8)
     figure.savefig(path)
+
+
+def shorter(name: str, most: int = 24) -> str:
+    """A class's name as a label: what is longer ends in an ellipsis."""
+    return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 
 def roc_curve(labels: NDArray[np.bool_], scores: Scores) -> tuple[Scores, Scores]:
@@ -68,8 +76,8 @@ def plot_roc(labels: NDArray[np.int64], scores: Scores, name: str, classes: Sequ
         x, y = roc_curve(truth, scores[:, c])
         area = float(np.trapezoid(y, x))
         style = "-" if i < len(COLOURS) else "--"
-        axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=f"{classes[c]}: {area:.3f}")
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+        axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=f"{shorter(classes[c])}: {area:.3f}")
+    axes.plot([0, 1], [0, 1], ":", color="#999999", linewidth=0.8, label="chance: 0.500")
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.set_title(f"{name}: area under the curve")

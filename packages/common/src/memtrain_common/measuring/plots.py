@@ -1,5 +1,6 @@
 """Pictures of a run: its losses over the steps, and where its memory goes."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,28 +43,45 @@ def plot_loss(
 
 
 def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
-    """The ledger as horizontal stacked bars, one a category, its largest layers named; as PNG."""
-    figure, axes = new_figure(height=3.6)
+    """The ledger as horizontal stacked bars, one a category; below each the layers that hold most of it; as PNG."""
+    figure, axes = new_figure(height=4.4)
     biggest = max(ledger.totals.values()) or 1
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("bytes", 0)) if biggest >= 2**p)
+    scale = 2**power
     for row, category in enumerate(reversed(CATEGORIES)):
         left = 0
+        colour = COLOURS[CATEGORIES.index(category)]
         parts = sorted(ledger.bytes_by_layer[category].items(), key=lambda item: -item[1])
         rest = sum(n for _, n in parts[layers:])
-        for i, (layer, n) in enumerate([*parts[:layers], *([("others", rest)] if rest else [])]):
-            colour = COLOURS[CATEGORIES.index(category)]
-            axes.barh(row, n, left=left, color=colour, alpha=0.9 if i % 2 else 0.65, edgecolor="white", linewidth=0.5)
-            if n > 0.12 * biggest:
-                text = layer.removeprefix("transformer.")
-                axes.text(left + n / 2, row, text, ha="center", va="center", fontsize=7, clip_on=True)
+        for i, (_, n) in enumerate([*parts[:layers], *([("others", rest)] if rest else [])]):
+            alpha = 0.9 if i % 2 else 0.65
+            axes.barh(
+                row, n / scale, 0.5, left=left / scale, color=colour, alpha=alpha, edgecolor="white", linewidth=0.5
+            )
             left += n
-        axes.text(left + 0.01 * biggest, row, format_bytes(left), va="center", fontsize=9)
-    axes.set_yticks(
-        range(len(CATEGORIES)), reversed([c if c != "activations" else "saved\nactivations" for c in CATEGORIES])
-    )
-    axes.set_xlim(0, 1.15 * biggest)
-    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
-    axes.set_xlabel(f"bytes in one training step; total {format_bytes(sum(ledger.totals.values()))}")
+        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(format_bytes(left), (left / scale, row), fontsize=9, **place)
+        axes.annotate(
+            largest_layers(ledger.bytes_by_layer[category]), (0, row - 0.38), fontsize=7, color="#444444", **place
+        )
+    names = [c if c != "activations" else "saved\nactivations" for c in CATEGORIES]
+    axes.set_yticks(range(len(CATEGORIES)), reversed(names))
+    axes.set_ylim(-0.65, len(CATEGORIES) - 0.6)
+    axes.set_xlim(0, 1.15 * biggest / scale)
+    axes.set_xlabel(f"{unit} in one training step; total {format_bytes(sum(ledger.totals.values()))}")
     save_figure(figure, path)
+
+
+def largest_layers(bytes_by_layer: Mapping[str, int], most: int = 3) -> str:
+    """The kinds of layers that hold most: "h.*.mlp.c_fc (12×) 41 %, …"; a block's number counts as a star."""
+    kinds: dict[str, list[int]] = {}
+    for layer, n in bytes_by_layer.items():
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer, count=1), []).append(n)
+    total = sum(bytes_by_layer.values())
+    largest = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[:most]
+    return ", ".join(
+        f"{name}{f' ({len(n)}×)' if len(n) > 1 else ''} {sum(n) / total:.0%}" for name, n in largest if sum(n)
+    )
 
 
 def new_figure(height: float = 4.2, width: float = 7.2, rows: int = 1) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from memtrain_common.data.images.batches import Normalize, evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet, ImageSplit
+from memtrain_common.data.images.medmnist_names import class_names
 from memtrain_common.data.images.medmnist_results import Scores, official_file, official_name, write_predictions
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.classification_plots import plot_confusion, plot_roc
@@ -78,6 +79,7 @@ def write_all(folder: Path, images: ImageSet, split: str, scores: Scores, run: A
     write_predictions(folder / official_file(images, split, found.auc, found.acc, run), scores)
     (folder / f"{split}.json").write_text(json.dumps({"split": split, "images": len(labels), **found.numbers}) + "\n")
     if pictures and installed("matplotlib"):
-        plot_confusion(labels, scores, images.name, images.classes, folder / f"confusion_{split}.png")
-        plot_roc(labels, scores, images.name, images.classes, folder / f"roc_{split}.png")
+        classes = class_names(images.name, images.classes)
+        plot_confusion(labels, scores, images.name, classes, folder / f"confusion_{split}.png")
+        plot_roc(labels, scores, images.name, classes, folder / f"roc_{split}.png")
     return found

@@ -1,0 +1,190 @@
+"""The documentation: its pages build without a warning, its links lead somewhere, and its code runs."""
+
+import functools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlparse
+
+import pytest
+from support import ROOT, run_light, run_script
+from test_readme import READMES, code_blocks
+
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+sys.path.insert(0, str(ROOT / "docs" / "hooks"))
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+# -- code -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if code_blocks(p.read_text(), "python")], ids=name)
+def test_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, encoder):
+    """The blocks of a page are one program; a folder named MiniLM stands for the model that a reader has."""
+    shutil.copytree(encoder, tmp_path / "MiniLM")
+    done = run_script("\n".join(code_blocks(page.read_text(), "python")), tmp_path)
+    assert done.returncode == 0, f"{page}\n{done.stderr}"
+
+
+def commands():
+    found = {}
+    for project in [*ROOT.glob("packages/*/pyproject.toml"), ROOT / "apps" / "pyproject.toml"]:
+        found |= tomllib.loads(project.read_text())["project"].get("scripts", {})
+    return found
+
+
+def command_lines():
+    """(where, words) of every line of a shell block that calls one of our commands."""
+    for page in [*DOCS, *READMES]:
+        text = page.read_text()
+        for block in code_blocks(text, "sh") + code_blocks(text, "bash"):
+            joined = block.replace("\\\n", " ")
+            for line in joined.splitlines():
+                for part in re.split(r"&&|\|\||;", line.split("#")[0]):
+                    words = shlex.split(part)
+                    words = words[next((i for i, w in enumerate(words) if w in commands()), len(words)) :]
+                    if words and not any("$" in w or w == "..." or "{" in w for w in words):
+                        yield f"{name(page)}: {' '.join(words)}", words
+
+
+_STOP_AT_TORCH = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class NoTorch(MetaPathFinder):  # a command loads torch when its flags are parsed and checked
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "numpy", "safetensors", "transformers"):
+            raise ImportError("flags were fine")
+
+sys.meta_path.insert(0, NoTorch())
+sys.argv = {words!r}
+from {module} import {function}
+{function}()
+"""
+WITHOUT_FILES = re.compile(
+    r"flags were fine|does not exist|is not there|no run|not a run|is no |cannot read|no such", re.I
+)
+
+
+def test_every_command_line_has_valid_flags():
+    """Each is parsed and checked by its command, up to the moment that it would load torch or read a file."""
+    lines = dict(command_lines())
+    assert len(lines) > 60
+    scripts = []
+    for words in lines.values():
+        module, function = commands()[words[0]].split(":")
+        scripts.append(_STOP_AT_TORCH.format(words=words, module=module, function=function))
+    wrong = {
+        where: said
+        for where, (code, said) in zip(lines, run_light(scripts), strict=True)
+        if code != 0 and not WITHOUT_FILES.search(str(said))
+    }
+    assert wrong == {}
+
+
+# -- pages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_links_between_written_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_result_has_a_page_with_its_command_device_and_numbers():
+    import measurements
+
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        content, text = json.loads(path.read_text()), measurements.measurement(path)
+        assert content["command"].split("|")[0] in text
+        assert content["device"] in text
+        for shown in leaves({k: v for k, v in content.items() if k not in measurements.HEAD}):
+            assert shown in text, f"{path.name}: {shown} is in no table"
+        assert path.name in measurements.index([path])
+
+
+def leaves(value):
+    """Every number of a result as its table writes it; of a long list the first ones."""
+    import measurements
+
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield measurements.cell(value)
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.fetched, self.ids = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids.add(given.get("id"))
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        if tag in ("script", "img", "iframe", "source") and given.get("src"):
+            self.fetched.append(given["src"])
+        if tag == "link" and given.get("rel") in ("stylesheet", "icon", "preconnect"):
+            self.fetched.append(given["href"])
+
+
+@functools.cache
+def links(path):
+    parser = Links()
+    parser.feed(path.read_text())
+    return parser
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_needs_no_network(tmp_path):
+    """No warning; links and fragments lead somewhere; nothing is fetched from elsewhere; the search has all pages."""
+    pytest.importorskip("mkdocs", reason="the group docs is not installed")
+    pytest.importorskip("mkdocstrings", reason="the group docs is not installed")
+    site = tmp_path / "site"
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 60
+    for page in pages:
+        for source in links(page).fetched:
+            assert not urlparse(source).netloc, f"{page} fetches {source}"
+        if page.name == "404.html":
+            continue  # its links are those of the site's root, wherever it is served
+        for link in links(page).links:
+            url = urlparse(link)
+            if url.scheme or url.netloc:
+                continue
+            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{page}: {link}"
+            if url.fragment and target.suffix == ".html":
+                assert unquote(url.fragment) in links(target).ids, f"{page}: {link}"
+    found = (site / "search" / "search_index.json").read_text()
+    for text in ("RazorTrainer", "GaLoreAdamW", "--galore-rank", "lte_wire", "LoRAXSConfig"):
+        assert text in found
+
+
+def test_the_written_pages_are_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    import pages
+
+    for page in DOCS:
+        relative = str(page.relative_to(ROOT / "docs"))
+        assert relative in text or relative in pages.OPTIONAL, f"{relative} is in no menu"
+    assert "font: false" in text
