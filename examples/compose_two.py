@@ -15,7 +15,7 @@ optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]
 
 for step in range(200):
     rows = torch.randint(0, len(x), (64,))
-    with Razor(keep=0.1), SavedActivations(model) as saved:  # the save axis, and the ruler
+    with Razor(keep=0.1), SavedActivations(model) as saved:  # what is saved, and how much
         loss = cross_entropy(model(x[rows]), y[rows])
     activations = saved.by_layer()
     loss.backward()

@@ -12,7 +12,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 held = {}
 for name, keep in (("everything", None), ("a tenth", 0.1)):
-    with SavedActivations(model) as saved:  # the ruler: bytes that the backward pass waits for
+    with SavedActivations(model) as saved:  # counts the bytes that the backward pass needs
         if keep is None:
             loss = cross_entropy(model(x), y)
         else:

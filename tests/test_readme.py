@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_links_lead_somewhere(readme):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_examples_run(readme, tmp_path):
+def test_python_examples_run(readme, tmp_path, encoder):
+    shutil.copytree(encoder, tmp_path / "MiniLM")  # stands for the model that a reader has
     for example in code_blocks(readme.read_text(), "python"):
         done = run_script(example, tmp_path)
         assert done.returncode == 0, f"{readme}\n{example}\n{done.stderr}"
@@ -79,6 +81,76 @@ def test_committed_results_say_how_they_were_made():
             assert content.get(key) not in (None, ""), f"{path.name} lacks {key}"
         script = next((w for w in content["command"].split() if w.endswith(".py")), None)
         assert script is None or (ROOT / script).exists(), f"{path.name} was made by {script}, which is not there"
+
+
+FIRST_SCREEN = README[: README.index("\n## ")]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_first_screen_is_short_and_has_what_a_reader_decides_by():
+    """One sentence, code, its numbers, a figure that is drawn from results, two commands, the four packages."""
+    assert len(FIRST_SCREEN) <= 2000
+    (code,) = code_blocks(FIRST_SCREEN, "python")
+    assert "with Razor(" in code
+    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", FIRST_SCREEN)
+    assert picture == "benchmarks/results/readme_figure.png"
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(code_blocks(FIRST_SCREEN, "sh")[0].strip().splitlines()) == 2
+    for member in ("backrazor", "lora_xs", "galore_vit", "lte"):
+        assert f"pip install packages/{member}`" in FIRST_SCREEN
+
+
+def test_every_figure_of_the_first_screen_is_in_a_result():
+    """Numbers in its prose are those of readme_example.json, as the README rounds them."""
+    result = json.loads((RESULTS / "readme_example.json").read_text())
+    found = result["results"]
+    dense, razor, checkpoint = (found[k] for k in ("dense", "Razor(keep=0.1)", "checkpoint"))
+    known = {f"{way['bytes'] / 1e6:.1f}" for way in (dense, razor, checkpoint)}
+    known |= {f"{way['loss']:.4f}" for way in (dense, razor)}
+    known |= {f"{dense['bytes'] / razor['bytes']:.1f}", str(result["rows"]), "0.1", "6", "2"}
+    prose = re.sub(r"```.*?```", "", FIRST_SCREEN, flags=re.DOTALL)
+    prose = re.sub(r"\]\([^)]*\)|MiniLM-L6|SST-2", "", prose)
+    for number in re.findall(r"\d+(?:\.\d+)?", prose):
+        assert number in known, f"{number} on the README's first screen is in no result"
+    for needed in (dense, razor, checkpoint):
+        assert f"{needed['bytes'] / 1e6:.1f} MB" in FIRST_SCREEN
+    assert dense["loss"] == razor["loss"]
+
+
+def test_the_table_of_the_ablation_is_that_of_its_result():
+    """If not: python benchmarks/readme_table.py, and paste what it prints."""
+    done = run_script(
+        (ROOT / "benchmarks" / "readme_table.py").read_text(), ROOT, file=ROOT / "benchmarks/readme_table.py"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in README
+
+
+def test_the_index_of_benchmarks_is_true():
+    """Each row: a command as its result states it. The documentation lists all results by itself."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = re.findall(r"^\| .+ \| `(.+)` \| \[(.+\.json)\]\(results/.+\) \|$", text, re.MULTILINE)
+    assert len(rows) >= 30
+    for command, name in rows:
+        assert json.loads((RESULTS / name).read_text())["command"] == command, name
+
+
+def test_the_citation_has_this_software_and_five_papers():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(found)
+    assert len(found["references"]) == 5
+    for paper in found["references"]:
+        assert {"type", "title", "authors"} <= set(paper)
+        assert all({"family-names", "given-names"} <= set(a) for a in paper["authors"])
+    for file in [*ROOT.glob(".github/ISSUE_TEMPLATE/*.yml"), ROOT / ".pre-commit-config.yaml"]:
+        assert yaml.safe_load(file.read_text())
+    assert "://" not in (ROOT / ".pre-commit-config.yaml").read_text()  # no address: hooks run by uv
+
+
+def test_the_makefile_has_five_targets_and_runs_what_contributing_says():
+    text = (ROOT / "Makefile").read_text()
+    assert re.findall(r"^(\w+):", text, re.MULTILINE) == ["setup", "test", "quick", "lint", "docs"]
 
 
 def figures_of_lte_defaults():

@@ -1,6 +1,7 @@
 """Linting, formatting and types, as CONTRIBUTING.md asks for them."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ CHECKS = [
     pytest.param(["mypy"], id="types", marks=pytest.mark.slow),
     pytest.param(["ruff", "check", "."], id="lint"),
     pytest.param(["ruff", "format", "--check", "."], id="format"),
+    pytest.param(["codespell_lib"], id="spelling"),
 ]
 
 
@@ -33,3 +35,18 @@ def test_error_sentences_end_alike():
             if isinstance(text, str) and text.endswith("."):
                 ending.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
     assert ending == []
+
+
+RIDDLES = re.compile(
+    "cannot meet|share one ruler|one memory ruler|for who knows|who knows nanoGPT|"
+    "processes ask each other|Entered from within"
+)
+
+
+def test_words_that_nobody_understands_stay_away():
+    """Sentences that readers stumbled over: who does what, in the field's words."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/**/*.md"), *ROOT.glob("apps/**/*.md")]
+    texts += [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("apps/src/**/*.py"), *ROOT.glob("examples/*.py")]
+    found = [f"{p.relative_to(ROOT)}: {m[0]}" for p in texts if (m := RIDDLES.search(p.read_text()))]
+    assert len(texts) > 200
+    assert found == []

@@ -22,7 +22,7 @@ def index(results: list[Path]) -> str:
     for path in results:
         content = json.loads(path.read_text())
         lines.append(
-            f"| {question(content, path)} | `{content['command'].replace('|', chr(92) + '|')}` | "
+            f"| {question(content, path)} | `{content['command']}` | "
             f"[{path.name}]({path.stem}.md) | {content['device']} |"
         )
     return "\n".join(lines) + "\n"
@@ -45,7 +45,7 @@ def measurement(path: Path) -> str:
         f"# {path.stem.replace('_', ' ')}\n",
         question(content, path) + "\n",
         "| | |\n|---|---|",
-        f"| command | `{content['command'].replace('|', chr(92) + '|')}` |",
+        f"| command | `{content['command']}` |",
         f"| file | `benchmarks/results/{path.name}` |",
         f"| date | {content['date']} |",
         f"| device | {content['device']} |",

@@ -152,8 +152,8 @@ def command_page(
         lines += [f"## {group[0].upper()}{group[1:]}\n", "| flag | default | |", "|---|---|---|"]
         for flag in (f for f in flags if f.group == group):
             names = ", ".join(f"`{n}`" for n in flag.names) + (f" `{flag.values}`" if flag.values else "")
-            cells = (names, f"`{flag.default}`" if flag.default else "", escaped(flag.text))
-            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+            cells = (names, f"`{flag.default}`" if flag.default else "", escaped(flag.text).replace("|", "\\|"))
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     examples = getattr(config_type, "EXAMPLES", ())
     if examples:

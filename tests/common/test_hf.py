@@ -1,4 +1,4 @@
-"""The ledger in Trainer's log: its numbers are those of the loop's own ruler."""
+"""The ledger in Trainer's log: its numbers are those that the loop measures."""
 
 import json
 
