@@ -26,6 +26,7 @@ def name(path):
 # -- code -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in DOCS if code_blocks(p.read_text(), "python")], ids=name)
 def test_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, encoder):
     """The blocks of a page are one program; a folder named MiniLM stands for the model that a reader has."""

@@ -188,6 +188,8 @@ def readme(path: Path) -> str:
         inner = place / "README.md" if place.is_dir() else place
         if inner in readmes():
             return f"[{text}]({inner.parent.name}.md)"
+        if place.is_relative_to(ROOT / "docs") and place.suffix == ".md":
+            return f"[{text}](../{place.relative_to(ROOT / 'docs')})"
         if place.parent == ROOT / "examples":
             return f"[{text}](examples.md#{anchor(place.name)})"
         return text
