@@ -29,7 +29,7 @@ def forward(context: Any, checkpointed: bool = False) -> dict[str, float]:
         for module in probe.model.modules():
             if hasattr(module, "p") and type(module).__name__ == "Dropout":
                 module.p = 0.0
-        probe.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        probe.model.gradient_checkpointing_enable({"use_reentrant": False})
     with SavedActivations(probe.model) as saved, context:
         loss = probe.loss(probe.model)
     held = sum(saved.by_layer().values())  # before the backward pass lets it go

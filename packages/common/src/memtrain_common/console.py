@@ -16,7 +16,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):
     """tqdm's bar, which is silent where stderr is no terminal; and plain lines for a file or a batch system.
 
     A line is due when 10 s have passed since the last one, or 2 % of the total in at least a second.
@@ -88,11 +88,17 @@ class Console:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def progress(self, total: int, *, initial: int = 0, label: str = "", scale: bool = False) -> "Progress":
-        """A progress bar on stderr, and lines on stdout where that is no terminal. ``scale`` shows 1.5M for 1500000."""
-        lines = not self._quiet and not sys.stdout.isatty()
+    def progress(
+        self, total: int, *, initial: int = 0, label: str = "", scale: bool = False, lines: bool = False
+    ) -> "Progress":
+        """A progress bar on stderr.
+
+        Args:
+            scale: show 1.5M for 1500000.
+            lines: also print lines on stdout where that is no terminal; not where stdout is a command's result.
+        """
         return Progress(
-            lines=print_line if lines else None,
+            lines=print_line if lines and not self._quiet and not sys.stdout.isatty() else None,
             total=total,
             initial=initial,
             desc=label,

@@ -40,8 +40,10 @@ def plot_confusion(labels: NDArray[np.int64], scores: Scores, name: str, classes
         shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (y, x), n in np.ndenumerate(table):
             axes.text(x, y, str(n), ha="center", va="center", color="white" if share[y, x] > 0.5 else "black")
-        long = max(map(len, names)) > 4
-        axes.set_xticks(range(len(names)), names, **({"rotation": 45, "ha": "right"} if long else {}))
+        axes.set_xticks(range(len(names)), names)
+        if max(map(len, names)) > 4:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
         axes.set_xlabel("predicted class")

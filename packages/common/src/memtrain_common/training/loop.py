@@ -112,7 +112,7 @@ class _Trainer:
             names = {"project": config.tracker_project, "name": config.tracker_name}
             key = self.keeper.resume_key
             self.tracker = open_tracker(config.tracker, self.run.path, key, resume_step=since, **names)
-        bar = self.console.progress(config.max_iters, initial=result.step, label=label)
+        bar = self.console.progress(config.max_iters, initial=result.step, label=label, lines=True)
         micro = config.gradient_accumulation_steps
         source = numbered(self.task.batches, range(result.step * micro, config.max_iters * micro), config.workers)
         first, timed_from = result.step, result.seconds

@@ -163,7 +163,7 @@ def _download(known: DataSet, path: Path, console: Console) -> Source:
 def _characters(cutting: Cutting, console: Console) -> str:
     """All characters of all documents: a pass of its own, since tokens are numbers in their order."""
     found = set("\n") if cutting.separator == "newline" else set()
-    with contextlib.closing(console.progress(cutting.size, label="characters", scale=True)) as bar:
+    with contextlib.closing(console.progress(cutting.size, label="characters", scale=True, lines=True)) as bar:
         for piece in cutting.pieces():
             found.update(*(part.text for part in piece.parts))
             bar.update(piece.position - bar.n)
@@ -205,7 +205,7 @@ def _tokenize(
         files[split] = (work / f"{split}.bin").open("ab")
         files[split].truncate(2 * counts.setdefault(split, {"tokens": 0, "documents": 0, "text_bytes": 0})["tokens"])
     ends = plan["separator"] == "eot"
-    bar = console.progress(cutting.size, label="tokenizing", scale=True)
+    bar = console.progress(cutting.size, label="tokenizing", scale=True, lines=True)
     workers = config.workers or os.cpu_count() or 1
     flushed = time.monotonic()
 
