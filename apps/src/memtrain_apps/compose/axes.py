@@ -1,6 +1,6 @@
 """The three axes: which numbers are trained, what is kept for the backward pass, what state the optimizer keeps.
 
-No torch here: commands build their flags from these names, and refuse what has no meaning before anything is loaded.
+No torch here: commands build their flags from these names, and refuse invalid combinations before anything is loaded.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ USED_BY = {
 
 
 def combinations() -> Iterator[Axes]:
-    """All 7 × 4 × 6, with default settings, meaningful or not."""
+    """All 7 × 4 × 6, with default settings, valid or not."""
     for train in TRAIN:
         for save in SAVE:
             for optim in OPTIM:
@@ -105,7 +105,7 @@ def combinations() -> Iterator[Axes]:
 
 
 def refusal(axes: Axes) -> str | None:
-    """Why the combination has no meaning, whatever the model, and what to choose instead; None if it has one."""
+    """Why the combination is invalid for every model, and what to choose instead; None if it is valid."""
     galore = axes.optim.startswith("galore")
     if axes.train == "head" and axes.save != "all":
         return (
@@ -130,7 +130,7 @@ def check(axes: Axes) -> Axes:
     """The axes themselves.
 
     Raises:
-        UserError: naming a value out of its range, a setting that nothing reads, or a combination without meaning.
+        UserError: naming a value out of its range, a setting that nothing reads, or an invalid combination.
     """
     for name in ("rank", "heads", "galore_rank", "gap"):
         if getattr(axes, name) < 1:

@@ -54,7 +54,7 @@ class TrainingFlags(RunFlags, StepFlags):
     warmup_ratio: float = 0.0
     """Part of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
-    """AdamW's, of R and the head."""
+    """AdamW weight decay, of R and the head."""
     # -- evaluation
     eval_interval: int = 0
     """Steps between evaluations and checkpoints."""
