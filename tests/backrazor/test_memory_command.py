@@ -51,7 +51,7 @@ def test_predicted_is_measured(tmp_path, name):
 def test_what_is_recomputed_is_not_stored_and_what_is_exact_is_dense(tmp_path):
     kept = {}
     for words in ((), ("--recompute", "attention"), ("--recompute", "block"), ("--exact", "attention", "*.fc1")):
-        done = memory(tmp_path, "vit-mini", *words, "--json", "a.json")
+        done = memory(tmp_path, "vit-mini", *words, "--json", "a.json", "--overwrite")
         assert done.returncode == 0, done.stderr
         kept[words] = json.loads((tmp_path / "a.json").read_text())["back_razor"]
     bytes_of = list(kept.values())
