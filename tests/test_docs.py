@@ -35,6 +35,7 @@ def test_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, encoder):
     assert done.returncode == 0, f"{page}\n{done.stderr}"
 
 
+@functools.cache
 def commands():
     found = {}
     for project in [*ROOT.glob("packages/*/pyproject.toml"), ROOT / "apps" / "pyproject.toml"]:

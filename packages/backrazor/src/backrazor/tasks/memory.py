@@ -16,7 +16,6 @@ from memtrain_common.measuring.memory import SavedActivations
 from memtrain_common.measuring.prediction import fake_step
 from memtrain_common.models.shaped import Shaped, Wanted
 from memtrain_common.models.shaped import shaped as shaped_model
-from memtrain_common.optional import installed, without
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.loop import DTYPES
 from torch import nn
