@@ -260,6 +260,29 @@ def test_what_stands_on_the_left_is_understood(there, here, monkeypatch, tmp_pat
     assert found[-1] == left
 
 
+LORA_XS = [(there, here) for there, here in ROWS if here.startswith("lora-xs glue") and " --" in there]
+
+
+@pytest.mark.parametrize(("there", "here"), LORA_XS)
+def test_the_glue_scripts_flags_are_understood(there, here, monkeypatch, capsys):
+    """Which script it was, of MNLI's start or of random bases, is for the right-hand side to say."""
+    from lora_xs.tasks.commands import glue
+
+    found = []
+    for path in ("lora_xs.tasks.glue.run_glue", "lora_xs.tasks.glue_grid.run_grid"):
+        monkeypatch.setattr(path, lambda config, argv: found.append(config))
+    words = shlex.split(there)
+    glue(words[next(i for i, w in enumerate(words) if w.endswith(".py")) + 1 :], "glue.")
+    assert capsys.readouterr().out.startswith("in this command's words: lora-xs glue ")
+    glue(shlex.split(here)[2:], "glue.")
+    assert capsys.readouterr().out == ""
+    left, right = found
+    for name in ("task", "model", "grid", "rank", "alpha", "batch_size", "max_length", "warmup_ratio", "weight_decay"):
+        assert getattr(left, name) == getattr(right, name) or (name, right.epochs) == ("warmup_ratio", 50.0), name
+    if not left.grid:
+        assert (left.learning_rate, left.head_learning_rate) == (right.learning_rate, right.head_learning_rate)
+
+
 def test_a_grid_is_asked_for_in_the_scripts_words(place, tmp_path):
     words = ["lora-xs", "glue", "--target_task", "sst2", "--model_name_or_path", "encoder", "--data-dir", "glue"]
     done = Command([*words, *ONE_STEP, "--max-length", "12", *GRID, "--out", str(tmp_path / "grid")], place,

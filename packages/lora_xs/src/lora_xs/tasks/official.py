@@ -5,6 +5,13 @@ What such a line leaves open has the defaults that it has there: transformers', 
 
 from memtrain_common.commands.official import Official, choice, only
 
+
+def _scripts_model(said: dict[str, list[str]]) -> None:
+    """The scripts' grids are of one model."""
+    if "--grid" in said:
+        said.setdefault("--model", ["roberta-large"])
+
+
 GLUE = Official(
     switches={
         "fp16": ("--dtype", "float16"), "bf16": ("--dtype", "bfloat16"), "no_cuda": ("--device", "cpu"),
@@ -30,4 +37,5 @@ GLUE = Official(
         "per_device_eval_batch_size", "pad_to_max_length", "push_to_hub",
     },
     presets={"mnli_model_path": "from-mnli"},
+    finish=_scripts_model,
 )  # fmt: skip
