@@ -17,7 +17,7 @@ def page(rows: list[dict[str, Any]], models: int) -> str:
         f"{len(rows)} models{'' if len(rows) == models else f' of {models} so far'}: "
         + ", ".join(f"{m} works on {works[m]}" for m in methods)
         + ". Made by `uv run python -m tests.zoo`"
-        " ([numbers](../benchmarks/results/zoo.json))."
+        " (numbers: `benchmarks/results/zoo.json`)."
     )
     notes: dict[str, int] = {}
     for library in dict.fromkeys(row["model"].split(" ", 1)[0] for row in rows):
