@@ -77,6 +77,11 @@ def test_plain_pip_installs_a_package_alone(member, clone, stocked, tmp_path):
         assert shown.returncode == 0, shown.stderr
         assert f"usage: {command}" in shown.stdout
     assert (site / module / "py.typed").exists()
+    shared = {"memtrain_common": ROOT / "packages" / "common"} | {module: member}
+    for name, folder in shared.items():  # every module, also in a folder whose name the repository ignores
+        source = folder / "src" / name
+        missing = [p for p in source.rglob("*.py") if not (site / name / p.relative_to(source)).exists()]
+        assert not missing, f"{missing[0]} is not installed"
 
 
 def test_the_settings_of_this_machines_pip_do_not_reach_a_test(monkeypatch):
