@@ -31,8 +31,8 @@ def measure_model(name: str) -> list[dict[str, Any]]:
     from memtrain_apps.compose.axes import Axes
     from memtrain_apps.plan.forecast import Workplace, predict_arm
     from memtrain_apps.plan.measuring import measure_place
-    from memtrain_apps.plan.shape_models import Step
     from memtrain_apps.plan.shapes import find_shape
+    from memtrain_apps.plan.uses import Step
     from memtrain_common.commands.quiet import quiet_libraries
     from memtrain_common.errors import UserError
 

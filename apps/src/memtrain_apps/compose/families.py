@@ -9,10 +9,12 @@ HEADS = ("classifier", "score", "head", "fc", "linear")
 """Task heads: transformers' classifiers; timm's; torchvision's ResNets; CIFAR's ResNet-20."""
 ATTENTION = (
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "attention.output.dense",
-    "attn.c_attn", "attn.c_proj", "attn.qkv", "attn.proj",
+    "attn.c_attn", "attn.c_proj", "attn.qkv", "attn.proj", "query_key_value", "attention.dense",
+    *(f"{attention}.{x}" for attention in ("SelfAttention", "EncDecAttention") for x in "qkvo"),
 )  # fmt: skip
 MLP = (
     "fc1", "fc2", "intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj", "mlp.c_fc", "mlp.c_proj",
+    "dense_h_to_4h", "dense_4h_to_h", "wi", "wi_0", "wi_1", "wo",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..compose.axes import Axes
 from .config import PlanConfig
 from .forecast import Forecast, Workplace
-from .known import Known, Overhead
+from .known import Known, Overhead, Timing
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Arm:
     time: float = 0.0
     """Matrix products of a step relative to full training, everything saved, AdamW; times a measured overhead."""
     overhead: Overhead | None = None
+    timing: Timing | None = None
+    """A measured time of such a step, where there is one."""
     largest: int = 0
     """Samples a micro-batch over all GPUs, at most those asked for, that surely fit; 0 if none do."""
     scores: list[Known] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """What ``plan`` is asked: flags and their checks. No torch here."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from memtrain_common.commands.cli import parse
@@ -16,7 +17,7 @@ from .shapes import Shape, find_shape
 DESCRIPTION = """Which combinations of --train, --save and --optim fit a memory budget, without allocating the model.
 
 plan --model google/vit-large-patch16-224 --batch 64 --budget 8GiB"""
-TOKENS = {"text": 128, "language": 512}
+TOKENS = {"text": 128, "language": 512, "pairs": 128}
 """Tokens of a row where --seq-len is not given."""
 
 
@@ -26,18 +27,20 @@ class PlanConfig:
 
     model: str = ""
     """A well-known model's name (google/vit-*, facebook/deit-*, bert-*, roberta-*, gpt2*, Llama-2, Llama-3, TinyLlama,
-    Mistral-7B, Qwen2.5; finetune's names too), or a folder with a config.json."""
+    Mistral-7B, Qwen2.5; finetune's names too), a folder with a config.json of transformers, or a model of timm. Empty
+    asks for four well-known ones, and prints a line for each."""
     list_models: bool = False
     """Only list the names that are known."""
     budget: str = ""
-    """Memory of one device, with its unit: 8GiB (8,589,934,592 bytes) or 8GB (8,000,000,000)."""
+    """Memory of one device, with its unit: 8GiB (8,589,934,592 bytes) or 8GB (8,000,000,000). Empty takes what is free
+    on this machine's GPU."""
     batch: int = 32
     """Samples a micro-batch, over all GPUs (finetune's --batch-size)."""
     gradient_accumulation_steps: int = 1
     """Micro-batches an optimizer step."""
     # -- the model's input and precision
     seq_len: int = 0
-    """Tokens of a row; 0 takes 128 of an encoder and 512 of a language model."""
+    """Tokens of a row; 0 takes 128 of an encoder or an encoder-decoder and 512 of a language model."""
     image_size: int = 0
     """Pixels of an image's side; 0 takes the model's."""
     classes: int = 0
@@ -87,10 +90,17 @@ class PlanConfig:
     first; peak: the least memory."""
     top: int = 15
     """Rows of each table; 0 shows all."""
+    png: str = ""
+    """Also draw what fills the memory for the three best choices, to this file."""
     json: bool = False
     """Print one JSON object instead of tables: every combination, bytes as numbers."""
     measure: bool = False
     """Also train two steps of the best that fits on --device, here, and set what it held beside the prediction."""
+    reserved: bool = False
+    """Also replay two steps of the best that fits through the rules of CUDA's caching allocator: what is reserved, with
+    and without expandable_segments."""
+    recount: bool = False
+    """Count everything anew, whatever is in the cache ($XDG_CACHE_HOME/memtrain/plan, else ~/.cache)."""
     workers: int = 0
     """Processes that count; 0 takes one a core, at most 4."""
 
@@ -123,11 +133,9 @@ def configure(argv: Sequence[str]) -> PlanConfig:
     config = parse(PlanConfig, argv, prog="plan", description=DESCRIPTION)
     if config.list_models:
         return config
-    required(
-        config,
-        model="a well-known model's name, or a folder with a config.json; --list-models names those that are known",
-        budget="a device's memory with its unit, as 8GiB",
-    )
+    if not config.budget and config.device == "cuda":
+        config = replace(config, budget=f"{free_gpu_bytes(config.gpus)}B")
+    required(config, budget="a device's memory with its unit, as 8GiB")
     at_least(
         config, batch=1, gradient_accumulation_steps=1, seq_len=0, image_size=0, classes=0, gpus=1, margin=0, top=0,
         workers=0,
@@ -147,11 +155,45 @@ def configure(argv: Sequence[str]) -> PlanConfig:
         raise UserError(f"--batch {config.batch} must be divisible by the {config.gpus} GPUs (--gpus)")
     if config.gpus > 1 and config.device == "cpu":
         raise UserError("--gpus is of --device cuda: a plan for the CPU is for one process")
-    if config.measure and config.gpus > 1:
-        raise UserError("--measure runs in one process: leave --gpus out")
-    if config.json and config.measure:
-        raise UserError("--measure prints a table: leave --json out")
+    for name in ("measure", "reserved"):
+        if getattr(config, name) and config.gpus > 1:
+            raise UserError(f"--{name} is of one process: leave --gpus out")
+        if getattr(config, name) and config.json:
+            raise UserError(f"--{name} prints a table: leave --json out")
+    if not config.model and (config.json or config.measure or config.png):
+        raise UserError(
+            "--json, --measure and --png are of one model: name it by --model, as --model bert-base-uncased"
+        )
+    if config.png and not config.png.endswith(".png"):
+        raise UserError(f"--png {config.png} must be a file's name that ends in .png")
     return config
+
+
+def free_gpu_bytes(gpus: int) -> int:
+    """What is free now on each of the first GPUs that this process may see, by NVML.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    missing = "--budget is missing, and no GPU is found whose free memory it could be: give a device's memory as 8GiB"
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        words = visible.split(",") if visible is not None else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        by_name = pynvml.nvmlDeviceGetHandleByUUID
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(int(w)) if w.isdigit() else by_name(w) for w in words if w]
+        free = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles]
+    except ImportError:
+        raise UserError(missing) from None
+    except pynvml.NVMLError:
+        raise UserError(missing) from None
+    if not free:
+        raise UserError(missing)
+    if len(free) < gpus:
+        raise UserError(f"--gpus {gpus}: this machine has {len(free)}; give --budget to plan for another one")
+    return min(free[:gpus])
 
 
 def planned_shape(config: PlanConfig) -> tuple[Shape, int]:
@@ -165,7 +207,7 @@ def planned_shape(config: PlanConfig) -> tuple[Shape, int]:
         raise UserError(f"--image-size is for pictures, and {config.model} reads text: leave it out")
     if shape.task == "pictures" and config.seq_len:
         raise UserError(f"--seq-len is for text, and {config.model} sees pictures: choose --image-size")
-    if shape.task == "language" and config.classes:
+    if shape.task in ("language", "pairs") and config.classes:
         raise UserError(f"--classes is for classifiers, and {config.model} is a language model: leave it out")
     if config.classes:
         shape = shape.changed(num_labels=config.classes)

@@ -8,13 +8,12 @@ bound, and from deeper models where the bound is not yet reached.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, Optim, refusal
-from .shape_models import Step
-from .step_use import OptimizerUse, StepUse, optimizer_use_of, step_use_of
+from .uses import OptimizerUse, Step, StepUse
 
 SCALED_LOSS = 4
 """Bytes of the loss divided by the number of micro-batches."""
@@ -104,15 +103,47 @@ def compose_forecast(place: Workplace, axes: Axes, step: StepUse, optim: Optimiz
 # -- counting --------------------------------------------------------------------------------------------------------
 
 
-def count_step(place: Workplace, axes: Axes) -> StepUse:
+class Counts(Protocol):
+    """What tells the uses of a model of some depth: by counting them, or from what was counted before."""
+
+    def step(self, step: Step, axes: Axes, rows: int, shards: int) -> StepUse:
+        """A forward and backward pass. Raises :class:`UserError` if the combination has no meaning for the model."""
+
+    def optimizers(
+        self, step: Step, axes: Axes, optims: Sequence[Optim], shards: int
+    ) -> dict[Optim, OptimizerUse | str]:
+        """An optimizer step each, or the sentence that refuses it."""
+
+
+class Counted:
+    """Counts anew, each time."""
+
+    def step(self, step: Step, axes: Axes, rows: int, shards: int) -> StepUse:
+        from .step_use import step_use_of
+
+        return step_use_of(step, axes, rows, shards)
+
+    def optimizers(
+        self, step: Step, axes: Axes, optims: Sequence[Optim], shards: int
+    ) -> dict[Optim, OptimizerUse | str]:
+        from .step_use import optimizer_use_of
+
+        return optimizer_use_of(step, axes, optims, shards)
+
+
+def count_step(place: Workplace, axes: Axes, counts: Counts | None = None) -> StepUse:
     """The forward and backward pass of a micro-batch, of the model at its whole depth."""
     refuse(place, axes)
-    return _whole_depth(place.step, lambda step: step_use_of(step, axes, place.rows, place.shards), _draw_out, 2)
+    known = counts or Counted()
+    return _whole_depth(place.step, lambda step: known.step(step, axes, place.rows, place.shards), _draw_out, 2)
 
 
-def count_optimizers(place: Workplace, axes: Axes, optims: Sequence[Optim]) -> dict[Optim, OptimizerUse | str]:
+def count_optimizers(
+    place: Workplace, axes: Axes, optims: Sequence[Optim], counts: Counts | None = None
+) -> dict[Optim, OptimizerUse | str]:
     """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
-    count = lambda step: optimizer_use_of(step, axes, optims, place.shards)  # noqa: E731
+    known = counts or Counted()
+    count = lambda step: known.optimizers(step, axes, optims, place.shards)  # noqa: E731
     return cast(dict[Optim, OptimizerUse | str], _whole_depth(place.step, count, _lines, 1))
 
 

@@ -55,6 +55,23 @@ class Overhead:
     source: str
 
 
+@dataclass(frozen=True)
+class Timing:
+    """A step's measured time over that of full training with everything saved, all else equal."""
+
+    train: str
+    save: str
+    optim: str
+    """Empty where the comparison had another optimizer, the same on both sides."""
+    task: str
+    """pictures, text or language."""
+    factor: float
+    study: str
+    source: str
+    razor_mode: str = ""
+    """Of Back Razor; results that do not say it are of the mode pruned, which was the only one."""
+
+
 def collect(results: Path) -> dict[str, list[dict[str, Any]]]:
     """What ``known_results.json`` holds, from a folder of committed results."""
     return {
@@ -62,13 +79,27 @@ def collect(results: Path) -> dict[str, list[dict[str, Any]]]:
             asdict(k) for reader in (_ablation, _breastmnist, _digits, _stdlib, _razor) for k in reader(results)
         ],
         "overheads": [asdict(o) for o in _overheads(results)],
+        "timings": [asdict(t) for reader in (_step_timings, _arm_timings) for t in reader(results)],
     }
 
 
-def read() -> tuple[list[Known], list[Overhead]]:
+def read() -> tuple[list[Known], list[Overhead], list[Timing]]:
     """The packaged file."""
     content = json.loads(FILE.read_text())
-    return [Known(**k) for k in content["scores"]], [Overhead(**o) for o in content["overheads"]]
+    found: Any = [[kind(**row) for row in content[n]] for n, kind in KINDS.items()]
+    return found[0], found[1], found[2]
+
+
+KINDS: dict[str, type] = {"scores": Known, "overheads": Overhead, "timings": Timing}
+
+
+def timing_of(axes: Axes, task: str, timings: list[Timing]) -> Timing | None:
+    """The first measurement of a combination for a task."""
+    wanted = (axes.train, axes.save, task)
+    mine = (t for t in timings if (t.train, t.save, t.task) == wanted and t.optim in ("", axes.optim))
+    if axes.save == "backrazor":
+        mine = (t for t in mine if t.razor_mode == axes.razor_mode)
+    return next((t for t in mine if t.optim or axes.optim in ("adamw", "sgd")), None)
 
 
 def scores_of(axes: Axes, scores: list[Known]) -> list[Known]:
@@ -146,6 +177,32 @@ def _overheads(results: Path) -> Iterator[Overhead]:
     found = _read(results / "galore_train.json")["result"]
     study = f"{found['model']}, rank {found['rank']}, {found['time_over_adamw']['pairs']} pairs on a CPU"
     yield Overhead("galore-adamw", round(found["time_over_adamw"]["median"], 3), study, "galore_train.json")
+
+
+def _step_timings(results: Path) -> Iterator[Timing]:
+    content = _read(results / "backrazor_step.json")
+    tasks = {"vit-b-16": "pictures", "bert-base": "text", "gpt2": "language"}
+    for run in content["runs"]:
+        for save, name in (("backrazor", "razor_over_dense"), ("checkpoint", "checkpoint_over_dense")):
+            study = f"{run['model']}, {run['batch']}, {run[name]['pairs']} pairs on a CPU"
+            mode = content.get("mode", "pruned") if save == "backrazor" else ""
+            yield Timing(
+                "full", save, "", tasks[run["model"]], round(run[name]["median"], 3), study, "backrazor_step.json", mode
+            )
+
+
+def _arm_timings(results: Path) -> Iterator[Timing]:
+    content = _read(results / "ablation_digits.json")
+    plain = next(a["seconds"] for a in content["arms"] if a["combination"] == "full+all+adamw")
+    study = "whole runs of a ViT of 451,013 parameters, two at a time on a CPU"
+    for arm in content["arms"]:
+        name = COMBINATION.fullmatch(arm["combination"])
+        assert name is not None, arm["combination"]
+        factor = round(arm["seconds"] / plain, 3)
+        mode = content.get("razor_mode", "pruned") if name["save"] == "backrazor" else ""
+        yield Timing(
+            name["train"], name["save"], name["optim"], "pictures", factor, study, "ablation_digits.json", mode
+        )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from memtrain_common.console import Console, format_bytes
@@ -15,6 +16,7 @@ from memtrain_common.interrupts import unwinding
 from ..compose.axes import Axes, Optim
 from .arms import Arm, Plan, Remedy
 from .config import PlanConfig, planned_shape
+from .counted import MissingError, Records, Store, cached_records, keep
 from .forecast import (
     Workplace,
     between,
@@ -24,9 +26,8 @@ from .forecast import (
     largest,
     refuse,
 )
-from .known import read, scores_of
-from .shape_models import Step
-from .step_use import OptimizerUse, StepUse
+from .known import read, scores_of, timing_of
+from .uses import OptimizerUse, Step, StepUse
 
 SAME_GRADIENT = ("all", "checkpoint", "offload")
 """Choices of ``save`` that change no number of the training."""
@@ -40,7 +41,7 @@ def make_plan(config: PlanConfig, console: Console | None = None) -> Plan:
         step, config.batch // config.gpus, config.gradient_accumulation_steps, config.gpus, config.parallel
     )
     counts = _Counts(config, place, console or Console(quiet=True))
-    scores, overheads = read()
+    scores, overheads, timings = read()
     reference = counts.flops_of_plain_training()
     plan = Plan(config, place, [counts.arm(axes) for axes in _combinations(config)])
     for arm in plan.arms:
@@ -48,6 +49,7 @@ def make_plan(config: PlanConfig, console: Console | None = None) -> Plan:
             continue
         arm.overhead = next((o for o in overheads if o.optim == arm.axes.optim), None)
         arm.time = arm.forecast.flops / reference * (arm.overhead.factor if arm.overhead else 1.0)
+        arm.timing = timing_of(arm.axes, shape.task, timings)
         arm.fits = arm.forecast.peak <= config.usable_bytes
         arm.scores = scores_of(arm.axes, scores)
     for arm in plan.lacking:
@@ -130,7 +132,7 @@ def _refuse_all(plan: Plan, counts: "_Counts") -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """One thing to count: a forward and backward pass, or the steps of all optimizers of a choice of ``train``."""
+    """One thing to know: a forward and backward pass, or the steps of all optimizers of a choice of ``train``."""
 
     place: Workplace
     axes: Axes
@@ -142,6 +144,7 @@ class _Counts:
 
     def __init__(self, config: PlanConfig, place: Workplace, console: Console) -> None:
         self.config, self.place, self._console = config, place, console
+        self._store = Store({} if config.recount else cached_records(place.step), live=False)
         self._steps: dict[tuple[str, str], dict[int, StepUse]] = {}
         self._optims: dict[tuple[str, str], OptimizerUse] = {}
         self._refused: dict[tuple[str, str], str] = {}
@@ -155,39 +158,52 @@ class _Counts:
             optims = tuple(dict.fromkeys(a.optim for a in meant if a.train == train))
             tasks.append(_Task(place, config.axes(train, "all", "sgd"), optims))
         tasks += [_Task(place, config.axes(train, save, "sgd")) for train, save in steps]
-        with _processes(config.workers or min(4, os.cpu_count() or 1)) as run_all:
-            self._count(run_all, tasks, "planning")
-            # what does not fit may fit with fewer samples: a second point of its peak
-            arms = [self.arm(a) for a in meant]
-            short = [a.axes for a in arms if a.forecast and a.forecast.peak > config.usable_bytes]
-            fewer = dict.fromkeys((a.train, a.save) for a in short if self._fewest(a) < place.rows)
-            tasks = [
-                _Task(replace(place, rows=self._fewest(axes)), axes)
-                for axes in (config.axes(train, save, "sgd") for train, save in fewer)
-            ]
-            self._count(run_all, tasks, "smaller batches")
+        self._count(tasks, "planning")
+        # what does not fit may fit with fewer samples: a second point of its peak
+        arms = [self.arm(a) for a in meant]
+        short = [a.axes for a in arms if a.forecast and a.forecast.peak > config.usable_bytes]
+        fewer = dict.fromkeys((a.train, a.save) for a in short if self._fewest(a) < place.rows)
+        tasks = [
+            _Task(replace(place, rows=self._fewest(axes)), axes)
+            for axes in (config.axes(train, save, "sgd") for train, save in fewer)
+        ]
+        self._count(tasks, "smaller batches")
+        keep(place.step, self._store.new)
 
     def _fewest(self, axes: Axes) -> int:
         return axes.heads if axes.train == "lte" else 1
 
-    def _count(self, run_all: "_RunAll", tasks: Sequence[_Task], label: str) -> None:
-        bar = self._console.progress(len(tasks), label=label)
+    def _count(self, tasks: Sequence[_Task], label: str) -> None:
+        missing = [task for task in tasks if not self._knows(task)]
+        if missing:
+            bar = self._console.progress(len(missing), label=label)
+            try:
+                with _processes(min(len(missing), self.config.workers or min(4, os.cpu_count() or 1))) as run_all:
+                    for new in run_all(partial(_run, self._store.records), missing):
+                        self._store.add(new)
+                        bar.update()
+            finally:
+                bar.close()
+        for task in tasks:
+            result = _answer(task, self._store)
+            train, save = task.axes.train, task.axes.save
+            if isinstance(result, dict):
+                for optim, found in result.items():
+                    if isinstance(found, str):
+                        self._refused[(train, optim)] = found
+                    else:
+                        self._optims[(train, optim)] = found
+            elif isinstance(result, str):
+                self._refused[(train, "" if task.optims else save)] = result
+            else:
+                self._steps.setdefault((train, save), {})[task.place.rows] = result
+
+    def _knows(self, task: _Task) -> bool:
         try:
-            for task, result in zip(tasks, run_all(_run, tasks), strict=True):
-                train, save = task.axes.train, task.axes.save
-                if isinstance(result, dict):
-                    for optim, found in result.items():
-                        if isinstance(found, str):
-                            self._refused[(train, optim)] = found
-                        else:
-                            self._optims[(train, optim)] = found
-                elif isinstance(result, str):
-                    self._refused[(train, "" if task.optims else save)] = result
-                else:
-                    self._steps.setdefault((train, save), {})[task.place.rows] = result
-                bar.update()
-        finally:
-            bar.close()
+            _answer(task, self._store)
+        except MissingError:
+            return False
+        return True
 
     def flops_of_plain_training(self) -> int:
         """Of an optimizer step, full training with everything saved."""
@@ -235,7 +251,7 @@ class _Counts:
         return None
 
 
-_RunAll = Callable[[Callable[[_Task], Any], Sequence[_Task]], Iterable[Any]]
+_RunAll = Callable[[Callable[[_Task], Records], Sequence[_Task]], Iterable[Records]]
 
 
 @contextmanager
@@ -264,11 +280,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run(task: _Task) -> StepUse | dict[Optim, OptimizerUse | str] | str:
-    """One count, or the sentence that refuses it."""
+def _run(known: Records, task: _Task) -> Records:
+    """Count what is not known of a task; -> the new records."""
+    store = Store(dict(known))
+    _answer(task, store)
+    return store.new
+
+
+def _answer(task: _Task, store: Store) -> StepUse | dict[Optim, OptimizerUse | str] | str:
+    """What a task asks, or the sentence that refuses it."""
     try:
         if task.optims:
-            return count_optimizers(task.place, task.axes, task.optims)
-        return count_step(task.place, task.axes)
+            return count_optimizers(task.place, task.axes, task.optims, store)
+        return count_step(task.place, task.axes, store)
     except UserError as error:
         return str(error)

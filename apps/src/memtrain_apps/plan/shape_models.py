@@ -1,6 +1,5 @@
 """A model of a shape, with random weights, and a batch and a loss for it, as ``finetune`` has them."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,22 +8,11 @@ from memtrain_common.training.loop import DTYPES
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
-from .shapes import Shape
+from .shapes import Shape, timm_size
+from .uses import Step
 
-
-@dataclass(frozen=True)
-class Step:
-    """What a training step is of, whatever the axes say."""
-
-    shape: Shape
-    tokens: int = 0
-    """In a row of text."""
-    weights: str = "float32"
-    """The weights' dtype."""
-    autocast: str = "float32"
-    """Autocast's dtype; float32 is none."""
-    cuda: bool = True
-    """Whether operations save what they save on CUDA, or on the CPU."""
+TRANSFORMERS = ("vit", "deit", "swin", "swinv2", "beit", "eva02", "cait", "mixer")
+"""First words of timm's models that are made for one size of pictures."""
 
 
 def build_model(shape: Shape, weights: str = "float32") -> nn.Module:
@@ -33,11 +21,18 @@ def build_model(shape: Shape, weights: str = "float32") -> nn.Module:
     Raises:
         UserError: if transformers refuses the configuration.
     """
+    if shape.family in ("cnn", "timm") and weights != "float32":
+        raise UserError(f"--weights {weights} is for transformers: of {shape.name} leave it float32")
+    if shape.family == "timm":
+        import timm
+
+        words: dict[str, Any] = {"num_classes": int(shape.config["num_labels"])}
+        if shape.image_size != timm_size(shape.name) and shape.name.split("_")[0] in TRANSFORMERS:
+            words["img_size"] = shape.image_size
+        return timm.create_model(shape.name, **words).train()
     if shape.family == "cnn":
         from memtrain_common.models.classifiers import build_classifier
 
-        if weights != "float32":
-            raise UserError(f"--weights {weights} is for transformers: of {shape.name} leave it float32")
         classes, size = int(shape.config.get("num_labels", 1000)), int(shape.config["image_size"])
         return build_classifier(shape.name, classes, image_size=size).model
     import transformers
@@ -46,6 +41,7 @@ def build_model(shape: Shape, weights: str = "float32") -> nn.Module:
         "pictures": transformers.AutoModelForImageClassification,
         "text": transformers.AutoModelForSequenceClassification,
         "language": transformers.AutoModelForCausalLM,
+        "pairs": transformers.AutoModelForSeq2SeqLM,
     }[shape.task]
     try:
         config = transformers.AutoConfig.for_model(shape.family, **shape.config)
@@ -70,9 +66,9 @@ def make_batch(step: Step, rows: int) -> Any:
     mask = torch.ones(rows, step.tokens, dtype=torch.long)
     mask[0, -1] = 0
     ids = torch.randint(3, int(shape.config.get("vocab_size", 1000)), (rows, step.tokens))
-    labels = ids.clone() if shape.task == "language" else torch.zeros(rows, dtype=torch.long)
+    labels = torch.zeros(rows, dtype=torch.long) if shape.task == "text" else ids.clone()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if shape.family == "bert":  # its tokenizer tells two texts apart
+    if shape.family in ("bert", "electra"):  # its tokenizer tells two texts apart
         batch["token_type_ids"] = torch.zeros_like(ids)
     return batch
 
@@ -83,7 +79,12 @@ def loss_of(step: Step, model: nn.Module, batch: Any) -> Tensor:
     from memtrain_common.data.text.instruct_batches import loss_of as instruct_loss
     from memtrain_common.models.classifiers import classification_loss
 
-    losses: dict[str, Any] = {"pictures": classification_loss, "text": model_loss, "language": instruct_loss}
+    losses: dict[str, Any] = {
+        "pictures": classification_loss,
+        "text": model_loss,
+        "language": instruct_loss,
+        "pairs": instruct_loss,
+    }
     dtype = DTYPES[step.autocast]
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):

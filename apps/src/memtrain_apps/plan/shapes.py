@@ -5,6 +5,7 @@ against the published totals.
 """
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,22 @@ from typing import Any, Literal
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 
-Task = Literal["pictures", "text", "language"]
+Task = Literal["pictures", "text", "language", "pairs"]
 TASKS: dict[str, Task] = {
     "vit": "pictures", "cnn": "pictures", "bert": "text", "roberta": "text", "xlm-roberta": "text", "gpt2": "language",
     "llama": "language", "mistral": "language", "qwen2": "language",
 }  # fmt: skip
-"""transformers' ``model_type`` -> what such a model is fine-tuned on: pictures or text with labels, or tokens."""
+"""transformers' ``model_type`` -> what such a model is fine-tuned on: pictures or text with labels, tokens, or pairs of
+texts (encoder-decoders). What it is of any other, the folder's ``architectures`` say."""
+ARCHITECTURES: dict[str, Task] = {
+    "ForImageClassification": "pictures", "ForSequenceClassification": "text", "ForMaskedLM": "text",
+    "ForPreTraining": "text", "ForCausalLM": "language", "LMHeadModel": "language",
+    "ForConditionalGeneration": "pairs",
+}  # fmt: skip
+"""The end of a class's name -> its task."""
+UNIFORM = {"gpt_neox", "opt", "phi", "qwen3", "mixtral", "deit", "electra"}
+"""Besides TASKS, families whose blocks are alike; of others a model is counted at its whole depth."""
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 # width, blocks, heads, pixels of an image's side, pixels of a patch's side; the MLP is 4 widths
 VITS = {
@@ -106,20 +117,23 @@ class Shape:
     """transformers' ``model_type``; "cnn" is one of ``memtrain_common.models.classifiers``."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of transformers' configuration."""
+    other_task: Task = "pictures"
+    """Of a family that is not in TASKS."""
 
     @property
     def task(self) -> Task:
-        return TASKS[self.family]
+        return TASKS.get(self.family, self.other_task)
 
     @property
     def depth(self) -> int:
-        """Blocks; 0 of a CNN, whose blocks differ."""
-        return 0 if self.family == "cnn" else int(self.config[self._depth_field])
+        """Blocks; 0 where it is not known, or where they differ."""
+        return int(self.config.get(self._depth_field, 0)) if self.family not in ("cnn", "timm") else 0
 
     @property
     def uniform(self) -> bool:
         """Whether all blocks between the first and the last are alike, so that what holds of a few tells of many."""
-        return self.family != "cnn" and len(set(self.config.get("layer_types") or [0])) == 1
+        known = self.family in UNIFORM or (self.family in TASKS and self.family != "cnn")
+        return known and self.depth > 0 and len(set(self.config.get("layer_types") or [0])) == 1
 
     @property
     def positions(self) -> int:
@@ -127,7 +141,8 @@ class Shape:
         if self.family == "gpt2":
             return int(self.config.get("n_positions", 1024))
         padding = 2 if "roberta" in self.family else 0  # their first position is the padding's, and counted from
-        return int(self.config["max_position_embeddings"]) - padding if self.task == "text" else 0
+        known = int(self.config.get("max_position_embeddings") or 0)
+        return max(0, known - padding) if self.task == "text" or self.family == "opt" else 0
 
     @property
     def image_size(self) -> int:
@@ -135,7 +150,9 @@ class Shape:
 
     @property
     def _depth_field(self) -> str:
-        return "n_layer" if self.family == "gpt2" else "num_hidden_layers"
+        if self.family == "gpt2":
+            return "n_layer"
+        return next((n for n in DEPTHS if n in self.config), DEPTHS[0])
 
     def with_depth(self, blocks: int) -> "Shape":
         """The same with another number of blocks."""
@@ -153,7 +170,8 @@ def find_shape(name: str) -> Shape:
     """The shape of a well-known model, or of a folder with a ``config.json``.
 
     Args:
-        name: as on the hub, with or without its owner; "-Instruct", "-Chat" and "-hf" do not matter.
+        name: as on the hub, with or without its owner; "-Instruct", "-Chat" and "-hf" do not matter. Or a model of
+            timm, where that is installed.
 
     Raises:
         UserError: if it is neither (with the nearest names), or a model that has no shape here.
@@ -166,6 +184,9 @@ def find_shape(name: str) -> Shape:
         return replace(found, name=name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name}: --model needs a model's name, or a folder with a config.json")
+    from_timm = _from_timm(name)
+    if from_timm is not None:
+        return from_timm
     near = difflib.get_close_matches(_key(name), shapes, n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(shapes[k].name for k in near)}?)" if near else ""
     raise UserError(
@@ -230,15 +251,47 @@ def _from_folder(folder: Path) -> Shape:
         family = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration of transformers: it must be JSON with a model_type") from None
-    if family not in TASKS or family == "cnn":
-        raise UserError(
-            f"{path} is of a {family}, which plan does not know; it knows {', '.join(t for t in TASKS if t != 'cnn')}"
-        )
+    if not isinstance(family, str):
+        raise UserError(f"{path} is not a configuration of transformers: its model_type must be a name")
+    task = TASKS.get(family) or _task_of(config, path)
     config = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype", "quantization_config")}
-    shape = Shape(str(folder), family, config)
-    if shape._depth_field not in config:
+    shape = Shape(str(folder), family, config, task)
+    if family in TASKS and shape._depth_field not in config:
         raise UserError(f"{path} has no {shape._depth_field}: the number of blocks is needed")
-    depth = config[shape._depth_field]
+    depth = config.get(shape._depth_field, 1)  # of some families there is none
     if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= MOST_BLOCKS:
         raise UserError(f"{path} has {shape._depth_field} {depth!r}: a model has 1 to {MOST_BLOCKS} blocks")
     return shape
+
+
+def _task_of(config: Mapping[str, Any], path: Path) -> Task:
+    """By the name of the class that the folder was saved from."""
+    names = [str(n) for n in config.get("architectures") or []]
+    for end, task in ARCHITECTURES.items():
+        if any(n.endswith(end) for n in names):
+            return task
+    said = f"architectures {', '.join(names)}" if names else "no architectures"
+    raise UserError(
+        f"{path} has {said}, which do not say what the model is trained on: plan knows classes that end in "
+        f"{', '.join(ARCHITECTURES)}"
+    )
+
+
+def _from_timm(name: str) -> Shape | None:
+    """A model of timm, with the input that its weights were made for."""
+    if "/" in name.removeprefix("timm/") or not importlib.util.find_spec("timm"):
+        return None
+    import timm
+
+    word = name.removeprefix("timm/")
+    if not timm.is_model(word):
+        return None
+    return Shape(word, "timm", {"image_size": timm_size(word), "num_labels": 1000})
+
+
+def timm_size(name: str) -> int:
+    """Pixels of a picture's side that timm's weights were made for."""
+    import timm
+
+    known = timm.get_pretrained_cfg(name)
+    return int(known.input_size[1]) if known is not None else 224

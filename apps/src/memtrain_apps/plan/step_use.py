@@ -5,9 +5,9 @@ state and what its step takes besides on (train, optim). So a forward and backwa
 optimizer step for each of the second tell every combination: see :func:`memtrain_apps.plan.forecast.compose_forecast`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,104 +19,15 @@ from memtrain_common.training.task import Task
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from ..compose.axes import Axes, Optim
 from ..compose.compose import build_optimizer, compose, load_libraries
 from ..compose.families import blocks
 from .cuda_choices import CudaChoices
-from .shape_models import Step, build_model, loss_of, make_batch, plain_task
-
-
-@dataclass(frozen=True)
-class StepUse:
-    """A forward and backward pass, in bytes where nothing else is said. The optimizer's state is not in it."""
-
-    parameters: int
-    """Numbers."""
-    trained: int
-    """Numbers."""
-    weights: int
-    buffers: int
-    gradients: int
-    activations: int
-    """Saved for the backward pass, on the device."""
-    host: int
-    """Saved for the backward pass, in host memory."""
-    peak: int
-    """The most that lives at any moment of the first micro-batch."""
-    beside: int
-    """The most that lives beside the gradients that are accumulated already."""
-    left: int
-    """What lives after the backward pass: weights, buffers, gradients, and the batch."""
-    flops: int
-    """Floating-point operations of the matrix products."""
-    shard_weights: int = 0
-    """Of one process under FSDP, which cuts each parameter along its first dimension; this and what follows are counted
-    where there are several processes."""
-    shard_gradients: int = 0
-    rest_weights: int = 0
-    """Weights outside the blocks."""
-    rest_gradients: int = 0
-    block_weights: int = 0
-    """Weights of the largest block."""
-    block_gradients: int = 0
-
-
-@dataclass(frozen=True)
-class OptimizerUse:
-    """An optimizer step, in bytes."""
-
-    state: int
-    """What stays between steps."""
-    extra: int
-    """The most that lives beside weights, gradients and state while it steps."""
-    merging: int
-    """The most that lives besides while LTE merges, when the gradients are gone."""
-
-
-class StepBytes(LiveBytes):
-    """Live bytes, also beside accumulated gradients, and the operations of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accumulated = 0
-        self.beside = 0
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
-        self.beside = max(self.beside, self.bytes - self.accumulated)
-        return result
-
-    def count_gradients(self, model: nn.Module) -> None:
-        """Know a gradient as accumulated from the moment when it lies in ``.grad``."""
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._accumulate)
-
-    def _accumulate(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.accumulated += parameter.grad.nbytes
-
-    def restart(self) -> None:
-        super().restart()
-        self.beside = self.bytes - self.accumulated
-
-
-class HostMemory(torch.autograd.graph.saved_tensors_hooks):
-    """What ``torch.autograd.graph.save_on_cpu`` does to a GPU: what is saved leaves it, and comes back when needed."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        super().__init__(self._leave, lambda packed: torch.empty(packed[0], dtype=packed[1]))
-
-    def _leave(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-        self.bytes += tensor.nbytes
-        return tensor.shape, tensor.dtype
+from .lines import Pass
+from .shape_models import build_model, loss_of, make_batch, plain_task
+from .step_bytes import HostMemory, StepBytes
+from .uses import Cut, OptimizerUse, Step, StepUse, rows_of
 
 
 def step_use_of(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepUse:
@@ -128,42 +39,58 @@ def step_use_of(step: Step, axes: Axes, rows: int, shards: int = 1) -> StepUse:
     Raises:
         UserError: if the combination has no meaning for the model.
     """
+    passes, cut = passes_of(step, axes, (rows,))
+    return replace(passes[0].use, **(cut.shares(shards) if shards > 1 else {}))
+
+
+def passes_of(step: Step, axes: Axes, rows: Sequence[int]) -> tuple[list[Pass], Cut]:
+    """Count the passes of several micro-batches over one model, and how FSDP would cut it.
+
+    Raises:
+        UserError: if the combination has no meaning for the model.
+    """
     load_libraries(axes.train, axes.optim)
     live = StepBytes()
-    with _fake(live, step):
-        model, composed = _composed(step, axes)
+    with faked(live, step):
+        model, composed = composed_step(step, axes)
         live.count_gradients(model)
-        host = HostMemory() if axes.save == "offload" else None
-        live.restart()
-        live.flops = 0
-        batch = make_batch(step, rows)
-        recording = SavedActivations(model, by_layer=False)
-        # the order of the loop: what is kept outermost, then the recording; autocast is in loss_of
-        with host or composed.saving(), recording:
-            value = loss_of(step, model, batch)
-        activations = sum(recording.by_layer().values())
-        del recording
-        # by the engine itself: Tensor.backward would leave CudaChoices, and checkpoints run their forward pass again
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.run_backward(
-            (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
-        del value
-        parameters = list(model.parameters())
-        return StepUse(
-            parameters=sum(p.numel() for p in parameters),
-            trained=sum(p.numel() for p in parameters if p.requires_grad),
-            weights=_bytes(parameters),
-            buffers=_bytes(model.buffers()),
-            gradients=_bytes(p.grad for p in parameters),
-            activations=activations,
-            host=host.bytes if host else 0,
-            peak=live.peak_bytes,
-            beside=live.beside,
-            left=live.bytes,
-            flops=live.flops,
-            **(_parts(model, shards) if shards > 1 else {}),
-        )
+        return [_pass(live, step, axes, model, composed, n) for n in rows], _cut(model)
+
+
+def _pass(live: StepBytes, step: Step, axes: Axes, model: nn.Module, composed: Task, rows: int) -> Pass:
+    for parameter in model.parameters():
+        parameter.grad = None
+    host = HostMemory() if axes.save == "offload" else None
+    live.accumulated = live.flops = 0
+    live.restart()
+    batch = make_batch(step, rows)
+    recording = SavedActivations(model, by_layer=False)
+    # the order of the loop: what is kept outermost, then the recording; autocast is in loss_of
+    with host or composed.saving(), recording:
+        value = loss_of(step, model, batch)
+    activations = sum(recording.by_layer().values())
+    del recording
+    # by the engine itself: Tensor.backward would leave CudaChoices, and checkpoints run their forward pass again
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+    del value
+    parameters = list(model.parameters())
+    use = StepUse(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        weights=_bytes(parameters),
+        buffers=_bytes(model.buffers()),
+        gradients=_bytes(p.grad for p in parameters),
+        activations=activations,
+        host=host.bytes if host else 0,
+        peak=live.peak_bytes,
+        beside=max(live.besides),
+        left=live.bytes,
+        flops=live.flops,
+    )
+    return Pass(use, live.rises, live.besides)
 
 
 def optimizer_use_of(
@@ -183,13 +110,13 @@ def optimizer_use_of(
         for optim in mine:
             load_libraries(axes.train, optim)
         live = StepBytes()
-        with _fake(live, step):
-            model, composed = _composed(step, replace(axes, save="all", optim="sgd", merge_steps=1))
+        with faked(live, step):
+            model, composed = composed_step(step, replace(axes, save="all", optim="sgd", merge_steps=1))
             merging = _growth(live, composed.after_step) if composed.after_step is not None else 0
             if cut:
                 for p in model.parameters():
                     if p.dim():
-                        p.data = p.data[: _rows(p, shards)].clone()
+                        p.data = p.data[: rows_of(p.shape[0], shards)].clone()
             for optim in mine:
                 try:
                     found[optim] = _optimizer_use_of(
@@ -236,7 +163,8 @@ def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
 
 
 @contextmanager
-def _fake(live: StepBytes, step: Step) -> Iterator[None]:
+def faked(live: LiveBytes, step: Step) -> Iterator[None]:
+    """Within, every new tensor is fake, and saves what it would on the step's device."""
     import transformers.utils.import_utils as utilities
 
     with ExitStack() as stack:
@@ -248,35 +176,36 @@ def _fake(live: StepBytes, step: Step) -> Iterator[None]:
         yield
 
 
-def _composed(step: Step, axes: Axes) -> tuple[nn.Module, Task]:
+def composed_step(step: Step, axes: Axes) -> tuple[nn.Module, Task]:
     """The model as it is trained. Offloading is put around the forward pass by the caller: the CPU refuses it."""
     on_device = replace(axes, save="all") if axes.save == "offload" else axes
     composed = compose(plain_task(step, build_model(step.shape, step.weights)), on_device, lr=1e-3, predicting=True)
     return composed.model, composed
 
 
-def _parts(model: nn.Module, shards: int) -> dict[str, int]:
+def _cut(model: nn.Module) -> Cut:
     """What FSDP2 cuts, and what it gathers: a block at a time, and the rest from the first to the last."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
-    parts = [list(block.parameters()) for block in blocks(inner).values()]
+    try:
+        parts = [list(block.parameters()) for block in blocks(inner).values()]
+    except UserError:
+        return Cut((), 0, 0, 0, 0)
     inside = {p for part in parts for p in part}
     rest = [p for p in model.parameters() if p not in inside]
-    cut = [(p, _rows(p, shards) * p[:1].nbytes if p.dim() else p.nbytes) for p in model.parameters()]
-    return {
-        "shard_weights": sum(n for _, n in cut),
-        "shard_gradients": sum(n for p, n in cut if p.grad is not None),
-        "rest_weights": _bytes(rest),
-        "rest_gradients": _bytes(p.grad for p in rest),
-        "block_weights": max(_bytes(part) for part in parts),
-        "block_gradients": max(_bytes(p.grad for p in part) for part in parts),
-    }
-
-
-def _rows(parameter: Tensor, shards: int) -> int:
-    """Rows of a process's part; parts are padded to equal ones."""
-    return -(-parameter.shape[0] // shards)
+    counts: dict[tuple[int, int], list[int]] = {}
+    for p in model.parameters():
+        found = counts.setdefault((p.shape[0], p[:1].nbytes) if p.dim() else (1, p.nbytes), [0, 0])
+        found[0] += 1
+        found[1] += p.grad is not None
+    return Cut(
+        rows=tuple((*key, n, trained) for key, (n, trained) in sorted(counts.items())),
+        rest_weights=_bytes(rest),
+        rest_gradients=_bytes(p.grad for p in rest),
+        block_weights=max(_bytes(part) for part in parts),
+        block_gradients=max(_bytes(p.grad for p in part) for part in parts),
+    )
 
 
 def _one_of_each(parameters: list[Tensor], counts: dict[Tensor, int]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """A plan as people read it, and as programs do."""
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +11,14 @@ from ..compose.axes import read_settings
 from .arms import Arm, Plan
 from .known import Known
 
-HEADER = ("train", "save", "optim", "peak", "weights", "gradients", "optimizer", "saved", "time", "score")
+HEADER = ("train", "save", "optim", "peak", "weights", "grads", "state", "saved", "time", "score")
+WIDTH = 100
+"""Columns that the table keeps to."""
+ORDERS = {
+    "best": "best first: what trains the most numbers, of those what keeps gradients exact, of those the fastest",
+    "time": "the fastest first",
+    "peak": "the least memory first",
+}
 
 
 def table_of(plan: Plan) -> str:
@@ -19,27 +28,42 @@ def table_of(plan: Plan) -> str:
     fitting, lacking, refused = plan.fitting, plan.lacking, plan.refused
     top = plan.config.top
     if fitting:
-        shown = fitting[: top or None]
-        rows = [HEADER, *(_row(arm, sources) for arm in shown)]
-        parts.append(f"fits ({len(fitting)}), {ORDERS[plan.config.order]}\n{_columns(rows)}{_more(fitting, top)}")
+        unit = unit_of(max(a.predicted.peak for a in fitting[: top or None]))
+        rows = [HEADER, *(_row(arm, unit, sources) for arm in fitting[: top or None])]
+        title = f"fits ({len(fitting)}), in {unit[0]}, {ORDERS[plan.config.order]}"
+        parts.append(f"{_wrapped(title)}\n{columns(rows)}{_more(fitting, top)}")
     if lacking:
         shown = lacking[: top or None]
-        rows = [
-            ("train", "save", "optim", "peak", "batch ≤", "what would fit, the least change first"),
-            *map(_lack, shown),
-        ]
-        parts.append(f"does not fit ({len(lacking)})\n{_columns(rows)}{_more(lacking, top)}")
+        unit = unit_of(max(a.predicted.peak for a in shown))
+        rows = [("train", "save", "optim", "peak", "batch ≤"), *(_lack(arm, unit) for arm in shown)]
+        head, *lines = columns(rows).split("\n")
+        found = [f"{line}\n{_wrapped(_remedies(arm), '      ')}" for line, arm in zip(lines, shown, strict=True)]
+        title = f"does not fit ({len(lacking)}), in {unit[0]}; below each what would fit, the least change first"
+        parts.append("\n".join([title, head, *found]) + _more(lacking, top))
     if refused:
         parts.append(f"refused ({len(refused)})\n" + "\n".join(_reasons(refused)))
-    parts.append("\n".join(_notes(plan, sources)))
+    parts.append("\n".join(_wrapped(line) for line in _notes(plan, sources)))
     return "\n\n".join(parts)
 
 
-ORDERS = {
-    "best": "best first: what trains the most numbers, of those what keeps gradients exact, of those the fastest",
-    "time": "the fastest first",
-    "peak": "the least memory first",
-}
+Unit = tuple[str, int, int]
+
+
+def unit_of(most: float) -> Unit:
+    """One unit for a table, by its largest number: (name, bytes, decimals)."""
+    name, size = next((u for u in (("GiB", 2**30), ("MiB", 2**20)) if most >= u[1]), ("KiB", 2**10))
+    return name, size, 2 if most < 100 * size else 1
+
+
+def _amount(n_bytes: float, unit: Unit) -> str:
+    return f"{n_bytes / unit[1]:.{unit[2]}f}"
+
+
+def _wrapped(text: str, indent: str = "", after: str = "  ") -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent + after, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _title(plan: Plan) -> str:
@@ -55,71 +79,57 @@ def _title(plan: Plan) -> str:
         f"budget {config.budget} = {config.budget_bytes:,} bytes a device; {config.reserve} set aside and a margin of "
         f"{config.margin:.0%} leave {format_bytes(config.usable_bytes)} for the predicted peak"
     )
-    return f"{what}\n{config.batch} samples of {size}{micro}, {precision}, on {where}\n{usable}"
+    lines = (what, f"{config.batch} samples of {size}{micro}, {precision}, on {where}", usable)
+    return "\n".join(_wrapped(line) for line in lines)
 
 
-def _row(arm: Arm, sources: list[str]) -> tuple[str, ...]:
+def _row(arm: Arm, unit: Unit, sources: list[str]) -> tuple[str, ...]:
     found = arm.predicted
     ledger = found.ledger
-    saved = format_bytes(ledger["activations"])
-    if found.host:
-        saved = f"host {format_bytes(found.host)}"
-    return (
-        arm.axes.train,
-        arm.axes.save,
-        arm.axes.optim,
-        format_bytes(found.peak),
-        format_bytes(ledger["weights"]),
-        format_bytes(ledger["gradients"]),
-        format_bytes(ledger["optimizer"]),
-        saved,
-        _time(arm),
-        _scores(arm.scores, sources),
-    )
+    saved = f"{_amount(found.host, unit)}h" if found.host else _amount(ledger["activations"], unit)
+    held = (found.peak, ledger["weights"], ledger["gradients"], ledger["optimizer"])
+    amounts = [_amount(n, unit) for n in held]
+    return (*_choices(arm), *amounts, saved, time_of(arm), _scores(arm.scores, sources))
 
 
-def _lack(arm: Arm) -> tuple[str, ...]:
-    remedies = [
-        f"{r.flags} ({format_bytes(r.peak)}, {r.time:.2f}×)" for r in arm.remedies[:2]
-    ] or ["no single change; a smaller model, or more GPUs"]  # fmt: skip
+def _choices(arm: Arm) -> tuple[str, str, str]:
+    return arm.axes.train, arm.axes.save, arm.axes.optim
+
+
+def _lack(arm: Arm, unit: Unit) -> tuple[str, ...]:
     batch = f"{arm.largest:,}" if arm.largest else "none"
-    return (
-        arm.axes.train,
-        arm.axes.save,
-        arm.axes.optim,
-        format_bytes(arm.predicted.peak),
-        batch,
-        "; or ".join(remedies),
-    )
+    return (*_choices(arm), _amount(arm.predicted.peak, unit), batch)
 
 
-def _time(arm: Arm) -> str:
-    mark = "" if arm.overhead or arm.axes.optim in ("adamw", "sgd") else "*"
-    return f"{'≥' if arm.axes.save in ('offload', 'backrazor') else ''}{arm.time:.2f}×{mark}"
+def _remedies(arm: Arm) -> str:
+    remedies = [f"{r.flags} ({format_bytes(r.peak)}, {r.time:.2f}×)" for r in arm.remedies[:2]]
+    return "; or ".join(remedies) or "no single change; a smaller model, or more GPUs"
+
+
+def time_of(arm: Arm) -> str:
+    """Measured where it was, otherwise estimated (~), or a part of it (≥)."""
+    if arm.timing is not None:
+        return f"{arm.timing.factor:.2f}×"
+    return f"{'≥' if arm.axes.save in ('offload', 'backrazor') else '~'}{arm.time:.2f}×"
 
 
 def _scores(scores: list[Known], sources: list[str]) -> str:
-    return "; ".join(_score(s, sources) for s in scores) or "not measured"
-
-
-def _score(score: Known, sources: list[str]) -> str:
-    rank = f", r {score.rank}" if score.rank else ""
-    source = f"{score.study} ({score.source}); in brackets: full training with everything saved there"
+    """The first score and the number of its source; --json has all."""
+    if not scores:
+        return "-"
+    score = scores[0]
+    source = f"{score.metric}, {score.study} (plain arm there: {score.plain:.3g}; {score.source})"
     if source not in sources:
         sources.append(source)
-    plain = f" ({score.plain:.3g})" if score.plain != score.value else ""
-    return f"{score.metric} {score.value:.3g} ± {score.ci95:.2g}{plain}{rank} [{sources.index(source) + 1}]"
+    return f"{score.value:.3g} [{sources.index(source) + 1}]"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
-    """Axes and the last column to the left, numbers to the right."""
+def columns(rows: Sequence[tuple[str, ...]], left: int = 3) -> str:
+    """The first ones to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(width) if i < 3 or i == len(row) - 1 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -133,24 +143,27 @@ def _reasons(arms: list[Arm]) -> list[str]:
     counts: dict[str, int] = {}
     for arm in arms:
         counts[arm.refused] = counts.get(arm.refused, 0) + 1
-    return [f"  {n:>3}  {sentence}" for sentence, n in counts.items()]
+    return [_wrapped(f"{n:>3}  {sentence}", "  ", "     ") for sentence, n in counts.items()]
 
 
 def _notes(plan: Plan, sources: list[str]) -> list[str]:
     config = plan.config
     lines = [
-        "time: an estimate, matrix products relative to full+all+adamw at the same batch. Not in it: the optimizer's",
-        "  own arithmetic, packing (backrazor: ≥), the bus (offload: ≥), small kernels. * not measured.",
+        "time: of a step, relative to full+all+adamw at the same batch. Without a mark it was measured; ~ is an "
+        "estimate by matrix products, ≥ one without packing (backrazor) or the bus (offload).",
     ]
+    timings = {(t.study, t.source) for a in plan.fitting if (t := a.timing)}
+    lines += [f"  measured: {study} ({source})" for study, source in sorted(timings)]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
     lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
+    lines.append("score: - is not measured; in brackets its sources. Compare it with the plain arm of the same source.")
     if any(a.predicted.host for a in plan.fitting):
-        lines.append("saved, host: what lies in host memory of each process; it crosses the bus twice a step.")
+        lines.append("saved, h: lies in host memory of each process; it crosses the bus twice a step.")
     if config.device == "cuda":
         lines.append(
-            "CUDA's ways (dropout masks, fused attention, foreach steps) are emulated on the CPU; --reserve and"
+            "CUDA's ways (dropout masks, fused attention, foreach steps) are emulated on the CPU; --reserve and "
+            "--margin stand for the context, workspace and fragmentation, and are assumed, not measured."
         )
-        lines.append("  --margin stand for the context, workspace and fragmentation, and are assumed, not measured.")
     if config.device == "cuda" and config.weights == config.dtype == "float32" and _grouped(plan):
         lines.append(
             "grouped keys and values in float32: a batch without padding loses the fused kernel on CUDA and saves more."
@@ -190,6 +203,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "flops": found.flops,
                 "relative_time_estimate": round(arm.time, 4),
                 "time_overhead": asdict(arm.overhead) if arm.overhead else None,
+                "time_measured": asdict(arm.timing) if arm.timing else None,
                 "largest_batch": arm.largest,
                 "scores": [asdict(s) for s in arm.scores],
                 "remedies": [asdict(r) for r in arm.remedies],

@@ -1,0 +1,241 @@
+"""What ``plan`` knows without counting: lines over batches, the user's cache; and its shorter ways."""
+
+import json
+import random
+import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from memtrain_apps.compose.axes import Axes
+from memtrain_apps.plan import command, counted, known, picture, reserved
+from memtrain_apps.plan.config import configure
+from memtrain_apps.plan.counted import MissingError, Store, count_law, step_key
+from memtrain_apps.plan.forecast import Workplace, count_step, predict_arm
+from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit
+from memtrain_apps.plan.plan import make_plan
+from memtrain_apps.plan.step_use import passes_of, step_use_of
+from memtrain_apps.plan.table import WIDTH, as_json, table_of
+from memtrain_apps.plan.uses import SUMS, Cut, StepUse, rows_of
+from memtrain_common.console import Console
+from memtrain_common.errors import UserError
+from small_shapes import SMALL, TINY
+from support import run_light
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What was counted by other runs answers no test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+NO_CUT = Cut((), 0, 0, 0, 0)
+
+
+def made_up(moments, units):
+    """A pass whose moments are (bytes at 0, bytes a unit)."""
+    values = [base + slope * units for base, slope in moments]
+    sums = {n: 7 + 3 * i * units for i, n in enumerate(SUMS)}
+    return Pass(StepUse(**sums, peak=max(values), beside=max(values[1:])), values, values[1:])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lines_tell_every_batch(seed):
+    """Random moments: the few lines that are kept have the peak of all of them, at any batch."""
+    draw = random.Random(seed)
+    moments = [(draw.randrange(10**6), draw.randrange(10**4)) for _ in range(draw.randrange(2, 40))]
+    law = StepLaw.from_json(json.loads(json.dumps(
+        fit({u: made_up(moments, u) for u in (1, 2, 3, 9)}, unit=3, cut=NO_CUT).to_json()
+    )))  # fmt: skip
+    assert len(law.lines["peak"]) <= len(moments)
+    for units in (1, *range(2, 200), 1000, 10**6):
+        assert law.at(3 * units) == made_up(moments, units).use
+
+
+def test_what_lies_on_no_line_is_known_where_it_was_counted():
+    moments = [(100, 5), (40, 60)]
+    passes = {u: made_up(moments, u) for u in (1, 2, 3, 9)}
+    for bent in (
+        replace(passes[9], rises=[*passes[9].rises, 10**9]),  # another operation
+        replace(passes[9], rises=[passes[9].rises[0] + 1, *passes[9].rises[1:]]),
+        replace(passes[9], use=replace(passes[9].use, activations=1)),
+    ):
+        law = fit({**passes, 9: bent}, unit=1, cut=NO_CUT)
+        assert law.at(9) == bent.use
+        assert law.at(3) == passes[3].use
+        assert law.at(4) is None
+    assert fit({u: passes[u] for u in (1, LEAST)}, unit=1, cut=NO_CUT).at(5) is None  # nothing has checked it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "train", "save"),
+    [("vit", "lte", "all"), ("bert", "full", "checkpoint"), ("gpt2", "full", "backrazor"), ("llama", "lora", "all")],
+)
+def test_a_law_is_the_count_of_every_batch(family, train, save):
+    """At a batch that it was not made of, and cut for three processes."""
+    step = replace(SMALL[family], cuda=family != "gpt2")
+    step = replace(step, shape=step.shape.with_depth(2))
+    axes = Axes(train, save, heads=2)
+    law = StepLaw.from_json(count_law(step, axes, unit=axes.heads if train == "lte" else 1, rows=12, known=None))
+    found = law.at(8, shards=3)
+    if found is None:  # Back Razor chooses its form by size, and so small a model is all thresholds
+        assert save == "backrazor"
+        assert not law.lines
+        found = law.at(12, shards=3)
+    assert found == step_use_of(step, axes, 8 if law.lines else 12, shards=3)
+
+
+def test_passes_over_one_model_are_those_over_new_ones():
+    step, axes = SMALL["vit"], Axes("lora", "checkpoint", dropout=0.1)
+    passes, _ = passes_of(step, axes, (3, 1, 3))
+    assert [p.use for p in passes] == [step_use_of(step, axes, n) for n in (3, 1, 3)]
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_shares_are_what_fsdp_cuts(shards):
+    import torch
+
+    shapes = [(7, 3), (7, 3), (16,), (1, 5), ()]
+    tensors = [torch.zeros(s) for s in shapes]
+    cut = Cut(((7, 12, 2, 1), (16, 4, 1, 1), (1, 20, 1, 0), (1, 4, 1, 0)), 1, 2, 3, 4)
+    padded = [rows_of(t.shape[0], shards) * t[:1].nbytes if t.dim() else 4 for t in tensors]
+    found = cut.shares(shards)
+    assert found["shard_weights"] == sum(padded)
+    assert found["shard_gradients"] == padded[0] + padded[2]
+    with pytest.raises(UserError, match="choose ddp"):
+        NO_CUT.shares(shards)
+
+
+# -- what was counted before ---------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_of_a_shape_the_code_and_the_versions(tmp_path, monkeypatch):
+    words = [*TINY, "--budget", "1GiB", "--train", "full", "--save", "all", "--optim", "adamw", "--workers", "1"]
+    config = configure(words)
+    first = as_json(make_plan(config))
+    (kept,) = (tmp_path / "cache" / "memtrain" / "plan").iterdir()
+    assert as_json(make_plan(config)) == first
+    # of another batch nothing is counted either
+    step = make_plan(replace(config, batch=52)).place.step
+    assert (
+        as_json(make_plan(replace(config, batch=52)))["combinations"][0]["peak_bytes"]
+        < first["combinations"][0]["peak_bytes"]
+    )
+    store = Store(counted.cached_records(step), live=False)
+    count_step(Workplace(step, 7), Axes(), store)
+    with pytest.raises(MissingError):
+        count_step(Workplace(replace(step, weights="bfloat16"), 7), Axes(), store)
+    # nothing is imported to count either
+    ((end, said),) = run_light([f"""
+import sys
+from memtrain_apps.plan.command import run_plan
+from memtrain_apps.plan.config import configure
+run_plan(configure({[*words, "--batch", "52"]!r}))
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""])  # fmt: skip
+    assert not end, said
+    assert "fits (1)" in said
+    # what the cache says is what plan says, and --recount does not look there
+    content = json.loads(kept.read_text())
+    key = step_key(replace(step, shape=step.shape.with_depth(2)), Axes())
+    content["records"][key] = "no such thing"
+    kept.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no such thing"):
+        make_plan(config)
+    assert as_json(make_plan(replace(config, recount=True))) == first
+    monkeypatch.setattr(counted, "code_hash", lambda: "another")
+    assert counted.cached_records(step) == {}
+
+
+# -- its shorter ways ------------------------------------------------------------------------------------------------
+
+
+def nvml(free, visible=None, monkeypatch=None):
+    module = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: len(free),
+        nvmlDeviceGetHandleByIndex=lambda i: free[i], nvmlDeviceGetHandleByUUID=lambda uuid: free[int(uuid[-1])],
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def test_without_a_budget_it_is_what_is_free_on_the_gpus(monkeypatch):
+    free = [24 * 2**30, 80 * 2**30, 16 * 2**30]
+    nvml(free, None, monkeypatch)
+    assert configure(["--model", "gpt2"]).budget_bytes == free[0]
+    assert configure(["--model", "gpt2", "--gpus", "2", "--batch", "2"]).budget_bytes == free[0]
+    assert configure(["--model", "gpt2", "--gpus", "3", "--batch", "3"]).budget_bytes == free[2]
+    nvml(free, "1,GPU-2", monkeypatch)
+    assert configure(["--model", "gpt2"]).budget_bytes == free[1]
+    assert configure(["--model", "gpt2", "--gpus", "2", "--batch", "2"]).budget_bytes == free[2]
+    with pytest.raises(UserError, match="this machine has 2"):
+        configure(["--model", "gpt2", "--gpus", "3", "--batch", "3"])
+    nvml(free, "", monkeypatch)
+    with pytest.raises(UserError, match="no GPU is found"):
+        configure(["--model", "gpt2"])
+
+
+@pytest.fixture(scope="module")
+def small_plan():
+    words = [*TINY, "--budget", "30MiB", "--train", "full", "--optim", "adamw", "galore-adamw", "--recount"]
+    return make_plan(configure([*words, "--save", "all", "checkpoint", "--workers", "1"]))
+
+
+def test_tables_keep_to_a_hundred_columns(small_plan):
+    text = table_of(small_plan)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for words in ("not measured", "fits (", "does not fit (", "in MiB"):
+        assert words in text
+
+
+def test_the_picture_shows_the_best(small_plan, tmp_path):
+    picture.draw_plan(small_plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"\.png"):
+        configure([*TINY, "--budget", "30MiB", "--png", "plan.pdf"])
+
+
+def test_without_a_model_several_are_planned(small_plan, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "make_plan", lambda config, console: asked.append(config) or small_plan)
+    text = command.overview(configure(["--budget", "24GiB", "--batch", "64"]), Console(quiet=True))
+    assert [(c.model, c.batch) for c in asked] == list(zip(command.WELL_KNOWN, (64, 64, 8, 8), strict=True))
+    assert all(len(line) <= WIDTH for line in text.splitlines())
+    best = small_plan.fitting[0].axes.name
+    assert len(re.findall(rf"\S+ +{re.escape(best)} .* of \d+$", text, re.MULTILINE)) == 4
+
+
+def test_measured_times_are_of_the_same_task():
+    *_, timings = known.read()
+    found = known.timing_of(Axes("full", "checkpoint"), "text", timings)
+    assert found.study.startswith("bert-base")
+    assert found.factor > 1.1
+    assert known.timing_of(Axes("full", "checkpoint"), "language", timings).study.startswith("gpt2")
+    assert known.timing_of(Axes("full", "checkpoint", "galore-adamw"), "text", timings) is None
+    assert known.timing_of(Axes("lora", "checkpoint"), "text", timings) is None
+    # a time of Back Razor is of the mode that it was measured with
+    for t in timings:
+        if t.save == "backrazor":
+            other = "pruned" if t.razor_mode == "low-bit" else "low-bit"
+            axes = Axes(t.train, "backrazor", t.optim or "sgd", razor_mode=other)
+            assert known.timing_of(axes, t.task, [t]) is None
+            assert known.timing_of(replace(axes, razor_mode=t.razor_mode), t.task, [t]) is t
+
+
+@pytest.mark.parametrize("save", ["all", "backrazor"])
+def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
+    """The tensors' peak is the plan's but for what falls into single steps; each storage is rounded up by less than 512
+    bytes, and segments hold what is allocated."""
+    place = Workplace(replace(SMALL["vit"], cuda=True), rows=4)
+    axes = Axes("lora", save)
+    found = reserved.replay(place, axes)
+    assert found.live == pytest.approx(predict_arm(place, axes).peak, rel=2e-3)
+    assert found.live < found.allocated < 1.2 * found.live
+    assert found.allocated <= min(found.reserved, found.expandable)
+    assert found.expandable % (2 * 2**20) == 0
+    assert reserved.replay(place, axes) == found
