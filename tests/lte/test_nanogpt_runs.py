@@ -122,7 +122,7 @@ def test_the_warm_up_of_a_short_run(here):
 def test_what_the_command_line_gives_may_be_anything_in_the_file(here):
     Path("computed.py").write_text("import os\nbatch_size = int(os.environ['B'])\nn_layer = 3\nwandb_log = True\n")
     found = configure(["computed.py", "--batch_size=24", "--wandb_log=False"])
-    assert (found.batch_size, found.n_layer, found.tracker) == (24, 3, "tensorboard")
+    assert (found.batch_size, found.n_layer, found.tracker) == (24, 3, "auto")
     assert configure(["computed.py", "--batch-size", "24"]).tracker == "wandb"
     with pytest.raises(UserError, match=r"line 2: batch_size must be a number.*give it as --batch_size=VALUE"):
         configure(["computed.py"])

@@ -56,14 +56,6 @@ class Progress(tqdm):
         return f"{text}, {format_seconds(max(0, self._total - self._done) / rate)} left" if rate > 0 else text
 
 
-def print_line(text: str) -> None:
-    """To stdout at once; nothing where its reader is gone."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Console:
     """Prints lines and keeps them in a log file; the progress bar stays below them.
 
@@ -98,7 +90,7 @@ class Console:
             lines: also print lines on stdout where that is no terminal; not where stdout is a command's result.
         """
         return Progress(
-            lines=print_line if lines and not self._quiet and not sys.stdout.isatty() else None,
+            lines=self.say if lines and not self._quiet and not sys.stdout.isatty() else None,
             total=total,
             initial=initial,
             desc=label,
