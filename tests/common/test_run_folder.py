@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -184,6 +185,12 @@ def test_pictures_are_drawn(tmp_path):
     plot_memory(Ledger(), tmp_path / "empty.png")
     assert largest_layers(layers | {"head": 190_000}) == "h.* (20×) 50%, head 50%"
     assert largest_layers({}) == ""
+    long = {f"base_model.model.vit.layers.{i}.attention.{q}.lora_A.default": 9 for i in range(3) for q in "qk"}
+    short = "….attention.q.lora_A.default (3×) 50%, ….attention.k.lora_A.default (3×) 50%"
+    assert largest_layers(long) == short
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a long line must leave the bars their room
+        plot_memory(Ledger({c: long for c in Ledger().bytes_by_layer}), tmp_path / "long.png")
     for name in ("loss", "memory", "empty"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

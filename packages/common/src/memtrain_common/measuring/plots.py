@@ -61,9 +61,9 @@ def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
             left += n
         place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(format_bytes(left), (left / scale, row), fontsize=9, **place)
-        axes.annotate(
-            largest_layers(ledger.bytes_by_layer[category]), (0, row - 0.38), fontsize=7, color="#444444", **place
-        )
+        below = largest_layers(ledger.bytes_by_layer[category])
+        # not in the layout: a long line would leave the bars no room
+        axes.annotate(below, (0, row - 0.38), fontsize=7, color="#444444", **place).set_in_layout(False)
     names = [c if c != "activations" else "saved\nactivations" for c in CATEGORIES]
     axes.set_yticks(range(len(CATEGORIES)), reversed(names))
     axes.set_ylim(-0.65, len(CATEGORIES) - 0.6)
@@ -73,14 +73,19 @@ def plot_memory(ledger: Ledger, path: Path, *, layers: int = 12) -> None:
 
 
 def largest_layers(bytes_by_layer: Mapping[str, int], most: int = 3) -> str:
-    """The kinds of layers that hold most: "h.*.mlp.c_fc (12×) 41 %, …"; a block's number counts as a star."""
+    """The kinds of layers that hold most: "h.*.mlp.c_fc (12×) 41 %, …".
+
+    A block's number counts as a star; of a long name the end stays.
+    """
     kinds: dict[str, list[int]] = {}
     for layer, n in bytes_by_layer.items():
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer, count=1), []).append(n)
     total = sum(bytes_by_layer.values())
     largest = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[:most]
     return ", ".join(
-        f"{name}{f' ({len(n)}×)' if len(n) > 1 else ''} {sum(n) / total:.0%}" for name, n in largest if sum(n)
+        f"{name if len(name) <= 28 else '…' + name[-27:]}{f' ({len(n)}×)' if len(n) > 1 else ''} {sum(n) / total:.0%}"
+        for name, n in largest
+        if sum(n)
     )
 
 

@@ -95,7 +95,7 @@ def _meet() -> tuple[dist.Store, int, int]:
         waiting.join(0.2)
     if isinstance(came[0], Exception):
         if isinstance(came[0], ValueError):  # a variable of torchrun's is missing
-            raise UserError(f"the processes cannot meet: {str(came[0]).splitlines()[0]}")
+            raise UserError(f"the processes do not find each other: {str(came[0]).splitlines()[0]}")
         raise LostRankError(
             f"the {os.environ['WORLD_SIZE']} processes did not come together within {MEETING_S:.0f} s: one ended "
             "before it began, or MASTER_ADDR and MASTER_PORT are not the same for all"
