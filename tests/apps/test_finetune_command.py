@@ -272,4 +272,4 @@ def test_a_model_in_shards_is_trained_stopped_resumed_and_written_whole(tmp_path
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
     model, kept = load_vit(two / "run" / "model", image_size=0, classes=3)
     assert kept
-    assert model.num_labels == 3
+    assert model.classifier.out_features == 3
