@@ -58,7 +58,7 @@ def compose(
     optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
     task = replace(task, model=wrapped, optimizer=optimizer, saving=keeps)
     if axes.train != "lte":
-        return replace(task, after_step=first_step_check(model, axes.train))
+        return replace(task, after_first_step=first_step_check(model, axes.train))
     import lte
 
     merger = lte.Merger(model, axes.merge_steps, unreached=refuse)

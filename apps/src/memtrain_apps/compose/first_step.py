@@ -20,16 +20,16 @@ def refuse(sentence: str) -> None:
     raise UserError(sentence)
 
 
-def first_step_check(model: nn.Module, train: str) -> Callable[[], None]:
-    """What to call after each optimizer step: after the first it looks which adapters were called, and no more.
+def first_step_check(model: nn.Module, train: str) -> Callable[[], None] | None:
+    """What to call after the first optimizer step: it looks which adapters were called; None where there are none.
 
     Some blocks read a layer's weight and never call the layer (timm's BEiT with qkv, Mamba with dt_proj). One that was
     called in another block counts as called: an expert to which no token was sent is not untrained for ever.
     """
     if train == "lora-xs":
-        return _once(partial(_check_lora_xs, model))
+        return partial(_check_lora_xs, model)
     if train not in ("lora", "melo"):
-        return lambda: None
+        return None
     missing = {name: module for name, module in model.named_modules() if re.search(r"\.lora_A\.[^.]+$", name)}
     called: set[str] = set()
     hooks = [m.register_forward_hook(partial(_mark, called, name)) for name, m in missing.items()]
@@ -39,14 +39,14 @@ def first_step_check(model: nn.Module, train: str) -> Callable[[], None]:
             hook.remove()
         kinds = {_kind(name) for name in called}
         names = [_layer(name) for name in missing if _kind(name) not in kinds]
-        if called and names:
+        if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise UserError(
                 f"train {train}: the first step did not call {', '.join(names[:4])}{more}, whose adapters would train "
                 "nothing: the layers around only read their weights; choose train full, bitfit or head"
             )
 
-    return _once(check)
+    return check
 
 
 @contextlib.contextmanager
@@ -65,11 +65,6 @@ def _check_lora_xs(model: nn.Module) -> None:
         lora_xs.check_called(model)
     except lora_xs.LoRAXSError as error:
         raise UserError(f"train lora-xs: {error}") from None
-
-
-def _once(check: Callable[[], None]) -> Callable[[], None]:
-    left = [check]
-    return lambda: left.pop()() if left else None
 
 
 def _mark(called: set[str], name: str, *_: Any) -> None:

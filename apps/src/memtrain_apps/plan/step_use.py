@@ -112,8 +112,7 @@ def optimizer_use_of(
         live = StepBytes()
         with faked(live, step):
             model, composed = composed_step(step, replace(axes, save="all", optim="sgd", merge_steps=1))
-            merge = composed.after_step if axes.train == "lte" else None  # others only look whether a step reached all
-            merging = _growth(live, merge) if merge is not None else 0
+            merging = _growth(live, composed.after_step) if composed.after_step is not None else 0
             if cut:
                 for p in model.parameters():
                     if p.dim():

@@ -95,6 +95,7 @@ class _Trainer:
         self.keeper = Keeper(task, self.scaler, run, console, resume_path=resume_path, resume_key=resume_key)
         self.progress, self.result = self.keeper.progress, self.keeper.progress.result
         self.tracker: Tracker | None = None
+        self.after_step = task.called_after_steps()
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -164,9 +165,8 @@ class _Trainer:
         """One optimizer step: -> mean loss over its micro-batches, norm of the gradient where it was clipped."""
         config, task = self.config, self.task
         if task.lr_factor is not None:
-            factor = task.lr_factor(self.result.step)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * task.lr_factor(self.result.step)
         total = torch.zeros((), device=self.device)
         activations: dict[str, int] = {}
         for micro in range(config.gradient_accumulation_steps):
@@ -198,8 +198,8 @@ class _Trainer:
         if measuring and stepped:
             self.result.ledger = measure(self.inner, self.optimizer, activations)
         self.optimizer.zero_grad(set_to_none=True)
-        if task.after_step is not None and stepped:
-            task.after_step()
+        if stepped:
+            self.after_step()
         self.progress.finite &= total.isfinite()
         searching = not stepped and self.scaler.get_scale() >= 1  # the scaler still looks for its scale
         self.keeper.count_skip(left_alone or not stepped, 0 if searching else config.max_skipped)

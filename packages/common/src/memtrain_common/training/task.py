@@ -34,7 +34,9 @@ class Task:
     saving: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Makes the context of each forward pass: what is kept for the backward pass."""
     after_step: Callable[[], Any] | None = None
-    """Called after each optimizer step; not after one that float16's scaler skipped."""
+    """Called after each optimizer step, and may change weights; not after one that float16's scaler skipped."""
+    after_first_step: Callable[[], Any] | None = None
+    """Called once, after the first such step of this process: to look whether it reached what is trained."""
     clip: Callable[[float], Tensor] | None = None
     """Called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm."""
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
@@ -53,6 +55,18 @@ class Task:
         if self.optimizer is None:
             raise ValueError("a task without an optimizer cannot be trained: give it one")
         return self.optimizer
+
+    def called_after_steps(self) -> Callable[[], None]:
+        """``after_first_step``, the first time, and ``after_step`` as one call."""
+        first = [self.after_first_step] if self.after_first_step is not None else []
+
+        def call() -> None:
+            if first:
+                first.pop()()
+            if self.after_step is not None:
+                self.after_step()
+
+        return call
 
     @property
     def apart(self) -> bool:

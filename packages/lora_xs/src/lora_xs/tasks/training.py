@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,12 @@ def train(
         param_groups(task.model, lr=rates[0], head_lr=rates[1]), weight_decay=session.config.weight_decay
     )
     sha256, _ = base_digests(task.model, reuse=True)
-    steps = count()
     wrapped = replace(
         task,
         model=parallelize(task.model, "ddp", session.device),
         optimizer=optimizer,
         # Adapters that the first step did not reach end the run instead of the library's warning.
-        after_step=lambda: check_called(task.model) if next(steps) == 0 else None,
+        after_first_step=lambda: check_called(task.model),
     )
     with trained_state(task.model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOT_REACHED)
