@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from memtrain_apps.ablate.results import Summary, read_results, summarise
+from memtrain_apps.compose.axes import Axes
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
 
@@ -97,6 +98,7 @@ def table() -> None:
             argv=["python", "benchmarks/ablation_digits.py"],
             device=CPU,
             seeds=[r["seed"] for r in found[0].results],
+            razor_mode=Axes().razor_mode,
             command_seconds=[round(s, 1) for s in seconds],
             same_accuracies_in_a_second_run={
                 s.first["combination"]: other[s.first["combination"]] == s.scores[:1] for s in found

@@ -178,6 +178,7 @@ def main(
         threads=threads,
         clock="CPU seconds of the process",
         cpu_kernels=library() is not None,
+        mode=Razor(keep).mode,
         runs=runs,
         **found,
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from image_files import image_folder
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
+from memtrain_common.errors import UserError
 from memtrain_common.models.classifiers import build_classifier
 from memtrain_common.models.gpt import GPT, GPTConfig
 from memtrain_common.models.gpt_files import PlainGPT, write_gpt2
@@ -309,3 +310,20 @@ def test_the_forks_lora_is_understood_by_itself(monkeypatch, tmp_path):
     assert said == "in this command's words: finetune --train lora --rank 4 --alpha 8 --dropout 0.1\n"
     [config] = found
     assert (config.train, config.rank, config.alpha, config.dropout, config.data) == ("lora", 4, 8.0, 0.1, "digits")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--num_steps", "200", "--warmup_steps", "50"], "finetune --max-iters 200 --warmup-ratio 0.25\n"),
+        (["--train_lora_only", "--warmup_steps", "50"], "give their number too"),
+        (["--train_lora_only", "--quantize"], "backrazor-train takes --quantize"),
+    ],
+)
+def test_what_depends_on_another_flag_or_cannot_be_had_is_said(words, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr("memtrain_apps.run.finetune.run_finetune", lambda config, argv: None)
+    try:
+        said = understood(["finetune", *words], tmp_path)
+    except UserError as error:
+        said = str(error)
+    assert expected in said

@@ -11,25 +11,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from backrazor.hf import RazorMixin, RazorTrainer  # noqa: E402
-
-
-class Killed(Exception):
-    pass
-
-
-def bert():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def rows(length=48):
-    draw = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, 40, (40, length), generator=draw)
-    return [{"input_ids": t, "labels": int(t.sum() % 2)} for t in tokens]
+from trainer_runs import Killed, kill_at, small_bert, token_rows  # noqa: E402
 
 
 def arguments(folder, **words):
@@ -41,15 +23,16 @@ def arguments(folder, **words):
 
 
 def trainer(folder, kind=RazorTrainer, killed_at=None, model=None, razor=None, **words):
-    class Kill(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == killed_at:
-                raise Killed
-
     transformers.set_seed(0)
     more = {"razor": razor or Razor(0.1)} if issubclass(kind, RazorMixin) else {}
-    data = {"train_dataset": rows(), "eval_dataset": rows()[:8]}
-    return kind(model=model or bert(), args=arguments(folder, **words), callbacks=[Kill()], **data, **more)
+    data = {"train_dataset": token_rows(48), "eval_dataset": token_rows(48)[:8]}
+    return kind(
+        model=model or small_bert(positions=64),
+        args=arguments(folder, **words),
+        callbacks=[kill_at(killed_at)],
+        **data,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("words", [{}, {"bf16": True, "gradient_checkpointing": True}])
@@ -108,7 +91,7 @@ def test_what_a_razor_cannot_enter_is_refused_in_words(tmp_path):
     args = arguments(tmp_path)
     args.__class__ = Two
     with pytest.raises(RazorError, match="torchrun --nproc-per-node 2"):
-        RazorTrainer(model=bert(), args=args, train_dataset=rows())
+        RazorTrainer(model=small_bert(positions=64), args=args, train_dataset=token_rows(48))
 
 
 @pytest.mark.skipif("MEMTRAIN_DATA" not in os.environ, reason="MEMTRAIN_DATA names no folder with real weights")

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from memtrain_common.errors import UserError
 from memtrain_common.models.gpt import GPT, GPTConfig
-from memtrain_common.models.gpt_files import PlainGPT, download_gpt2, read_gpt2, read_nanogpt, write_gpt2, write_nanogpt
+from memtrain_common.models.gpt_files import (
+    PlainGPT,
+    download_gpt2,
+    read_gpt2,
+    read_nanogpt_run,
+    write_gpt2,
+    write_nanogpt,
+)
 
 SHAPE = {"block_size": 13, "vocab_size": 71, "n_layer": 3, "n_head": 3, "n_embd": 24}
 ASKED = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "dataset": "shakespeare_char"}
@@ -87,7 +94,7 @@ def test_nanogpts_checkpoint_comes_back(tmp_path, bias):
     }  # fmt: skip
     content["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 13, 13)
     torch.save(content, tmp_path / "ckpt.pt")
-    back = read_nanogpt(tmp_path / "ckpt.pt")
+    back = read_nanogpt_run(tmp_path / "ckpt.pt").plain
     assert back.config == ours.config
     tokens = torch.randint(0, 71, (2, 13))
     assert torch.equal(back.model().eval()(tokens), model(tokens))
@@ -117,12 +124,12 @@ def test_a_bad_checkpoint_is_one_sentence_and_never_run(tmp_path):
         path = tmp_path / f"{name}.pt"
         torch.save(content, path)
         with pytest.raises(UserError) as error:
-            read_nanogpt(path)
+            read_nanogpt_run(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
     (tmp_path / "noise.pt").write_bytes(b"not a zip file at all")
     with pytest.raises(UserError, match=r"noise\.pt is not a checkpoint of nanoGPT's"):
-        read_nanogpt(tmp_path / "noise.pt")
+        read_nanogpt_run(tmp_path / "noise.pt")
     assert not os.path.exists("/tmp/pwned-by-ckpt")
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from backrazor.tasks.saving import first_and_last, train_only
 from memtrain_common.errors import UserError
 from memtrain_common.models.classifiers import build_classifier
-from memtrain_common.models.proxyless import ProxylessMobile, add_lite_residuals, lite_residuals
+from memtrain_common.models.proxyless import LiteResidual, ProxylessMobile, add_lite_residuals
 from torch import nn
 
 # Figure 4 of the paper, the mobile network, from the picture to the classes: MB(expansion) (kernel) outputs /stride
@@ -129,7 +129,7 @@ def test_a_lite_residual_begins_as_nothing_and_is_tinytls(published):
         before = model(x)
         add_lite_residuals(model.eval())
         torch.testing.assert_close(model.eval()(x), before, rtol=0, atol=0)
-        found = lite_residuals(model)
+        found = [m for m in model.modules() if isinstance(m, LiteResidual)]
         assert len(found) == 19  # every block but the first and those left out
         assert [m.lite_residual["conv1"].kernel_size[0] for m in found] == [5] * 15 + [3] * 4
         branch = found[2]  # 32 -> 40 channels, stride 2
@@ -167,7 +167,7 @@ def test_tinytls_own_weights_are_read(tmp_path):
     model = ProxylessMobile(1000, plain=False)
     add_lite_residuals(model)
     with torch.no_grad():
-        for module in lite_residuals(model):
+        for module in [m for m in model.modules() if isinstance(m, LiteResidual)]:
             module.lite_residual["final_bn"].weight.fill_(0.3)
     assert model.first_conv.bn.num_groups == 4
     torch.save({"state_dict": model.state_dict()}, tmp_path / "tinytl")

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from galore_vit.hf import galore_cls_and_kwargs, galore_optimizer  # noqa: E402
+from trainer_runs import Killed, kill_at, small_bert, token_rows  # noqa: E402
 
 WORDS = dict(
     learning_rate=3e-3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7, optim="adamw_torch",
@@ -21,39 +22,15 @@ WORDS = dict(
 )  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
-def bert(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def rows():
-    draw = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, 40, (40, 8), generator=draw)
-    return [{"input_ids": t, "labels": int(t.sum() % 2)} for t in tokens]
-
-
 def trainer(folder, make, killed_at=None, **words):
-    class Kill(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == killed_at:
-                raise Killed
-
     transformers.set_seed(0)
-    model = bert()
+    model = small_bert()
     args = transformers.TrainingArguments(
         str(folder), max_steps=6, save_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         learning_rate=1e-2, weight_decay=0.1, report_to="none", disable_tqdm=True, use_cpu=True, **words,
     )  # fmt: skip
-    data = {"train_dataset": rows(), "eval_dataset": rows()[:8]}
-    return transformers.Trainer(model, args, **data, callbacks=[Kill()], **make(model, args))
+    data = {"train_dataset": token_rows(), "eval_dataset": token_rows()[:8]}
+    return transformers.Trainer(model, args, **data, callbacks=[kill_at(killed_at)], **make(model, args))
 
 
 def by_optimizers(**settings):
@@ -101,7 +78,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_lr_decay_and_adams_numbers_come_from_the_arguments():
-    model = bert()
+    model = small_bert()
     kind, kwargs = galore_cls_and_kwargs(model, SimpleNamespace(**WORDS), rank=4)
     assert kind is GaLoreAdamW
     assert (kwargs["lr"], kwargs["betas"], kwargs["eps"]) == (3e-3, (0.8, 0.9), 1e-7)
@@ -128,7 +105,7 @@ def test_lr_decay_and_adams_numbers_come_from_the_arguments():
 )
 def test_trainers_own_words_for_galore(targets, chosen):
     words = {**WORDS, "optim": "galore_adamw_8bit", "optim_args": "rank=4, update_proj_gap=3,scale=0.5"}
-    optimizer = galore_optimizer(bert(), SimpleNamespace(**{**words, "optim_target_modules": targets}))
+    optimizer = galore_optimizer(small_bert(), SimpleNamespace(**{**words, "optim_target_modules": targets}))
     assert isinstance(optimizer, GaLoreAdamW8bit)
     projected = [g for g in optimizer.param_groups if "rank" in g]
     assert sum(len(g["params"]) for g in projected) == chosen
@@ -147,7 +124,7 @@ def test_trainers_own_words_for_galore(targets, chosen):
 )
 def test_what_is_wrong_is_refused(words, settings, match):
     with pytest.raises(ValueError, match=match):
-        galore_optimizer(bert(), SimpleNamespace(**{**WORDS, **words}), **settings)
+        galore_optimizer(small_bert(), SimpleNamespace(**{**WORDS, **words}), **settings)
 
 
 def test_without_arguments_it_is_an_optimizer_as_any():

@@ -28,7 +28,7 @@ def finetune_job(job: Job) -> dict[str, Any] | None:
     return run_finetune(configure_finetune(words), words)
 
 
-def predict_job(job: Job) -> dict[str, Any] | None:
+def predict_job(job: Job) -> dict[str, Any]:
     """What an arm that did not end would have held."""
     from memtrain_common.training.distributed import launch
 

@@ -11,7 +11,6 @@ arm whose job ended without a result is submitted again, RETRIES times. submitit
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import Stopped, UserError
-from memtrain_common.files import write_json
+from memtrain_common.files import read_json, write_json
 from memtrain_common.interrupts import unwinding
 
 from .arms import Job, live, outcome_of, wait_until_free
@@ -57,7 +56,7 @@ class Needs:
 
 def run_arm(folder: Path, name: str) -> int:
     """Run an arm of an ablation's folder, or go on with it, and write its result; -> an exit code."""
-    options = json.loads((folder / "cluster.json").read_text())
+    options = read_json(folder / "cluster.json")
     request = replace(saved_request(folder), limit_bytes=options["limit_bytes"])
     runner = Runner(request, folder, Console(quiet=True), [options["device"]], None)
     arm = runner.arms.get(name)
@@ -199,7 +198,7 @@ def _needs(runner: Runner, job: Job, base: Needs) -> Needs:
 
     words = tuple(w for i, w in enumerate(job.words) if "--seed" not in job.words[max(0, i - 1) : i + 1])
     if words not in _peaks:
-        found = predict_job(job) or {}
+        found = predict_job(job)
         totals = found["predicted"]
         _peaks[words] = found["predicted_peak_bytes"] if job.device == "cpu" else 2 * totals["weights"]
         runner.console.say(

@@ -1,7 +1,6 @@
 """Every arm of an ablation, one after another in its places, recorded as it ends."""
 
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_seconds
 from memtrain_common.errors import UserError
-from memtrain_common.files import write_json
+from memtrain_common.files import read_json, write_json
 
 from ..compose.axes import check, refusal
 from .arm_jobs import configure_finetune, finetune_job, predict_job, with_device
@@ -48,7 +47,7 @@ class Runner:
         def on_end(job: Job, outcome: dict[str, Any]) -> Iterable[Job]:
             arm = self.arms[job.name]
             if job.run is predict_job:
-                record = json.loads(self.result(arm).read_text())
+                record = read_json(self.result(arm))
                 record.update(outcome.get("content") or {"predicted": None, "predicted_peak_bytes": None})
                 write_json(self.result(arm), record)
             else:
@@ -207,7 +206,7 @@ class Runner:
         if name in self.arms:
             self.written = len(self.arms) - len(self.left())
             self._width = max(len(n) for n in self.arms)
-            self.row(json.loads(self.result(self.arms[name]).read_text()))
+            self.row(read_arm(self.result(self.arms[name])))
 
     # -- what is said --------------------------------------------------------------------------------------------------
 

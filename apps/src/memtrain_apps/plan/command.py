@@ -10,6 +10,7 @@ from memtrain_common.errors import UserError
 from .arms import Plan
 from .config import PlanConfig
 from .plan import make_plan
+from .shapes import find_shape
 from .table import as_json, columns, measured_table, table_of, time_of
 
 WELL_KNOWN = (
@@ -50,7 +51,7 @@ def overview(config: PlanConfig, console: Console) -> str:
     """The best choice of each well-known model; language models at a batch that is not larger than 8."""
     rows = [("model", "best that fits", "batch", "peak", "time", "fit")]
     for name in WELL_KNOWN:
-        batch = min(config.batch, 8 * config.gpus) if "/L" in name or "/M" in name else config.batch
+        batch = min(config.batch, 8 * config.gpus) if find_shape(name).task == "language" else config.batch
         try:
             plan = make_plan(replace(config, model=name, batch=batch, seq_len=0, image_size=0, classes=0), console)
         except UserError as error:

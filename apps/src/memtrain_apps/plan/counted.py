@@ -120,16 +120,12 @@ def optimizer_key(step: Step, axes: Axes, optim: Optim, shards: int) -> str:
 
 
 def _settings(axes: Axes, *of: str) -> list[str]:
-    """What the choices read, but for what changes no byte; of settings that came later, those off their default, so
-    that the keys of before stay theirs."""
+    """What the choices read, but for what changes no byte."""
     free = ("alpha", "merge_steps", "gap", "galore_scale")
-    always = ("rank", "adapt", "dropout", "heads", "keep", "razor_mode", "galore_rank")
-    plain = Axes()
     return [
         f"{n} {getattr(axes, n)}"
         for n, (axis, choices) in USED_BY.items()
         if axis in of and n not in free and getattr(axes, axis) in choices
-        and (n in always or getattr(axes, n) != getattr(plain, n))
     ]  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """What CUDA's caching allocator would reserve for a step: fake allocations replayed through the allocator's rules."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +77,7 @@ def replay(place: Workplace, axes: Axes) -> Reserved:
         for _ in range(2):
             for _ in range(place.micro_batches):
                 batch = make_batch(place.step, place.rows)
-                with HostMemory() if axes.save == "offload" else composed.saving() or nullcontext():
+                with HostMemory() if axes.save == "offload" else composed.saving():
                     value = loss_of(place.step, model, batch) / place.micro_batches
                 engine.run_backward(
                     (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True

@@ -4,14 +4,23 @@
 go together. ``GALORE``: torchrun_main.py of GaLore, and of GaLore with Back Razor.
 """
 
-from memtrain_common.commands.official import Official, choice, kept
+from memtrain_common.commands.official import DATASET, MODEL_TYPE, Official, choice, kept
 from memtrain_common.errors import UserError
 
-_SETS = {
-    "cifar10": "cifar10", "cifar100": "cifar100", "aircraft": "aircraft", "stanford_car": "cars", "cub200": "cub200",
-    "food101": "food101", "Pet37": "pets", "flowers": "flowers102",
-}  # fmt: skip
-_VITS = {"ViT-Ti_16": "vit-ti-16", "ViT-S_16": "vit-s-16", "ViT-B_16": "vit-b-16", "ViT-L_16": "vit-l-16"}
+
+def _warmup_as_ratio(said: dict[str, list[str]]) -> None:
+    """Steps in which the learning rate rises are a part of all steps here."""
+    if "--warmup-steps" not in said:
+        return
+    steps, warmup = said.get("--max-iters"), said.pop("--warmup-steps")
+    try:
+        said["--warmup-ratio"] = [f"{int(warmup[0]) / int(steps[0]):g}"] if steps else []
+    except (ValueError, ZeroDivisionError):
+        steps = None
+    if not steps:
+        raise UserError(
+            f"--warmup_steps {warmup[0]} is a part of all steps here: give their number too, or --warmup-ratio"
+        )
 
 
 def _rank(value: str) -> tuple[str, ...]:
@@ -22,22 +31,24 @@ FORK = Official(
     switches={
         "train_lora_only": ("--train", "lora"), "lora_mlp": ("--adapt", "all"), "bitfit": ("--train", "bitfit"),
         "fix_backbone": ("--train", "head"), "new_backrazor": ("--save", "backrazor"),
-        "cotuning_trans": ("--augment", "cotuning"), "quantize": ("--razor-mode", "pruned"),
+        "cotuning_trans": ("--augment", "cotuning"),
     },
     values={
         "lora_rank": _rank, "lora_alpha": "--alpha", "lora_dropout": "--dropout",
-        "dataset": choice("dataset", {name: ("--data", ours) for name, ours in _SETS.items()}),
-        "model_type": choice("model_type", {n: ("--model", m) for n, m in _VITS.items()}),
+        "dataset": DATASET, "model_type": MODEL_TYPE,
         "pretrained_dir": "--weights", "img_size": "--image-size", "train_batch_size": "--batch-size",
         "num_workers": "--workers", "num_steps": "--max-iters", "max_grad_norm": "--grad-clip",
         "decay_type": choice("decay_type", {"cosine": ("--schedule", "cosine")}),
-        "back_prune_ratio": kept("back_prune_ratio"), "name": lambda name: ("--out", f"checkpoints/{name}"),
+        "warmup_steps": "--warmup-steps", "back_prune_ratio": kept("back_prune_ratio"),
+        "name": lambda name: ("--out", f"checkpoints/{name}"),
     },
     unused={
         "output_dir", "local_rank", "fp16", "fp16_opt_level", "loss_scale", "memory_cost_profile", "train_resize_first",
-        "customSplit", "eval_batch_size", "eval_every", "warmup_steps",
+        "customSplit", "eval_batch_size", "eval_every",
     },
+    refused={"quantize": "its kept values are bfloat16; backrazor-train takes --quantize"},
     presets={"model_type": "vit-s-ftfull"},
+    finish=_warmup_as_ratio,
 )  # fmt: skip
 
 
@@ -65,6 +76,7 @@ def _model(value: str) -> tuple[str, ...]:
 
 def _galores_rank(said: dict[str, list[str]]) -> None:
     """There --rank is GaLore's alone, and what is not asked for is plain."""
+    _warmup_as_ratio(said)
     said.setdefault("--optim", ["adamw"])
     said.setdefault("--save", ["all"])
     if "--rank" in said and "--train" not in said:
@@ -79,10 +91,10 @@ GALORE = Official(
         "model_config": _model,
         "optimizer": choice("optimizer", {name: ("--optim", ours) for name, ours in _OPTIMIZERS.items()}),
         "update_proj_gap": "--gap", "prune_ratio": kept("prune_ratio"), "num_training_steps": "--max-iters",
-        "max_length": "--block-size", "eval_every": "--eval-interval", "gradient_accumulation":
-        "--gradient-accumulation-steps",
+        "max_length": "--block-size", "warmup_steps": "--warmup-steps", "eval_every": "--eval-interval",
+        "gradient_accumulation": "--gradient-accumulation-steps",
     },
-    unused={"warmup_steps", "save_every", "total_batch_size", "save_dir", "name", "proj_type", "single_gpu"},
+    unused={"save_every", "total_batch_size", "save_dir", "name", "proj_type", "single_gpu"},
     presets={"model_config": "llama-galore-backrazor"},
     finish=_galores_rank,
 )  # fmt: skip

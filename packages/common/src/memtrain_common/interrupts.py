@@ -17,7 +17,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _nothing_lost(name: str) -> str:
+def nothing_lost(name: str) -> str:
+    """What is said of a signal where nothing is being trained."""
     return f"stopped by {name} while nothing was being trained: nothing was lost"
 
 
@@ -27,7 +28,7 @@ class _Leaving:
     prog = ""
     pid = 0
     """Of the process that took the signals: one forked from it ends without a line."""
-    line: Callable[[str], str] = staticmethod(_nothing_lost)
+    line: Callable[[str], str] = staticmethod(nothing_lost)
     """A signal's name -> what is said when it ends the process now."""
     unwinds = False
     to_the_end = False

@@ -7,16 +7,19 @@ same bytes: add --razor-mode paper for the official arithmetic.
 
 from collections.abc import Callable
 
-from memtrain_common.commands.official import Official, Words, choice, kept, only
+from memtrain_common.commands.official import (
+    DATASET,
+    MODEL_TYPE,
+    REPORT_TO,
+    TRAINERS_UNUSED,
+    Official,
+    Words,
+    choice,
+    kept,
+    only,
+)
 from memtrain_common.errors import UserError
 
-SETS = {
-    "cifar10": "cifar10", "cifar100": "cifar100", "aircraft": "aircraft", "stanford_car": "cars", "car": "cars",
-    "cub200": "cub200", "food101": "food101", "Pet37": "pets", "pets": "pets", "flowers": "flowers102",
-    "flowers102": "flowers102",
-}  # fmt: skip
-_DATA = choice("dataset", {name: ("--data", ours) for name, ours in SETS.items()})
-_VITS = {"ViT-Ti_16": "vit-ti-16", "ViT-S_16": "vit-s-16", "ViT-B_16": "vit-b-16", "ViT-L_16": "vit-l-16"}
 _INT8 = ("--razor-mode", "pruned", "--values", "int8")
 
 
@@ -31,7 +34,7 @@ VIT_SWITCHES = {
     "color_distort": ("--color-jitter", "torch"), "customSplit": ("--validate", "auto"),
 }  # fmt: skip
 VIT_VALUES: dict[str, str | Callable[[str], Words]] = {
-    "dataset": _DATA, "model_type": choice("model_type", {n: ("--model", m) for n, m in _VITS.items()}),
+    "dataset": DATASET, "model_type": MODEL_TYPE,
     "pretrained_dir": "--weights", "img_size": "--image-size", "train_batch_size": "--batch-size",
     "num_workers": "--workers", "eval_every": "--eval-interval",
     "num_steps": "--max-iters", "decay_type": "--schedule", "warmup_steps": "--warmup-iters",
@@ -97,14 +100,10 @@ GLUE = Official(
         "pad_to_max_length": choice("pad_to_max_length", {
             "True": ("--pad-to-max-length",), "False": ("--no-pad-to-max-length",)}),
         "lr_scheduler_type": only("lr_scheduler_type", "linear"), "resume_from_checkpoint": "--resume",
-        "report_to": choice("report_to", {n: ("--tracker", t) for n, t in (
-            ("none", "none"), ("all", "tensorboard"), ("tensorboard", "tensorboard"), ("wandb", "wandb"))}),
+        "report_to": REPORT_TO,
     },
-    unused={
-        "do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "cache_dir", "save_steps",
-        "save_total_limit", "save_strategy", "logging_dir", "logging_strategy", "logging_first_step", "run_name",
-        "metric_for_best_model", "greater_is_better", "dataloader_num_workers", "disable_tqdm", "local_rank",
-        "ddp_find_unused_parameters", "use_fast_tokenizer", "max_predict_samples", "push_to_hub", "fp16_opt_level",
+    unused=TRAINERS_UNUSED | {
+        "logging_first_step", "ddp_find_unused_parameters", "max_predict_samples", "fp16_opt_level",
     },
     presets={"model_name_or_path": "run-glue"},
     shared={"eval_steps"},

@@ -18,7 +18,7 @@ import tyro
 
 from ..console import printable
 from ..errors import Stopped, UserError
-from ..interrupts import leaving
+from ..interrupts import leaving, nothing_lost
 from ..optional import package_of
 from .flag_help import help_text
 from .quiet import quiet_libraries
@@ -132,8 +132,7 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
         code, line = stop.exit_code, str(stop)
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
-        name = signal.Signals(signum).name
-        code, line = 128 + signum, f"stopped by {name} while nothing was being trained: nothing was lost"
+        code, line = 128 + signum, nothing_lost(signal.Signals(signum).name)
     except BrokenPipeError:  # the reader of a pipe (`--help | head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -23,6 +23,8 @@ class Official:
     """A flag with one value: its name here, or a function of the value."""
     unused: Set[str]
     """Flags without a meaning here."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """A flag that cannot be had in this command -> what to do instead."""
     presets: Mapping[str, str] = field(default_factory=dict)
     """A flag of the other command alone -> the preset that has its defaults."""
     late: Set[str] = frozenset()
@@ -46,6 +48,8 @@ def translate(argv: Sequence[str], official: Official, *, prog: str) -> tuple[li
     for name, values in _flags(argv[len(leading) :]):
         key = name.removeprefix("--").replace("-", "_")
         preset = preset or official.presets.get(key, "")
+        if key in official.refused and values[:1] not in (["False"], ["false"]):
+            raise UserError(f"{name} cannot be had in this command: {official.refused[key]}")
         known = key in official.switches or key in official.values or key in official.unused
         foreign |= known and key not in official.shared
         if key in official.switches:
@@ -123,6 +127,31 @@ def choice(name: str, words: Mapping[str, Words]) -> Callable[[str], Words]:
         return words[value]
 
     return rule
+
+
+DATASET = choice("dataset", {
+    "cifar10": ("--data", "cifar10"), "cifar100": ("--data", "cifar100"), "aircraft": ("--data", "aircraft"),
+    "stanford_car": ("--data", "cars"), "car": ("--data", "cars"), "cub200": ("--data", "cub200"),
+    "food101": ("--data", "food101"), "Pet37": ("--data", "pets"), "pets": ("--data", "pets"),
+    "flowers": ("--data", "flowers102"), "flowers102": ("--data", "flowers102"),
+})  # fmt: skip
+"""--dataset of Back Razor's ViT and CNN code and of its forks."""
+MODEL_TYPE = choice("model_type", {
+    "ViT-Ti_16": ("--model", "vit-ti-16"), "ViT-S_16": ("--model", "vit-s-16"), "ViT-B_16": ("--model", "vit-b-16"),
+    "ViT-L_16": ("--model", "vit-l-16"),
+})  # fmt: skip
+"""--model_type of the same."""
+REPORT_TO = choice("report_to", {
+    "none": ("--tracker", "none"), "all": ("--tracker", "tensorboard"), "tensorboard": ("--tracker", "tensorboard"),
+    "wandb": ("--tracker", "wandb"),
+})  # fmt: skip
+"""--report_to of transformers' Trainer."""
+TRAINERS_UNUSED = frozenset({
+    "do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "cache_dir", "save_steps",
+    "save_total_limit", "save_strategy", "logging_dir", "logging_strategy", "run_name", "metric_for_best_model",
+    "greater_is_better", "dataloader_num_workers", "disable_tqdm", "local_rank", "use_fast_tokenizer", "push_to_hub",
+})  # fmt: skip
+"""Flags of transformers' run_glue.py that have no meaning in any command here."""
 
 
 def kept(name: str) -> Callable[[str], Words]:

@@ -69,22 +69,22 @@ def predict(
         stack.enter_context(as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
 
-        def run_passes(by_layer_of: dict[str, int] | None) -> None:
+        def run_passes() -> dict[str, int]:
+            """-> bytes by layer that the first micro-batch saves."""
+            saved: dict[str, int] = {}
             for micro in range(micro_batches):
-                recording = (
-                    SavedActivations(model, by_layer=by_layer) if micro == 0 and by_layer_of is not None else None
-                )
+                recording = SavedActivations(model, by_layer=by_layer) if micro == 0 else None
                 with saving(), recording or nullcontext():
                     value = loss(model)
-                if recording is not None and by_layer_of is not None:
-                    by_layer_of.update(recording.by_layer())
+                if recording is not None:
+                    saved = recording.by_layer()
                     del recording
                 value.backward()
                 del value
+            return saved
 
-        activations: dict[str, int] = {}
         live.restart()
-        run_passes(activations)
+        activations = run_passes()
         peak, before = live.peak_bytes, live.bytes
         if made is not None:
             made.step()
@@ -93,7 +93,7 @@ def predict(
             live.restart()
             peak += live.bytes - before  # the state that the first step made lies beside every pass from now on
             if all(p.grad is None for p in model.parameters()):  # it stepped while gradients came
-                run_passes(None)
+                run_passes()
             made.step()
         return Prediction(ledger, max(peak, live.peak_bytes))
 

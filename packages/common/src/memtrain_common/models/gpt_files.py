@@ -87,15 +87,6 @@ class NanoGPTRun:
         return {**now, "state": moved}
 
 
-def read_nanogpt(path: Path) -> PlainGPT:
-    """The model of nanoGPT's ``ckpt.pt``; only tensors and plain values are loaded, never code.
-
-    Raises:
-        UserError: if it is no such file.
-    """
-    return read_nanogpt_run(path).plain
-
-
 def read_nanogpt_run(path: Path) -> NanoGPTRun:
     """The whole of nanoGPT's ``ckpt.pt``, where it has more than the model; nothing is loaded but tensors and values.
 

@@ -171,11 +171,6 @@ def add_lite_residuals(model: ProxylessMobile) -> None:
         size, channels = (size // stride if number > 0 else size), outputs
 
 
-def lite_residuals(model: nn.Module) -> list[LiteResidual]:
-    """The modules with a lite residual; none where there are none."""
-    return [module for module in model.modules() if isinstance(module, LiteResidual)]
-
-
 def made_for(tensors: Mapping[str, Tensor], classes: int) -> ProxylessMobile:
     """The variant whose weights these are: batch norms or TinyTL's, with lite residuals or without."""
     model = ProxylessMobile(classes, plain="first_conv.bn.running_mean" in tensors)

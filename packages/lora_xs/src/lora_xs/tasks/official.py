@@ -3,7 +3,7 @@
 What such a line leaves open has the defaults that it has there: transformers', but for the learning rate of the head.
 """
 
-from memtrain_common.commands.official import Official, choice, only
+from memtrain_common.commands.official import REPORT_TO, TRAINERS_UNUSED, Official, choice, only
 
 
 def _scripts_model(said: dict[str, list[str]]) -> None:
@@ -27,15 +27,9 @@ GLUE = Official(
         "max_steps": lambda n: () if n == "-1" else ("--max-iters", n), "logging_steps": "--log-interval",
         "eval_steps": "--eval-interval", "lr_scheduler_type": only("lr_scheduler_type", "linear"),
         "evaluation_strategy": choice("evaluation_strategy", {"epoch": ("--eval-interval", "0"), "steps": ()}),
-        "report_to": choice("report_to", {n: ("--tracker", t) for n, t in (
-            ("none", "none"), ("all", "tensorboard"), ("tensorboard", "tensorboard"), ("wandb", "wandb"))}),
+        "report_to": REPORT_TO,
     },
-    unused={
-        "do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "cache_dir", "save_steps",
-        "save_total_limit", "save_strategy", "logging_dir", "logging_strategy", "run_name", "metric_for_best_model",
-        "greater_is_better", "dataloader_num_workers", "disable_tqdm", "local_rank", "use_fast_tokenizer",
-        "per_device_eval_batch_size", "pad_to_max_length", "push_to_hub",
-    },
+    unused=TRAINERS_UNUSED | {"per_device_eval_batch_size", "pad_to_max_length"},
     presets={"mnli_model_path": "from-mnli"},
     finish=_scripts_model,
 )  # fmt: skip
