@@ -8,6 +8,8 @@
 #
 # Expected: y + b in a hook works in evaluation as in training; seen: RuntimeError on nested and non-nested operands.
 set -euo pipefail
+export PIP_CONFIG_FILE=/dev/null  # the versions named here, whatever this machine's own settings prefer
+unset PIP_CONSTRAINT PIP_FIND_LINKS
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"

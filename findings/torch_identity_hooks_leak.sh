@@ -8,6 +8,8 @@
 #
 # Expected: hooks that change nothing change nothing; seen: the output is alive after gc.collect(). Returning t.detach() avoids it.
 set -euo pipefail
+export PIP_CONFIG_FILE=/dev/null  # the versions named here, whatever this machine's own settings prefer
+unset PIP_CONSTRAINT PIP_FIND_LINKS
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"

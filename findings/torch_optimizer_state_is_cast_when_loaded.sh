@@ -7,6 +7,8 @@
 #
 # Expected: state is loaded as it was saved; seen: float32 becomes bfloat16.
 set -euo pipefail
+export PIP_CONFIG_FILE=/dev/null  # the versions named here, whatever this machine's own settings prefer
+unset PIP_CONSTRAINT PIP_FIND_LINKS
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"

@@ -186,10 +186,10 @@ def test_every_model_is_loaded_without_its_code():
 
 def test_a_refused_pickle_does_not_repeat_how_to_load_it_anyway(tmp_path):
     import torch
-    from memtrain_common.models.gpt_files import read_nanogpt
+    from memtrain_common.models.gpt_files import read_nanogpt_run
 
     torch.save({"model": Path("/")}, tmp_path / "a.pth")
-    for read in (read_state_dict, read_nanogpt):
+    for read in (read_state_dict, read_nanogpt_run):
         with pytest.raises(UserError, match="more than tensors") as refused:
             read(tmp_path / "a.pth")
         assert "weights_only" not in str(refused.value)
