@@ -174,6 +174,17 @@ def test_the_default_run_is_below_the_bigram_entropy_and_near_full_training():
             assert value == defaults[name], f"{name} has changed: measure again"
 
 
+@pytest.mark.parametrize("package", ["backrazor", "lora_xs", "galore_vit", "lte"])
+def test_a_methods_readme_goes_from_use_to_details(package):
+    """What it is, how to install and use it, with which tools, what was measured; whatever else comes after."""
+    text = (ROOT / "packages" / package / "README.md").read_text()
+    install, use, tools, measured, *_ = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert (install, use, measured) == ("Install", "Use", "Measured")
+    assert tools.startswith("With ")
+    assert f"`pip install packages/{package}`" in text[text.index("## Install") : text.index("## Use")]
+    assert code_blocks(text[text.index("## Use") : text.index(f"## {tools}")], "python")
+
+
 def test_links_between_readmes_and_packages():
     for member in sorted(Path(ROOT / "packages").glob("*/README.md")):
         assert f"packages/{member.parent.name}" in README
