@@ -36,11 +36,15 @@ def test_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, encoder):
     assert done.returncode == 0, f"{page}\n{done.stderr}"
 
 
+def scripts(project):
+    return tomllib.loads(project.read_text())["project"].get("scripts", {})
+
+
 @functools.cache
 def commands():
     found = {}
     for project in [*ROOT.glob("packages/*/pyproject.toml"), ROOT / "apps" / "pyproject.toml"]:
-        found |= tomllib.loads(project.read_text())["project"].get("scripts", {})
+        found |= scripts(project)
     return found
 
 
@@ -56,6 +60,22 @@ def command_lines():
                     words = words[next((i for i, w in enumerate(words) if w in commands()), len(words)) :]
                     if words and not any("$" in w or w == "..." or "{" in w for w in words):
                         yield f"{name(page)}: {' '.join(words)}", words
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "start").glob("*.md")), ids=name)
+def test_a_page_of_first_steps_installs_what_it_uses(page):
+    """What its code imports and its commands come from stands in a pip line of the page."""
+    text = page.read_text()
+    installed = {w.split("/")[-1] for line in re.findall(r"pip install ([^\n`]+)", text) for w in line.split()}
+    homes = {s: p.parent.name for p in ROOT.glob("packages/*/pyproject.toml") for s in scripts(p)}
+    homes |= dict.fromkeys(scripts(ROOT / "apps" / "pyproject.toml"), "apps")
+    used = {homes[words[0]] for where, words in command_lines() if where.startswith(f"{name(page)}:")}
+    for code in code_blocks(text, "python"):
+        used |= {word.split(".")[0] for word in re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)}
+    ours = {p.name for p in (ROOT / "packages").iterdir()} & installed
+    assert ours
+    # what every package brings along, and what a package installs by itself
+    assert used - installed - {"memtrain_common", "torch", "numpy", "pathlib", "collections"} == set()
 
 
 _STOP_AT_WORK = """
