@@ -1,22 +1,52 @@
-"""What tests of transformers' Trainer share: a small BERT, rows for it, and a kill at a step."""
+"""What tests of transformers' Trainer share: a small BERT, rows for it, a run that is killed, and runs on two."""
 
+import os
+import signal
+from pathlib import Path
+
+import accelerate
 import torch
 import transformers
+from support import Forked, free_port, torchrun_environment
 
 
-class Killed(Exception):
-    """Raised where a process would have been killed."""
+class Kill(transformers.TrainerCallback):
+    """Kills its own process after a step, before Trainer saves anything of it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(step):
-    """A callback that ends a run after its ``step``; None never does."""
+def train_killed(trainer, step):
+    """Train in a process of its own, which is killed after its ``step``.
 
-    class Kill(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == step:
-                raise Killed
+    Args:
+        trainer: makes the Trainer.
+    """
 
-    return Kill()
+    def main():
+        run = trainer()
+        run.add_callback(Kill(step))
+        run.train()
+
+    done = Forked(main, ["trainer"], Path.cwd()).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def on_two(function, *args):
+    """Call a function in two processes as torchrun would start them; -> how they ended."""
+
+    def main():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # it remembers that there was one
+        function(*args)
+
+    port = free_port()
+    ranks = [Forked(main, ["trainer"], Path.cwd(), environment=torchrun_environment(r, 2, port)) for r in range(2)]
+    return [rank.wait() for rank in ranks]
 
 
 def small_bert(width=64, positions=16, seed=0):

@@ -11,39 +11,32 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from backrazor.hf import RazorMixin, RazorTrainer  # noqa: E402
-from trainer_runs import Killed, kill_at, small_bert, token_rows  # noqa: E402
+from trainer_runs import small_bert, token_rows, train_killed  # noqa: E402
 
 
 def arguments(folder, **words):
-    words = {"max_steps": 4, "save_steps": 2, **words}
+    words = {"max_steps": 6, "save_steps": 2, **words}
     return transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none",
         disable_tqdm=True, use_cpu=True, **words,
     )  # fmt: skip
 
 
-def trainer(folder, kind=RazorTrainer, killed_at=None, model=None, razor=None, **words):
+def trainer(folder, kind=RazorTrainer, model=None, razor=None, **words):
     transformers.set_seed(0)
     more = {"razor": razor or Razor(0.1)} if issubclass(kind, RazorMixin) else {}
     data = {"train_dataset": token_rows(48), "eval_dataset": token_rows(48)[:8]}
-    return kind(
-        model=model or small_bert(positions=64),
-        args=arguments(folder, **words),
-        callbacks=[kill_at(killed_at)],
-        **data,
-        **more,
-    )
+    return kind(model=model or small_bert(positions=64), args=arguments(folder, **words), **data, **more)
 
 
 @pytest.mark.parametrize("words", [{}, {"bf16": True, "gradient_checkpointing": True}])
 def test_a_killed_run_is_resumed_to_the_same_bytes(words, tmp_path):
     straight = trainer(tmp_path / "straight", **words)
     straight.train()
-    with pytest.raises(Killed):
-        trainer(tmp_path / "killed", killed_at=3, **words).train()
+    train_killed(lambda: trainer(tmp_path / "killed", **words), 3)
     resumed = trainer(tmp_path / "killed", **words)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4
+    assert resumed.state.global_step == 6
     for name, p in straight.model.state_dict().items():
         assert torch.equal(p, resumed.model.state_dict()[name]), name
 
@@ -92,6 +85,27 @@ def test_what_a_razor_cannot_enter_is_refused_in_words(tmp_path):
     args.__class__ = Two
     with pytest.raises(RazorError, match="torchrun --nproc-per-node 2"):
         RazorTrainer(model=small_bert(positions=64), args=args, train_dataset=token_rows(48))
+
+
+def test_a_razor_that_would_not_be_entered_is_refused(tmp_path):
+    with pytest.raises(RazorError, match=r"Behind has RazorMixin behind Trainer"):
+
+        class Behind(transformers.Trainer, RazorMixin):
+            pass
+
+    class Own(transformers.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model.train(), inputs)
+            loss.backward()
+            return loss.detach()
+
+    class Mine(RazorMixin, Own):
+        pass
+
+    with pytest.raises(RazorError, match=r"the training_step of Mine has not entered the Razor"):
+        trainer(tmp_path, Mine, max_steps=1).train()
+    with pytest.raises(RazorError, match=r"razor must be a Razor, such as Razor\(keep=0.1\), not 0.1"):
+        trainer(tmp_path, razor=0.1)
 
 
 @pytest.mark.skipif("MEMTRAIN_DATA" not in os.environ, reason="MEMTRAIN_DATA names no folder with real weights")

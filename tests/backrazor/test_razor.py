@@ -106,6 +106,22 @@ def test_as_a_decorator_of_a_forward_function():
         assert torch.equal(a, b)
 
 
+def test_a_decorator_of_what_runs_later_is_refused():
+    razor = Razor(0.1)
+
+    def generator(x):
+        yield x
+
+    async def coroutine(x):
+        return x
+
+    for later in (generator, coroutine):
+        with pytest.raises(RazorError, match=f"{later.__name__} is a generator or a coroutine.*with razor:"):
+            razor(later)
+    with pytest.raises(RazorError, match="Linear is a class: decorate its forward"):
+        razor(nn.Linear)
+
+
 def test_x_is_stored_once_for_all_layers_that_take_it_and_in_any_shape():
     heads = nn.ModuleList(nn.Linear(64, 8, bias=False) for _ in range(3))
     x = torch.randn(4, 50, 64)

@@ -6,7 +6,7 @@ import warnings
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh, adamw8bit
 from torch import nn
 
 EXACT = Refresh(method="svd", stagger=False, rotate=False)
@@ -234,12 +234,14 @@ def steps_over_lr(build, dtype, size, options):
         (GaLoreAdamW, {"lr": 1e-2, "foreach": True}),
         (GaLoreAdamW, {"lr": 1e-2, "residual": True}),
         (GaLoreAdamW, {"lr": 1e-2, "paper": True}),
+        (GaLoreAdamW8bit, {"lr": 1e-2}),
         (GaLoreAdamW8bit, {"lr": 1e-2, "residual": True}),
         (GaLoreAdafactor, {"lr": 1e-2, "relative_step": False, "scale_parameter": False}),
     ],
 )
-def test_float16_weights_take_float32s_steps(build, options, size):
+def test_float16_weights_take_float32s_steps(build, options, size, monkeypatch):
     """The square of a small gradient is 0 in float16, and a step by 0 + ε is many times lr."""
+    monkeypatch.setattr(adamw8bit, "MIN_8BIT_SIZE", 1)  # small moments in 8 bits too
     half, single = (steps_over_lr(build, dtype, size, options) for dtype in (torch.float16, torch.float32))
     for step, expected in single.items():
         assert 0.01 < expected < 5, single

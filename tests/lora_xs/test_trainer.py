@@ -22,23 +22,9 @@ from lora_xs.layer import layers
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from lora_xs.hf import LoRAXSCallback, write_checkpoint  # noqa: E402
+from trainer_runs import train_killed  # noqa: E402
 
 CONFIG = LoRAXSConfig(4, 16, ROBERTA_TARGETS)
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(transformers.TrainerCallback):
-    """The process ends while it computes a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def rows(n=48, seed=0):
@@ -90,8 +76,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(base, tmp_path, options):
     assert all(not torch.equal(p, untrained[n]) for n, p in trained_bytes(whole).items())
 
     killed = inject(copy.deepcopy(base), CONFIG)
-    with pytest.raises(Killed):
-        trainer(killed, tmp_path / "parts", callbacks=[Kill(4)], **options).train()
+    train_killed(lambda: trainer(killed, tmp_path / "parts", **options), 4)
     folder = tmp_path / "parts" / "checkpoint-3"
     resumed = inject(copy.deepcopy(base), CONFIG)
     result = trainer(resumed, tmp_path / "parts", **options)
@@ -101,8 +86,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(base, tmp_path, options):
     for file in ("adapter.safetensors", "head.safetensors"):
         ends = [(tmp_path / part / "checkpoint-6" / file).read_bytes() for part in ("whole", "parts")]
         assert ends[0] == ends[1]
-    losses = [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (result,)]
-    assert len(losses[0]) == 6
+    assert len([h["loss"] for h in result.state.log_history if "loss" in h]) == 6
 
 
 def test_a_checkpoint_is_an_adapter_folder_without_the_model(base, tmp_path):
@@ -142,6 +126,21 @@ def test_a_checkpoint_for_other_base_weights_is_refused(base, tmp_path):
     other.roberta.embeddings.word_embeddings.weight.data[7] += 1e-3
     with pytest.raises(LoRAXSError, match="other base weights"):
         trainer(inject(other, CONFIG), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
+    trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, steps=3).train()
+    other = inject(copy.deepcopy(base), LoRAXSConfig(4, 32, ROBERTA_TARGETS))
+    with pytest.raises(LoRAXSError, match=r"a scale α/r of 4 for .*, and this model has 8: inject with the same alpha"):
+        trainer(other, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_callback_for_another_model_is_refused(base, tmp_path):
+    models = [inject(copy.deepcopy(base), CONFIG) for _ in range(2)]
+    run = trainer(models[0], tmp_path, steps=3)
+    run.add_callback(LoRAXSCallback(models[1]))
+    with pytest.raises(LoRAXSError, match="another model than LoRAXSCallback was made for"):
+        run.train()
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
@@ -207,8 +206,7 @@ def test_a_model_of_ones_own_with_buffers(tmp_path):
     plain = Normed()
     models = [inject(copy.deepcopy(plain), LoRAXSConfig(2)) for _ in range(3)]
     trainer(models[0], tmp_path / "whole").train()
-    with pytest.raises(Killed):
-        trainer(models[1], tmp_path / "parts", callbacks=[Kill(4)]).train()
+    train_killed(lambda: trainer(models[1], tmp_path / "parts"), 4)
     trainer(models[2], tmp_path / "parts").train(resume_from_checkpoint=True)
     want = models[0].state_dict()
     assert all(torch.equal(value, want[key]) for key, value in models[2].state_dict().items())

@@ -26,11 +26,23 @@ class RazorMixin:
         razor: whose settings hold for every forward pass of training; ``Razor()`` if not given.
 
     Raises:
-        RazorError: ``torch_compile``, or several GPUs in one process (``nn.DataParallel``), which a Razor cannot enter.
+        RazorError: ``torch_compile``, or several GPUs in one process (``nn.DataParallel``), which a Razor cannot enter;
+            the mixin behind Trainer in a class's bases, or a ``training_step`` without
+            ``compute_loss_context_manager``, where no Razor would be entered.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in (order := cls.__mro__) and order.index(Trainer) < order.index(RazorMixin):
+            raise RazorError(
+                f"{cls.__name__} has RazorMixin behind Trainer, where its Razor is never entered: name the mixin first"
+            )
+
     def __init__(self, *args: Any, razor: Razor | None = None, **kwargs: Any) -> None:
+        if not isinstance(razor, Razor | None):
+            raise RazorError(f"razor must be a Razor, such as Razor(keep=0.1), not {razor!r}")
         super().__init__(*args, **kwargs)
+        self._entered = False
         self.razor = razor if razor is not None else Razor()
         settings: Any = self.args  # type: ignore[attr-defined]
         if settings.torch_compile:
@@ -48,7 +60,19 @@ class RazorMixin:
     def compute_loss_context_manager(self) -> Iterator[None]:
         """What Trainer computes the loss in: the Razor, and Trainer's own autocast."""
         with self.razor, super().compute_loss_context_manager():  # type: ignore[misc]
+            self._entered = True
             yield
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, or that of one's own."""
+        self._entered = False
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not self._entered:
+            raise RazorError(
+                f"the training_step of {type(self).__name__} has not entered the Razor: "
+                "compute the loss within self.compute_loss_context_manager(), as Trainer's does"
+            )
+        return loss
 
 
 class RazorTrainer(RazorMixin, Trainer):  # type: ignore[misc]

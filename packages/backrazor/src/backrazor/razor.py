@@ -1,6 +1,7 @@
 """The context manager: within it, calls that save activations are met and answered by operations that save less."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +24,7 @@ from .keeper import Keeper
 from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
+RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -89,7 +91,18 @@ class Razor(Keeper, TorchFunctionMode):
         self.forget()
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
-        """As a decorator: the function runs within this Razor; called from within it, it just runs."""
+        """As a decorator: the function runs within this Razor; called from within it, it just runs.
+
+        Raises:
+            RazorError: a class, a generator or a coroutine, whose body would run after the Razor is left.
+        """
+        if isinstance(function, type):
+            raise RazorError(f"{function.__name__} is a class: decorate its forward")
+        if any(is_one(function) for is_one in RUN_LATER):
+            raise RazorError(
+                f"{function.__name__} is a generator or a coroutine, which runs after the Razor is left: "
+                "write `with razor:` inside it, around the forward pass"
+            )
 
         @functools.wraps(function)
         def within(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -10,6 +10,7 @@ At the end of training the log has the peaks.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class MemoryLedgerCallback(TrainerCallback):
         """What was measured; None until then."""
         self._trainer, self._step = trainer, step
         self._watch: _Forward | None = None
+        self._due: dict[str, int] = {}
         self._peak: PeakMeter | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -75,8 +77,13 @@ class MemoryLedgerCallback(TrainerCallback):
             self.ledger.save(folder / "memory.json", why_no_saving=why)
             rows = [(c, format_bytes(n)) for c, n in self.ledger.totals.items()]
             print("\n".join(("memory of a training step", format_table(rows), *why)))
-        totals = self.ledger.totals
-        self._log(state, {**totals, "total": sum(totals.values())})
+        self._due = {**self.ledger.totals, "total": sum(self.ledger.totals.values())}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Once Trainer has counted the step."""
+        if self._due:
+            self._log(state, self._due)
+        self._due = {}
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._peak is not None:
@@ -85,6 +92,12 @@ class MemoryLedgerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._watch is not None:
             self._watch.close()
+        if self.ledger is None:
+            warnings.warn(
+                f"training ended at step {state.global_step}, before the memory of step {self._step} was measured",
+                UserWarning,
+                stacklevel=2,
+            )
         if self._peak is None:
             return
         self._peak.end()

@@ -29,6 +29,7 @@ KINDS: dict[str, type[GaLoreAdamW] | type[GaLoreAdafactor]] = {
 """Trainer's names for the three optimizers."""
 GROUP_KEYS: dict[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 """What ``optim_args`` may hold, with Trainer's defaults."""
+NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 
 
 def galore_optimizer(model: nn.Module, args: Any = None, **settings: Any) -> Optimizer:
@@ -97,7 +98,11 @@ def _words_of(args: Any) -> dict[str, Any]:
     for part in (args.optim_args or "").replace(" ", "").split(","):
         key, _, value = part.partition("=")
         if key in GROUP_KEYS:
-            words[key] = type(GROUP_KEYS[key])(value)
+            kind = type(GROUP_KEYS[key])
+            try:
+                words[key] = kind(value)
+            except ValueError as error:
+                raise ValueError(f"optim_args has {part}, whose value must be {NUMBERS[kind]}") from error
         elif part:
             raise ValueError(f"optim_args takes {', '.join(GROUP_KEYS)} for GaLore, not {part!r}")
     return words

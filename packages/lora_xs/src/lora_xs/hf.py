@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from . import files
 from .adapter_checks import PROBE_TOLERANCE, base_digests, probe
-from .adapter_file import save_adapter, state_key
+from .adapter_file import describe_adapter, save_adapter, state_key
 from .adapter_header import ADAPTER, HEAD_FILE
 from .adapters import chosen
 from .errors import LoRAXSError
@@ -65,9 +65,21 @@ class LoRAXSCallback(TrainerCallback):
         elif not hasattr(model, "tie_weights"):
             model.tie_weights = _nothing  # type: ignore[assignment]
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Is this the model that is trained, at the scale α/r of the checkpoint that it goes on from?"""
+        trained = kwargs.get("model", self.model)
+        while trained is not self.model and isinstance(inner := _within(trained), nn.Module):
+            trained = inner
+        if trained is not self.model:
+            raise LoRAXSError("Trainer trains another model than LoRAXSCallback was made for: give it the same one")
+        folder = _folder(args, state)
+        for one in (folder, folder / "adapter"):
+            if state.global_step and (one / ADAPTER).exists():
+                _check_scale(self.model, self.name, one)
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapter where `save_pretrained` has not done so."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = _folder(args, state)
         if state.is_world_process_zero and self.full_model:
             save_adapter(self.model, folder / "adapter", name=self.name)
         elif state.is_world_process_zero and not isinstance(self.model, PreTrainedModel):
@@ -126,6 +138,27 @@ def _saving(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
             write_checkpoint(self, save_directory, name)
 
     return save_pretrained
+
+
+def _folder(args: Any, state: Any) -> Path:
+    """Trainer's checkpoint of the last step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _within(model: nn.Module) -> Any:
+    """What DDP or torch.compile has wrapped."""
+    return getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+
+
+def _check_scale(model: nn.Module, name: str, folder: Path) -> None:
+    then = describe_adapter(folder).config
+    for _, layer in layers(model):
+        now = layer.configs[name].scale_of(layer.name)
+        if now != then.scale_of(layer.name):
+            raise LoRAXSError(
+                f"{folder} was trained at a scale α/r of {then.scale_of(layer.name):g} for {layer.name}, and this "
+                f"model has {now:g}: inject with the same alpha"
+            )
 
 
 def _nothing() -> None:
