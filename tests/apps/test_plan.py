@@ -1,6 +1,7 @@
 """``plan``: shapes, units, the composition of moments against whole steps, budgets that hold, and what it says."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,9 +36,10 @@ from torch import nn
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What was counted by other runs answers no test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def own_cache(tmp_path_factory, monkeypatch):
+    """What was counted by other runs answers no test; within this one each step of a plan is counted once."""
+    mine = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("XDG_CACHE_HOME", str((mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "plans"))
 
 
 # -- shapes and units ------------------------------------------------------------------------------------------------
@@ -264,9 +266,9 @@ def predict_with_mask(place, axes, micro_batches):
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("save", ["all", "backrazor", "checkpoint", "offload"])
 def test_depth_is_drawn_out_exactly(family, save):
-    """Of seven or nine blocks, from two and three; a peak short of its slope is a bound within half a per cent."""
+    """Of five or nine blocks, from two and three; a peak short of its slope is a bound within half a per cent."""
     step = SMALL[family]
-    place = Workplace(replace(step, shape=step.shape.with_depth(9 if save == "backrazor" else 7)), rows=4)
+    place = Workplace(replace(step, shape=step.shape.with_depth(9 if family == "vit" else 5)), rows=4)
     for train in ("full", "lora"):
         axes = Axes(train, save)
         drawn, counted = count_step(place, axes), step_use_of(place.step, axes, 4)
@@ -460,7 +462,10 @@ def test_checkpointing_costs_up_to_a_third_more_products():
 
 
 def test_refused_combinations_say_why():
-    plan = plan_of("--model", "gpt2", "--budget", "900GiB", "--train", "head", "bitfit", "melo", "lte", "--batch", "6")
+    plan = plan_of(
+        "--model", "gpt2", "--budget", "900GiB", "--train", "head", "bitfit", "melo", "lte", "--batch", "6",
+        "--save", "all", "checkpoint", "--optim", "sgd", "adamw", "galore-adamw",
+    )  # fmt: skip
     reasons = {a.axes.name: a.refused for a in plan.refused}
     assert "no gradient passes" in reasons["head+checkpoint+adamw"]
     assert "needs a task head" in reasons["head+all+adamw"]

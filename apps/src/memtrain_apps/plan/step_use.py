@@ -196,7 +196,7 @@ def _cut(model: nn.Module) -> Cut:
     rest = [p for p in model.parameters() if p not in inside]
     counts: dict[tuple[int, int], list[int]] = {}
     for p in model.parameters():
-        found = counts.setdefault((p.shape[0], p[:1].nbytes) if p.dim() else (1, p.nbytes), [0, 0])
+        found = counts.setdefault((p.shape[0], p.nbytes // p.shape[0]) if p.dim() else (1, p.nbytes), [0, 0])
         found[0] += 1
         found[1] += p.grad is not None
     return Cut(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels
+from .internals import is_fake
 
 PIECES = (8, 4, 2, 1)
 
@@ -37,7 +38,10 @@ def pack(codes: Tensor, width: int) -> Tensor:
     Returns:
         uint8 (..., :func:`packed_bytes` (n, width)).
     """
-    quick = cpu_kernels.pack_codes(codes, width, packed_bytes(codes.shape[-1], width))
+    n_bytes = packed_bytes(codes.shape[-1], width)
+    if is_fake(codes):
+        return codes.new_empty((*codes.shape[:-1], n_bytes), dtype=torch.uint8)
+    quick = cpu_kernels.pack_codes(codes, width, n_bytes)
     if quick is not None:
         return quick
     planes, shift = [], 0
@@ -67,10 +71,12 @@ def _pack_piece(codes: Tensor, piece: int) -> Tensor:
 
 def unpack(packed: Tensor, n: int, width: int) -> Tensor:
     """What :func:`pack` packed: (..., n), uint8 for codes of at most 8 bits, otherwise int32."""
+    dtype = torch.uint8 if width <= 8 else torch.int32
+    if is_fake(packed):
+        return packed.new_empty((*packed.shape[:-1], n), dtype=dtype)
     quick = cpu_kernels.unpack_codes(packed, n, width)
     if quick is not None:
         return quick
-    dtype = torch.uint8 if width <= 8 else torch.int32
     out, start, shift = None, 0, 0
     for piece in _pieces(width):
         size = -(-n * piece // 8)
