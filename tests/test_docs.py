@@ -66,7 +66,11 @@ def command_lines():
 def test_a_page_of_first_steps_installs_what_it_uses(page):
     """What its code imports and its commands come from stands in a pip line of the page."""
     text = page.read_text()
-    installed = {w.split("/")[-1] for line in re.findall(r"pip install ([^\n`]+)", text) for w in line.split()}
+    installed = {
+        re.sub(r"\[.*\]", "", w.strip("'\"")).split("/")[-1]
+        for line in re.findall(r"pip install ([^\n`]+)", text)
+        for w in line.split()
+    }
     homes = {s: p.parent.name for p in ROOT.glob("packages/*/pyproject.toml") for s in scripts(p)}
     homes |= dict.fromkeys(scripts(ROOT / "apps" / "pyproject.toml"), "apps")
     used = {homes[words[0]] for where, words in command_lines() if where.startswith(f"{name(page)}:")}
