@@ -39,7 +39,7 @@ def vit(name: str, labels: int = 10) -> nn.Module:
         ViTConfig(
             hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
             intermediate_size=4 * width, patch_size=14 if name == "H" else 16,
-            num_labels=labels,  # type: ignore[call-arg]
+            num_labels=labels,
         )
     )  # fmt: skip
 

@@ -75,5 +75,5 @@ class RazorMixin:
         return loss
 
 
-class RazorTrainer(RazorMixin, Trainer):  # type: ignore[misc]
+class RazorTrainer(RazorMixin, Trainer):
     """transformers' Trainer, whose forward passes keep what a Razor keeps."""

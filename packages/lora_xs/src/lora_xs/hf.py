@@ -61,7 +61,7 @@ class LoRAXSCallback(TrainerCallback):
         # What Trainer need not find in a checkpoint; it then ties weights anew.
         model._keys_to_ignore_on_save = set(model.state_dict()) - set(_trained(model, self.name))  # type: ignore
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained = MethodType(_saving(self.name, model.save_pretrained), model)  # type: ignore
+            model.save_pretrained = MethodType(_saving(self.name, model.save_pretrained), model)
         elif not hasattr(model, "tie_weights"):
             model.tie_weights = _nothing  # type: ignore[assignment]
 
