@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from memtrain_common.console import Console
 from memtrain_common.data.text.corpus import Corpus, Crops
 from memtrain_common.data.text.tokenizers import ByteTokenizer
-from memtrain_common.errors import Stopped, UserError
+from memtrain_common.errors import LostRankError, Stopped, UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch, parallelize, unwrap
@@ -21,8 +22,8 @@ TOKENS = (np.arange(4000) ** 2 % 251).astype(np.uint8)
 CORPUS = Corpus("squares", TOKENS[:3000], TOKENS[3000:], ByteTokenizer(), 4000, "")
 
 
-def train(out, mode, steps, *, resume=False, signal_at=None):
-    """Train a small GPT on this process's share; rank 1 may send itself SIGTERM in the middle."""
+def train(out, mode, steps, *, resume=False, signal_at=None, signum=signal.SIGTERM):
+    """Train a small GPT on this process's share; rank 1 may send itself a signal in the middle."""
     world, device = launch("cpu")
     crops = Crops(CORPUS, batch_size=8, block_size=16, seed=1, rank=world.rank, world_size=world.size)
     torch.manual_seed(0)
@@ -39,7 +40,7 @@ def train(out, mode, steps, *, resume=False, signal_at=None):
         nonlocal count
         count += 1
         if count == signal_at and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return next_token_loss(m, batch)
 
     try:
@@ -101,6 +102,22 @@ def test_two_processes_train_like_one_and_resume(tmp_path, single, mode):
     assert sharded["weights"] == pytest.approx(replicated["weights"] / share, rel=0.01)
     assert sharded["optimizer"] == pytest.approx(replicated["optimizer"] / share, rel=0.01)
     assert sharded["activations"] == pytest.approx(replicated["activations"] / 2, rel=0.1)  # half of the batch
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_process_that_dies_in_a_step_ends_the_other_in_a_sentence(tmp_path, mode):
+    """DDP and FSDP2 speak by themselves, within the backward pass."""
+
+    def lost():
+        try:
+            train(tmp_path / "out", mode, 8, signal_at=11, signum=signal.SIGKILL)
+        except LostRankError as error:
+            (tmp_path / "lost").write_text(str(error))
+
+    run_ranks(2, lost, frozen=[1])
+    said = (tmp_path / "lost").read_text()
+    kept = "the last checkpoint is that of step 4; resume with --resume .+"
+    assert re.fullmatch(rf"stopped at step 5: another process is lost \(.+\); {kept}", said), said
 
 
 def test_one_process_goes_on_with_a_checkpoint_of_two(tmp_path, single):

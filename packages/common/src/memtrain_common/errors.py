@@ -24,6 +24,20 @@ class LostRankError(UserError):
     exit_code = 1
 
 
+def lost_rank(error: BaseException) -> str:
+    """Why a collective call that raised this lost another process; "" for what is another mistake.
+
+    gloo has no kind of error of its own: its errors are RuntimeErrors that name its sources. NCCL's and the store's are
+    torch's DistError, whose name is looked at, so that nothing here imports torch.
+    """
+    text = str(error)
+    speaks = "gloo/transport" in text or any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    if not isinstance(error, RuntimeError) or not speaks:
+        return ""
+    how = "it does not answer" if "timed out" in text.lower() or "timeout" in text.lower() else "its connection broke"
+    return f"another process is lost ({how})"
+
+
 class Stopped(Exception):
     """Training ended on a signal, after a checkpoint was written; ``message`` says where it is."""
 

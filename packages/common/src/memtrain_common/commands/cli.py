@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..console import printable
-from ..errors import Stopped, UserError
+from ..errors import LostRankError, Stopped, UserError, lost_rank
 from ..interrupts import leaving, nothing_lost
 from ..optional import package_of
 from .flag_help import help_text
@@ -133,6 +133,11 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, line = 128 + signum, nothing_lost(signal.Signals(signum).name)
+    except (ConnectionAbortedError, RuntimeError) as error:  # before or after a training, which says more
+        why = str(error) if isinstance(error, ConnectionAbortedError) else lost_rank(error)
+        if not why:
+            raise
+        code, line = LostRankError.exit_code, f"error: stopped, since {why}"
     except BrokenPipeError:  # the reader of a pipe (`--help | head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

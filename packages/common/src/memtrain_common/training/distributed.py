@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import LostRankError, UserError
+from ..errors import LostRankError, UserError, lost_rank
 
 
 @dataclass(frozen=True)
@@ -61,31 +61,31 @@ def launch(device: str = "auto", *, patience_s: float | None = None) -> tuple[Wo
     else:
         raise UserError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
     if world.size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store, rank, size = _meet()
-        timeout = datetime.timedelta(seconds=patience_s) if patience_s else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        _stores.append(store)
+        _stores.append(_meet("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", patience_s))
     return world, chosen
 
 
 MEETING_S = 60.0
-"""Seconds that a process waits for all the others to begin."""
+"""Seconds that a process waits for all the others to begin, and again for the connections to them."""
 
 
-def _meet() -> tuple[dist.Store, int, int]:
-    """The store, and this process's rank among how many, once all processes have come.
+def _meet(backend: str, patience_s: float | None) -> dist.Store:
+    """Wait until all processes have come, and make their group; -> its store.
 
     The waiting is done by a thread: this one stays with Python, which ends the command at a signal.
 
     Raises:
-        LostRankError: if they do not come within ``MEETING_S``.
+        LostRankError: if they do not come, or one is lost before the group is made, within ``MEETING_S`` each.
     """
     came: list[Any] = []
 
     def wait() -> None:
+        soon = datetime.timedelta(seconds=MEETING_S)
         try:
-            came.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_S))))
+            store, rank, size = next(dist.rendezvous("env://", timeout=soon))
+            store.set_timeout(soon)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=soon)
+            came.append(store)
         except Exception as error:  # of the store, of the network, of what the variables hold
             came.append(error)
 
@@ -93,15 +93,25 @@ def _meet() -> tuple[dist.Store, int, int]:
     waiting.start()
     while waiting.is_alive():
         waiting.join(0.2)
+    if isinstance(came[0], ValueError):  # a variable of torchrun's is missing
+        raise UserError(f"the processes do not find each other: {str(came[0]).splitlines()[0]}")
     if isinstance(came[0], Exception):
-        if isinstance(came[0], ValueError):  # a variable of torchrun's is missing
-            raise UserError(f"the processes do not find each other: {str(came[0]).splitlines()[0]}")
         raise LostRankError(
             f"the {os.environ['WORLD_SIZE']} processes did not come together within {MEETING_S:.0f} s: one ended "
             "before it began, or MASTER_ADDR and MASTER_PORT are not the same for all"
         ) from came[0]
-    came[0][0].set_timeout(datetime.timedelta(minutes=30))  # torch's own, from here on
+    came[0].set_timeout(_TORCHS_OWN)
+    _set_timeout(datetime.timedelta(seconds=patience_s) if patience_s else _TORCHS_OWN)
     return came[0]
+
+
+_TORCHS_OWN = datetime.timedelta(minutes=30)
+
+
+def _set_timeout(timeout: datetime.timedelta) -> None:
+    """How long the group's processes wait for each other, from here on."""
+    own = getattr(dist, "set_timeout", None)  # torch before 2.14 has it under another name
+    (own or dist.distributed_c10d._set_pg_timeout)(timeout)
 
 
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
@@ -210,6 +220,8 @@ def speaking() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # gloo and NCCL have no narrower kind
-        how = "it does not answer" if "timed out" in str(error).lower() else "its connection broke"
-        raise ConnectionAbortedError(f"another process is lost ({how})") from error
+    except RuntimeError as error:
+        why = lost_rank(error)
+        if not why:
+            raise
+        raise ConnectionAbortedError(why) from error

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..errors import LostRankError, Stopped
+from ..errors import LostRankError, Stopped, lost_rank
 from ..interrupts import say_from_now_on, saying
 from .keeping import Keeper
 from .training_state import all_finite
@@ -67,9 +67,12 @@ def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
     try:
         with saying(partial(at_once, keeper)):
             yield
-    except ConnectionAbortedError as error:
+    except (ConnectionAbortedError, RuntimeError) as error:
+        why = str(error) if isinstance(error, ConnectionAbortedError) else lost_rank(error)  # DDP's and FSDP's own
+        if not why:
+            raise
         run, step = keeper.run, keeper.progress.result.step
-        message = f"stopped at step {step}: {error}; "
+        message = f"stopped at step {step}: {why}; "
         if run is None:
             raise LostRankError(message + "nothing was saved, since there is no run folder") from None
         go_on = f"; resume with --resume {keeper.resume_path}"
