@@ -13,7 +13,7 @@ import pytest
 from memtrain_common import interrupts
 from memtrain_common.commands.cli import run_command
 from memtrain_common.interrupts import entrance, leaving, saying, unwinding
-from support import Command, Forked, both, free_port, pause_when, torchrun_environment, without_pictures
+from support import Command, Forked, both, free_port, pause_when, run_on, torchrun_environment, without_pictures
 
 BOTH = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
@@ -182,6 +182,16 @@ def test_two_in_a_row_leave_at_once_with_the_right_code(signum, words, tmp_path)
     assert not list(Path(tmp_path, "run", "checkpoints").glob("step-*"))
 
 
+def test_a_script_takes_the_signals_in_its_first_line(monkeypatch):
+    """When it is imported, and only in the process that is this command."""
+    taken = []
+    monkeypatch.setattr(interrupts, "_take", taken.append)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lte-train", "--resume", "run"])
+    for prog in ("lte-train", "lte-prepare"):
+        entrance("lte.cli", "main", prog)
+    assert taken == ["lte-train"]
+
+
 def beginning(monkey):
     """The command as rank 0 of two, of which the other one never begins."""
     from memtrain_common.training import distributed
@@ -204,6 +214,49 @@ def test_a_rank_that_never_begins_ends_the_others(words, tmp_path):
     )
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_dies_before_the_group_is_made_ends_the_others(words, tmp_path, lost):
+    """Killed between the rendezvous and the connections, whether or not it keeps the store."""
+
+    def before():
+        from memtrain_common.training import distributed
+
+        distributed.MEETING_S = 1.0
+        if os.environ["RANK"] == str(lost):
+            distributed.dist.init_process_group = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+    ranks = run_on(2, words, tmp_path, before)
+    assert ranks[lost].returncode == -signal.SIGKILL
+    assert ranks[1 - lost].returncode == 1, ranks[1 - lost].stderr
+    assert "lte-train: error: the 2 processes did not come together within 1 s: one e" in ranks[1 - lost].stderr
+    assert "Traceback" not in ranks[1 - lost].stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("moment", ["Session.open", "Session.finish"])
+def test_a_rank_that_dies_outside_of_the_training_ends_the_others(words, tmp_path, moment):
+    def before():
+        from memtrain_common.commands import session
+
+        without_pictures()
+        name = moment.split(".")[1]
+        method = getattr(session.Session, name)
+
+        def dying(*args, **kwargs):
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "finish":
+                session.gather_objects(0)  # as a command may
+            return method(*args, **kwargs)
+
+        setattr(session.Session, name, dying)
+
+    first, second = run_on(2, words, tmp_path, before)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 1, first.stderr
+    assert first.stderr == "lte-train: error: stopped, since another process is lost (its connection broke)\n"
 
 
 @BOTH

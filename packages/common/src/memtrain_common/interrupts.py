@@ -41,9 +41,13 @@ _now = _Leaving()
 def entrance(module: str, function: str, prog: str) -> Callable[[], None]:
     """A console script: ``module.function()``, imported with the signals taken already.
 
+    They are taken when this is called, within the script's first line, if the process is that command.
+
     Args:
         prog: the command's name, for the line.
     """
+    if [os.path.basename(word) for word in sys.argv[:1]] == [prog]:
+        _take(prog)
 
     def main() -> None:
         _take(prog)
