@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from image_files import image_folder
+from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
 from support import ROOT, assert_refused, run_command, run_ranks
 
@@ -113,7 +114,7 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
     words = [*few_steps[command], *few_steps[""], "--out", "run", "--select", "best"]
     done = run_command(words, tmp_path, before=no_pictures)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = read_json(tmp_path / "run" / "result.json")
     assert set(result) == SCHEMA
     assert result["steps"] == 4
     head, cost = ((tmp_path / "run" / "cost.csv").read_text()).splitlines()

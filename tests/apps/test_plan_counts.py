@@ -20,6 +20,7 @@ from memtrain_apps.plan.table import WIDTH, as_json, table_of
 from memtrain_apps.plan.uses import SUMS, Cut, StepUse, rows_of
 from memtrain_common.console import Console
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from small_shapes import SMALL, TINY
 from support import run_light
 
@@ -138,7 +139,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert not end, said
     assert "fits (1)" in said
     # what the cache says is what plan says, and --recount does not look there
-    content = json.loads(kept.read_text())
+    content = read_json(kept)
     key = step_key(replace(step, shape=step.shape.with_depth(2)), Axes())
     content["records"][key] = "no such thing"
     kept.write_text(json.dumps(content))

@@ -5,20 +5,44 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from harness import Found, Whole, place, resuming
+from harness import Found, Whole, place, resuming, vit
+from memtrain_common.commands.result import read_result
+from memtrain_common.data.text.bins import read_bins
+from memtrain_common.errors import UserError
+from memtrain_common.measuring.memory import Ledger
 from memtrain_common.runs.checkpoint import Checkpoints
+from memtrain_common.runs.run_folder import RunFolder
 from support import Command, newest_checkpoint, without_pictures
 
 CHECKPOINT = ("model.safetensors", "training.safetensors", "state.json", "manifest.json")
-KINDS = (*CHECKPOINT, "adapter.safetensors")
+# Kind of file -> runs that have it, and where. The project wrote them all, and reads them again.
+ADAPTED = ("lora-xs-glue", "lora-xs-instruct")
+SEVERAL = ("lte-train", "galore-vit")
+FILES: dict[str, tuple[tuple[str, ...], str]] = {
+    **{name: (SEVERAL, name) for name in CHECKPOINT},
+    "config.json": (SEVERAL, "config.json"),
+    "metrics.jsonl": (SEVERAL, "metrics.jsonl"),
+    "memory.json": (SEVERAL, "memory.json"),
+    "result.json": (SEVERAL, "result.json"),
+    "adapter.safetensors": (ADAPTED, "adapter/adapter.safetensors"),
+    "head.safetensors": (ADAPTED[:1], "adapter/head.safetensors"),
+    "task.json": (ADAPTED, "adapter/task.json"),
+    "MeLo's adapter": ((), "melo.safetensors"),
+    "an arm's result": ((), "arm.json"),
+    "train.bin": ((), "bins/train.bin"),
+    "val.bin": ((), "bins/val.bin"),
+    "meta.json": ((), "bins/meta.json"),
+}
+KINDS = tuple(FILES)
 
 
 def damage(path: Path, draw: random.Random) -> str:
     """One flipped bit, a block of zeros, a cut or bytes behind the end, at a random position; -> what was done."""
     content = bytearray(path.read_bytes())
     before = bytes(content)
-    at = draw.randrange(len(content))
+    at = draw.randrange(len(content.rstrip()))  # a text without its last line break is whole
     how = draw.choice(("flip", "zeros", "cut", "more"))
     if how == "flip":
         content[at] ^= 1 << draw.randrange(8)
@@ -35,26 +59,78 @@ def damage(path: Path, draw: random.Random) -> str:
 
 
 def damaged(whole: Whole, kind: str, draw: random.Random, cwd: Path) -> Found:
-    """A file of a finished run: its checkpoint is passed over for the one before, its adapter is refused."""
-    from lora_xs import LoRAXSError, files
-    from lora_xs.adapter_header import ADAPTER_FORMAT
+    """A file that a command wrote, read by the function that the commands read it with: it is refused by its name, or,
+    of a checkpoint's files, that one is passed over for the one before."""
+    names, place_in_run = FILES[kind]
+    name = draw.choice(names) if names else ""
+    run = cwd / "run"
+    shutil.copytree(whole.run(name)[0] if name else whole.others(), run)
+    if kind in CHECKPOINT:
+        newest = newest_checkpoint(run)
+        what = f"{name} {kind}: {damage(newest / kind, draw)}"
+        said: list[str] = []
+        found = Checkpoints(run / "checkpoints").load_newest(said.append)
+        right = found is not None and found[0] < int(newest.name.rpartition("-")[2]) and newest.name in said[0]
+        return Found("damage", what, right, "" if right else f"loaded {found and found[0]}, said {said}")
+    path = run / place_in_run
+    before = path.read_bytes()
+    what = f"{name or 'a file'} {kind}: {damage(path, draw)}"
+    try:
+        READERS[kind](path)
+    except (UserError, ValueError) as error:  # ValueError: a library's, of which lora_xs's errors are
+        right = path.name in str(error)
+        return Found("damage", what, right, "" if right else f"it is not named: {error}")
+    mended = kind == "metrics.jsonl" and path.read_bytes() == before  # rows behind the checkpoint are taken back
+    return Found("damage", what, mended, "" if mended else "it was read")
 
-    names = ("lora-xs-glue", "lora-xs-instruct") if kind == "adapter.safetensors" else ("lte-train", "galore-vit")
-    name = draw.choice(names)
-    run = Path(shutil.copytree(whole.run(name)[0], cwd / "run"))
-    if kind == "adapter.safetensors":
-        how = damage(run / "adapter" / kind, draw)
-        try:
-            files.read(run / "adapter" / kind, ADAPTER_FORMAT)
-        except LoRAXSError:
-            return Found("damage", f"{name} {kind}: {how}", True)
-        return Found("damage", f"{name} {kind}: {how}", False, "it was read")
-    newest = newest_checkpoint(run)
-    how = damage(newest / kind, draw)
-    said: list[str] = []
-    found = Checkpoints(run / "checkpoints").load_newest(said.append)
-    right = found is not None and found[0] < int(newest.name.rpartition("-")[2]) and newest.name in said[0]
-    return Found("damage", f"{name} {kind}: {how}", right, "" if right else f"loaded {found and found[0]}, said {said}")
+
+def _read_metrics(path: Path) -> None:
+    """As a resumed run takes them up."""
+    found = Checkpoints(path.parent / "checkpoints").load_newest()
+    assert found is not None
+    progress = found[1]["progress"]
+    RunFolder.open(path.parent).take_back_metrics(progress["metrics_bytes"], progress["metrics_sha256"])
+
+
+def _read_adapter(path: Path) -> None:
+    from lora_xs import files
+    from lora_xs.adapter_header import ADAPTER, ADAPTER_FORMAT, HEAD_FORMAT
+
+    files.read(path, ADAPTER_FORMAT if path.name == ADAPTER else HEAD_FORMAT)
+
+
+def _read_task(path: Path) -> None:
+    from lora_xs.tasks.models import read_task
+
+    read_task(path.parent)
+
+
+def _read_melo(path: Path) -> None:
+    from galore_vit.melo_file import read_melo
+
+    read_melo(vit(), path)
+
+
+def _read_arm(path: Path) -> None:
+    from memtrain_apps.ablate.results import read_arm
+
+    read_arm(path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "config.json": lambda path: RunFolder.open(path.parent).read_config(),
+    "metrics.jsonl": _read_metrics,
+    "memory.json": Ledger.read,
+    "result.json": lambda path: read_result(path.parent),
+    "adapter.safetensors": _read_adapter,
+    "head.safetensors": _read_adapter,
+    "task.json": _read_task,
+    "MeLo's adapter": _read_melo,
+    "an arm's result": _read_arm,
+    "train.bin": lambda path: read_bins(path.parent),
+    "val.bin": lambda path: read_bins(path.parent),
+    "meta.json": lambda path: read_bins(path.parent),
+}
 
 
 # -- changed inputs --------------------------------------------------------------------------------------------------
@@ -134,7 +210,9 @@ def change_sum(inputs: Path, draw: random.Random) -> str:
     path = inputs / "sums.jsonl"
     lines = path.read_text().splitlines()
     number = draw.randrange(len(lines))
-    lines[number] = lines[number].replace("plus", "times", 1)
+    row = json.loads(lines[number])
+    row["question"] = f"{draw.randrange(3, 10)}{row['question'][1:]}"  # the words are all one token
+    lines[number] = json.dumps(row)
     path.write_text("\n".join(lines) + "\n")
     return f"line {number}"
 

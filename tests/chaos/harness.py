@@ -1,7 +1,7 @@
 """Trying every command that trains with kills, signals, damage, changed inputs and files from strangers.
 
-A moment is a number of Python calls, counted by the interpreter's profiler: the same on every machine, however busy it
-is. Commands run in processes forked from this one.
+A moment is a number of Python calls, counted by the interpreter's trace function: the same on every machine, however
+busy it is. Commands run in processes forked from this one.
 """
 
 import functools
@@ -18,6 +18,7 @@ from typing import Any
 
 from before_rooms import COMMANDS as BEFORE
 from before_rooms import FOLDER, QUICK, resumed_by
+from memtrain_common.files import read_json, write_json
 from support import Command, newest_checkpoint, rows, without_pictures
 
 # File that begins a session -> the run that stands for it. A new command enters here (tests/chaos/test_chaos.py asks).
@@ -79,10 +80,8 @@ def at_call(number: int, *signals: int, told: str = "") -> Any:
         without_pictures()
         count, left = 0, list(signals)
 
-        def watch(frame: Any, event: str, argument: Any) -> None:
+        def watch(frame: Any, event: str, argument: Any) -> None:  # of each call; nothing within it is traced
             nonlocal count
-            if event != "call":
-                return
             count += 1
             if count >= number and left:
                 os.kill(os.getpid(), left.pop(0))
@@ -91,12 +90,12 @@ def at_call(number: int, *signals: int, told: str = "") -> Any:
             leave = os._exit
 
             def telling(code: int) -> None:
-                sys.setprofile(None)
+                sys.settrace(None)
                 Path(told).write_text(str(count))
                 leave(code)
 
             os._exit = telling  # type: ignore[assignment]
-        sys.setprofile(watch)
+        sys.settrace(watch)
 
     return before
 
@@ -119,6 +118,29 @@ class Whole:
             assert done.returncode == 0, done.stderr
             partial.rename(counted)
         return cwd / "run", int(counted.read_text())
+
+    @functools.cache  # noqa: B019
+    def others(self) -> Path:
+        """Files that other commands write, made by their writers: bins, a MeLo adapter, an ablation's result."""
+        from galore_vit.melo_file import read_melo, write_melo
+
+        folder, then = self.folder / "others", FOLDER / "runs"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        words = ["lte-prepare", str(FOLDER / "inputs" / "text"), "--tokenizer", "chars", "--out", "bins"]
+        done = Command(words, folder).wait()
+        assert done.returncode == 0, done.stderr
+        write_melo(read_melo(vit(), then / "galore-vit-melo" / "adapter.safetensors"), folder / "melo.safetensors")
+        (arm,) = (then / "ablation" / "results").glob("*.json")
+        write_json(folder / "arm.json", read_json(arm))
+        return folder
+
+
+def vit() -> Any:
+    """A fresh ViT with the fixture's weights."""
+    from memtrain_common.models.vit import load_vit
+
+    return load_vit(FOLDER / "inputs" / "vit", image_size=8, classes=2)[0]
 
 
 def tensors(run: Path) -> dict[str, bytes]:
@@ -168,12 +190,13 @@ import os, signal, sys
 count = 0
 def watch(frame, event, argument):
     global count
-    count += event == "call"
+    count += 1
     if count == {moment}:
+        sys.settrace(None)
         os.kill(os.getpid(), {signum})
-from {module} import {function}
 sys.argv = {words!r}
-sys.setprofile(watch)
+from {module} import {function}
+sys.settrace(watch)
 {function}()
 """
 
@@ -185,5 +208,7 @@ def interrupt_start(name: str, draw: random.Random, cwd: Path) -> Found:
     (entry,) = metadata.entry_points(group="console_scripts", name=words[0])
     module, function = entry.value.split(":")
     source = START.format(moment=moment, signum=int(signum), module=module, function=function, words=words)
-    done = subprocess.run([sys.executable, "-c", source], cwd=place(cwd), capture_output=True, text=True)
+    python = [sys.executable, "-c", source]
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+    done = subprocess.run(python, cwd=place(cwd), capture_output=True, text=True, preexec_fn=default)
     return judged(f"{name} {signum.name} at call {moment} of a fresh start", signum, done.returncode, done.stderr)

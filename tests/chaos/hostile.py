@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from harness import Found, Whole, place, resuming, words_of
+from memtrain_common.files import unsealed
 from support import Command, without_pictures
 
 DEEP = "[" * 20_000 + "]" * 20_000
@@ -67,7 +68,7 @@ def as_run(name: str, file: str, change: Callable[[str], str]) -> Callable[[Path
 
 def setting(key: str, value: Any) -> Callable[[str], str]:
     def change(text: str) -> str:
-        content = json.loads(text)
+        content = unsealed(json.loads(text))
         content["config"][key] = value
         return json.dumps(content)
 
@@ -76,7 +77,7 @@ def setting(key: str, value: Any) -> Callable[[str], str]:
 
 def without(*keys: str) -> Callable[[str], str]:
     def change(text: str) -> str:
-        return json.dumps({k: v for k, v in json.loads(text).items() if k not in keys})
+        return json.dumps({k: v for k, v in unsealed(json.loads(text)).items() if k not in keys})
 
     return change
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from memtrain_common.console import Console, Progress, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json, write_json
 from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from memtrain_common.measuring.environment import versions
 from memtrain_common.measuring.memory import Ledger
@@ -24,7 +25,7 @@ from memtrain_common.training.loop import FitConfig
 def test_config_json_repeats_the_run(tmp_path):
     run = RunFolder.create(tmp_path / "a" / "b")
     run.write_config(FitConfig(max_iters=3), prog="prog", argv=["--name", "two words"], device="cpu")
-    content = json.loads((run.path / "config.json").read_text())
+    content = read_json(run.path / "config.json")
     assert content["command"] == "prog --name 'two words'"
     assert content["config"]["max_iters"] == 3
     assert content["versions"]["torch"] == versions()["torch"] == torch.__version__.split("+")[0]
@@ -50,21 +51,48 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"is not a run: --resume needs a folder with a config\.json"):
         RunFolder.open(tmp_path / "full")
     (run.path / "config.json").write_text('{"config": 3}')
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is not the JSON object that the run wrote"):
         run.read_config()
 
 
 def test_metrics_truncate_to_a_checkpoint_and_a_torn_line_is_left_out(tmp_path):
     run = RunFolder.create(tmp_path / "r")
     run.append_metrics([{"step": 1}, {"step": 2}])
-    size = run.metrics_bytes()
+    mark = run.metrics_mark()
     run.append_metrics([{"step": 3}])
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [r["step"] for r in run.metrics()] == [1, 2, 3]
-    run.truncate_metrics(size)
+    size, sha256 = mark["metrics_bytes"], mark["metrics_sha256"]
+    assert run.take_back_metrics(size, sha256)
     run.append_metrics([{"step": 9}])
     assert [r["step"] for r in run.metrics()] == [1, 2, 9]
+    path = run.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for bad in (whole[: size - 1], whole.replace(b"2", b"3", 1)):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"metrics\.jsonl does not have the rows that the run had logged"):
+            run.take_back_metrics(size, sha256)
+        assert path.read_bytes() == bad
+    path.unlink()
+    assert not run.take_back_metrics(size, sha256)
+    assert run.take_back_metrics(0)
+
+
+def test_a_sealed_object_tells_damage_and_edits(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"b": [1.5, None, {"c": "d"}], "a": float("nan"), "3": True}
+    write_json(path, content)
+    assert repr(read_json(path)) == repr(content)
+    text = path.read_text()
+    for damaged in (text.replace("1.5", "1.7"), text.replace('"seal"', '"sdal"'), text.replace("sha256_", "sha257_"),
+                    text.replace('"c": "d"', '"c": "e"'), text.replace("line and the", "line end the")):  # fmt: skip
+        assert damaged != text
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="take out its lines seal and sha256_of_the_rest if an edit is meant"):
+            read_json(path)
+    path.write_text(json.dumps({"b": 2}))  # as an older version wrote it, or somebody else
+    assert read_json(path) == {"b": 2}
 
 
 def test_a_folder_in_use_is_refused_to_another_process(tmp_path):

@@ -275,7 +275,7 @@ def test_text_where_a_number_belongs_in_a_runs_configuration(tmp_path):
     run.write_config(TrainConfig(), prog="lte-train", argv=[])
     assert saved_config(TrainConfig, run.path, "lte-train") == TrainConfig()
     path = run.path / "config.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     for name, value, kind in (("max_iters", "8", "a whole number"), ("dropout", "x", "a number"), ("out", 3, "text")):
         path.write_text(json.dumps({**content, "config": {**content["config"], name: value}}))
         with pytest.raises(UserError, match=rf"config\.json has {name} .*: it must be {kind}"):

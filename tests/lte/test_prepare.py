@@ -22,6 +22,7 @@ from memtrain_common.data.text.documents import find_sources
 from memtrain_common.data.text.pieces import Cutting
 from memtrain_common.data.text.tokenizers import GPT2Tokenizer
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from support import Command, assert_refused, both, pause_when, run_command
 
 END = 50256
@@ -245,7 +246,7 @@ def test_a_change_in_the_middle_of_a_long_file_is_noticed(tmp_path, capsys, earl
     words = [str(path.parent), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
     prepare(words)
     if earlier:
-        meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+        meta = read_json(tmp_path / "out" / "meta.json")
         (source,) = find_sources(path.parent, "text")
         meta["plan"]["sources"] = [{**source.earlier_fingerprint(), "split": None}]
         (tmp_path / "out" / "meta.json").write_text(json.dumps(meta))

@@ -15,6 +15,7 @@ from lte.cli import configure, train
 from lte.tasks.train_config import PRESETS, TrainConfig, check, lte_config
 from memtrain_common.data.text.corpus import Crops, load_corpus
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.training.loop import mean_loss
 from safetensors.torch import load_file
@@ -354,7 +355,7 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     assert_refused(faster, "was begun with --full-learning-rate 0.003, not 1.0")
     (cwd / "other").mkdir(exist_ok=True)
     (cwd / "other" / "b.txt").write_text("something else entirely " * 100)
-    data = json.loads((run / "config.json").read_text())
+    data = read_json(run / "config.json")
     data["config"]["data_dir"] = str(cwd / "other")
     (cwd / "copy").mkdir()
     (cwd / "copy" / "config.json").write_text(json.dumps(data))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memtrain_common.errors import UserError
-from memtrain_common.files import write_json
+from memtrain_common.files import read_json, write_json
 
 from ..compose.axes import USED_BY, Axes, Optim
 from .lines import StepLaw
@@ -196,7 +196,7 @@ def _cache_file(step: Step) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(path)
+    except (OSError, ValueError):  # counted anew
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,5 +1,10 @@
-"""Files: written so that a kill leaves the old one or the new one, and the visible ones of a folder."""
+"""Files: written so that a kill leaves the old one or the new one, and the visible ones of a folder.
 
+A JSON object that the project writes ends with a seal: the SHA-256 of the rest. Read again, a flipped bit and an edit
+are told; who means an edit takes the seal's two lines out. An object without a seal (older, or of others) has none.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,25 +17,60 @@ MOST_LINE = 64 << 20
 """Bytes or characters of one line of a table, JSON Lines or text with columns."""
 
 
+SEAL, SEALED = "seal", "sha256_of_the_rest"
+"""Two keys, so that one of them is left where the other's name is damaged."""
+_MEANING = "without this line and the next one, the file is taken as it stands"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all; an object is sealed."""
+    if isinstance(content, dict):
+        content = sealed(content)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 
 
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """An object with its seal, as its last two keys."""
+    rest = {k: v for k, v in content.items() if k not in (SEAL, SEALED)}
+    return {**rest, SEAL: _MEANING, SEALED: _sha256(json.loads(json.dumps(rest)))}
+
+
+def _sha256(rest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def unsealed(content: Any) -> Any:
+    """An object without its seal, which must hold where there is one.
+
+    Raises:
+        ValueError: if it does not hold.
+    """
+    if not isinstance(content, dict) or not {SEAL, SEALED} & set(content):
+        return content
+    rest = {k: v for k, v in content.items() if k not in (SEAL, SEALED)}
+    if content.get(SEAL) != _MEANING or content.get(SEALED) != _sha256(rest):
+        raise ValueError(
+            "it does not have the SHA-256 that it states, so it is damaged or was edited: take out its lines "
+            f"{SEAL} and {SEALED} if an edit is meant"
+        )
+    return rest
+
+
 def read_json(path: Path, *, most_bytes: int = 64 << 20) -> Any:
-    """The content of a JSON file of which nothing is known yet.
+    """The content of a JSON file of which nothing is known yet, without its seal.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no JSON, larger than ``most_bytes``, or nested more deeply than Python's parser goes.
+        ValueError: if it is no JSON, larger than ``most_bytes``, nested more deeply than Python's parser goes, or not
+            as its seal says.
     """
     with path.open("rb") as file:
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
-    return parse_json(text)
+    return unsealed(parse_json(text))
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -1,11 +1,13 @@
 """MeLo's own safetensors layout: `w_a_000`, `w_b_000`, … (query and value in turn) and `fc_{in}in_{out}out`.
 
 Beside the published keys a file holds the head's bias (`…_bias`), which the published code loses, and
-metadata (rank, alpha, blocks). A published reader finds its keys and overlooks the rest.
+metadata (rank, alpha, blocks, and a SHA-256 of it all, which older files lack). A published reader finds its keys and
+overlooks the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -32,12 +34,9 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
         f"w_b_{i:03d}": B for i, (_, B) in enumerate(pairs)
     }
     tensors |= {key: head.weight, f"{key}_bias": head.bias}
-    settings = {"rank": config.r, "alpha": config.lora_alpha, "layers": blocks}
-    save_file(
-        {k: v.detach().resolve_neg().contiguous().cpu() for k, v in tensors.items()},
-        str(path),
-        metadata={"melo": json.dumps(settings)},
-    )
+    settings = json.dumps({"rank": config.r, "alpha": config.lora_alpha, "layers": blocks})
+    plain = {k: v.detach().resolve_neg().contiguous().cpu() for k, v in tensors.items()}
+    save_file(plain, str(path), metadata={"melo": settings, "sha256": _checksum(plain, settings)})
 
 
 def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None) -> Any:
@@ -45,13 +44,21 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
 
     `alpha` must be given for a file of the published code, which does not hold it, and only then; such a file
     holds no head bias either, and the bias is then zero, with a warning.
+
+    Raises:
+        ValueError: if the file is damaged, no MeLo file, or not for this model.
     """
     from peft import PeftModel
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the handle is no dict
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the handle is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if set(metadata) - {"format", "melo"} and metadata.get("sha256") != _checksum(tensors, metadata.get("melo", "")):
+        raise ValueError(f"{path} is damaged: its contents do not have the SHA-256 that its header states")
     pairs = _pairs(tensors, path)
     config = _settings(metadata, alpha, pairs, model, path)
     keys = [k for k in tensors if HEAD_KEY.fullmatch(k)]
@@ -87,6 +94,14 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
         with torch.no_grad():
             target.copy_(source)
     return model
+
+
+def _checksum(tensors: dict[str, Tensor], settings: str) -> str:
+    sha = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _pairs(tensors: dict[str, Tensor], path: str | Path) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UserError
 from ..files import read_json, write_json
 from ..training.fit_config import FitConfig, FitResult
 from .summary import count_parameters
@@ -96,9 +97,18 @@ def _cell(text: str) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The content of a run's ``result.json``; None where there is none, or it is damaged."""
+    """The content of a run's ``result.json``; None where there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         content = read_json(folder / RESULT)
-    except (OSError, ValueError):
+        if isinstance(content, dict):
+            return content
+        why = "it is no object"
+    except FileNotFoundError:
         return None
-    return content if isinstance(content, dict) else None
+    except (OSError, ValueError) as error:
+        why = str(error)
+    raise UserError(f"{folder / RESULT} is damaged ({why}): remove it and resume the run, which writes it again")

@@ -18,6 +18,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -105,9 +106,10 @@ class RunFolder:
             content = read_json(self.path / "config.json")
             if isinstance(content["config"], dict):
                 return content
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f"{self.path / 'config.json'} is damaged: it must be the JSON object that the run wrote")
+            why = "config is no object"
+        except (ValueError, KeyError, TypeError) as error:
+            why = str(error)
+        raise UserError(f"{self.path / 'config.json'} is not the JSON object that the run wrote: {why}")
 
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to ``metrics.jsonl``."""
@@ -129,20 +131,40 @@ class RunFolder:
                 raise UserError(f"{self._metrics}, line {number} is damaged: it must be what the run logged") from None
         return rows
 
-    def metrics_bytes(self) -> int:
-        """The size of ``metrics.jsonl``, on disk: a checkpoint remembers it."""
+    def metrics_mark(self) -> dict[str, Any]:
+        """Size and SHA-256 of ``metrics.jsonl``, on disk: a checkpoint remembers them."""
         if not self._metrics.exists():
-            return 0
-        if not self.writes:
-            return self._metrics.stat().st_size
-        with self._metrics.open("r+b") as file:
-            os.fsync(file.fileno())
-            return file.seek(0, os.SEEK_END)
+            return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
+        with self._metrics.open("r+b" if self.writes else "rb") as file:
+            if self.writes:
+                os.fsync(file.fileno())
+            content = file.read()
+        return {"metrics_bytes": len(content), "metrics_sha256": hashlib.sha256(content).hexdigest()}
 
-    def truncate_metrics(self, n_bytes: int) -> None:
-        """Drop the rows that were written after a checkpoint: the resumed run writes them again."""
-        if self.writes and self._metrics.exists() and self._metrics.stat().st_size > n_bytes:
+    def take_back_metrics(self, n_bytes: int, sha256: str = "") -> bool:
+        """Drop the rows that were written after a checkpoint: the resumed run writes them again.
+
+        Args:
+            sha256: of the rows before it; an older checkpoint has none.
+
+        Returns:
+            whether the file is there, if the checkpoint has seen rows in it.
+
+        Raises:
+            UserError: if they are not the rows that the run logged.
+        """
+        if not self._metrics.exists():
+            return not n_bytes
+        with self._metrics.open("rb") as file:
+            content = file.read(n_bytes)
+        if len(content) < n_bytes or (sha256 and hashlib.sha256(content).hexdigest() != sha256):
+            raise UserError(
+                f"{self._metrics} does not have the rows that the run had logged by its checkpoint: put them back, or "
+                "move the file away to go on without them"
+            )
+        if self.writes and self._metrics.stat().st_size > n_bytes:
             os.truncate(self._metrics, n_bytes)
+        return True
 
 
 def _making(prog: str, argv: Sequence[str]) -> dict[str, Any]:

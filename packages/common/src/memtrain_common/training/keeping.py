@@ -135,7 +135,7 @@ class Keeper:
             "skipped": result.skipped_steps,
             "evaluation": result.evaluation,
             "best": result.best,
-            "metrics_bytes": self.run.metrics_bytes(),
+            **self.run.metrics_mark(),
         }
         return capture(
             self.model, self.optimizer, self._others, parts=self.task.parts, alone=alone, progress=progress,
@@ -156,7 +156,7 @@ class Keeper:
             if checkpoints.steps():
                 raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
             say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
-            self.run.truncate_metrics(0)
+            self.run.take_back_metrics(0)
             return
         step, state = found
         where = checkpoints.path(step)
@@ -182,4 +182,5 @@ class Keeper:
         result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
         result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
         result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it
-        self.run.truncate_metrics(saved["metrics_bytes"])
+        if not self.run.take_back_metrics(saved["metrics_bytes"], saved.get("metrics_sha256", "")):
+            say(f"{self.run.path / 'metrics.jsonl'} is gone: it begins again behind step {step}")

@@ -1,13 +1,12 @@
 """Models and tokenizers from local folders or by their hub names, and adapters with what they were trained on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from memtrain_common.errors import UserError
-from memtrain_common.files import read_json
+from memtrain_common.files import read_json, write_json
 from memtrain_common.models.encoders import from_pretrained, load_causal_lm, load_classifier
 from memtrain_common.training.fit_config import DTYPES
 from torch import nn
@@ -23,7 +22,7 @@ TASK_FILE = "task.json"
 
 def write_task(folder: Path, **content: Any) -> None:
     """Beside an adapter: its task and its base model, so that later commands need no flags for them."""
-    (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / TASK_FILE, content)
 
 
 def read_task(adapter: Path) -> dict[str, Any]:
