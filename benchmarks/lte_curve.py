@@ -1,28 +1,31 @@
 """How far do the loss curves of one process and of two part, and which parameters are why?
 
-    uv run python benchmarks/lte_curve.py
+    python benchmarks/lte_curve.py
 
-Trains lte-train's default for 40 steps without warm-up, by torchrun on 1 and on 2 processes with the same seed, and
-compares the losses of every step. Three ways: everything beside the heads is shared, as by default; each head has a
-copy that is averaged at merges; it is frozen. Only shared parameters have a gradient that is a sum over all tokens,
-which two processes add in two parts.
+Trains lte-train's default for 40 steps without warm-up, on 1 and on 2 processes (gloo) with the same seed, and compares
+the losses of every step. Three ways: everything beside the heads is shared, as by default; each head has a copy that is
+averaged at merges; it is frozen. Only shared parameters have a gradient that is a sum over all tokens, which two
+processes add in two parts.
 """
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import lte.tasks.train  # noqa: F401  # once, before processes are forked
 import torch
 from memtrain_common.measuring.bench import write_results
 
 RESULT = Path(__file__).parent / "results" / "lte_curve.json"
 STEPS, SEEDS = 40, (1337, 1, 2)
+KINDS = ["embeddings", "norms", "skipped"]
 WAYS = {
     "shared": [],
-    "copied": ["--lte-trainable", "embeddings", "norms", "skipped", "--lte-replicas", "embeddings", "norms", "skipped"],
+    "copied": ["--lte-trainable", *KINDS, "--lte-replicas", *KINDS],
     "frozen": ["--lte-trainable"],
 }
 COMMON = [
@@ -33,16 +36,34 @@ COMMON = [
 
 def losses(folder: Path, words: list[str], processes: int) -> list[float]:
     """Training losses of every step."""
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
     run = folder / str(processes)
-    subprocess.run(
-        [*torchrun, "--no-python", "lte-train", *words, *COMMON, "--out", str(run)], check=True, capture_output=True
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    argv = [*words, *COMMON, "--out", str(run)]
+    ranks = [context.Process(target=_rank, args=(r, processes, port, argv)) for r in range(processes)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["split"] == "train"]
+    found = [row["loss"] for row in rows if row["split"] == "train"]
+    assert len(found) == STEPS
+    return found
+
+
+def _rank(rank: int, size: int, port: int, argv: list[str]) -> None:
+    from lte.cli import train
+
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in told.items()}, MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    train(argv)
+    os._exit(0)
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     found: dict[str, list[dict[str, Any]]] = {}
     for way, words in WAYS.items():
         rows = []
