@@ -5,7 +5,7 @@ CPU seconds of the process, which other processes disturb least.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps.
 
-    uv run python benchmarks/backrazor_step.py --models vit-b-16 bert-base gpt2 --batch 4 --no-memory --pairs 7
+    uv run python benchmarks/backrazor_step.py --models vit-b-16 bert-base gpt2 --batch 4 --no-memory --pairs 12
     uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory --batch 8 --pairs 12 \
         --out benchmarks/results/backrazor_step_small.json
     uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
@@ -30,6 +30,8 @@ from backrazor import Razor
 from backrazor.cpu_kernels import library
 from backrazor.tasks.memory import shaped
 from backrazor.tasks.memory_flags import MemoryConfig
+from memtrain_apps.compose.checkpointing import CheckpointBlocks
+from memtrain_apps.compose.families import blocks
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.measuring.bench import pairwise, write_results
 from memtrain_common.measuring.peak import PeakMeter, memory_in_use
@@ -48,9 +50,11 @@ class Trainer:
     def __init__(self, name: str, way: Way, keep: float, batch: int, model: nn.Module | None = None) -> None:
         self.shaped = shaped(MemoryConfig(model=name, batch_size=batch))
         self.model = model if model is not None else self.shaped.build()
-        if way == "checkpoint":
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.saving = Razor(keep) if way == "razor" else nullcontext()
+        self.saving: Any = nullcontext()
+        if way == "razor":
+            self.saving = Razor(keep)
+        elif way == "checkpoint":
+            self.saving = CheckpointBlocks(blocks(self.model).values())
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
 
     def backward(self) -> None:
