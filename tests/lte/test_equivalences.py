@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lte import LTEConfig, LTELinear, Merger, inject, merge, merged_state_dict
+from lte import LTEConfig, LTELinear, Merger, clip_grad_norm_per_head, inject, merge, merged_state_dict
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 
@@ -210,3 +210,20 @@ def test_heads_on_chunks_are_separate_loras():
         if isinstance(layer, LTELinear):
             for h, single in enumerate(singles):
                 torch.testing.assert_close(layer.lora_B[h], single.get_submodule(name).lora_B[0], **EXACT)
+
+
+def test_a_head_is_clipped_by_the_same_bits_beside_any_number_of_heads():
+    """Else a process that holds two of four heads parts from one that holds all."""
+    layers = [torch.nn.Linear(16, 16) for _ in range(12)]
+    whole, half = (torch.nn.Sequential(*map(copy.deepcopy, layers)) for _ in range(2))
+    for model, heads in ((whole, 4), (half, 2)):
+        inject(model, LTEConfig(heads=heads, rank=2, alpha=4.0, trainable=()))
+    pairs = [(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True) if a.requires_grad]
+    for _ in range(20):
+        for a, b in pairs:
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad[2:].clone()
+        for model in (whole, half):
+            clip_grad_norm_per_head(model, 1.0)
+        for a, b in pairs:
+            assert torch.equal(a.grad[2:], b.grad)

@@ -62,7 +62,8 @@ def clip_grad_norm_per_head(model: nn.Module, max_norm: float, ranks: Ranks | No
     own = [*head_parameters(model), *copied_parameters(model)]
     heads = [p.grad for p in own if p.grad is not None]  # each (H, …)
     rest = [p.grad for p in shared_parameters(model) if p.grad is not None]
-    head_squares = torch.stack([g.flatten(1).square().sum(1) for g in heads]).sum(0)  # (H,)
+    # (H, layers), summed along its rows: the order of additions over layers is then the same for any number of heads
+    head_squares = torch.stack([g.flatten(1).square().sum(1) for g in heads], dim=1).sum(1)  # (H,)
     rest_square = torch.stack([g.square().sum() for g in rest]).sum() if rest else head_squares.new_zeros(())
     factors = (max_norm / (head_squares.sqrt() + 1e-6)).clamp(max=1.0)  # (H,)
     for g in heads:
