@@ -1,5 +1,6 @@
 """Files that were damaged, and inputs that changed: each must be told before a run goes on with it."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -7,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Found, Whole, place, resuming, vit
+import numpy as np
+from harness import ON_BINS, Found, Whole, place, resuming, vit
 from memtrain_common.commands.result import read_result
 from memtrain_common.data.text.bins import read_bins
 from memtrain_common.errors import UserError
+from memtrain_common.files import read_json, write_json
 from memtrain_common.measuring.memory import Ledger
 from memtrain_common.runs.checkpoint import Checkpoints
 from memtrain_common.runs.run_folder import RunFolder
@@ -217,6 +220,20 @@ def change_sum(inputs: Path, draw: random.Random) -> str:
     return f"line {number}"
 
 
+def change_bins(inputs: Path, draw: random.Random) -> str:
+    """One token, with what another preparation would have written beside the bins."""
+    folder = inputs.parent / "bins"
+    split = draw.choice(("train", "val"))
+    tokens = np.fromfile(folder / f"{split}.bin", "<u2")
+    at = draw.randrange(len(tokens))
+    tokens[at] = (tokens[at] + 1) % (int(tokens.max()) + 1)
+    tokens.tofile(folder / f"{split}.bin")
+    meta = read_json(folder / "meta.json")
+    meta["splits"][split]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    write_json(folder / "meta.json", meta)
+    return f"token {at} of {split}.bin"
+
+
 CHANGES: tuple[tuple[str, str, Callable[[Path, random.Random], str]], ...] = (
     *(("pictures", n, swap_pictures) for n in ("backrazor-train", "galore-vit", "finetune")),
     *(("labels", n, move_picture) for n in ("backrazor-train", "galore-vit", "finetune")),
@@ -228,6 +245,7 @@ CHANGES: tuple[tuple[str, str, Callable[[Path, random.Random], str]], ...] = (
     ("config", "lora-xs-instruct", change_config("llama")),
     *(("texts", n, change_text) for n in ("lte-train", "pretrain")),
     ("texts", "lora-xs-instruct", change_sum),
+    ("bins", ON_BINS, change_bins),
 )
 
 
@@ -237,6 +255,8 @@ def changed(whole: Whole, number: int, draw: random.Random, cwd: Path) -> Found:
     reference, _ = whole.run(name)
     place(cwd, copied=True)
     shutil.copytree(reference, cwd / "run")
+    if kind == "bins":
+        shutil.copytree(whole.others() / "bins", cwd / "bins")
     what = f"{name} {kind}: {change(cwd / 'inputs', draw)}"
     done = Command(resuming(name), cwd, before=without_pictures).wait()
     right = done.returncode == 2 and done.stderr.count("\n") == 1 and "was trained on other data" in done.stderr

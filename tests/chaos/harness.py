@@ -32,6 +32,8 @@ REGISTERED = {
     "memtrain_apps/run/training.py": "finetune",
 }
 NAMES = (*REGISTERED.values(), "pretrain")
+ON_BINS = "lte-train on bins"
+"""The same command on what lte-prepare made of the text."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,18 @@ class Found:
 
 def words_of(name: str) -> list[str]:
     """A run's command in today's words, with its output in ``run``."""
-    words = [*BEFORE[name], *QUICK, "--out", "run"]
+    words = [*BEFORE[name.removesuffix(" on bins")], *QUICK, "--out", "run"]
+    if name == ON_BINS:
+        at = words.index("--tokenizer")
+        del words[at : at + 2]
+        words[words.index("--data-dir") + 1] = "bins"
     if name == "galore-vit":
         words[words.index("--rank")] = "--galore-rank"
     return words
 
 
 def resuming(name: str) -> list[str]:
-    return [*resumed_by(name), "run"]
+    return [*resumed_by(name.removesuffix(" on bins")), "run"]
 
 
 def place(folder: Path, *, copied: bool = False) -> Path:
@@ -113,6 +119,8 @@ class Whole:
         if not counted.exists():
             shutil.rmtree(cwd, ignore_errors=True)
             place(cwd)
+            if name == ON_BINS:
+                shutil.copytree(self.others() / "bins", cwd / "bins")
             partial = cwd / "calls.partial"
             done = Command(words_of(name), cwd, before=at_call(0, told=str(partial))).wait()
             assert done.returncode == 0, done.stderr

@@ -44,9 +44,9 @@ def test_damage_is_noticed(whole, tmp_path, kind):
         assert found.right, found
 
 
-@pytest.mark.parametrize("kind", ["pictures", "labels", "tokenizer", "config", "texts"])
+@pytest.mark.parametrize("kind", ["pictures", "labels", "tokenizer", "config", "texts", "bins"])
 def test_a_changed_input_is_told(whole, tmp_path, kind):
-    few = ("lte-train", "lora-xs-glue", "galore-vit")  # whose whole runs the tests above have made
+    few = ("lte-train", "lora-xs-glue", "galore-vit", harness.ON_BINS)  # whose whole runs the tests above have made
     number = next(i for i, (k, name, _) in enumerate(damage.CHANGES) if k == kind and name in few)
     found = damage.changed(whole, number, random.Random(number), tmp_path / "try")
     assert found.right, found
