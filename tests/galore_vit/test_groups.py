@@ -98,6 +98,35 @@ def test_ltes_factors_are_stacks_of_matrices(heads):
         assert optimizers[0].state[p]["exp_avg"].numel() == p.numel() // 2  # of r = 8, rank 4
 
 
+def test_stacks_of_experts_are_projected():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=5, max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    _, whole, stacks = param_groups(model, 4)
+    assert {n.rpartition(".")[2] for n in names(model, stacks)} == {"gate_up_proj", "down_proj"}
+    assert (stacks["split"], len(stacks["params"]), len(whole["params"])) == (5, 4, 8)
+    in_blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+    assert sum(p.numel() for g in (whole, stacks) for p in g["params"]) > 0.95 * in_blocks
+    before = [p.detach().clone() for p in stacks["params"]]
+    optimizer = GaLoreAdamW(param_groups(model, 4), lr=1e-2)
+    ids = torch.randint(0, 30, (4, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, stacks["params"]))
+    down = stacks["params"][-1]  # (5, 16, 32), whose moments are (5, 4, 32)
+    assert optimizer.state[down]["exp_avg"].numel() == 5 * 4 * 32
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].pair = nn.Parameter(torch.zeros(2, 8, 8))  # of a linear layer's own
+    model.append(nn.Module())
+    model[1].q = nn.Parameter(torch.zeros(8, 2, 4))  # XLNet's, which is no stack
+    groups = param_groups(model, 2)
+    assert "1.q" in names(model, groups[0])
+
+
 def test_a_convolutions_weight_is_no_stack():
     model = nn.ModuleList([nn.Conv1d(12, 16, 3)])
     [_, projected] = param_groups(model, 4, conv=True)

@@ -9,6 +9,8 @@ import torch
 from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
 from lora_xs.config import in_layers
 from lora_xs.layer import layers
+from lora_xs.targets import find_targets
+from torch import nn
 
 
 def adapted(model):
@@ -171,6 +173,14 @@ def test_all_linear_leaves_out_head_and_output_embedding(roberta, llama):
     names = adapted(inject(llama(), LoRAXSConfig(2)))
     assert len(names) == 2 * len(CAUSAL_LM_TARGETS)
     assert "lm_head" not in names
+
+
+def test_a_usual_head_without_parameters_and_a_layer_without_numbers_stop_nothing():
+    model = nn.ModuleDict({"body": nn.Linear(6, 6), "classifier": nn.Flatten()})
+    model["none"] = nn.Linear(6, 0)  # MobileBert's, where its embeddings are as wide as it is
+    assert list(find_targets(model, LoRAXSConfig(2))) == ["body"]
+    with pytest.raises(LoRAXSError, match="the head classifier has no parameters to train"):
+        find_targets(model, LoRAXSConfig(2, head=("classifier",)))
 
 
 def test_transformers_conv1d_is_known():

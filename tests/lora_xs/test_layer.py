@@ -213,6 +213,39 @@ class Scaled(nn.Embedding):
         return super().forward(x) * 3
 
 
+class Own(nn.Linear):
+    """As Falcon's: the same answer by another way."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Asking(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_subclass_that_answers_as_a_linear_layer_is_adapted(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Own(40, 24)).to(dtype), torch.randn(5, 40, dtype=dtype)
+    state = torch.get_rng_state()
+    base = model(x)
+    inject(model, LoRAXSConfig(rank=4, r_std=1.0), cache=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    answer = model(x)
+    assert not torch.equal(answer, base)
+    merge(model)
+    torch.testing.assert_close(model(x), answer, rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0.1)
+    with pytest.raises(LoRAXSError, match=r"0 is a Own, whose forward is not that of nn\.Linear"):
+        inject(nn.Sequential(Own(4, 4, device="meta")), LoRAXSConfig(rank=2), cache=False)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -221,6 +254,8 @@ class Scaled(nn.Embedding):
         (nn.Conv2d(4, 4, 3, groups=2), "2 groups"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
         (Scaled(4, 4), "whose forward"),
+        (Doubled(4, 4), "is a Doubled, whose forward"),
+        (Asking(4, 4), "is a Asking, whose forward"),
     ],
 )
 def test_modules_that_cannot_be_adapted_are_refused(module, message):

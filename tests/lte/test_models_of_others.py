@@ -6,6 +6,7 @@ import lte
 import pytest
 import torch
 from lte import LTEConfig, Merger, inject, merge, merged_state_dict, unload
+from lte.injection import lte_layers
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -170,6 +171,32 @@ def test_experts_are_counted_and_named():
     with pytest.warns(UserWarning, match=rf"{raw / whole:.0%} of the weights of the blocks .*experts\.gate_up_proj"):
         inject(model, TWO)
     assert lte.without_heads(model, ("experts", "gate")) == (0.0, [])
+
+
+class Own(nn.Linear):
+    """As Falcon's: the same answer by another way."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_subclass_that_answers_as_a_linear_layer_has_heads():
+    model = nn.Sequential(nn.Sequential(Own(6, 6)), nn.Sequential(Doubled(6, 6)), nn.Sequential(nn.Linear(6, 0)))
+    x, state = torch.randn(4, 6), torch.get_rng_state()
+    base = model[0](x)
+    assert lte.without_heads(model) == (0.5, ["*.*.weight"])
+    assert torch.equal(torch.get_rng_state(), state)
+    quietly(model)
+    assert list(lte_layers(model)) == ["0.0"]
+    torch.testing.assert_close(model[0](x), base)
+    train(model[0], x, square)
+    unload(model)
+    assert type(model[0][0]) is Own
 
 
 def test_heads_that_no_backward_pass_reaches_are_named_once():

@@ -28,10 +28,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for a GaLore optimizer: plain parameters, projected ones, and those projected in parts.
 
-    Projected are the trainable matrices of linear and attention modules inside numbered blocks
-    (`blocks.3.attn.proj.weight`), which leaves out the head, embeddings and everything one-dimensional.
+    Projected are the trainable matrices of linear and attention modules and the stacks of experts inside numbered
+    blocks (`blocks.3.attn.proj.weight`), which leaves out the head, embeddings and everything one-dimensional.
     A three-dimensional weight that is no convolution's, such as LTE's factors A (H, r, n) and B (H, m, r) or
-    a layer of experts, is a stack of matrices: each of them is projected apart.
+    a layer of experts (Mixtral's `gate_up_proj`), is a stack of matrices: each of them is projected apart.
 
     Args:
         model: its parameters that do not require a gradient are left out.
@@ -61,7 +61,9 @@ def param_groups(
         elif kernel:
             chosen = conv
         else:
-            holds_matrices = _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)
+            holds_matrices = (
+                _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd) or _are_experts(name, p, module)
+            )
             chosen = p.ndim >= 2 and holds_matrices and re.search(r"(^|\.)\d+\.", name) is not None
         if not chosen:
             plain.append(p)
@@ -97,13 +99,19 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
 
 
+def _are_experts(name: str, p: Tensor, module: nn.Module) -> bool:
+    """A matrix each, in one parameter, as in transformers' mixtures; other parameters have three dimensions too."""
+    speaks = f"{name} {type(module).__name__}".lower()
+    return p.ndim == 3 and min(p.shape) > 1 and ("expert" in speaks or "moe" in speaks)
+
+
 def _refuse_nothing(groups: list[dict[str, Any]], paper: bool) -> None:
     """Raises where not one weight would be projected: GaLore would then be plain Adam under another name."""
     weights = [(p, {**GALORE_DEFAULTS, **g, "paper": paper}) for g in groups for p in g["params"]]
     if not weights:
         raise ValueError(
-            "GaLore finds no weight to project: no trainable matrix lies in a numbered block of this model; "
-            "name some by targets, or use a plain optimizer"
+            "GaLore finds no weight to project: no trainable matrix of a linear or attention layer lies in a "
+            "numbered block of this model; name some by targets, or use a plain optimizer"
         )
     if all(layout_of(p.shape, g) is None for p, g in weights):
         largest = max(min(sides(p.shape, g["split"])[1:]) for p, g in weights)

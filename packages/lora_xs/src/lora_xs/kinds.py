@@ -81,7 +81,8 @@ def refusal(module: nn.Module, *, called: bool = True) -> str | None:
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
         plain = _PLAIN_FORWARDS.get(kind.name)
-        if plain is not None and type(module).forward is not plain.forward:  # type: ignore[attr-defined]
+        own = plain is not None and type(module).forward is not plain.forward  # type: ignore[attr-defined]
+        if own and not answers_linearly(module):
             return f"is a {type(module).__name__}, whose forward is not that of nn.{kind.name}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "is an Embedding with max_norm, which rewrites its weight while it runs"
@@ -91,6 +92,30 @@ def refusal(module: nn.Module, *, called: bool = True) -> str | None:
     if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point):
         return f"has a weight of type {getattr(weight, 'dtype', type(weight).__name__)}, not a floating one"
     return None
+
+
+@torch.no_grad()
+def answers_linearly(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear with a forward of its own (Falcon's, timm's) answers x Wᵀ + b all the same.
+
+    Its forward is tried on two rows, where it has nothing but a weight and a bias.
+    """
+    extras = set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules
+    if not isinstance(module, nn.Linear) or extras or module.weight.is_meta:
+        return False
+    width = module.in_features
+    x = torch.linspace(-1, 1, 2 * width, dtype=module.weight.dtype, device=module.weight.device).view(2, width)
+    try:
+        answer = type(module).forward(module, x)
+        expected = nn.functional.linear(x, module.weight, module.bias)
+    except Exception:  # another signature, a type that has no such product: not a linear layer to us
+        return False
+    tolerance = 16 * torch.finfo(x.dtype).eps * width**0.5
+    return (
+        isinstance(answer, Tensor)
+        and answer.shape == expected.shape
+        and bool(((answer - expected).abs() <= tolerance * (1 + expected.abs())).all())
+    )
 
 
 def _computed_by(module: nn.Module) -> str:

@@ -159,6 +159,7 @@ def _is_linear(module: nn.Module, output: object) -> bool:
         and kind.name in ("Linear", "Conv1D")
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and module is not output
+        and 0 not in getattr(module.weight, "shape", ())  # MobileBert's, where its embeddings are as wide as it is
     )
 
 
@@ -188,6 +189,8 @@ def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
         if not any(matches(name, (suffix,)) for name in found):
             raise LoRAXSError(f"head names {suffix!r}, which matches no module; {_what_there_is(named, {}, suffix)}")
     outermost = [n for n in found if not any(n.startswith(other + ".") for other in found)]
+    if config.head is None:  # what is called so may have nothing to train
+        outermost = [name for name in outermost if any(True for _ in named[name].parameters())]
     for name in outermost:
         if not any(True for _ in named[name].parameters()):
             raise LoRAXSError(f"the head {name} has no parameters to train; name another one in `head`")

@@ -102,6 +102,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     plain: dict[str, Tensor] = OrderedDict()
     plain._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]  # versions, which some modules ask for
+    for name, layer in layers.items():
+        if hasattr(layer, "plain_layer") and name in plain._metadata:  # type: ignore[attr-defined]
+            (kept,) = cast(tuple[nn.Module], layer.plain_layer)
+            plain._metadata[name] = {"version": kept._version}  # type: ignore[attr-defined]
     for name, value in state.items():
         parent, _, leaf = name.rpartition(".")
         if parent in layers and (leaf in OWN_TENSORS or leaf == "weight"):

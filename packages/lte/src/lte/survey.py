@@ -30,7 +30,33 @@ def layer_for(module: nn.Module) -> Target | None:
         # a parametrized layer is of a class of its own; it is found here, and refused by name
         if type(module) is plain or (isinstance(module, plain) and parametrize.is_parametrized(module, "weight")):
             return target
-    return None
+    return LTELinear if answers_linearly(module) else None
+
+
+@torch.no_grad()
+def answers_linearly(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear with a forward of its own (Falcon's, timm's) answers x Wᵀ + b all the same.
+
+    Its forward is tried on two rows, where it has nothing but a weight and a bias.
+    """
+    extras = set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention's, which reads its weight and never calls it
+    if not isinstance(module, nn.Linear) or extras or "weight" not in module._parameters or module.weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    x = x.view(2, module.in_features)
+    try:
+        answer = type(module).forward(module, x)
+        expected = nn.functional.linear(x, module.weight, module.bias)
+    except Exception:  # another signature, a type that has no such product: not a linear layer to us
+        return False
+    tolerance = 16 * torch.finfo(x.dtype).eps * module.in_features**0.5
+    return (
+        isinstance(answer, Tensor)
+        and answer.shape == expected.shape
+        and bool(((answer - expected).abs() <= tolerance * (1 + expected.abs())).all())
+    )
 
 
 def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
@@ -39,7 +65,7 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
     Raises:
         ValueError: if there are none, one cannot have heads, or they are the task's head alone.
     """
-    candidates = {name: m for name, m in model.named_modules() if layer_for(m) is not None}
+    candidates = {name: m for name, m in model.named_modules() if layer_for(m) is not None and not _is_empty(m)}
     chosen = {
         name: layer
         for name, layer in candidates.items()
@@ -166,6 +192,11 @@ def _refuse_task_head_alone(model: nn.Module, chosen: Iterable[str]) -> None:
             f"only {', '.join(chosen)} would get heads, outside the blocks, whose weights are in layers that cannot "
             f"have any ({kinds}): LTE has nothing to do on {type(model).__name__}"
         )
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a layer has no numbers, as MobileBERT's where its embeddings are as wide as the model."""
+    return any(p.numel() == 0 for p in module.parameters(recurse=False))
 
 
 def _in_a_block(name: str) -> bool:
