@@ -5,7 +5,6 @@ other. What a method leaves out, or cannot reach, it must have named; a paramete
 depend on counts for nothing.
 """
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -160,7 +159,7 @@ def _same(what: str, made: list[Tensor], expected: list[Tensor], tolerance: floa
 
 def lora_xs_(case: Case, dense: Plain) -> Cell:
     """`all-linear`, or every convolution by name where there is no linear layer; trained, saved, loaded, merged."""
-    notes = []
+    notes: list[str] = []
     excluded: list[str] = []
 
     def adapt(model: nn.Module, targets: Any) -> list[str]:
@@ -190,17 +189,21 @@ def lora_xs_(case: Case, dense: Plain) -> Cell:
     if refusal:
         if "found no Linear" not in refusal:
             return Cell(False, refusal)
-        heads = ("classifier", "head", "fc")
-        targets = tuple(
-            name
-            for name, m in model.named_modules()
-            if type(m) is nn.Conv2d and m.groups == 1 and name.split(".")[0] not in heads
-        )
+        targets = _convolutions(model)
         if not targets:
             return Cell(False, refusal)
+    elif lora_xs.coverage(model).part > 0.99:  # a head is all that it has of linear layers
+        targets = _convolutions(model) or targets
+    if targets != "all-linear":
+        all_linear, left_out, excluded = model, excluded, []
         model = case.build()
-        said = adapt(model, targets)
-        notes.append("its convolutions, by name")
+        try:
+            said = adapt(model, targets)
+            notes = ["its convolutions, by name"]
+        except lora_xs.LoRAXSError as error:
+            if refusal:
+                return Cell(False, str(error))
+            model, targets, excluded = all_linear, "all-linear", left_out
     left = lora_xs.coverage(model)
     if targets == "all-linear" and not excluded and left.part >= 0.01 and not any("have no adapter" in s for s in said):
         raise Fault(f"{left}, and nothing said so")
@@ -238,6 +241,15 @@ def lora_xs_(case: Case, dense: Plain) -> Cell:
     _quietly(lora_xs.merge, model)
     _same("merged", _answers(model, batch), answers, 1e-3)
     return Cell(True, "; ".join(notes))
+
+
+def _convolutions(model: nn.Module) -> tuple[str, ...]:
+    """Those that have one matrix, but for the task's head."""
+    return tuple(
+        name
+        for name, m in model.named_modules()
+        if type(m) is nn.Conv2d and m.groups == 1 and name.split(".")[0] not in ("classifier", "head", "fc")
+    )
 
 
 def _alike(model: nn.Module, name: str) -> list[str]:
@@ -357,11 +369,11 @@ def _lte(case: Case, dense: Plain, exclude: tuple[str, ...]) -> Cell:
 
 
 def galore(case: Case, dense: Plain) -> Cell:
-    """Rank 2 of linear layers in the blocks, or of convolutions where there is none; trained, resumed."""
+    """Rank 2 of linear layers in the blocks, or of convolutions or by name where there is none; trained, resumed."""
     notes = []
     model = case.build().train()
     batch = case.inputs(model)
-    settings: dict[str, Any] = {"update_proj_gap": 2, "scale": 1.0}
+    settings = keys = {"update_proj_gap": 2, "scale": 1.0}
 
     def groups(of: nn.Module) -> list[dict[str, Any]]:
         return param_groups(of, 2, **settings)
@@ -369,12 +381,16 @@ def galore(case: Case, dense: Plain) -> Cell:
     try:
         groups(model)
     except ValueError as error:
-        settings["conv"] = True
-        try:
-            groups(model)
-        except ValueError:
+        for word, how in (("conv", True), ("targets", r"\.\d+\..*weight$")):
+            settings = {**keys, word: how}
+            try:
+                groups(model)
+            except ValueError:
+                continue
+            notes.append("its convolutions, by conv=True" if word == "conv" else "its matrices, by targets")
+            break
+        else:
             return Cell(False, str(error))
-        notes.append("its convolutions, by conv=True")
 
     def optimizer(of: nn.Module) -> GaLoreAdamW:
         return GaLoreAdamW(groups(of), lr=1e-2, weight_decay=0.0)
@@ -386,7 +402,8 @@ def galore(case: Case, dense: Plain) -> Cell:
     _train(model, batch, opt)
     trained = [p for group in opt.param_groups for p in group["params"]]
     _check_changes(model, before, trained, dense.unused)
-    twin = copy.deepcopy(model)
+    twin = case.build().train()  # not a copy: some models keep states of the last pass
+    twin.load_state_dict(model.state_dict())
     resumed = optimizer(twin)
     resumed.load_state_dict(opt.state_dict())
     for of, by in ((model, opt), (twin, resumed)):
