@@ -197,13 +197,17 @@ def lora_xs_(case: Case, dense: Plain) -> Cell:
     if targets != "all-linear":
         all_linear, left_out, excluded = model, excluded, []
         model = case.build()
+        failure, of_linear = "", [] if refusal else said
         try:
             said = adapt(model, targets)
-            notes = ["its convolutions, by name"]
         except lora_xs.LoRAXSError as error:
-            if refusal:
-                return Cell(False, str(error))
-            model, targets, excluded = all_linear, "all-linear", left_out
+            failure = str(error)
+        if refusal and failure:
+            return Cell(False, failure)
+        if failure or (not refusal and lora_xs.coverage(model).part > 0.5):  # its own kind has most
+            model, targets, excluded, said = all_linear, "all-linear", left_out, of_linear
+        else:
+            notes = ["its convolutions, by name"]
     left = lora_xs.coverage(model)
     if targets == "all-linear" and not excluded and left.part >= 0.01 and not any("have no adapter" in s for s in said):
         raise Fault(f"{left}, and nothing said so")
