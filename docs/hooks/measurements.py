@@ -30,7 +30,9 @@ def index(results: list[Path]) -> str:
 
 def question(content: dict[str, Any], path: Path) -> str:
     """The first sentence of the benchmark module that made it, or its own ``about``."""
-    script = next((w for w in content["command"].split() if w.endswith(".py")), None)
+    words = content["command"].split()
+    words += [f"{w.replace('.', '/')}.py" for w in words if w.startswith("benchmarks.")]  # python -m
+    script = next((w for w in words if w.endswith(".py")), None)
     if script and (ROOT / script).exists():
         about = ast.get_docstring(ast.parse((ROOT / script).read_text())) or ""
         return " ".join(about.split("\n\n")[0].split()).replace("|", "\\|")
