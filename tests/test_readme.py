@@ -133,6 +133,36 @@ def test_the_index_of_benchmarks_is_true():
         assert json.loads((RESULTS / name).read_text())["command"] == command, name
 
 
+def test_the_shared_packages_readme_has_the_figures_of_its_results():
+    """Tries of the chaos benchmark, and what a padded batch keeps besides."""
+    text = (ROOT / "packages" / "common" / "README.md").read_text()
+    tried = json.loads((RESULTS / "chaos.json").read_text())
+    table = text[text.index("| what happened | right is | tries | right |") :].split("\n\n")[0]
+    found = [tuple(map(int, row)) for row in re.findall(r"\| (\d+) \| (\d+) \|$", table, re.MULTILINE)]
+    families = ("kills", "signals", "damage", "changed", "hostile")
+    assert found == [(tried[f]["tried"], tried[f]["right"]) for f in families]
+    strangers, damaged = tried["hostile"], tried["damage"]
+    assert f"at most {strangers['most_mib_above_idle']:.0f} MiB above the idle command" in table
+    assert f"code of theirs ran {strangers['code_ran']} times" in table
+    assert f"{len(strangers['kinds'])} kinds of files from strangers" in table
+    assert f"one of {len(damaged['kinds'])} kinds of files that the project wrote" in table
+    padded = json.loads((RESULTS / "prediction_padding.json").read_text())["models"]
+    for name in ("tiny", "tiny, 96 tokens"):
+        assert f"{100 * padded[name]['more']:.1f} %" in text
+
+
+def test_the_lte_readme_says_how_far_curves_part():
+    text = (ROOT / "packages" / "lte" / "README.md").read_text()
+    for way, largest in json.loads((RESULTS / "lte_curve.json").read_text())["largest"].items():
+        assert f"part by {_scientific(largest)}" in text, way
+
+
+def _scientific(value):
+    """1.0e-5 as READMEs write it; 0 is 0."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
 def test_the_citation_has_this_software_and_five_papers():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
