@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent  # the environment's commands lie beside its python
@@ -31,6 +34,10 @@ LIBRARIES = (
     "lora_xs.tasks.instruct", "lte.tasks.train", "memtrain_apps.run.finetune", "memtrain_apps.run.language",
     "memtrain_apps.run.pictures", "memtrain_apps.run.pretrain",
 )  # fmt: skip
+
+
+# tqdm's own lock is one for all processes that are forked from here: who is killed while he holds it keeps it for ever.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 
 @functools.cache

@@ -3,13 +3,15 @@
 import ast
 import random
 import signal
+import threading
 from pathlib import Path
 
 import damage
 import harness
 import hostile
 import pytest
-from support import ROOT
+from support import ROOT, run_script
+from tqdm import tqdm
 
 SEVERAL = [
     (0, "lte-train"),
@@ -28,6 +30,25 @@ def whole(tmp_path_factory):
 def test_killed_at_a_random_call_it_resumes_to_the_same_bytes(whole, tmp_path, number, name):
     found = harness.kill(whole, name, random.Random(number), tmp_path / "try")
     assert found.right, found
+
+
+def test_a_process_that_was_killed_keeps_no_lock_of_the_others(tmp_path):
+    """The progress bars' lock, held here as one that was killed would hold it: a command's bars do not wait for it."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with tqdm.get_lock():
+            held.set()
+            done.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    try:
+        assert run_script("import tqdm; list(tqdm.tqdm(range(3)))", tmp_path).returncode == 0
+    finally:
+        done.set()
+        other.join()
 
 
 @pytest.mark.parametrize(("number", "name"), SEVERAL)
