@@ -8,6 +8,7 @@ import matplotlib.figure
 import pytest
 from backrazor.tasks.memory import alike, saved, shaped
 from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
+from memtrain_common.files import read_json
 from memtrain_common.measuring.prediction import fake_step
 from support import assert_refused, run_command
 
@@ -35,7 +36,7 @@ def test_predicted_is_measured(tmp_path, name):
         words = [name.split()[0], *SMALL[name], "--batch-size", "3", "--json", "a.json", "--overwrite", *more]
         done = memory(tmp_path, *words)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((tmp_path / "a.json").read_text()))
+        found.append(read_json(tmp_path / "a.json"))
     assert found[0].pop("measured") is False
     assert found[1].pop("measured") is True
     assert found[0] == found[1]

@@ -31,7 +31,11 @@ def test_before_and_after_training_it_is_one_line(signum, tmp_path):
         os.kill(os.getpid(), signum)
         print("gone on")
 
-    done = ended(lambda: run_command(body, prog="prog", argv=[]), tmp_path)
+    def main():
+        interrupts.say_from_now_on(lambda name: "what a training before it in this process said")
+        run_command(body, prog="prog", argv=[])
+
+    done = ended(main, tmp_path)
     assert done.returncode == 128 + signum
     assert done.stderr == f"prog: stopped by {name} while nothing was being trained: nothing was lost\n"
     assert done.stdout == "begun"

@@ -66,6 +66,7 @@ def leaving(prog: str) -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in SIGNALS}
     was = dict(vars(_now))
     try:
+        vars(_now).pop("line", None)  # what was trained in this process before is no matter of this command
         _take(prog)
         yield
     finally:
