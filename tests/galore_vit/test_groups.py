@@ -4,6 +4,7 @@ import pytest
 import torch
 from galore_vit import GaLoreAdamW, Refresh, param_groups
 from galore_vit.projection import Layout
+from small_models import mixtral
 from torch import nn
 
 
@@ -99,12 +100,7 @@ def test_ltes_factors_are_stacks_of_matrices(heads):
 
 
 def test_stacks_of_experts_are_projected():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=5, max_position_embeddings=16,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
+    model = mixtral(experts=5)
     _, whole, stacks = param_groups(model, 4)
     assert {n.rpartition(".")[2] for n in names(model, stacks)} == {"gate_up_proj", "down_proj"}
     assert (stacks["split"], len(stacks["params"]), len(whole["params"])) == (5, 4, 8)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lora_xs import LoRAXSConfig, LoRAXSError, inject, merge, remove, trained
 from lora_xs.layer import layers
+from small_models import Doubled, Own
 from torch import nn
 
 TARGETS = ("embed", "conv", "up", "down")
@@ -211,18 +212,6 @@ def test_transformer_encoder_fast_path_sees_the_adapter():
 class Scaled(nn.Embedding):
     def forward(self, x):
         return super().forward(x) * 3
-
-
-class Own(nn.Linear):
-    """As Falcon's: the same answer by another way."""
-
-    def forward(self, x):
-        return x @ self.weight.T + self.bias
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
 
 
 class Asking(nn.Linear):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lte import LTEConfig, Merger, inject, merge, merged_state_dict, unload
 from lte.injection import lte_layers
+from small_models import Doubled, Own, mixtral
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -160,29 +161,12 @@ def test_a_model_with_only_its_task_head_to_adapt_is_refused():
 
 
 def test_experts_are_counted_and_named():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=16,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
+    model = mixtral(experts=4)
     raw = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n or n.endswith("gate.weight"))
     whole = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
     with pytest.warns(UserWarning, match=rf"{raw / whole:.0%} of the weights of the blocks .*experts\.gate_up_proj"):
         inject(model, TWO)
     assert lte.without_heads(model, ("experts", "gate")) == (0.0, [])
-
-
-class Own(nn.Linear):
-    """As Falcon's: the same answer by another way."""
-
-    def forward(self, x):
-        return x @ self.weight.T + self.bias
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
 
 
 def test_a_subclass_that_answers_as_a_linear_layer_has_heads():

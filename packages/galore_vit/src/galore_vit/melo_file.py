@@ -57,7 +57,12 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # the handle is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-    if set(metadata) - {"format", "melo"} and metadata.get("sha256") != _checksum(tensors, metadata.get("melo", "")):
+    ours = {"melo", "sha256"} & set(metadata)  # two keys, so that one is left where the other's name is damaged
+    if (
+        ours
+        and set(metadata) - {"format", "melo"}
+        and metadata.get("sha256") != _checksum(tensors, metadata.get("melo", ""))
+    ):
         raise ValueError(f"{path} is damaged: its contents do not have the SHA-256 that its header states")
     pairs = _pairs(tensors, path)
     config = _settings(metadata, alpha, pairs, model, path)
