@@ -4,11 +4,12 @@ is refused in one sentence. None is skipped."""
 import copy
 import shutil
 
+import lora_xs
 import pytest
 import torch
 from memtrain_apps.compose.axes import Axes, combinations, refusal
 from memtrain_apps.compose.compose import compose
-from memtrain_apps.compose.families import head_name
+from memtrain_apps.compose.families import head_name, matrices
 from memtrain_common.errors import UserError
 from memtrain_common.models.vit import _vit
 from memtrain_common.runs.run_folder import RunFolder
@@ -109,6 +110,19 @@ def params():
     for axes in combinations():
         slow = changed_axes(axes) > 1 and refusal(settings(axes)) is None
         yield pytest.param(axes, id=axes.name, marks=[pytest.mark.slow] if slow else [])
+
+
+def test_lora_xs_takes_bases_from_the_first_batches(plain):
+    """Those that the library makes of the same losses, whatever batches follow."""
+    model, axes = copy.deepcopy(plain), Axes("lora-xs", rank=4, init="gradient", init_batches=2, first_step=1e-3)
+    composed = compose(Task(model, batch, loss), axes, lr=1e-3)
+    own = copy.deepcopy(plain)
+    config = lora_xs.LoRAXSConfig(
+        4, targets=tuple(matrices(own, "all")), init="gradient", first_step=1e-3, head=("classifier",)
+    )
+    lora_xs.inject(own, config, losses=lambda: [loss(own, batch(0)), loss(own, batch(1))])
+    assert all(map(torch.equal, composed.model.state_dict().values(), own.state_dict().values()))
+    assert composed.model.state_dict().keys() == own.state_dict().keys()
 
 
 @pytest.mark.parametrize("axes", list(params()))

@@ -27,6 +27,8 @@ def adapted(model):
         ({"rank": 2, "rank_pattern": {"a": 0}}, r"rank_pattern\['a'\] must be a whole"),
         ({"rank": 2, "targets": ()}, "targets is empty"),
         ({"rank": 2, "exclude": "lm_head"}, "exclude must be a tuple"),
+        ({"rank": 2, "first_step": 1e-3}, 'first_step follows the gradient, which init="svd" does not look at'),
+        ({"rank": 2, "init": "gradient", "first_step": -1.0}, "first_step must be 0 or a small positive number"),
         ({"rank": 2, "init": "pissa"}, 'init must be "svd", "random" or "gradient"'),
         ({"rank": 2, "svd": "fast"}, 'svd must be "randomized", "exact" or "official"'),
         ({"rank": 2, "dropout": 1.0}, "dropout must be"),

@@ -86,6 +86,21 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, words, tmp_path):
 
 
 @pytest.mark.slow
+def test_bases_from_the_gradient_are_in_checkpoints_and_adapter(words, tmp_path):
+    """They do not follow from the weights: a run that was killed takes them from its checkpoint."""
+    words = [*words, "--init", "gradient", "--init-batches", "3", "--first-step", "1e-3", "--max-iters", "20"]
+    assert run_command([*words, "--out", "whole"], tmp_path).returncode == 0
+    done = Command(words, tmp_path, before=both(without_pictures, pause_at(15))).end_by(signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL
+    saved = load_file(newest_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert sum(name.endswith(("lora_xs.A", "lora_xs.B")) for name in saved) == 16
+    done = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert describe_adapter(tmp_path / "run" / "adapter").stored_bases
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_resumes(whole, words, tmp_path):
     run = tmp_path / "run"
     done = Command(words, tmp_path, before=both(without_pictures, pause_at(5))).end_by(signal.SIGTERM)
@@ -282,13 +297,14 @@ def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_pat
     assert f"{100 * result['scores']['dev'][metric]:.2f}" in done.stdout
 
 
-def test_the_encoders_dropout_is_on_while_it_trains(encoder, tmp_path):
-    from lora_xs.tasks.glue import adapted_model
-    from lora_xs.tasks.glue_flags import GlueConfig
-    from memtrain_common.models.encoders import load_tokenizer
+def test_the_encoders_dropout_is_on_while_it_trains(encoder, glue_dir, tmp_path):
+    from lora_xs.tasks.glue import adapted_model, prepare
+    from lora_xs.tasks.glue_flags import PROG, GlueConfig
+    from memtrain_common.commands.session import Session
 
     folder = with_dropout(encoder, 0.5, tmp_path / "dropping")
-    model = adapted_model(GlueConfig(task="sst2", model=str(folder), rank=2), load_tokenizer(str(folder)))
+    config = GlueConfig(task="sst2", model=str(folder), data_dir=str(glue_dir), rank=2, tracker="none")
+    model = adapted_model(Session.begin(config, [], prog=PROG), prepare(config))
     assert all(m.training for m in model.modules())
     ids = torch.full((2, 5), 7)
     assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -13,6 +13,7 @@ from lora_xs import (
     param_groups,
     save_adapter,
 )
+from lora_xs.gradient import first_step
 from lora_xs.layer import layers
 
 TARGETS = ("embed", "conv", "up", "down")
@@ -131,6 +132,37 @@ def test_a_first_step_goes_where_full_training_goes(mixed, inputs):
         held[init] = min(parts)
     assert held["gradient"] > 0.8
     assert held["gradient"] > 1.5 * held["svd"]
+
+
+@pytest.mark.parametrize("alpha", [None, 12.0])
+def test_the_first_step_goes_down_the_gradient(mixed, alpha):
+    """(α/r)·B R A is −c times the gradient's best part of that rank, and its root mean square is η, in every weight."""
+    full, eta = copy.deepcopy(mixed), 3e-3
+    for loss in losses_of(full)():
+        loss.backward()
+    config = LoRAXSConfig(4, alpha, TARGETS, init="gradient", first_step=eta, r_std=0.0, rank_pattern={"down": 2})
+    inject(mixed, config, losses=losses_of(mixed))
+    for _, layer in layers(mixed):
+        G = layer.kind.to_matrix(full.get_submodule(layer.name).weight.grad)
+        step = layer.delta("default")
+        torch.testing.assert_close(step.pow(2).mean().sqrt().item(), eta, rtol=1e-4, atol=0)
+        best = layer.B @ (layer.B.t() @ G @ layer.A.t()) @ layer.A
+        torch.testing.assert_close(
+            torch.cosine_similarity(step.flatten(), -best.flatten(), 0).item(), 1.0, rtol=1e-4, atol=0
+        )
+
+
+def test_a_matrix_without_a_gradient_takes_no_first_step():
+    S = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    R = first_step(S, (6, 4), 0.1)
+    torch.testing.assert_close(R[0], torch.diag(torch.tensor([-0.6, -0.8])) * 0.1 * 24**0.5)
+    assert torch.equal(R[1], torch.zeros(2, 2))
+
+
+def test_a_first_step_is_in_the_file_only_where_there_is_one():
+    some = LoRAXSConfig(2, init="gradient", first_step=1e-4)
+    assert LoRAXSConfig.from_json(some.to_json()) == some
+    assert "first_step" not in LoRAXSConfig(2, init="gradient").to_json()
 
 
 def test_refusals(mixed):

@@ -41,6 +41,12 @@ class AblateConfig:
     """r of lora, melo, lora-xs and lte."""
     alpha: tuple[float, ...] = ()
     """α of the adapters; 0 takes α = r."""
+    init: tuple[Literal["svd", "gradient", "random"], ...] = ()
+    """Where lora-xs takes its bases from."""
+    init_batches: tuple[int, ...] = ()
+    """Micro-batches whose gradient gives lora-xs its bases."""
+    first_step: tuple[float, ...] = ()
+    """Step down that gradient at which lora-xs starts."""
     adapt: tuple[Literal["attention", "all"], ...] = ()
     """Matrices that get adapters."""
     dropout: tuple[float, ...] = ()

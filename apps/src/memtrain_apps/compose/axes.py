@@ -41,6 +41,12 @@ class Axes:
     """lora, melo, lora-xs, lte: rank r of an adapter."""
     alpha: float = 0.0
     """lora, melo, lora-xs, lte: adapters are multiplied by α/r; 0 takes α = r."""
+    init: Literal["svd", "gradient", "random"] = "svd"
+    """lora-xs: bases from the SVD of each weight, from the gradient of the first batches, or random ones."""
+    init_batches: int = 8
+    """lora-xs, init gradient: micro-batches whose gradient gives the bases."""
+    first_step: float = 0.0
+    """lora-xs, init gradient: R starts at a step of this size down it (about the rate of full training), not at 0."""
     adapt: Literal["attention", "all"] = "all"
     """lora, lora-xs, lte: adapt attention only, or the MLP and convolutions too."""
     dropout: float = 0.0
@@ -82,6 +88,9 @@ class Axes:
 USED_BY = {
     "rank": ("train", ADAPTERS),
     "alpha": ("train", ADAPTERS),
+    "init": ("train", ("lora-xs",)),
+    "init_batches": ("train", ("lora-xs",)),
+    "first_step": ("train", ("lora-xs",)),
     "adapt": ("train", ("lora", "lora-xs", "lte")),
     "dropout": ("train", ("lora",)),
     "heads": ("train", ("lte",)),
@@ -132,13 +141,17 @@ def check(axes: Axes) -> Axes:
     Raises:
         UserError: naming a value out of its range, a setting that nothing reads, or an invalid combination.
     """
-    for name in ("rank", "heads", "galore_rank", "gap"):
+    for name in ("rank", "heads", "init_batches", "galore_rank", "gap"):
         if getattr(axes, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1, got {getattr(axes, name)}")
     if axes.merge_steps < 0:
         raise UserError(f"--merge-steps must be 0 (never) or a number of steps, got {axes.merge_steps}")
     if not (0 <= axes.alpha < math.inf):
         raise UserError(f"--alpha must be positive, or 0 for α = r, got {axes.alpha}")
+    if not (0 <= axes.first_step < math.inf):
+        raise UserError(f"--first-step must be 0 or a small positive number, got {axes.first_step}")
+    if axes.first_step and axes.init != "gradient":
+        raise UserError(f"--first-step would do nothing with --init {axes.init}: it belongs to gradient; leave it out")
     if not (0 < axes.galore_scale < math.inf):
         raise UserError(f"--galore-scale must be positive, got {axes.galore_scale}")
     if not 0 <= axes.dropout < 1:
@@ -171,6 +184,10 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
                 f"{flag(name)} would do nothing with --{axis} {getattr(axes, axis)}: it belongs to "
                 f"{', '.join(choices)}; leave it out"
             )
+    if "init_batches" in given and axes.init != "gradient":
+        raise UserError(
+            f"--init-batches would do nothing with --init {axes.init}: it belongs to gradient; leave it out"
+        )
 
 
 def read_settings(axes: Axes) -> dict[str, float | int | str]:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -53,7 +53,7 @@ def compose(
     """
     check(axes)
     keeps = saving(task.model, axes)  # before adapters: a block is found by the plain model's names
-    model = inject(task.model, axes, predicting=predicting)
+    model = inject(task.model, axes, predicting=predicting, losses=task.losses)
     wrapped = wrap(model)
     optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
     task = replace(task, model=wrapped, optimizer=optimizer, saving=keeps)
@@ -69,8 +69,14 @@ def compose(
 # -- train ---------------------------------------------------------------------------------------------------------
 
 
-def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Module:
-    """The model with adapters where ``axes.train`` has some, and ``requires_grad`` set on what is trained."""
+def inject(
+    model: nn.Module, axes: Axes, *, losses: Callable[[int], Iterable[Tensor]], predicting: bool = False
+) -> nn.Module:
+    """The model with adapters where ``axes.train`` has some, and ``requires_grad`` set on what is trained.
+
+    Args:
+        losses: n -> the losses of the first n micro-batches, for bases from the gradient.
+    """
     head = head_name(model)
     alpha = axes.alpha or float(axes.rank)
     if axes.train == "full":
@@ -110,15 +116,18 @@ def inject(model: nn.Module, axes: Axes, *, predicting: bool = False) -> nn.Modu
     if axes.train == "lora-xs":
         import lora_xs
 
+        init = "random" if predicting else axes.init  # a fake weight has no decomposition; the bytes are the same
         config = lora_xs.LoRAXSConfig(
             axes.rank,
             alpha,
             tuple(matrices(model, axes.adapt)),
-            init="random" if predicting else "svd",  # a fake weight has no decomposition; the bytes are the same
+            init=init,
+            first_step=axes.first_step if init == "gradient" else 0.0,
             head=(head,) if head else (),
         )
+        first = partial(losses, axes.init_batches) if init == "gradient" else None
         try:
-            return lora_xs.inject(model, config, cache=not predicting)
+            return lora_xs.inject(model, config, losses=first, cache=not predicting)
         except lora_xs.LoRAXSError as error:
             raise UserError(f"train lora-xs: {error}") from None
     import lte

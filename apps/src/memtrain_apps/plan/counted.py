@@ -121,7 +121,7 @@ def optimizer_key(step: Step, axes: Axes, optim: Optim, shards: int) -> str:
 
 def _settings(axes: Axes, *of: str) -> list[str]:
     """What the choices read, but for what changes no byte."""
-    free = ("alpha", "merge_steps", "gap", "galore_scale")
+    free = ("alpha", "init", "init_batches", "first_step", "merge_steps", "gap", "galore_scale")
     return [
         f"{n} {getattr(axes, n)}"
         for n, (axis, choices) in USED_BY.items()

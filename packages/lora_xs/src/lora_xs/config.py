@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, InitVar, dataclass, field
@@ -86,6 +87,10 @@ class LoRAXSConfig:
     seed: int = 0
     """Seed of R and, with init="random", of A and B. Each module draws from its own stream."""
 
+    first_step: float = 0.0
+    """η of init="gradient": R starts where B R A·(α/r) is the first step down the gradient in the bases' span, with a
+    root mean square of η in each weight, instead of at zero. AdamW's first step of rate η has the same."""
+
     layers_to_transform: tuple[int, ...] | None = None
     """Adapt only in these blocks: the first number in a module's name must be one of them. None means in all."""
 
@@ -154,6 +159,10 @@ class LoRAXSConfig:
             raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear"')
         if self.init not in ("svd", "random", "gradient"):
             raise LoRAXSError(f'init must be "svd", "random" or "gradient", not {self.init!r}')
+        if not 0 <= self.first_step < math.inf:
+            raise LoRAXSError(f"first_step must be 0 or a small positive number, not {self.first_step!r}")
+        if self.first_step and self.init != "gradient":
+            raise LoRAXSError(f'first_step follows the gradient, which init="{self.init}" does not look at')
         if self.svd not in ("randomized", "exact", "official"):
             raise LoRAXSError(f'svd must be "randomized", "exact" or "official", not {self.svd!r}')
         if not 0 <= self.dropout < 1:
@@ -177,8 +186,8 @@ class LoRAXSConfig:
     def to_json(self) -> str:
         """One line of JSON."""
         fields = dataclasses.asdict(self)
-        # Files for plain models stay as they were before these fields.
-        for name in ("layers_to_transform", "layers_pattern", "through_weight"):
+        # Files without them stay as they were before these fields.
+        for name in ("layers_to_transform", "layers_pattern", "through_weight", "first_step"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, sort_keys=True)

@@ -2,6 +2,10 @@
 
     G = Σ dL/dW ≈ U_r S V_rᵀ,    B = U_r (out×r),   A = V_rᵀ (r×in)
 
+R starts near zero, or with `first_step` = η where the update is a step down that gradient:
+
+    (α/r)·B R A = −c·U_r S V_rᵀ,    c such that its root mean square over the out·in entries is η
+
 A randomised range finder in two passes over the batches (Halko, Martinsson, Tropp 2011, algorithm 5.1): the first
 gathers Y = G Ω, whose span Q (out×k, k = r + 10) holds almost all of G's; the second Z = QᵀG, whose singular vectors
 are wanted. Each gradient is projected when the backward pass has made it, and dropped: one weight's is held at a time.
@@ -9,6 +13,7 @@ are wanted. Each gradient is projected when the backward pass has made it, and d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -62,8 +67,8 @@ class _Sketch:
 
 def gradient_bases(
     model: nn.Module, requests: list[Request], config: LoRAXSConfig, losses: Losses
-) -> list[tuple[Tensor, Tensor]]:
-    """A (r×in) and B (out×r), both orthonormal, for each request, in its weight's type.
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A (r×in) and B (out×r), both orthonormal, in the weight's type, and R (r×r) to start at, for each request.
 
     In a process group each process gives batches of its own, and all get the same bases.
     """
@@ -83,7 +88,7 @@ def gradient_bases(
         with full_precision(sketch.omega.device):
             sketch.Q = torch.linalg.qr(sketch.take()).Q
     _pass(model, sketches, config, losses)
-    return [_bases(sketch) for sketch in sketches]
+    return [_bases(sketch, config) for sketch in sketches]
 
 
 def _pass(model: nn.Module, sketches: list[_Sketch], config: LoRAXSConfig, losses: Losses) -> None:
@@ -111,12 +116,13 @@ def _pass(model: nn.Module, sketches: list[_Sketch], config: LoRAXSConfig, losse
             parameter.grad = grad
 
 
-def _bases(sketch: _Sketch) -> tuple[Tensor, Tensor]:
+def _bases(sketch: _Sketch, config: LoRAXSConfig) -> tuple[Tensor, Tensor, Tensor]:
     Z, rank, weight = sketch.take(), sketch.request.rank, sketch.request.weight
     assert sketch.Q is not None
     with full_precision(Z.device):
-        U, _, Vh = torch.linalg.svd(Z, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(Z, full_matrices=False)
         A, B = Vh[..., :rank, :], sketch.Q @ U[..., :rank]
+    R = first_step(S[..., :rank], (B.shape[-2], A.shape[-1]), config.first_step / config.scale_of(sketch.request.name))
     if A.ndim == 3:
         pairs = [with_canonical_signs(a, b) for a, b in zip(A, B, strict=True)]
         A, B = (torch.stack(parts) for parts in zip(*pairs, strict=True))
@@ -124,6 +130,17 @@ def _bases(sketch: _Sketch) -> tuple[Tensor, Tensor]:
         A, B = with_canonical_signs(A, B)
     A, B = A.to(weight.dtype).contiguous(), B.to(weight.dtype).contiguous()
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast(A, 0)
-        dist.broadcast(B, 0)
-    return A, B
+        for part in (A, B, R):
+            dist.broadcast(part, 0)
+    return A, B, R
+
+
+def first_step(S: Tensor, shape: tuple[int, int], eta: float) -> Tensor:
+    """R (r×r, or n×r×r) for which B R A has the direction −U S Vᵀ and a root mean square of ``eta``.
+
+    Args:
+        S: singular values (r), or (n×r); all zero (an expert that no token was sent to) give no step.
+        shape: (out, in) of the weight.
+    """
+    length = S.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
+    return torch.diag_embed(S * (-eta * math.sqrt(shape[0] * shape[1]) / length))

@@ -53,13 +53,15 @@ def inject(
     requests = [Request(target, config.rank_of(key)) for key, target in targets.items()]
     if (config.init == "gradient") != (losses is not None):
         raise LoRAXSError('init="gradient" takes its bases from `losses`, and nothing else does: give both or neither')
+    starts: list[Tensor] | None = None
     if losses is not None:
-        pairs = gradient_bases(model, requests, config, losses)
+        found = gradient_bases(model, requests, config, losses)
+        pairs, starts = [(A, B) for A, B, _ in found], [R for *_, R in found]
     else:
         folder = default_cache() if cache is True else Path(cache) if cache else None
         pairs = make_bases(requests, config, folder, progress)
     bases = [(r.target, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
-    attach(model, config, name, bases, given=losses is not None)
+    attach(model, config, name, bases, given=losses is not None, starts=starts)
     if config.init == "svd":
         say_which_bases_are_zero(model)
     say_what_has_no_adapter(model, config)
@@ -73,11 +75,16 @@ def attach(
     bases: list[tuple[Target, Tensor, Tensor]],
     *,
     given: bool = False,
+    starts: list[Tensor] | None = None,
 ) -> None:
-    """Freeze the model and attach (target, A, B) and the heads; `given` bases come from a file."""
+    """Freeze the model and attach (target, A, B) and the heads; `given` bases do not follow from the weights.
+
+    Args:
+        starts: what each R (r×r) starts at, but for its small random numbers; None is zero.
+    """
     check_name(name)
     model.requires_grad_(False)
-    for target, A, B in bases:
+    for i, (target, A, B) in enumerate(bases):
         module, kind = target.module, target.kind
         regenerable = not given and not is_quantized(target.weight)
         options = {"regenerable": regenerable, "kind": kind, "parameter": target.parameter}
@@ -91,7 +98,8 @@ def attach(
             make = XSEmbedding if kind is EMBEDDING else XSConv2d if kind is CONV2D else XSLayer
             layer = make(target.name, A, B, config, **options)  # type: ignore[arg-type]
             module.add_module(ATTRIBUTE, layer)
-        layer.add(name, config, initial_r(layer, config))
+        R = initial_r(layer, config)
+        layer.add(name, config, R if starts is None else R + starts[i].to(R))
         layer.activate(name)
         layer.train(module.training)
         if isinstance(layer, XSWeight):

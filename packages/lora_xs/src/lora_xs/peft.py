@@ -79,6 +79,8 @@ class LoRAXSPeftConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
         self.at("")  # refuses what has no meaning
+        if self.init == "gradient":
+            raise LoRAXSError('init="gradient" needs losses, which PEFT does not pass on; use lora_xs.inject for it')
 
     def at(self, name: str) -> LoRAXSConfig:
         """The library's configuration of the module called `name`."""

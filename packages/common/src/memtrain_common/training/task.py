@@ -1,6 +1,6 @@
 """What is trained: one frozen dataclass that every command, workload and composition makes, and ``fit`` takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch
+from ..data.batches import Batch, to_device
 from .training_state import Parts, Stateful
 
 
@@ -55,6 +55,12 @@ class Task:
         if self.optimizer is None:
             raise ValueError("a task without an optimizer cannot be trained: give it one")
         return self.optimizer
+
+    def losses(self, n: int) -> Iterator[Tensor]:
+        """The losses of micro-batches 0 to n − 1, one after another: for what looks at the data before training."""
+        device = next(self.model.parameters()).device
+        for i in range(n):
+            yield self.loss(self.model, to_device(self.batches(i), device))
 
     def called_after_steps(self) -> Callable[[], None]:
         """``after_first_step``, the first time, and ``after_step`` as one call."""

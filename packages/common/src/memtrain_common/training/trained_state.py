@@ -1,6 +1,6 @@
 """Checkpoints of what is trained: a frozen base of gigabytes has no place in each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,20 @@ from .task import Task
 
 
 @contextmanager
-def trained_state(model: nn.Module) -> Iterator[None]:
+def trained_state(model: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
     """Within this context ``model.state_dict()`` holds the trained parameters and all buffers, and loading such a
     state is complete. The base weights come from where they came from; a run's identity has their SHA-256.
+
+    Args:
+        also: frozen parameters to keep in the state, because they do not follow from the base weights.
     """
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept = {id(p) for p in also}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    left_out = {name for name, p in parameters if not p.requires_grad and id(p) not in kept}
+    frozen = {name for name, p in parameters if not p.requires_grad}
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in frozen:
+        for name in left_out:
             state.pop(prefix + name, None)
 
     def complete(module: nn.Module, incompatible: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from memtrain_common.commands.configure import MAY_CHANGE
 from memtrain_common.commands.session import Session
@@ -17,11 +16,9 @@ from memtrain_common.training.schedule import schedule
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
-from ..config import LoRAXSConfig
-from ..injection import inject
 from .glue_flags import PROG, GlueConfig
 from .models import start_from
-from .training import finish, train
+from .training import adapt, configured, finish, train
 
 DEFAULT_RANK = 16
 
@@ -42,7 +39,7 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     """Everything that ``lora-xs glue`` does for one run; -> the task's metrics at its end."""
     session = Session.begin(config, argv, prog=PROG)
     prepared = prepare(config)
-    model = adapted_model(config, prepared.tokenizer)  # before there is a folder: what is wrong with it is said first
+    model = adapted_model(session, prepared)  # before there is a folder: what is wrong with it is said first
     parts = {**prepared.parts, **model_parts(config.model)}
     session.open({"name": config.task, "sha256": prepared.sha256, "parts": parts})
     return train_glue(session, prepared, model)
@@ -55,7 +52,7 @@ def train_glue(session: Session, prepared: Prepared, model: nn.Module | None = N
         model: :func:`adapted_model` of the session's configuration, if it was made already.
     """
     config: GlueConfig = session.config
-    model = (model or adapted_model(config, prepared.tokenizer)).to(session.device)
+    model = (model or adapted_model(session, prepared)).to(session.device)
     n = {split: len(rows) for split, rows in prepared.ids.items()}
     session.console.say(
         f"{session.folder.path}: {config.task}, {n['train']:,} training rows, {n['dev']:,} development rows"
@@ -86,15 +83,18 @@ def train_glue(session: Session, prepared: Prepared, model: nn.Module | None = N
     return metrics
 
 
-def adapted_model(config: GlueConfig, tokenizer: Any) -> nn.Module:
+def adapted_model(session: Session, prepared: Prepared) -> nn.Module:
     """The encoder with R and a fresh head; its random numbers are the seed's."""
+    config: GlueConfig = session.config
     seed_all(config.seed)
-    model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
+    pad_id = prepared.tokenizer.pad_token_id
+    model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=pad_id)
     if config.from_adapter:
         return start_from(model, config.from_adapter, head, config.rank)
     rank = config.rank or DEFAULT_RANK
-    xs = LoRAXSConfig(rank, config.alpha, config.targets, init=config.init, seed=config.seed, head=head)
-    return inject(model, xs)
+    xs = configured(config, rank, config.alpha, head)
+    task, _ = plain_task(config, prepared, model.to(session.device), session.place)
+    return adapt(task, xs, config.init_batches, session.console)
 
 
 def warmup_steps(ratio: float, steps: int, rounding: str = "down") -> int:

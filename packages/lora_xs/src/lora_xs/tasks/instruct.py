@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memtrain_common.commands.configure import MAY_CHANGE
 from memtrain_common.commands.session import Session
@@ -25,10 +26,8 @@ from memtrain_common.training.schedule import schedule, warmup_steps
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
-from ..config import LoRAXSConfig
-from ..injection import inject
 from .instruct_flags import PROG, InstructConfig
-from .training import finish, train
+from .training import adapt, configured, finish, train
 
 
 def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
@@ -51,9 +50,15 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     rows_in = [r for i, r in enumerate(kept) if i not in held]
 
     seed_all(config.seed)
-    model = load_causal_lm(config.model, DTYPES[config.base_dtype])
-    xs = LoRAXSConfig(config.rank, config.alpha or None, config.targets, init=config.init, seed=config.seed, head=())
-    model = inject(model.to(device), xs)
+    model = load_causal_lm(config.model, DTYPES[config.base_dtype]).to(device)
+    micro, size = config.gradient_accumulation_steps, len(rows_in)
+
+    def batches(i: int) -> dict[str, Tensor]:
+        order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
+        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world.rank, world.size)
+
+    task = Task(model, batches, loss_of)
+    model = adapt(task, configured(config, config.rank, config.alpha or None, ()), config.init_batches, session.console)
     sha = hashlib.sha256(json.dumps([[r.ids, r.prompt] for r in kept]).encode()).hexdigest()
     parts = {"tokens": sha, **model_parts(config.model)}
     session.open({"name": config.data, "sha256": sha, "parts": parts})
@@ -61,12 +66,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     say(f"{session.folder.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept):,} rows left out: their prompts alone fill {config.max_length} tokens")
-    micro, size = config.gradient_accumulation_steps, len(rows_in)
     steps = config.total_steps(size, config.batch_size * micro)
-
-    def batches(i: int) -> dict[str, Tensor]:
-        order = epoch_batch(config.seed, i, batch=config.batch_size, size=size)
-        return shared_batch([rows_in[j] for j in order.tolist()], tokenizer.pad_token_id, world.rank, world.size)
 
     def evaluate(m: nn.Module) -> dict[str, float]:
         total = count = 0.0
@@ -80,7 +80,7 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     seed_all(config.seed + world.rank)
     warm = config.warmup_iters or warmup_steps(config.warmup_ratio, steps)
     factor = schedule(config.schedule, min(warm, steps - 1), steps)
-    task = Task(model, batches, loss_of, evaluate=evaluate if validation else None, lr_factor=factor)
+    task = replace(task, evaluate=evaluate if validation else None, lr_factor=factor)
     fit_config = FitConfig(
         max_iters=steps,
         gradient_accumulation_steps=micro,

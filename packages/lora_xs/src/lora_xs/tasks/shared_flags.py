@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from memtrain_common.commands.configure import at_least, below_one, positive
 from memtrain_common.commands.run_flags import Dtype, LearningRate, RunFlags, Select, StepFlags
+from memtrain_common.errors import UserError
 
-Init = Literal["svd", "random"]
+Init = Literal["svd", "gradient", "random"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class TrainingFlags(RunFlags, StepFlags):
     targets: tuple[str, ...] = ()
     """Modules to adapt, by the ends of their names."""
     init: Init = "svd"
-    """Bases from the SVD of each weight, or random ones (the ablation)."""
+    """Bases from the SVD of each weight, from the gradient of the first batches, or random ones (the ablation)."""
+    init_batches: int = 8
+    """With --init gradient, micro-batches whose gradient gives the bases."""
+    first_step: float = 0.0
+    """With --init gradient, R starts at a step of this size down it (about the rate of full training), not at 0."""
     # -- optimizer
     learning_rate: LearningRate = 1e-3
     """Peak learning rate of R."""
@@ -67,7 +72,12 @@ class TrainingFlags(RunFlags, StepFlags):
 def check_training(config: TrainingFlags) -> None:
     """What holds of the flags that glue and instruct share."""
     at_least(
-        config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1, max_iters=0
-    )
+        config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1, max_iters=0,
+        init_batches=1, first_step=0,
+    )  # fmt: skip
+    if config.first_step and config.init != "gradient":
+        raise UserError(
+            f"--first-step would do nothing with --init {config.init}: it belongs to gradient; leave it out"
+        )
     positive(config, "learning_rate", "epochs")
     below_one(config, "warmup_ratio")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,45 @@ from typing import Any
 import torch
 from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
-from memtrain_common.console import format_bytes, format_table
+from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.measuring.memory import CATEGORIES
 from memtrain_common.training.distributed import parallelize
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.task import Task
 from memtrain_common.training.trained_state import trained_state
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter_checks import base_digests
 from ..adapter_file import save_adapter
 from ..adapters import param_groups, trained
+from ..config import LoRAXSConfig
+from ..injection import inject
+from ..layer import layers
 from ..untrained import NOT_REACHED, check_called
 from .models import write_task
+from .shared_flags import TrainingFlags
+
+
+def configured(config: TrainingFlags, rank: int, alpha: float | None, head: tuple[str, ...]) -> LoRAXSConfig:
+    """What the flags of glue and instruct say of the adapter."""
+    return LoRAXSConfig(
+        rank, alpha, config.targets, init=config.init, seed=config.seed, first_step=config.first_step, head=head
+    )
+
+
+def adapt(task: Task, xs: LoRAXSConfig, batches: int, console: Console) -> nn.Module:
+    """The task's model, on its device, with an adapter; with init="gradient" its first ``batches`` give the bases."""
+    if xs.init != "gradient":
+        return inject(task.model, xs)
+    task.model.train()
+    with contextlib.closing(console.progress(2 * batches, label="gradient")) as bar:
+
+        def losses() -> Iterator[Tensor]:
+            for loss in task.losses(batches):
+                yield loss
+                bar.update()
+
+        return inject(task.model, xs, losses=losses)
 
 
 def train(
@@ -47,7 +74,8 @@ def train(
         # Adapters that the first step did not reach end the run instead of the library's warning.
         after_first_step=lambda: check_called(task.model),
     )
-    with trained_state(task.model), warnings.catch_warnings():
+    bases = [p for _, layer in layers(task.model) if not layer.regenerable for p in (layer.A, layer.B)]
+    with trained_state(task.model, also=bases), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOT_REACHED)
         return session.fit(
             wrapped, config, resume_key={**key, "base_sha256": sha256}, label=label, select=session.config.select

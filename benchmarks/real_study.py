@@ -1,0 +1,223 @@
+"""What does each method do to accuracy on real pretrained models? Paired by seed, resumable, one JSON per arm.
+
+    MEMTRAIN_DATA=FOLDER python benchmarks/real_study.py TASK:ARMS …
+
+TASK is one of ``real_tasks.py``; ARMS is a study ("saving", "adapters", "optimizers", …, below) or names of arms with
+commas between them. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again.
+
+The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
+with everything kept for the backward pass; it is then the same whatever is kept. Rates rise over 6 steps and fall
+linearly to 0; a fresh head has 1e-3; gradients are clipped at a norm of 1; weight decay is 0.01.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_apps.compose.axes import Axes
+from memtrain_apps.compose.compose import compose
+from memtrain_apps.compose.families import head_name
+from memtrain_common.errors import UserError
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.memory import SavedActivations, measure
+from memtrain_common.training.task import Task
+from real_tasks import TASKS, RealTask, task
+
+RESULTS = Path(__file__).parent / "results" / "real"
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 100
+WARMUP = 6
+HEAD_RATE = 1e-3
+RATES: dict[str, tuple[float, ...]] = {
+    "head": (1e-3, 3e-3, 1e-2),
+    "bitfit": (1e-3, 3e-3),
+    "lora": (5e-4, 1e-3, 3e-3),
+    "melo": (5e-4, 1e-3, 3e-3),
+    "lora-xs": (1e-3, 3e-3, 1e-2),
+    "lte": (5e-4, 1e-3, 3e-3),
+    "galore": (2e-4, 5e-4, 1e-3),
+}
+"""Of each way of training; training everything by AdamW has the task's own grid."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    axes: Axes
+    way: str
+    """The arms that share a learning rate: they differ in what is kept, or in the rank."""
+    grid: str = ""
+    """Of ``RATES``; empty: the task's own."""
+
+    def rates(self, of: RealTask) -> tuple[float, ...]:
+        return RATES[self.grid] if self.grid else of.rates
+
+
+def _saving(**settings: Any) -> Arm:
+    return Arm(Axes(**settings), "full")
+
+
+def _xs(way: str, rank: int, **settings: Any) -> Arm:
+    return Arm(Axes("lora-xs", rank=rank, **settings), f"lora-xs {way}", "lora-xs")
+
+
+SAVING = {
+    "dense": _saving(),
+    "checkpoint": _saving(save="checkpoint"),
+    **{f"low-bit {k:g}": _saving(save="backrazor", keep=k) for k in (0.1, 0.05)},
+    **{f"pruned {k:g}": _saving(save="backrazor", keep=k, razor_mode="pruned") for k in (0.06, 0.08, 0.1, 0.12)},
+    **{f"paper {k:g}": _saving(save="backrazor", keep=k, razor_mode="paper") for k in (0.2, 0.1, 0.03)},
+}
+XS_WAYS: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "random": {"init": "random"},
+    "gradient": {"init": "gradient"},
+    "gradient-step": {"init": "gradient", "first_step": 1e-4},
+}
+"""Bases of LoRA-XS, by name; "gradient-step" starts at a step down the gradient."""
+ADAPTERS = {
+    "head": Arm(Axes("head"), "head", "head"),
+    "bitfit": Arm(Axes("bitfit"), "bitfit", "bitfit"),
+    "lora 8": Arm(Axes("lora", rank=8), "lora", "lora"),
+    "melo 8": Arm(Axes("melo", rank=8), "melo", "melo"),
+    "lte 4x8": Arm(Axes("lte", rank=8, heads=4), "lte", "lte"),
+    **{f"lora-xs {way} {r}": _xs(way, r, **settings) for r in (4, 8, 16, 25) for way, settings in XS_WAYS.items()},
+}
+OPTIMIZERS = {
+    "adamw8bit": Arm(Axes(optim="adamw8bit"), "adamw8bit"),
+    **{
+        f"{optim} {r}": Arm(Axes(optim=optim, galore_rank=r), optim, "galore")
+        for optim in ("galore-adamw", "galore-adamw8bit")
+        for r in (16, 32, 64, 128)
+    },
+}
+ARMS = {**SAVING, **ADAPTERS, **OPTIMIZERS}
+XS_ARMS = tuple(a for a in ADAPTERS if a.startswith("lora-xs"))
+STUDIES = {
+    "default": ("dense", "low-bit 0.1", "low-bit 0.05"),
+    "saving": ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "paper 0.2", "paper 0.1", "paper 0.03"),
+    "bases": ("dense", "lora 8", *(a for a in XS_ARMS if not a.endswith(" 25"))),
+    "adapters": ("dense", "head", "bitfit", "lora 8", *XS_ARMS),
+    "optimizers": ("dense", "adamw8bit", *(a for a in OPTIMIZERS if a.startswith("galore-adamw "))),
+}
+
+
+def composed(of: RealTask, arm: Arm, seed: int, rate: float) -> Task:
+    """The pretrained model as the arm trains it; the seed draws the fresh head and the adapters."""
+    torch.manual_seed(seed)
+    model = of.build().train()
+    first = list(of.train(seed))
+    plain = Task(model, lambda i: first[i], of.loss)
+    head_rate = rate if arm.axes.train == "head" or head_name(model) is None else HEAD_RATE
+    return compose(plain, arm.axes, lr=rate, head_lr=head_rate, weight_decay=0.01)
+
+
+def one_run(of: RealTask, arm: Arm, seed: int, rate: float, split: str) -> dict[str, float]:
+    """The score after the last step, the mean training loss of the last ten, CPU seconds of the training."""
+    made = composed(of, arm, seed, rate)
+    model, optimizer = made.model, made.needed_optimizer()
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    after = made.called_after_steps()
+    losses = []
+    torch.manual_seed(seed)  # the same dropout masks for all arms
+    began = time.process_time()
+    for step in range(of.steps):
+        factor = min((step + 1) / WARMUP, (of.steps - step) / (of.steps - WARMUP))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        with made.saving():
+            loss = of.loss(model, made.batches(step))
+        loss.backward()
+        if made.clip is not None:
+            made.clip(1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        losses.append(loss.item())
+    seconds = time.process_time() - began
+    model.eval()
+    with torch.no_grad():
+        score = of.score(model, split)
+    last = sum(losses[-10:]) / 10
+    return {"score": round(score, 5), "last_losses": round(last, 5), "cpu_seconds": round(seconds, 1)}
+
+
+def cost(of: RealTask, arm: Arm) -> dict[str, int]:
+    """Of the first step of seed 0: bytes saved for the backward pass, bytes of optimizer state, numbers trained."""
+    made = composed(of, arm, 0, 1e-9)
+    with SavedActivations(made.model) as saved, made.saving():
+        loss = of.loss(made.model, made.batches(0))
+    kept = saved.by_layer()
+    loss.backward()
+    made.needed_optimizer().step()
+    ledger = measure(made.model, made.optimizer, kept)
+    return {
+        "saved_bytes": sum(kept.values()),
+        "optimizer_bytes": ledger.total("optimizer"),
+        "trained_numbers": sum(p.numel() for p in made.model.parameters() if p.requires_grad),
+    }
+
+
+def chosen_rate(name: str, of: RealTask, arm: Arm) -> tuple[float, dict[str, float]]:
+    """The best rate of the arm's way on held-out rows, and all that were tried: found once, and kept."""
+    path = RESULTS / name / f"rates {arm.way}.json".replace(" ", "_")
+    tried: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
+    dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
+    for rate in arm.rates(of):
+        if str(rate) not in tried:
+            tried[str(rate)] = one_run(of, dense, TUNING_SEED, rate, "held-out")["score"]
+            print(name, arm.way, rate, tried[str(rate)], flush=True)
+            write_results(
+                path, argv=["python", "benchmarks/real_study.py", name], device=torch.device("cpu"),
+                seeds=[TUNING_SEED], about=of.about, metric=of.metric, way=arm.way, axes=asdict(dense.axes),
+                held_out=tried,
+            )  # fmt: skip
+    return float(of.best(tried, key=lambda rate: tried[rate])), tried
+
+
+def arm_path(name: str, arm: str) -> Path:
+    return RESULTS / name / (arm.replace(" ", "_") + ".json")
+
+
+def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
+    """All arms of one task, a seed at a time, so that the pairs are whole wherever it is stopped."""
+    of = task(name)
+    for seed in seeds:
+        for label in arms:
+            path, arm = arm_path(name, label), ARMS[label]
+            before = json.loads(path.read_text()) if path.exists() else {}
+            runs: dict[str, dict[str, float]] = before.get("runs", {})
+            if str(seed) in runs:
+                continue
+            rate, _ = chosen_rate(name, of, arm)
+            spent = before.get("cost") or cost(of, arm)
+            runs[str(seed)] = one_run(of, arm, seed, rate, "test")
+            print(name, label, seed, runs[str(seed)], flush=True)
+            write_results(
+                path, argv=["python", "benchmarks/real_study.py", f"{name}:{label}"], device=torch.device("cpu"),
+                seeds=sorted(map(int, runs)), about=of.about, metric=of.metric, arm=label, way=arm.way,
+                axes=asdict(arm.axes), learning_rate=rate, cost=spent, runs=runs,
+            )  # fmt: skip
+
+
+def main() -> None:
+    if "MEMTRAIN_DATA" not in os.environ:
+        raise UserError("MEMTRAIN_DATA must name the folder of real data files")
+    torch.set_num_threads(1)
+    for asked in sys.argv[1:]:
+        name, _, chosen = asked.partition(":")
+        arms = list(STUDIES.get(chosen, chosen.split(",")))
+        unknown = [arm for arm in arms if arm not in ARMS]
+        if name not in TASKS or unknown:
+            raise UserError(f"{asked!r} is not TASK:ARMS; tasks: {', '.join(TASKS)}; studies: {', '.join(STUDIES)}")
+        run(name, arms)
+
+
+if __name__ == "__main__":
+    main()
