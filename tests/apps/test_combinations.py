@@ -1,4 +1,4 @@
-"""All 7 × 4 × 6 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it
+"""All 7 × 4 × 7 combinations: each one trains, changes what it should and nothing else, and resumes to the bit; or it
 is refused in one sentence. None is skipped."""
 
 import copy

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import problems
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward, projected_all_reduce
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, InBackward, projected_all_reduce
 from galore_vit.galore import GaLore
 
 STEPS, HALF = 25, 8
@@ -116,8 +116,11 @@ def wide_loss(model: torch.nn.Module, step: int, rows: slice) -> torch.Tensor:
     return ((model(x) - x.sin().repeat(1, 2)) ** 2).mean()
 
 
-def wide(optimizer_type: type[GaLore], rank: int | None) -> dict:
-    """Moments of 4096 numbers and more, sharded by FSDP2 (or, with no rank, whole in one process)."""
+def wide(optimizer_type: type[GaLore], rank: int | None, *, stops: bool = True) -> dict:
+    """Moments of 4096 numbers and more, sharded by FSDP2 (or, with no rank, whole in one process).
+
+    A fresh optimizer takes over in the middle of a gap, unless told otherwise.
+    """
     torch.manual_seed(0)
     sizes = (64, 192, 64, 128)
     model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise(sizes))).double()
@@ -127,7 +130,7 @@ def wide(optimizer_type: type[GaLore], rank: int | None) -> dict:
         rows = slice(rank * WIDE_HALF, (rank + 1) * WIDE_HALF)
     optimizer = optimizer_type(wide_groups(model))
     for step in range(12):
-        if step == 7:  # mid-gap: a fresh optimizer takes over
+        if step == 7 and stops:
             state = optimizer.state_dict()
             optimizer = optimizer_type(wide_groups(model))
             optimizer.load_state_dict(state)
@@ -190,8 +193,9 @@ def both_modes_and_kinds(meeting: str, folder: str) -> None:
         for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)
-    for optimizer_type in (GaLoreAdamW8bit, GaLoreAdafactor):
+    for optimizer_type in (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled):
         found[f"wide {optimizer_type.__name__}"] = wide(optimizer_type, rank)
+        found[f"wide {optimizer_type.__name__}, undisturbed"] = wide(optimizer_type, rank, stops=False)
     found["uneven"] = uneven_shards()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()

@@ -6,7 +6,7 @@ import warnings
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh, adamw8bit
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, Refresh, adamw8bit
 from torch import nn
 
 EXACT = Refresh(method="svd", stagger=False, rotate=False)
@@ -193,7 +193,7 @@ def test_a_bad_gradient_changes_nothing(bad, at):
     assert not problems.same(params, straight, rtol=1e-3)
 
 
-@pytest.mark.parametrize("build", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+@pytest.mark.parametrize("build", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
 def test_without_a_rank_it_says_that_it_is_plain(build):
     with pytest.warns(UserWarning, match=rf"no parameter group has a rank.* this {build.__name__} is plain"):
         optimizer = build(problems.weights((24, 16), (7,)))

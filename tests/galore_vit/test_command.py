@@ -113,6 +113,7 @@ RESUMED = {
     "galore-adamw": [],
     "galore-adamw8bit": [],
     "galore-adafactor": [],
+    "galore-scaled": ["--galore-rank", "1", "--proj-type", "reverse_std"],
     "galore-torch": ["--proj-type", "full"],
     "with everything": ["--refresh", "svd", "--augment", "flip-shift", "--dropout", "0.1", "--schedule", "steps",
                         "--gradient-accumulation-steps", "2", "--weight-decay", "0.1"],

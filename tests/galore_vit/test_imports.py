@@ -10,7 +10,7 @@ import galore_vit
 SOURCE = Path(galore_vit.__file__).parent
 TORCH_ONLY = [
     "adafactor", "adamw", "adamw8bit", "basis", "block8bit", "counters", "data_parallel", "finite", "galore",
-    "groups", "in_backward", "item", "projection", "settings", "sharding", "state_size", "tensors",
+    "groups", "in_backward", "item", "plain", "projection", "scaled", "settings", "sharding", "state_size", "tensors",
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import parallel_worker
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, projected_all_reduce
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, projected_all_reduce
 from support import run_ranks
 
 KINDS = ["std", "full"]
@@ -75,13 +75,15 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
     assert two[0]["fsdp std"]["saved"] == ["Q", "exp_avg", "exp_avg_sq", "refresh_at", "step"]
 
 
-@pytest.mark.parametrize("optimizer_type", [GaLoreAdamW8bit, GaLoreAdafactor])
+@pytest.mark.parametrize("optimizer_type", [GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
 def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
     alone = parallel_worker.wide(optimizer_type, None)
     first, second = (found[f"wide {optimizer_type.__name__}"] for found in two)
     assert problems.same(first["weights"], second["weights"])
     assert problems.same(first["weights"], alone["weights"], rtol=1e-5)
     assert first["keys"] == alone["keys"]
+    undisturbed = two[0][f"wide {optimizer_type.__name__}, undisturbed"]
+    assert problems.same(first["weights"], undisturbed["weights"])  # to the bit, on two processes
     if optimizer_type is GaLoreAdamW8bit:
         assert sum("exp_avg_codes" in keys for keys in alone["keys"]) == 3
         # R of the wide weight, its basis and the plain weight's moments

@@ -6,7 +6,7 @@ import io
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, Refresh
 
 SHAPES = [(24, 16), (16, 40), (96, 80), (7,)]
 BUILDERS = {
@@ -14,6 +14,9 @@ BUILDERS = {
     "adamw lazy residual": lambda g: GaLoreAdamW(g, lr=1e-2, refresh=Refresh(lazy=0.5), residual=True),
     "adamw svd paper": lambda g: GaLoreAdamW(g, lr=1e-2, paper=True),
     "adamw8bit": lambda g: GaLoreAdamW8bit(g, lr=1e-2),
+    "adamw8bit decayed": lambda g: GaLoreAdamW8bit(g, lr=1e-2, refresh=Refresh(decay=0.5)),
+    "scaled": lambda g: GaLoreScaled(g, lr=1e-2, scaling="tensor"),
+    "scaled by the gradient": lambda g: GaLoreScaled(g, lr=1e-2, scaling="tensor", refresh=Refresh(lazy=0.5)),
     "adafactor": lambda g: GaLoreAdafactor(g, beta1=0.9),
 }
 

@@ -3,7 +3,7 @@
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, param_groups, state_bytes
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, param_groups, state_bytes
 from galore_vit.state_size import adamw_state_bytes_formula
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,7 +53,7 @@ def test_the_formula_is_what_training_allocates():
         assert state_bytes(optimizer) == adamw_state_bytes_formula(groups)
 
 
-@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
 def test_a_step_can_be_predicted_with_fake_tensors(kind):
     """Memory is predicted by running a step on tensors that have shapes alone."""
     with FakeTensorMode():

@@ -14,11 +14,12 @@ from memtrain_common.errors import UserError
 
 Train = Literal["full", "head", "bitfit", "lora", "melo", "lora-xs", "lte"]
 Save = Literal["all", "backrazor", "checkpoint", "offload"]
-Optim = Literal["sgd", "adamw", "adamw8bit", "galore-adamw", "galore-adamw8bit", "galore-adafactor"]
+Optim = Literal["sgd", "adamw", "adamw8bit", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "galore-scaled"]
 TRAIN: tuple[Train, ...] = get_args(Train)
 SAVE: tuple[Save, ...] = get_args(Save)
 OPTIM: tuple[Optim, ...] = get_args(Optim)
 
+GALORE: tuple[Optim, ...] = ("galore-adamw", "galore-adamw8bit", "galore-adafactor", "galore-scaled")
 ADAPTERS = ("lora", "melo", "lora-xs", "lte")
 """Choices of ``train`` that add matrices of a rank."""
 
@@ -35,7 +36,8 @@ class Axes:
     """all, backrazor (activations in few bits), checkpoint (block inputs), offload (all, in host memory)."""
     # -- optim: what state the optimizer keeps
     optim: Optim = "adamw"
-    """sgd, adamw, adamw8bit, or moments of projected gradients: galore-adamw, galore-adamw8bit, galore-adafactor."""
+    """sgd, adamw, adamw8bit, or moments of projected gradients: galore-adamw, galore-adamw8bit, galore-adafactor, and
+    galore-scaled, where they scale the whole gradient."""
     # -- train: which numbers are trained
     rank: int = 8
     """lora, melo, lora-xs, lte: rank r of an adapter."""
@@ -98,15 +100,15 @@ USED_BY = {
     "keep": ("save", ("backrazor",)),
     "razor_mode": ("save", ("backrazor",)),
     "recompute": ("save", ("backrazor",)),
-    "galore_rank": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
-    "gap": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
-    "galore_scale": ("optim", ("galore-adamw", "galore-adamw8bit", "galore-adafactor")),
+    "galore_rank": ("optim", GALORE),
+    "gap": ("optim", GALORE),
+    "galore_scale": ("optim", GALORE),
 }
 """Setting -> the axis and the choices that read it."""
 
 
 def combinations() -> Iterator[Axes]:
-    """All 7 × 4 × 6, with default settings, valid or not."""
+    """All 7 × 4 × 7, with default settings, valid or not."""
     for train in TRAIN:
         for save in SAVE:
             for optim in OPTIM:

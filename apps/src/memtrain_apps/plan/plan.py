@@ -73,7 +73,7 @@ def _order(arm: Arm, order: str) -> tuple[Any, ...]:
     if arm.forecast is None:
         return (2,)
     time = arm.time + (1 / 3 if arm.axes.save in ("offload", "backrazor") else 0.0)
-    optims = ("adamw", "adamw8bit", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "sgd")
+    optims = ("adamw", "adamw8bit", "galore-scaled", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "sgd")
     lossy = arm.axes.save not in SAME_GRADIENT
     keys = {
         "best": (-arm.forecast.trained, lossy, time, optims.index(arm.axes.optim)),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from galore_vit.data_parallel import projected_all_reduce as projected_all_reduce
     from galore_vit.groups import param_groups as param_groups
     from galore_vit.in_backward import InBackward as InBackward
+    from galore_vit.scaled import GaLoreScaled as GaLoreScaled
     from galore_vit.settings import Refresh as Refresh
     from galore_vit.state_size import state_bytes as state_bytes
 
@@ -17,6 +18,7 @@ _HOME = {
     "GaLoreAdafactor": "adafactor",
     "GaLoreAdamW": "adamw",
     "GaLoreAdamW8bit": "adamw8bit",
+    "GaLoreScaled": "scaled",
     "InBackward": "in_backward",
     "Refresh": "settings",
     "param_groups": "groups",

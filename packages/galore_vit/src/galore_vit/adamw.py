@@ -81,12 +81,9 @@ class GaLoreAdamW(GaLore):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        if foreach and fused:
-            raise ValueError("foreach and fused exclude each other: set one of them")
+        check_kernels(foreach, fused, correct_bias)
         if paper and fused:
             raise ValueError("the fused kernel has not the published arithmetic: leave out fused or paper")
-        if fused and not correct_bias:
-            raise ValueError("the fused kernel corrects the bias: leave out fused, or set correct_bias=True")
         if paper and residual:
             raise ValueError("the residual is not part of the published GaLore: leave out residual or paper")
         if eps is None:
@@ -233,6 +230,14 @@ class GaLoreAdamW(GaLore):
 def moment_dtype(p: Tensor) -> torch.dtype:
     """The weight's dtype, but float32 for float16: the square of a gradient below 2.4e-4 is 0 there."""
     return torch.float32 if p.dtype == torch.float16 else p.dtype
+
+
+def check_kernels(foreach: bool | None, fused: bool | None, correct_bias: bool) -> None:
+    """Raises ValueError where no kernel does what is asked for."""
+    if foreach and fused:
+        raise ValueError("foreach and fused exclude each other: set one of them")
+    if fused and not correct_bias:
+        raise ValueError("the fused kernel corrects the bias: leave out fused, or set correct_bias=True")
 
 
 def check_adam(group: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ Iterated: with A = G (or Gᵀ for a left basis) and X (n×(r+p)) the old basis b
 which is subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061, Algorithm 4.4) cut to the
 leading left singular vectors of Aᵀ A X. It costs two products of the gradient with a thin matrix each time,
 and never a full SVD.
+
+Drawn: independent Gaussian numbers, which no gradient decides, so that a seed stands for them (APOLLO, Zhu et al.,
+2024, arXiv:2412.05270).
 """
 
 from __future__ import annotations
@@ -88,6 +91,18 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
         # A singular vector's sign is arbitrary; the old one's keeps moments meaningful that are not rotated.
         X = X * torch.where((X * start.to(X.dtype)).sum(-2, keepdim=True) < 0, -1.0, 1.0)
     return X
+
+
+def drawn_bases(layout: Layout, like: Tensor, seed: int) -> Bases:
+    """Bases of independent N(0, 1/d) numbers for a side of d: ‖Pᵀg‖² is r/d of ‖g‖² on average, as for orthonormal
+    columns in a random direction. In the dtype of the weight `like` and on its device; `seed` alone decides them."""
+    draw = None if has_no_numbers(like) else torch.Generator(like.device).manual_seed(seed)
+
+    def drawn(shape: tuple[int, ...], side: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device=like.device).mul_(side**-0.5).to(like.dtype)
+
+    P, Q = (layout.basis_shapes.get(key) for key in layout.keys)
+    return None if P is None else drawn(P, layout.m), None if Q is None else drawn(Q, layout.n)
 
 
 def overlap(old: Bases, new: Bases) -> Tensor:

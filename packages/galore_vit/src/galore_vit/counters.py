@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-COUNTERS = ("step", "refresh_at", "gap")
+COUNTERS = ("step", "refresh_at", "gap", "drawn_at")
 
 
 def count(counter: Tensor) -> int:

@@ -22,6 +22,11 @@ def projected_all_reduce(
     weight in `update_proj_gap` per step. `.grad` then holds only what lies in the subspace, and a norm taken
     from it (for clipping) is that of the projected gradient.
     """
+    if optimizer.whole_gradients:
+        raise ValueError(
+            f"{type(optimizer).__name__} moves weights by full gradients, and projected ones alone would be sent: use "
+            "DistributedDataParallel without this hook"
+        )
     for group in optimizer.param_groups:
         if group.get("residual"):
             raise ValueError("the residual is not reduced with projected gradients: set residual=False")

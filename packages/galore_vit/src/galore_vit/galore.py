@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_vit import sharding
-from galore_vit.basis import exact_bases, iterated_bases, overlap
+from galore_vit.basis import drawn_bases, exact_bases, iterated_bases, overlap
 from galore_vit.counters import COUNTERS, count, counts, has_no_numbers
 from galore_vit.finite import all_finite
 from galore_vit.item import Item, Record
+from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
-from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group
+from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group, check_refresh
 from galore_vit.tensors import TensorLayout
 
 
@@ -37,6 +38,10 @@ class GaLore(Optimizer):
 
     inner = ""
     """The update rule where nothing is projected, by name."""
+    draws = False
+    """Whether bases may be random ones, which it must not project back by."""
+    whole_gradients = False
+    """Whether a projected weight moves by its whole gradient."""
     later: frozenset[str] = frozenset()
     """Settings that states saved by earlier versions lack; the optimizer's own then hold."""
 
@@ -53,6 +58,7 @@ class GaLore(Optimizer):
             raise ValueError("paper=True fixes how bases are refreshed: leave refresh out, or leave paper out")
         if refresh is None:
             refresh = AS_PUBLISHED if paper else Refresh()
+        check_refresh(refresh, draws=self.draws)
         self.skipped_steps = 0
         """Steps that were skipped because a gradient was NaN or Inf, since this optimizer was made. Not saved."""
         self._too_small: list[tuple[int, ...]] = []
@@ -89,22 +95,8 @@ class GaLore(Optimizer):
         raise NotImplementedError
 
     def _say_what_is_plain(self) -> None:
-        said = None
-        if not any("rank" in group for group in self.param_groups):
-            said = (
-                f"no parameter group has a rank, so nothing is projected and this {type(self).__name__} is plain "
-                f"{self.inner}: make the groups with galore_vit.param_groups(model, rank=…)"
-            )
-        elif self._too_small:
-            shapes = ", ".join("×".join(map(str, s)) for s in sorted(set(self._too_small))[:4])
-            said = (
-                f"{len(self._too_small)} weights ({shapes}) have no side above their rank"
-                + (", where the published code stops with an error" if self.defaults["paper"] else "")
-                + ": they are updated without projection and without scale; choose a smaller rank to project them"
-            )
-            if not self._projected:
-                said += ", since nothing is projected now"
-        if said is not None:
+        said = said_of_plain(self, self._too_small, projected=self._projected)
+        if said:
             warnings.warn(said, UserWarning, stacklevel=4)
         self._too_small = []
 
@@ -173,7 +165,10 @@ class GaLore(Optimizer):
             state["refresh_at"] = torch.zeros((), dtype=torch.int64)
             if group["refresh"]["lazy"] is not None:
                 state["gap"] = torch.tensor(group["update_proj_gap"])
-            for key, shape in layout.basis_shapes.items():
+            shapes = layout.basis_shapes
+            if group["refresh"]["method"] == "random":
+                shapes, state["drawn_at"] = {}, torch.zeros((), dtype=torch.int64)
+            for key, shape in shapes.items():
                 state[key] = sharding.zeros(p, shape, rows=key == "P", dtype=p.dtype, device=device)
             rows = not layout.left  # R keeps the weight's rows, and with them its sharding
             state.update(self._fresh_moments(p, group, layout.compact_shape, rows, device))
@@ -204,7 +199,19 @@ class GaLore(Optimizer):
 
     def bases(self, p: Tensor) -> Bases:
         """(P, Q) of a projected weight as they stand; of a tensor one basis a mode."""
-        return _bases_in(self.state[p], self.layout(p))
+        return self._bases_in(self._records[p], self.state[p])
+
+    def _bases_in(self, record: Record, state: dict[str, Tensor]) -> Bases:
+        layout = record.layout
+        if "drawn_at" in state:
+            return self._drawn(record, count(state["drawn_at"]))
+        return tuple(state.get(key) for key in (layout.keys if layout is not None else ("P", "Q")))
+
+    def _drawn(self, record: Record, step: int) -> Bases:
+        """The random bases that hold from `step` on."""
+        assert isinstance(record.layout, Layout)
+        P, Q = drawn_bases(record.layout, sharding.local(record.param), step * 1_000_003 + record.order)
+        return sharding.placed(record.param, P, rows=True), sharding.placed(record.param, Q, rows=False)
 
     # -- what parallel and in-backward helpers ask --------------------------------------------------------
 
@@ -273,16 +280,18 @@ class GaLore(Optimizer):
             return Item(record, group, state, -grad if negative else grad)
         G = layout.matrices(grad)
         new = self._new_bases(record.param, group, layout, G) if due else None
-        R = project(G, new or _bases_in(state, layout))
+        R = project(G, new or self._bases_in(record, state))
         if record.sharded:
             R = sharding.reduced(R)
-        full = (-G if negative else G) if group.get("residual") else None
+        full = (-G if negative else G) if self.whole_gradients or group.get("residual") else None
         return Item(record, group, state, -R if negative else R, new, full)
 
     def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout | TensorLayout, G: Tensor) -> Bases | None:
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
-        whole = sharding.gathered(G)
         refresh, state = group["refresh"], self.state[p]
+        if refresh["method"] == "random":
+            return self._drawn(self._records[p], count(state["step"]))
+        whole = sharding.gathered(G)
         new: Bases | None
         if refresh["method"] == "svd":
             largest = 1.0 if has_no_numbers(whole) else float(whole.abs().max())
@@ -338,9 +347,13 @@ class GaLore(Optimizer):
         p, state, refresh = item.param, item.state, item.group["refresh"]
         step, base_gap = count(state["step"]), item.group["update_proj_gap"]
         first = count(state["refresh_at"]) == 0
-        old = self.bases(p)
-        if refresh["rotate"] and not first:
-            self._rotate_moments(item, old, new)
+        old = self.bases(p) if refresh["rotate"] or refresh["lazy"] is not None else ()
+        if not first:
+            if refresh["rotate"]:
+                self._rotate_moments(item, old, new)
+            if (decay := refresh.get("decay", 1.0)) != 1.0:  # which earlier versions did not save
+                for key in {"exp_avg", "exp_avg_scales"} & state.keys():  # of 8-bit moments the scales
+                    state[key].mul_(decay)
         gap = base_gap
         if refresh["lazy"] is not None:
             if not first:
@@ -349,8 +362,10 @@ class GaLore(Optimizer):
                     gap = min(2 * count(state["gap"]), LAZY_LIMIT * base_gap)
             state["gap"].fill_(gap)
         assert item.layout is not None
+        if "drawn_at" in state:
+            state["drawn_at"].fill_(step)
         for key, value in zip(item.layout.keys, new, strict=True):
-            if value is not None:
+            if value is not None and key in state:
                 state[key].copy_(value)
         phase = item.record.order * base_gap // self._projected if first and refresh["stagger"] else 0
         state["refresh_at"].fill_(step + (phase or gap))
@@ -361,7 +376,3 @@ class GaLore(Optimizer):
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         """The inner optimizer's step on `items`, all of one group, whose step counts are already raised."""
         raise NotImplementedError
-
-
-def _bases_in(state: dict[str, Tensor], layout: Layout | TensorLayout | None) -> Bases:
-    return tuple(state.get(key) for key in (layout.keys if layout is not None else ("P", "Q")))

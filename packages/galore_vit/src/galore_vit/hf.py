@@ -20,13 +20,15 @@ from galore_vit.adafactor import GaLoreAdafactor
 from galore_vit.adamw import GaLoreAdamW
 from galore_vit.adamw8bit import GaLoreAdamW8bit
 from galore_vit.groups import param_groups
+from galore_vit.scaled import GaLoreScaled
 
 KINDS: dict[str, type[GaLoreAdamW] | type[GaLoreAdafactor]] = {
     "galore_adamw": GaLoreAdamW,
     "galore_adamw_8bit": GaLoreAdamW8bit,
     "galore_adafactor": GaLoreAdafactor,
+    "galore_scaled": GaLoreScaled,
 }
-"""Trainer's names for the three optimizers."""
+"""Trainer's names for the first three, and one for GaLoreScaled, which Trainer has no word for."""
 GROUP_KEYS: dict[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 """What ``optim_args`` may hold, with Trainer's defaults."""
 NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
@@ -73,7 +75,8 @@ def galore_cls_and_kwargs(
         instead = "" if not str(optim).endswith("_layerwise") else "; layer by layer is galore_vit.InBackward"
         raise ValueError(f"optim must be one of {', '.join(KINDS)}, not {optim!r}{instead}")
     targets, decay = words.pop("targets", None), words.pop("weight_decay", 0.0)
-    keys = {key: words.pop(key, default) for key, default in GROUP_KEYS.items()}
+    defaults = {**GROUP_KEYS, "scale": 1.0} if optim == "galore_scaled" else GROUP_KEYS
+    keys = {key: words.pop(key, default) for key, default in defaults.items()}
     paper = bool(words.get("paper"))
     groups = param_groups(model, **keys, targets=None if targets is None else _pattern(targets), paper=paper)
     return KINDS[optim], {"params": _decayed_apart(groups, decay), **words}

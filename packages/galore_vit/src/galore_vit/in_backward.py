@@ -86,6 +86,10 @@ class InBackward:
         self._reduced = False
         self._hooks = []
         for group in optimizer.param_groups:
+            if optimizer.whole_gradients:
+                raise ValueError(
+                    f"{type(optimizer).__name__} moves weights by full gradients, which InBackward frees: use it alone"
+                )
             if group.get("residual"):
                 raise ValueError("the residual needs full gradients, which InBackward frees: set residual=False")
             for p in group["params"]:

@@ -19,23 +19,34 @@ LAZY_LIMIT = 16
 class Refresh:
     """How and when a basis is replaced."""
 
-    method: Literal["power", "svd"] = "power"
-    """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper."""
+    method: Literal["power", "svd", "random"] = "power"
+    """`power`: warm-started randomised iteration; `svd`: the exact decomposition of the paper; `random`: Gaussian
+    columns drawn again at every step from a number that is kept, in GaLoreScaled alone, which never projects back."""
     iterations: int = 1
     """Products with GᵀG per refresh by `power`; one more for the first, which starts at random."""
     oversample: int = 8
     """Random columns beside the rank's own, by `power`."""
     stagger: bool = True
     """Spread the refreshes of the layers over the gap, so that no step pays for all of them."""
-    rotate: bool = True
-    """Carry the moments into the new basis; otherwise they are kept as they are, as published."""
+    rotate: bool | None = None
+    """Carry the moments into the new basis; otherwise they are kept as they are, as published. None: carried, but not
+    by `random`, whose bases have nothing in common."""
+    decay: float = 1.0
+    """Factor on the first moment at each refresh but the first, after it was carried over or kept; 0 forgets it."""
     lazy: float | None = None
     """Double a weight's gap (up to 16 times the first) while its new subspace keeps this share of the old
     one, between 0 and 1; back to the first gap when it keeps less. None: the gap is fixed."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("power", "svd"):
-            raise ValueError(f"refresh method must be 'power' or 'svd', not {self.method!r}")
+        if self.method not in ("power", "svd", "random"):
+            raise ValueError(f"refresh method must be 'power', 'svd' or 'random', not {self.method!r}")
+        drawn = self.method == "random"
+        if drawn and (self.rotate or self.lazy is not None):
+            raise ValueError("random bases have nothing in common: leave rotate and lazy out, or take method 'power'")
+        if self.rotate is None:
+            object.__setattr__(self, "rotate", not drawn)
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"refresh decay must lie in [0, 1], not {self.decay}")
         if self.iterations < 1 or self.oversample < 0:
             raise ValueError("refresh needs iterations of at least 1 and an oversample of at least 0")
         if self.lazy is not None and not 0.0 < self.lazy <= 1.0:
@@ -44,6 +55,15 @@ class Refresh:
 
 AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
 """What `paper=True` uses."""
+
+
+def check_refresh(refresh: Refresh, *, draws: bool) -> None:
+    """Raises ValueError where an optimizer that does not draw bases is to draw them."""
+    if refresh.method == "random" and not draws:
+        raise ValueError(
+            "random bases are not orthonormal, and this optimizer projects back by them: take method 'power' or 'svd', "
+            "or GaLoreScaled"
+        )
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -86,6 +86,17 @@ def reduced(R: Tensor) -> Tensor:
     return d.redistribute(placements=[Replicate() if s.is_partial() else s for s in d.placements])
 
 
+def placed(p: Tensor, x: Tensor | None, *, rows: bool) -> Tensor | None:
+    """x, which every process has whole and alike, on p's mesh; nothing is sent."""
+    d = _dtensor(p)
+    if d is None or x is None:
+        return x
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = d.placements if rows else [Replicate()] * d.device_mesh.ndim
+    return distribute_tensor(x, d.device_mesh, placements, src_data_rank=None)
+
+
 def like(p: Tensor, x: Tensor | None, *, rows: bool) -> Tensor | None:
     """x, the same on every process, placed on p's mesh: the first process's copy goes to all."""
     d = _dtensor(p)

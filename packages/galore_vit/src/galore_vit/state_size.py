@@ -1,7 +1,8 @@
 """Bytes of optimizer state: measured on an optimizer, and by the formula.
 
 For an m×n weight with m ≤ n projected on its smaller side, GaLore keeps a basis of m·r numbers and two
-moments of r·n each: mr + 2nr, against Adam's 2mn and LoRA's 2mr + 2nr (GaLore, Table 1).
+moments of r·n each: mr + 2nr, against Adam's 2mn and LoRA's 2mr + 2nr (GaLore, Table 1). GaLoreScaled keeps the norm
+of its update besides, and with random bases no basis: 2nr + 1.
 """
 
 from __future__ import annotations
@@ -30,13 +31,24 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 def adamw_state_bytes_formula(groups: Iterable[dict[str, Any]]) -> int:
     """Bytes of GaLoreAdamW's state for these groups: 2mn numbers a plain weight, mr + 2nr a projected one."""
+    return _state_bytes(groups, bases=True, norms=0)
+
+
+def scaled_state_bytes_formula(groups: Iterable[dict[str, Any]], method: str = "random") -> int:
+    """Bytes of GaLoreScaled's state, bases found by `method`: 2mn numbers a plain weight, 2nr + 1 a projected one, and
+    mr more where bases are kept."""
+    return _state_bytes(groups, bases=method != "random", norms=4)
+
+
+def _state_bytes(groups: Iterable[dict[str, Any]], *, bases: bool, norms: int) -> int:
     total = 0
     for group in groups:
         group = {**GALORE_DEFAULTS, **group}
         for p in group["params"]:
             layout, basis, moments = layout_of(p.shape, group), 0, 2 * p.numel()
             if layout is not None:
-                basis = sum(math.prod(shape) for shape in layout.basis_shapes.values())
+                basis = sum(math.prod(shape) for shape in layout.basis_shapes.values()) if bases else 0
                 moments = 2 * math.prod(layout.compact_shape)
+                total += norms
             total += basis * p.element_size() + moments * moment_dtype(p).itemsize
     return total

@@ -20,7 +20,7 @@ Data = Literal[
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
 ]  # fmt: skip
 Size = Literal["mini", "ti", "s", "b", "l", "h"]
-Optim = Literal["adamw", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "galore-torch"]
+Optim = Literal["adamw", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "galore-scaled", "galore-torch"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,19 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """α of melo and lora: an adapter is multiplied by α/r."""
     # -- optimizer
     optim: Optim = "galore-adamw"
-    """AdamW, GaLore around AdamW, 8-bit AdamW or Adafactor, or the published package's GaLoreAdamW."""
+    """AdamW; GaLore around AdamW, 8-bit AdamW or Adafactor; whole gradients scaled by projected moments (APOLLO; at
+    --galore-rank 1 its Mini form); or the published package's GaLoreAdamW."""
     galore_rank: int = 16
     """GaLore's r: dimensions of a gradient's subspace."""
     gap: int = 50
     """GaLore's T: optimizer steps between two refreshes of a subspace."""
     galore_scale: float = 1.0
-    """GaLore's α on the update of a projected weight."""
+    """GaLore's α on the update of a projected weight; of galore-scaled 1 is about AdamW's step."""
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
     """Which side of a gradient is projected; std takes the smaller."""
-    refresh: Literal["power", "svd"] = "power"
-    """How a subspace is found: warm-started iteration, or the full SVD as published."""
+    refresh: Literal["auto", "power", "svd", "random"] = "auto"
+    """How a subspace is found: warm-started iteration, the full SVD as published, or at random, which keeps no basis
+    (galore-scaled). auto: random for galore-scaled, else power."""
     paper: bool = False
     """The published code's arithmetic (galore-adamw, galore-adafactor). It takes a rank above every side of a weight,
     whose gradient it then turns whole instead of projecting it."""
@@ -197,6 +199,15 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
         refuse_unused(config, plain, ("refresh", "paper"), "galore-torch is the published code, by SVD alone")
     elif config.optim == "galore-adamw8bit":
         refuse_unused(config, plain, ("paper",), "the published 8-bit arithmetic is bitsandbytes' own")
+    elif config.optim == "galore-scaled":
+        refuse_unused(config, plain, ("paper",), "galore-scaled is none of galore-torch's rules")
+        if config.proj_type == "full" and config.galore_rank > 1:
+            raise UserError("--proj-type full leaves galore-scaled no channel to scale: choose std, or --galore-rank 1")
+    if config.refresh == "random" and config.optim != "galore-scaled":
+        raise UserError(
+            f"--refresh random is for --optim galore-scaled: {config.optim} projects back, for which it is not "
+            "orthonormal; choose power or svd"
+        )
     if config.paper:
         refuse_unused(config, plain, ("refresh",), "--paper finds subspaces as published, by SVD")
     if config.train not in LORA:

@@ -15,8 +15,11 @@ from ..adamw import GaLoreAdamW
 from ..adamw8bit import GaLoreAdamW8bit
 from ..galore import GaLore
 from ..groups import param_groups
+from ..scaled import GaLoreScaled
 from ..state_size import state_bytes
 from .flags import InfoConfig
+
+KINDS = {"galore-adamw": GaLoreAdamW, "galore-adamw8bit": GaLoreAdamW8bit, "galore-scaled": GaLoreScaled}
 
 
 def run_info(config: InfoConfig) -> None:
@@ -60,7 +63,7 @@ def state_table(config: InfoConfig) -> list[tuple[str, ...]]:
     plain = sum(2 * p.numel() * p.element_size() for p in model.parameters())
     rows: list[tuple[str, ...]] = [("optimizer", "state", "AdamW's over it"), ("adamw", format_bytes(plain), "1.0")]
     for rank in config.ranks:
-        for name, kind in (("galore-adamw", GaLoreAdamW), ("galore-adamw8bit", GaLoreAdamW8bit)):
+        for name, kind in KINDS.items():
             size = _galore_bytes(model, kind, rank)
             shown = ("projects nothing", "") if size is None else (format_bytes(size), f"{plain / size:.1f}")
             rows.append((f"{name}, rank {rank}", *shown))

@@ -32,7 +32,7 @@ def make_optimizer(
         from ..upstream import PublishedGaLore
 
         return PublishedGaLore(groups, lr=config.lr)
-    refresh = None if config.paper else Refresh(method=config.refresh)
+    refresh = None if config.paper or config.refresh == "auto" else Refresh(method=config.refresh)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", UserWarning)
         optimizer = _galore(groups, config, refresh)
@@ -67,6 +67,10 @@ def _galore(groups: list[dict[str, Any]], config: TrainConfig, refresh: Refresh 
         from ..adamw8bit import GaLoreAdamW8bit
 
         return GaLoreAdamW8bit(groups, lr=config.lr, refresh=refresh)
+    if config.optim == "galore-scaled":
+        from ..scaled import GaLoreScaled
+
+        return GaLoreScaled(groups, lr=config.lr, refresh=refresh)
     from ..adamw import GaLoreAdamW
 
     return GaLoreAdamW(groups, lr=config.lr, refresh=refresh, paper=config.paper)
