@@ -66,10 +66,13 @@ class Dino(nn.Module):
 
 
 def efficientnet() -> nn.Module:
-    """EfficientNet-Lite0 with a fresh head: the published tensors have timm's order and shapes, and other names."""
+    """EfficientNet-Lite0 with a fresh head: the published tensors have timm's order and shapes, and other names.
+
+    They are TensorFlow's: timm's ``efficientnet_lite0`` would take them too, and pads and normalises otherwise.
+    """
     import timm
 
-    model: Any = timm.create_model("efficientnet_lite0", num_classes=1000)
+    model: Any = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     found = torch.load(next((data() / "weights" / "efficientnet_lite0").glob("*.pth")), weights_only=True)
     own = model.state_dict()
     model.load_state_dict({name: t.view_as(own[name]) for name, t in zip(own, found.values(), strict=True)})

@@ -79,7 +79,8 @@ class FinetuneConfig(RunConfig, ImageFlags):
     """Classes to use, in this order; empty takes all."""
     model: str = ""
     """Images: vit-mini (default), vit-ti-16, vit-s-16, vit-b-16, vit-l-16, resnet18, resnet50, mobilenet_v2,
-    proxyless_mobile, resnet20. Text: a transformers folder, or a name on the hub."""
+    proxyless_mobile, resnet20; a folder of transformers, or timm:NAME, with their weights. Text: a transformers folder,
+    or a name on the hub."""
     weights: str = ""
     """Images: pretrained weights (transformers folder, Google's .npz, timm's .safetensors, a state dict)."""
     max_length: int = 128

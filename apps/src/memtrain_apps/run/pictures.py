@@ -10,7 +10,8 @@ from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet, ImageSplit
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
-from memtrain_common.models.classifiers import Classifier, build_classifier, classification_loss, logits_of, usual_size
+from memtrain_common.models.classifier import Classifier
+from memtrain_common.models.classifiers import MODELS, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
 from torch import nn
@@ -25,8 +26,9 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         load_images(config.data, config.data_dir, size=config.size, verify=config.verify), config.labels
     )
     name = config.model or "vit-mini"
-    size = config.image_size or (0 if config.weights else usual_size(name) or pictures.size)
-    if not size and not config.weights:
+    brings = config.weights or name not in MODELS
+    size = config.image_size or (0 if brings else usual_size(name) or pictures.size)
+    if not size and not brings:
         raise UserError(f"--image-size is missing: the pictures have several sizes, and {name} takes any")
     classifier = build_classifier(name, len(pictures.classes), weights=config.weights, image_size=size)
     rows = len(pictures.splits["train"])

@@ -14,8 +14,8 @@ from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import fetch, load_images
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.prediction import dense_activations
+from memtrain_common.models.classifier import Classifier
 from memtrain_common.models.classifiers import (
-    Classifier,
     build_classifier,
     classification_loss,
     logits_of,
@@ -30,7 +30,7 @@ from memtrain_common.training.task import Task
 from torch import nn
 
 from .saving import NAMES, first_and_last, fix_statistics, saving_of, side_by_side, train_only
-from .train_flags import FREE, PROG, TrainConfig
+from .train_flags import FREE, MODELS, PROG, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     say(f"{session.folder.path}: {pictures.name}, {len(pictures.classes)} classes, pictures: {counts}")
     for line in left_out:
         say(line)
-    if config.weights:
-        say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
+    if config.weights or config.model not in MODELS:
+        say(f"weights from {config.weights or config.model}; the head is {'theirs' if made.head_kept else 'new'}")
     elif config.mode in ("bitfit", "head"):
         say(f"the backbone is random and stays so, since --mode {config.mode} has no --weights to tune")
     main = train_one(session, pictures, made)

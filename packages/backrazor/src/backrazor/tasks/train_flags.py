@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, positive, refuse_unused
@@ -20,10 +21,10 @@ Data = Literal[
     "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist",
     "tissuemnist", "organamnist", "organcmnist", "organsmnist",
 ]  # fmt: skip
-Model = Literal[
+MODELS = (
     "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2",
     "proxyless_mobile", "resnet20",
-]  # fmt: skip
+)  # fmt: skip
 
 FREE = MAY_CHANGE | {"workers", "download", "bad_images"}
 """What a resumed run may change."""
@@ -45,11 +46,14 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     bad_images: Literal["refuse", "skip", "unchecked"] = "refuse"
     """Damaged pictures: refuse the set, leave them out and say which, or do not look until they are used."""
     # -- model
-    model: Model = "vit-mini"
-    """A ViT (mini: 96 wide, 4 blocks), a CNN of torchvision, ProxylessNAS-Mobile, or CIFAR's ResNet-20."""
+    model: str = "vit-mini"
+    """vit-mini (96 wide, 4 blocks), vit-ti-16, vit-s-16, vit-b-16, vit-l-16; resnet18, resnet50, mobilenet_v2
+    (torchvision's), proxyless_mobile, resnet20 (CIFAR's); any image classifier of transformers, by its folder; or
+    timm:NAME."""
     weights: str = ""
     """Pretrained weights. ViT: a folder of transformers, Google's .npz, timm's .safetensors. CNN: .pth or .safetensors,
-    or imagenet (torchvision's, downloaded). Empty begins at random."""
+    or imagenet (torchvision's, downloaded). timm:NAME: a file of its tensors. Empty begins at random; a folder and
+    timm:NAME bring theirs."""
     patch_size: int = 0
     """Of a ViT with random weights: pixels of a patch's side; 0 takes the model's usual."""
     freeze_bn: bool = False
@@ -191,12 +195,18 @@ def check(config: TrainConfig, plain: TrainConfig) -> TrainConfig:
         raise UserError("--select best needs pictures to validate on: leave --validate none out")
     if config.data == "digits":
         refuse_unused(config, plain, ("size", "verify", "download"), "the digits come with scikit-learn")
-    if config.model.startswith("vit"):
+    own = config.model in MODELS
+    if not own and "/" not in config.model and ":" not in config.model and not Path(config.model).exists():
+        raise UserError(
+            f"--model {config.model} is no known model: choose one of {', '.join(MODELS)}, a folder of transformers, "
+            "or timm:NAME"
+        )
+    if own and config.model.startswith("vit"):
         for name in ("freeze_bn", "fix_bn_stat"):
             refuse_unused(config, plain, (name,), f"{config.model} has no batch norm")
     else:
         refuse_unused(config, plain, ("patch_size",), f"{config.model} has no patches")
-    if config.weights and config.model.startswith("vit"):
+    if config.weights and own and config.model.startswith("vit"):
         refuse_unused(config, plain, ("patch_size",), "--weights brings its own")
     if config.optim == "adam":
         refuse_unused(config, plain, ("momentum",), "Adam has betas of its own (0.9, 0.999)")

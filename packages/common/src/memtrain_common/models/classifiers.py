@@ -1,9 +1,10 @@
 """Image classifiers by name: ViTs, torchvision's CNNs, ProxylessNAS-Mobile, CIFAR's ResNet-20; with local weights.
 
+A folder of transformers or ``timm:NAME`` is any other classifier (:mod:`.other_classifiers`).
+
 What a model wants to be given (its size in pixels, the normalisation of its pretraining) comes with it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..data.images.batches import IMAGENET, Normalize
 from ..errors import UserError
 from .cifar_resnet import CifarResNet
+from .classifier import Classifier
+from .other_classifiers import is_other, load_other, other_size
 from .proxyless import ProxylessMobile, made_for, renamed
 from .vit import build_vit, load_vit, patch_for
 from .vit_files import read_state_dict
@@ -33,22 +36,11 @@ MODELS = (*VITS, *CNNS)
 IMAGENET_WEIGHTS = "imagenet"
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A model with what it must be given."""
-
-    model: nn.Module
-    image_size: int
-    """Pixels of its input's side."""
-    head: str
-    """Path of the last layer, whose outputs are the classes."""
-    normalize: Normalize
-    head_kept: bool = False
-    """Whether the head is the weights' own."""
-
-
 def usual_size(name: str, weights: str = "") -> int:
     """Pixels that a model was made for; 0 where it takes the picture's."""
+    other = _other(name, weights)
+    if other:
+        return other_size(other)
     if name in CNNS:
         return 32 if name == "resnet20" else 224
     return 0 if name == "vit-mini" and not weights else 224
@@ -57,21 +49,34 @@ def usual_size(name: str, weights: str = "") -> int:
 def build_classifier(
     name: str, classes: int, *, weights: str = "", image_size: int = 0, patch_size: int = 0
 ) -> Classifier:
-    """A classifier of :data:`MODELS`, its random numbers from torch's generator.
+    """A classifier of :data:`MODELS`, or another, its random numbers from torch's generator.
 
     Args:
-        name: which; with ``weights`` of a ViT the file decides, and any ViT's name will do.
+        name: which, a folder of transformers, or ``timm:NAME``; with ``weights`` of a ViT the file decides, and any
+            ViT's name will do.
         classes: outputs of the head. A head of the weights is kept where it has as many, else it is fresh.
         weights: of a ViT a folder of transformers, Google's ``.npz`` or timm's ``.safetensors``; of a CNN its state
-            dict as ``.safetensors`` or ``.pth``, or "imagenet" for torchvision's, which are downloaded.
+            dict as ``.safetensors`` or ``.pth``, or "imagenet" for torchvision's, which are downloaded; of timm's its
+            tensors. A folder of transformers may stand here as well.
         image_size: pixels; 0 takes :func:`usual_size`, and of a ViT's weights what they were trained with.
         patch_size: of a ViT with random weights; 0 takes the name's, or what fits the picture.
 
     Raises:
         UserError: if there is no such model, or the weights are not of it (naming the first that differs).
     """
+    other = _other(name, weights)
+    if other:
+        if patch_size:
+            raise UserError(f"--patch-size {patch_size} would do nothing: {other} has patches of its own; leave it out")
+        return load_other(other, classes, weights="" if other == weights else weights, image_size=image_size)
+    if Path(name).is_dir():  # a ViT of transformers
+        if weights:
+            raise UserError(f"the folder {name} brings its weights: leave {weights} out, or name the model alone")
+        name, weights = "vit-b-16", name
     if name not in MODELS:
-        raise UserError(f"{name!r} is no known model: choose one of {', '.join(MODELS)}")
+        raise UserError(
+            f"{name!r} is no known model: choose one of {', '.join(MODELS)}, a folder of transformers, or timm:NAME"
+        )
     if name in CNNS:
         image_size = image_size or usual_size(name)
         tensors = _weights(name, weights) if weights else {}
@@ -87,6 +92,13 @@ def build_classifier(
         model, kept = build_vit(size, image_size=image_size, patch_size=patch, classes=classes), False
     made: Any = model.config  # of weights whose size was not asked for, their own
     return Classifier(model, made.image_size, "classifier", Normalize(), kept)
+
+
+def _other(name: str, weights: str) -> str:
+    """The folder or name of a classifier that :mod:`.other_classifiers` loads; empty where it is one of ours."""
+    if is_other(name):
+        return name
+    return weights if name in (*VITS, "") and Path(weights).is_dir() and is_other(weights) else ""
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:

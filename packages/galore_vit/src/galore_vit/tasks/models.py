@@ -28,7 +28,8 @@ def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]
     size = image_size(config, images)
     classes = len(images.classes)
     if config.weights:
-        model, head = load_vit(Path(config.weights), image_size=size, classes=classes)
+        made = build_classifier("vit-b-16", classes, weights=config.weights, image_size=size)
+        model, head = made.model, made.head_kept
         say(f"weights from {config.weights}; the head is {'theirs' if head else 'new'}")
     else:
         patch = config.patch_size or patch_for(size)
