@@ -3,7 +3,8 @@
     MEMTRAIN_DATA=FOLDER python benchmarks/real_study.py TASK:ARMS …
 
 TASK is one of ``real_tasks.py``; ARMS is a study ("saving", "adapters", "optimizers", …, below) or names of arms with
-commas between them. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again.
+commas between them. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again;
+results/real_TASK.json has every arm's mean and its difference from dense training, paired by seed.
 
 The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
 with everything kept for the backward pass; it is then the same whatever is kept. Rates rise over 6 steps and fall
@@ -24,6 +25,7 @@ from memtrain_apps.compose.compose import compose
 from memtrain_apps.compose.families import head_name
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
+from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.measuring.memory import SavedActivations, measure
 from memtrain_common.training.task import Task
 from real_tasks import TASKS, RealTask, task
@@ -204,6 +206,36 @@ def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
                 seeds=sorted(map(int, runs)), about=of.about, metric=of.metric, arm=label, way=arm.way,
                 axes=asdict(arm.axes), learning_rate=rate, cost=spent, runs=runs,
             )  # fmt: skip
+            summarise(name)
+
+
+def summarise(name: str) -> None:
+    """All arms of a task as one table: means with half of a 95 % interval, and differences from dense by seed."""
+    found = [json.loads(p.read_text()) for p in sorted((RESULTS / name).glob("*.json"))]
+    rates = {r["way"]: {"held_out": r["held_out"], "seed": TUNING_SEED} for r in found if "held_out" in r}
+    arms = {a["arm"]: a for a in found if "runs" in a}
+    dense = arms.get("dense", {"runs": {}, "cost": {"saved_bytes": 0}})
+    table = {label: _row(arms[label], dense) for label in ARMS if label in arms}
+    write_results(
+        RESULTS.parent / f"real_{name}.json", argv=["python", "benchmarks/real_study.py", f"{name}:ARMS"],
+        device=torch.device("cpu"), seeds=sorted({int(s) for a in arms.values() for s in a["runs"]}),
+        about=next(a["about"] for a in arms.values()), metric=next(a["metric"] for a in arms.values()), arms=table,
+        learning_rates=rates,
+    )  # fmt: skip
+
+
+def _row(arm: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    runs, beside = arm["runs"], dense["runs"]
+    pairs = [runs[s]["score"] - beside[s]["score"] for s in runs if s in beside]
+    mean, ci = mean_and_ci([r["score"] for r in runs.values()])
+    row = {"seeds": len(runs), "score": round(mean, 4), "score_ci95": round(ci, 4)}
+    if arm["arm"] != "dense" and len(pairs) > 1:
+        mean, ci = mean_and_ci(pairs)
+        row |= {"less_dense": round(mean, 4), "less_dense_ci95": round(ci, 4)}
+    if dense["cost"]["saved_bytes"]:
+        row["times_less_saved"] = round(dense["cost"]["saved_bytes"] / arm["cost"]["saved_bytes"], 2)
+    seconds = sorted(r["cpu_seconds"] for r in runs.values())[len(runs) // 2]
+    return {**row, **arm["cost"], "learning_rate": arm["learning_rate"], "cpu_seconds": seconds}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ..data.images.batches import IMAGENET, Normalize
 from ..errors import UserError
 from .cifar_resnet import CifarResNet
 from .classifier import Classifier
-from .other_classifiers import is_other, load_other, other_size
+from .other_classifiers import is_other, is_other_folder, load_other, other_size
 from .proxyless import ProxylessMobile, made_for, renamed
 from .vit import build_vit, load_vit, patch_for
 from .vit_files import read_state_dict
@@ -98,7 +98,7 @@ def _other(name: str, weights: str) -> str:
     """The folder or name of a classifier that :mod:`.other_classifiers` loads; empty where it is one of ours."""
     if is_other(name):
         return name
-    return weights if name in (*VITS, "") and Path(weights).is_dir() and is_other(weights) else ""
+    return weights if name in (*VITS, "") and weights and is_other_folder(weights) else ""
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:

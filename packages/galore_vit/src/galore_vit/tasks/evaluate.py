@@ -17,7 +17,7 @@ from memtrain_common.training.rng import seed_all
 from torch import nn
 
 from .flags import PROG, EvalConfig, TrainConfig
-from .models import image_size, make_model
+from .models import make_model
 from .scoring import Score, predict, score, write_all
 from .train import trial_folder, trial_images, trials
 
@@ -57,10 +57,11 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
         own = trial_images(images, trained, trial)
         check_classes(own)
         seed_all(trial.seed)
-        model = make_model(trained, own, lambda _: None).to(device)
+        made = make_model(trained, own, lambda _: None)
+        model = made.model.to(device)
         if step:
             _load(model, folder / "checkpoints" / f"step-{step:08d}")
-        scores = predict(model, own.splits[config.split], image_size(trained, own), multi_label=own.multi_label)
+        scores = predict(model, own.splits[config.split], made, multi_label=own.multi_label)
         out = Path(config.out) / (trial.name if folder != run else "") if config.out else folder
         found.append(write_all(out, own, config.split, scores, trial.name))
         rows.append((trial.name, *_numbers(found[-1])))

@@ -43,8 +43,8 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     model: Size = "mini"
     """ViT built with random weights: mini (96 wide, 4 blocks), or Ti, S, B, L, H."""
     weights: str = ""
-    """Pretrained ViT instead: a folder of transformers, Google's .npz, timm's .safetensors, or timm:NAME (by its name,
-    where timm is installed); decides the size."""
+    """Pretrained model instead: a folder of transformers (a ViT, or any other image classifier: Dinov2, DeiT, Swin),
+    Google's .npz, timm's .safetensors, or timm:NAME (a ViT by its name, where timm is installed); decides the size."""
     patch_size: int = 0
     """Pixels of a patch's side; 0 takes the weights', or the largest divisor up to a quarter of the image and 16."""
     dropout: float = 0.0

@@ -1,11 +1,15 @@
 """The model of a run: a ViT from random or pretrained weights, with the part that is trained."""
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from memtrain_common.data.images.batches import Normalize
 from memtrain_common.data.images.image_set import ImageSet
-from memtrain_common.models.vit import build_vit, load_vit, patch_for
+from memtrain_common.models.classifier import Classifier
+from memtrain_common.models.classifiers import build_classifier
+from memtrain_common.models.other_classifiers import is_other_folder
+from memtrain_common.models.vit import build_vit, patch_for
 from torch import Tensor, nn
 
 from ..melo import HEAD, MeLo, add_melo
@@ -23,20 +27,23 @@ def describe(images: ImageSet) -> dict[str, Any]:
     return {**images.describe(), **more}
 
 
-def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]) -> nn.Module:
-    """The model with ``requires_grad`` set on what is trained; random numbers come from torch's generator."""
-    size = image_size(config, images)
+def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]) -> Classifier:
+    """The model with ``requires_grad`` set on what is trained, and the pictures that it wants; random numbers come from
+    torch's generator.
+    """
     classes = len(images.classes)
     if config.weights:
+        size = config.image_size if is_other_folder(config.weights) else image_size(config, images)
         made = build_classifier("vit-b-16", classes, weights=config.weights, image_size=size)
-        model, head = made.model, made.head_kept
-        say(f"weights from {config.weights}; the head is {'theirs' if head else 'new'}")
+        say(f"weights from {config.weights}; the head is {'theirs' if made.head_kept else 'new'}")
     else:
+        size = image_size(config, images)
         patch = config.patch_size or patch_for(size)
         model = build_vit(config.model, image_size=size, patch_size=patch, classes=classes, dropout=config.dropout)
+        made = Classifier(model, size, HEAD, Normalize())
         if config.train != "full":
             say(f"the backbone is random and stays so, since --train {config.train} has no --weights to adapt")
-    return select(model, config)
+    return replace(made, model=select(made.model, config))
 
 
 def select(model: nn.Module, config: TrainConfig) -> nn.Module:

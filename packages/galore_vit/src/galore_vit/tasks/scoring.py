@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from memtrain_common.data.images.batches import Normalize, evaluation_batches
+from memtrain_common.data.images.batches import evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet, ImageSplit
 from memtrain_common.data.images.medmnist_names import class_names
 from memtrain_common.data.images.medmnist_results import Scores, official_file, official_name, write_predictions
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.classification_plots import plot_confusion, plot_roc
+from memtrain_common.models.classifier import Classifier
 from memtrain_common.optional import installed
 from numpy.typing import NDArray
 from torch import nn
@@ -35,13 +36,19 @@ class Score:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: ImageSplit, size: int, *, multi_label: bool, batch: int = 256) -> Scores:
-    """Probabilities (N, classes) of a split's images, by the model in eval mode."""
+def predict(model: nn.Module, split: ImageSplit, made: Classifier, *, multi_label: bool, batch: int = 256) -> Scores:
+    """Probabilities (N, classes) of a split's images, by the model in eval mode.
+
+    Args:
+        made: what the model must be given.
+    """
     device = next(model.parameters()).device
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     parts = []
-    for pixels, _ in evaluation_batches(split, size, normalize=Normalize(), resize="nearest", batch=batch):
+    for pixels, _ in evaluation_batches(
+        split, made.image_size, normalize=made.normalize, resize="nearest", batch=batch
+    ):
         logits = model(pixel_values=pixels.to(device)).logits.double()
         parts.append((logits.sigmoid() if multi_label else logits.softmax(-1)).cpu())
     for module, training in modes:

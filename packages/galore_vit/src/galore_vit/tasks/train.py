@@ -14,6 +14,7 @@ from memtrain_common.data.images.batches import ImageBatches
 from memtrain_common.data.images.image_set import ImageSet, check_classes, fold
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.measuring.intervals import mean_and_ci
+from memtrain_common.models.classifier import Classifier
 from memtrain_common.training.distributed import parallelize
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
@@ -22,7 +23,7 @@ from memtrain_common.training.task import Task
 from torch import nn
 
 from .flags import MAY_CHANGE, PROG, TrainConfig
-from .models import describe, image_size, loss_of, make_model
+from .models import describe, loss_of, make_model
 from .optimizers import make_optimizer
 from .scoring import Score, mean_loss, predict, score, write_all
 
@@ -97,16 +98,17 @@ def train_one(session: Session, trial: Trial, images: ImageSet) -> Trained:
     config: TrainConfig = session.config
     place, device = session.place, session.device
     seed_all(trial.seed)
-    model = make_model(config, images, session.console.say).to(device)
+    made = make_model(config, images, session.console.say)
+    model = made.model.to(device)
     optimizer = make_optimizer(model, config, session.console.say)
     seed_all(trial.seed + place.rank)  # dropout differs between processes; the weights above must not
-    size = image_size(config, images)
     batches = ImageBatches(
         images.splits["train"],
         config.batch_size,
-        size,
+        made.image_size,
         trial.seed,
         recipe=config.augment,
+        normalize=made.normalize,
         resize="nearest",
         multi_label=images.multi_label,
         rank=place.rank,
@@ -119,7 +121,7 @@ def train_one(session: Session, trial: Trial, images: ImageSet) -> Trained:
         batches,
         loss_of(images.multi_label),
         optimizer,
-        evaluate=partial(_evaluate, images, size),
+        evaluate=partial(_evaluate, images, made),
         lr_factor=lr_factor(config, steps),
     )
     fit_config = FitConfig(
@@ -140,7 +142,7 @@ def train_one(session: Session, trial: Trial, images: ImageSet) -> Trained:
     outcome = session.fit(task, fit_config, resume_key=key, label=trial.name, select=config.select)
     found = {}
     for split in ("val", "test"):
-        scores = predict(outcome.model, images.splits[split], size, multi_label=images.multi_label)
+        scores = predict(outcome.model, images.splits[split], made, multi_label=images.multi_label)
         if session.run is not None and session.run.writes:
             found[split] = write_all(session.run.path, images, split, scores, trial.name, pictures=split == "test")
         else:
@@ -166,8 +168,8 @@ def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float] | None:
     return partial(cosine_with_warmup, warmup_iters=steps // 20, decay_iters=max(steps, 1), min_ratio=0.0)
 
 
-def _evaluate(images: ImageSet, size: int, model: nn.Module) -> dict[str, float]:
-    scores = predict(model, images.splits["val"], size, multi_label=images.multi_label)
+def _evaluate(images: ImageSet, made: Classifier, model: nn.Module) -> dict[str, float]:
+    scores = predict(model, images.splits["val"], made, multi_label=images.multi_label)
     labels = images.splits["val"].labels
     found = score(labels, scores, images.task)
     return {"loss": mean_loss(labels, scores, images.multi_label), "AUC": found.auc, "ACC": found.acc}
