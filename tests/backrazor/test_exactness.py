@@ -121,6 +121,7 @@ CLAIMS = {
     "contiguous": [(lambda x: x.t().contiguous(), lambda: (activation(60, 70),), {"all": 0})],
     "reshape": [(lambda x: x.t().reshape(-1), lambda: (activation(60, 70),), {"all": 0})],
     "to": [(lambda x: x.to(torch.float32), lambda: (activation(60, 70),), {"all": 0})],
+    "pad": [(lambda x: F.pad(x, (1, 2, 0, 3), value=0.5), lambda: (activation(60, 70),), {"all": 0})],
     "link: div": [(lambda x: x / 3, lambda: (activation(60, 70),), {"all": 0})],
     "link: pow": [(lambda x: x.pow(2), lambda: (activation(3000),), {"all": 0})],
     "link: add": [(lambda x: x.pow(3) + 0.1, lambda: (activation(3000),), {"all": 0})],

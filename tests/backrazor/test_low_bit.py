@@ -449,3 +449,26 @@ def test_a_sigmoid_of_minus_infinity_has_finite_gradients():
     assert torch.equal(made, loss())
     assert got.isfinite().all()
     assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("frame", [(0, 1, 0, 1), (1, 0, 2, 0)])
+def test_a_padded_input_is_made_from_what_is_kept_without_its_frame(frame):
+    """As convolutions of TensorFlow's models have it: batch norm, ReLU6, a frame, a convolution."""
+    norm, conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, stride=2, bias=False)
+    x = torch.randn(4, 8, 12, 12)
+
+    def run(pad):
+        y = F.relu6(norm(nn.Conv2d.forward(first, x)))
+        return conv(pad(y)).sum()  # which keeps nothing
+
+    first = nn.Conv2d(8, 8, 1, bias=False)
+    sizes, grads = {}, {}
+    for name, pad in (("framed", lambda y: F.pad(y, frame)), ("plain", lambda y: y)):
+        with SavedActivations(norm) as saved, Razor(0.1):
+            loss = run(pad)
+        sizes[name] = sum(saved.by_layer().values())
+        grads[name] = torch.autograd.grad(loss, [conv.weight, first.weight])
+    assert sizes["framed"] == sizes["plain"]
+    dense = torch.autograd.grad(run(lambda y: F.pad(y, frame)), [conv.weight, first.weight])
+    for a, b in zip(grads["framed"], dense, strict=True):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.95

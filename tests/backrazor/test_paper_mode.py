@@ -21,6 +21,7 @@ single = functools.partial(paper_pruned, keep=KEEP, values=torch.float32)
 
 MORE = {
     "contiguous": (lambda x: x.transpose(0, 1).contiguous(), lambda: (leaf(5, 7),)),
+    "pad": (lambda x: F.pad(x, (1, 2)), lambda: (leaf(5, 7),)),
     "reshape": (lambda x: x.transpose(0, 1).reshape(-1), lambda: (leaf(5, 7),)),
     "to": (lambda x: (2 * x).to(torch.float32).to(D), lambda: (leaf(5, 7),)),
     "div": (lambda x: x / 3.0, lambda: (leaf(5, 7),)),
@@ -212,7 +213,7 @@ REFERENCES = {
     **dict.fromkeys(
         ("batch_norm", "batch_norm frozen", "group_norm", "group_norm plain", "relu", "relu6", "hardtanh", "leaky_relu",
          "relu in place", "relu_", "hardsigmoid", "hardsigmoid in place", "max_pool2d", "max_pool2d dilated",
-         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout", "contiguous", "reshape", "to", "div",
+         "avg_pool2d", "adaptive_avg_pool2d", "mul broadcast", "dropout", "contiguous", "reshape", "pad", "to", "div",
          "linear, then cross_entropy"),
         exact,
     ),

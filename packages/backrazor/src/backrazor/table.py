@@ -254,6 +254,15 @@ OPERATIONS: tuple[Operation, ...] = (
             "to": _methods("to"),
         }.items()
     ),
+    Operation(
+        "pad",
+        (F.pad,),
+        copies.pad,
+        "all",
+        "nothing",
+        "nothing; the next operation makes its input from what is kept of the original",
+        "before a convolution of a model that TensorFlow trained; its frame is constant",
+    ),
     *(
         Operation(
             f"link: {name}",

@@ -1,7 +1,9 @@
-"""Copies of a stored tensor in another layout, shape or type: made from what is stored of the original."""
+"""Copies of a stored tensor in another layout, shape, type or frame: made from what is stored of the original."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..keeper import Keeper
@@ -21,3 +23,14 @@ def copy(call: Any) -> Any:
         return y
 
     return rule
+
+
+def pad(razor: Keeper, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """``F.pad`` by a constant, as convolutions of TensorFlow's models want it: x̂ in the same frame."""
+    if mode != "constant" or razor.mode != "low-bit" or not input.requires_grad:
+        return NotImplemented
+    before, frame = razor.find(input), tuple(pad)
+    y = F.pad(input, frame, value=value)
+    if before is not None and y.untyped_storage()._cdata != input.untyped_storage()._cdata:
+        razor.derive(y, lambda x: F.pad(x, frame, value=value), (before,))
+    return y
