@@ -22,6 +22,7 @@ from lte import (
 )
 from lte.headed import sum_of_products, tree_sum
 from lte.merging import sends_factors
+from lte.sparse import Sparse
 from memtrain_common.console import Console
 from memtrain_common.data.text.corpus import Corpus, Crops
 from memtrain_common.data.text.tokenizers import ByteTokenizer
@@ -292,3 +293,29 @@ def test_the_tree_is_the_same_however_it_is_cut():
         sums = [sum_of_products(a, b) for a, b in zip(A.chunk(parts), B.chunk(parts), strict=True)]
         assert torch.equal(tree_sum(lambda i, sums=sums: sums[i].clone(), 0, parts), whole)
     torch.testing.assert_close(whole, torch.einsum("hmr,hrn->mn", B, A))
+
+
+# -- sparse merges
+
+SPARSE = {"merge_density": 0.03, "merge_bits": 3, "outer_momentum": 0.3}
+
+
+@pytest.mark.slow
+def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill(tmp_path):
+    """Killed on four processes, gone on with on two: curve, weights and every head's feedback of one process."""
+    one, out, options = tmp_path / "one", tmp_path / "run", {"steps": 100, "every": 10, **SPARSE}
+    train(one, COPIES, **options)
+    run_ranks(4, lambda: train(out, COPIES, at=(2, 71, end_all), **options))
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000050"]
+    run_ranks(2, lambda: train(out, COPIES, resume=True, **options))
+    assert_same(out, one, atol=1e-5)
+    owed = [load_file(newest_checkpoint(run) / "model.safetensors") for run in (out, one)]
+    found = [name for name in owed[0] if "feedback" in name]
+    assert "transformer.h.0.mlp.c_fc.feedback" in found
+    assert "transformer.wte.feedback_weight" in found
+    for name in found:
+        assert owed[1][name].any()
+        torch.testing.assert_close(owed[0][name], owed[1][name], rtol=0, atol=1e-5)
+    sent = json.loads((out / "sent-0.json").read_text())
+    each = sum(Sparse(8, 3).size(owed[0][name][0].numel()) for name in found)  # bytes that a head says at a merge
+    assert sent["merges"] == 5 * 4 * 3 * each + 5 * 2 * 1 * 2 * each

@@ -193,7 +193,21 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_
 
 @pytest.mark.parametrize(
     "words",
-    [["--parallel", "ddp"], [], ["--lte-replicas", "embeddings", "--lte-vectors", "norms", "--lte-reset", "all"]],
+    [
+        ["--parallel", "ddp"],
+        [],
+        [
+            "--lte-replicas",
+            "embeddings",
+            "--lte-vectors",
+            "norms",
+            "--lte-reset",
+            "all",
+            "--lte-merge-density",
+            "0.05",
+            "--lte-merge-in-turn",
+        ],
+    ],
     ids=["ddp", "heads", "heads with copies, vectors and resets"],
 )
 @pytest.mark.slow
@@ -307,6 +321,9 @@ def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
         (["--lte-replicas", "biases"], ["--lte-replicas takes any of embeddings norms skipped, got biases"]),
         (["--lte-trainable", "norms", "--lte-replicas", "embeddings"], ["take what is trainable: add embeddings"]),
         (["--lte-outer-momentum", "1"], ["--lte-outer-momentum must be below 1"]),
+        (["--lte-merge-density", "0"], ["merge_density must be above 0 and at most 1"]),
+        (["--lte-merge-bits", "2"], ["--lte-merge-bits is for a --lte-merge-density below 1"]),
+        (["--lte-merge-in-turn"], ["--lte-merge-in-turn spreads the layers over --lte-merge-steps, which is 1"]),
         (["--lte-restart-warmup-iters", "5"], ["--lte-restart-warmup-iters 5 must be below --lte-merge-steps 1"]),
         (["--tokenizer-dir", "x"], ["--tokenizer-dir is for --tokenizer gpt2"]),
     ],

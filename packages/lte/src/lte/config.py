@@ -49,6 +49,11 @@ class LTEConfig:
     """μ of Nesterov momentum over merges (DiLoCo): v ← μ v + Δ, W ← W + η (Δ + μ v). 0 keeps no v."""
     outer_lr: float = 1.0
     """η: how much of the mean delta is merged; 1 is LTE's merge."""
+    merge_density: float = 1.0
+    """Share of each head's delta that a merge sends, the largest of every 256 numbers. What is not sent is kept, and
+    added to the head's next delta (error feedback); 1 sends all of it, exactly."""
+    merge_bits: int = 4
+    """Bits of each number that is sent of a share below 1: its sign, and 2^(bits − 1) magnitudes."""
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -75,6 +80,10 @@ class LTEConfig:
             raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
         if not self.outer_lr > 0:
             raise ValueError(f"outer_lr must be positive, got {self.outer_lr}")
+        if not 0 < self.merge_density <= 1:
+            raise ValueError(f"merge_density must be above 0 and at most 1, got {self.merge_density}")
+        if not 2 <= self.merge_bits <= 8:
+            raise ValueError(f"merge_bits must be from 2 to 8, got {self.merge_bits}")
         if self.mode == "sequential" and self.replicas:
             raise ValueError("sequential heads all see the whole batch and have no replicas: drop one of the two")
 

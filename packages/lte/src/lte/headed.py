@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from .bases import join_float32, materialize, quantize_4bit, split_float32
 from .config import LTEConfig
+from .sparse import Sparse
 
-HEAD_TENSORS = ("lora_A", "lora_B", "merged_A", "merged_B")  # of the heads that this process holds, in dim 0
+HEAD_TENSORS = (
+    "lora_A",
+    "lora_B",
+    "merged_A",
+    "merged_B",
+    "feedback",
+)  # of the heads that this process holds, in dim 0
 OWN_TENSORS = (
     *HEAD_TENSORS, "weight_low", "weight_codes", "weight_absmax", "weight_delta", "all_A", "all_B", "velocity",
 )  # fmt: skip
@@ -32,6 +39,7 @@ class Headed(nn.Module):
     - ``weight``: the frozen W in the layer's own shape; (m, n) after ``flatten(1)``. None with a 4-bit base.
     - ``lora_A`` (h, r, n), ``lora_B`` (h, m, r): the heads. B begins at 0, so the layer's function is unchanged.
     - ``merged_A``, ``merged_B``: the factors at the last merge; absent where B is reset.
+    - ``feedback`` (h, m, n): of each head's deltas what merges have not sent yet, where they are sparse.
     - ``weight_low``, ``weight_codes``, …: see :mod:`lte.bases`. ``velocity`` (m, n): the outer momentum.
     """
 
@@ -46,6 +54,7 @@ class Headed(nn.Module):
     merged_B: Tensor
     all_A: Tensor
     all_B: Tensor
+    feedback: Tensor
     velocity: Tensor
     evaluated: Tensor | None
     path = ""
@@ -71,8 +80,10 @@ class Headed(nn.Module):
             raise ValueError(f"base {base!r} keeps float32 weights, and this layer's are {master.dtype}: use 'float32'")
         self.matrix_shape = m, n = len(master), master[0].numel()
         H, r = self.total_heads, self.rank
+        self.sparse = Sparse.of(config)
+        exact = not config.outer and self.sparse is None
         self.telescopes = (
-            base == "4bit" and config.reset == "none" and not config.outer and H * r * (m + n) < m * n
+            base == "4bit" and config.reset == "none" and exact and H * r * (m + n) < m * n
         )  # W is W₀ + s·mean(B'A') with the merged factors of all H heads kept, instead of a running sum
         self.evaluated = None  # W and all unmerged deltas, while lte.averaged() holds them ready
         drawn = [A for _, A in draw_A(self, master)] if self.telescopes else []
@@ -88,6 +99,8 @@ class Headed(nn.Module):
         elif config.reset == "none":
             self.register_buffer("merged_A", A.detach().clone())
             self.register_buffer("merged_B", torch.zeros_like(self.lora_B))
+        if self.sparse is not None:
+            self.register_buffer("feedback", master.new_zeros(self.heads, m, n))
         if config.outer_momentum:
             self.register_buffer("velocity", master.new_zeros(m, n))
         self._keep(master)
@@ -223,6 +236,27 @@ class Headed(nn.Module):
         if self.config.reset == "none":
             self.merged_A.copy_(self.lora_A)
             self.merged_B.copy_(self.lora_B)
+
+    def messages(self) -> Tensor:
+        """What a sparse merge sends of each head held here, (h, bytes): the largest of what it owes."""
+        assert self.sparse is not None
+        deltas = self._head_deltas()
+        return torch.stack([self.sparse.pack(delta.add_(e)) for delta, e in zip(deltas, self.feedback, strict=True)])
+
+    @torch.no_grad()
+    def take_messages(self, messages: Tensor) -> None:
+        """Merge the messages of all H heads, (H, bytes). What this process's own did not say is kept for the next."""
+        sparse = self.sparse
+        assert sparse is not None
+        total = tree_sum(lambda h: sparse.unpack(messages[h], self.feedback[0]), 0, len(messages))
+        for delta, e, message in zip(self._head_deltas(), self.feedback, messages[self._own], strict=True):
+            e.add_(delta).sub_(sparse.unpack(message, e))
+        self.take(total.mul_(self.scale / self.total_heads))
+
+    def _head_deltas(self) -> Iterator[Tensor]:
+        """D_h (m, n) of each head held here."""
+        A, B = self.factors()
+        return (sum_of_products(A[h : h + 1], B[h : h + 1]) for h in range(self.heads))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, *, A: bool) -> None:

@@ -1,6 +1,6 @@
 """Merging: the mean of the heads' deltas goes into the frozen weights, and training continues from there."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from .headed import Headed, sum_of_products
 from .injection import headed, replicas
 from .ranks import Ranks
 from .reached import Reached
+from .replicas import Replicas
 
 
 @torch.no_grad()
@@ -20,10 +21,12 @@ def merge(
     ranks: Ranks | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> None:
     """Merge every layer with heads and average every layer with copies, then reset what ``LTEConfig.reset`` says.
 
-    The evaluated function does not change (unless there is outer momentum), and afterwards every head trains from it.
+    The evaluated function does not change (unless there is outer momentum, or merges are sparse: then the deltas'
+    largest numbers are merged, and the rest is merged later), and afterwards every head trains from it.
 
     =========  ===================  ======================  =======================================================
     reset      A, B                 offsets                 optimizer
@@ -37,6 +40,7 @@ def merge(
         ranks: the processes that hold the heads; all of them call this.
         optimizer: whose state is forgotten.
         seed: of the new A; the same on all processes, another at each merge.
+        only: names of the layers to merge; None: all of them.
 
     Raises:
         ValueError: if the model has no heads, or resets need the optimizer.
@@ -48,14 +52,19 @@ def merge(
     config = next(iter(layers.values())).config
     if config.reset != "none" and config.reset_optimizer and optimizer is None:
         raise ValueError(f"reset={config.reset!r} lets the optimizer forget its state: pass optimizer=")
-    if ranks is None or ranks.size == 1:
+    if only is not None:
+        layers = {name: m for name, m in layers.items() if name in only}
+        copies = {name: m for name, m in copies.items() if name in only}
+    if config.merge_density < 1:
+        _merge_messages(layers, copies, ranks)
+    elif ranks is None or ranks.size == 1:
         for layer in layers.values():
             layer.take(layer.mean_delta(), layer.lora_A, layer.lora_B)
         for copy in copies.values():
             copy.take(copy.means())
     else:  # everything has arrived before anything changes: a lost process leaves a whole model behind
         arrived = _arrive(layers, ranks, "merges")
-        means = _mean_copies(model, ranks, "merges")
+        means = _mean_copies(copies, ranks, "merges")
         for name, layer in layers.items():
             layer.take(*arrived.pop(name))
         for name, copy in copies.items():
@@ -67,6 +76,17 @@ def merge(
             if config.reset_optimizer and optimizer is not None:
                 for factor in (layer.lora_A, layer.lora_B)[config.reset == "B" :]:
                     optimizer.state.pop(factor, None)
+
+
+def _merge_messages(layers: Mapping[str, Headed], copies: Mapping[str, Replicas], ranks: Ranks | None) -> None:
+    """Sparse merges: every process's messages go to all others, and nothing changes before the last has arrived."""
+    kept = [(copy, name) for copy in copies.values() for name in copy.own_names()]
+    own = [layer.messages() for layer in layers.values()] + [copy.messages(name) for copy, name in kept]
+    whole = iter(own if ranks is None else ranks.gather(own, "merges"))
+    for layer in layers.values():
+        layer.take_messages(next(whole))
+    for copy, name in kept:
+        copy.take_messages(name, next(whole))
 
 
 Arrived = tuple[Tensor, Tensor | None, Tensor | None]  # the mean delta; A and B of all heads where W telescopes
@@ -102,9 +122,8 @@ def _factors_to_send(layer: Headed) -> tuple[Tensor, Tensor]:
     return (layer.lora_A.detach(), layer.lora_B.detach()) if layer.telescopes else layer.factors()
 
 
-def _mean_copies(model: nn.Module, ranks: Ranks, purpose: str) -> dict[str, dict[str, Tensor]]:
+def _mean_copies(copies: Mapping[str, Replicas], ranks: Ranks, purpose: str) -> dict[str, dict[str, Tensor]]:
     """The mean of every layer's copies over all heads; tied layers' is sent once."""
-    copies = replicas(model)
     places: dict[nn.Parameter, Tensor] = {}
     for copy in copies.values():
         for name in copy.names():
@@ -129,7 +148,7 @@ def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
             means = {name: copy.means() for name, copy in copies.items()}
         else:
             deltas = {name: arrived[0] for name, arrived in _arrive(layers, ranks, "evaluation").items()}
-            means = _mean_copies(model, ranks, "evaluation")
+            means = _mean_copies(copies, ranks, "evaluation")
         for name, layer in layers.items():
             layer.evaluated = layer.in_own_shape(layer.master() + deltas.pop(name))
         for name, copy in copies.items():
@@ -152,6 +171,8 @@ class Merger:
         ranks, optimizer: as :func:`merge` takes them.
         seed: of what resets draw.
         unreached: given the sentence that names heads without a gradient after the first step; None warns.
+        in_turn: spread the layers over the T steps, each merged at its own every T-th, so that a merge's bytes are sent
+            little by little and never all in one step.
     """
 
     def __init__(
@@ -163,11 +184,12 @@ class Merger:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
         unreached: Callable[[str], None] | None = None,
+        in_turn: bool = False,
     ) -> None:
         if every < 0:
             raise ValueError(f"every must be 0 (never) or a number of optimizer steps, got {every}")
         self._model, self._ranks, self._optimizer, self._seed = model, ranks, optimizer, seed
-        self.every = every
+        self.every, self.in_turn = every, in_turn
         self.steps = 0
         self.merges = 0
         self._reached = Reached(model, unreached)
@@ -176,12 +198,26 @@ class Merger:
         """Count an optimizer step; -> whether it merged. After the first, layers without a gradient are named."""
         self._reached.say()
         self.steps += 1
-        due = self.every > 0 and self.steps % self.every == 0
+        only = self._turn()
+        due = bool(only) if self.in_turn else self.every > 0 and self.steps % self.every == 0
         if due:
             seed = self._seed * 1_000_003 + self.merges
-            merge(self._model, ranks=self._ranks, optimizer=self._optimizer, seed=seed % 2**63)
+            merge(self._model, ranks=self._ranks, optimizer=self._optimizer, seed=seed % 2**63, only=only)
             self.merges += 1
         return due
+
+    def _turn(self) -> list[str] | None:
+        """The layers whose turn it is, in the model's order; the last ones' is where all would be merged together."""
+        if not self.in_turn or not self.every:
+            return None
+        units = [
+            name
+            for name, m in self._model.named_modules()
+            if isinstance(m, Headed) or (isinstance(m, Replicas) and m.own_names())
+        ]
+        turns = min(self.every, len(units))
+        now = [g for g in range(turns) if (g + 1) * self.every // turns % self.every == self.steps % self.every]
+        return [name for i, name in enumerate(units) if i * turns // len(units) in now]
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "merges": self.merges}

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from .config import LTEConfig
 from .headed import ScaleGradient, outer_step, tree_sum
+from .sparse import Sparse
 
 
 class Replicas(nn.Module):
@@ -20,7 +21,8 @@ class Replicas(nn.Module):
     process. In training, chunk h of the batch goes through copy h, whose gradient is that of its own chunk's mean
     loss. In evaluation there is one layer with the mean of all copies, and a merge makes all copies that mean.
 
-    Buffers, with outer momentum: ``anchor.p``, the parameter at the last merge, and ``velocity.p``.
+    Buffers: with outer momentum or sparse merges ``anchor_p``, the parameter at the last merge; with outer momentum
+    ``velocity_p``; with sparse merges ``feedback_p`` (h, \\*p.shape), what they have not sent yet of each copy's moves.
     """
 
     def __init__(
@@ -36,16 +38,18 @@ class Replicas(nn.Module):
         self.config, self.total_heads = config, config.heads
         self.first_head, self.heads = share or (0, config.heads)
         self._layer = [copy.deepcopy(layer).to("meta")]  # in a list: its parameters are not this module's
-        self._tied = tied
+        self._tied, self.sparse = tied, Sparse.of(config)
         self.evaluated: dict[str, Tensor] | None = None  # the means, while lte.averaged() holds them ready
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
             if name in tied:
                 continue
-            if config.outer:
+            if config.outer or self.sparse is not None:
                 self.register_buffer(f"anchor_{name}", parameter.detach()[0].clone())
             if config.outer_momentum:
                 self.register_buffer(f"velocity_{name}", torch.zeros_like(parameter.detach()[0]))
+            if self.sparse is not None:
+                self.register_buffer(f"feedback_{name}", torch.zeros_like(parameter.detach()))
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …) -> (N, …)
@@ -86,6 +90,37 @@ class Replicas(nn.Module):
 
     def names(self) -> list[str]:
         return [name for name, _ in self.named_parameters(recurse=False)]
+
+    def head_tensors(self) -> list[str]:
+        """The names of what has a copy a row."""
+        return [*self.names(), *(n for n, _ in self.named_buffers(recurse=False) if n.startswith("feedback_"))]
+
+    def own_names(self) -> list[str]:
+        """The parameters that no other layer merges."""
+        return [name for name in self.names() if name not in self._tied]
+
+    def messages(self, name: str) -> Tensor:
+        """What a sparse merge sends of each copy of a parameter held here, (h, bytes)."""
+        assert self.sparse is not None
+        owed = (
+            self.get_buffer(f"feedback_{name}") + self.get_parameter(name).detach() - self.get_buffer(f"anchor_{name}")
+        )
+        return torch.stack([self.sparse.pack(e) for e in owed])
+
+    @torch.no_grad()
+    def take_messages(self, name: str, messages: Tensor) -> None:
+        """Merge the messages of all H copies, (H, bytes). What this process's own did not say is kept for the next."""
+        sparse, copies, anchor = self.sparse, self.get_parameter(name), self.get_buffer(f"anchor_{name}")
+        assert sparse is not None
+        mean = tree_sum(lambda h: sparse.unpack(messages[h], anchor), 0, len(messages)).div_(self.total_heads)
+        own = messages[self.first_head : self.first_head + self.heads]
+        for e, copy_, message in zip(self.get_buffer(f"feedback_{name}"), copies, own, strict=True):
+            e.add_(copy_.detach() - anchor).sub_(sparse.unpack(message, e))
+        velocity = dict(self.named_buffers(recurse=False)).get(f"velocity_{name}")
+        step = (
+            outer_step(mean, velocity, self.config.outer_momentum, self.config.outer_lr) if self.config.outer else mean
+        )
+        copies.copy_(anchor.add_(step).expand_as(copies))
 
     @torch.no_grad()
     def take(self, means: dict[str, Tensor]) -> None:

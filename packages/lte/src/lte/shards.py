@@ -68,7 +68,8 @@ class HeadShards:
     def alone(self, state: State) -> State:
         """A whole state from this process's alone, when others are lost: W and all that is not heads' own as it is
         here, which is the last merge; every head anew (or, where W telescopes, as it was merged), without moments;
-        the mean of this process's copies for every copy.
+        the mean of this process's copies for every copy, or, with sparse merges, what they were merged to. Of what
+        sparse merges have not sent, what is owed by this process's heads.
         """
         model = dict(state["model"])
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -79,13 +80,27 @@ class HeadShards:
                 else (torch.stack([a.clone() for _, a in draw_A(layer, layer.lora_A.detach(), generator)]), None)
             )
             B = layer.lora_B.detach().new_zeros(len(A), *layer.lora_B.shape[1:]) if B is None else B
-            for name in HEAD_TENSORS:
+            if layer.sparse is not None:
+                owed = layer.feedback.new_zeros(self.heads, *layer.matrix_shape)
+                model[f"{path}.feedback"] = _put(owed, layer.feedback, layer.first_head)
+            for name in HEAD_TENSORS[:-1]:
                 if f"{path}.{name}" in model:
                     model[f"{path}.{name}"] = (A if name.endswith("A") else B).clone()
-        for path, copy in replicas(self._model).items():
+        copies = replicas(self._model)
+        anchors = {  # tied copies have one
+            copy.get_parameter(name): copy.get_buffer(f"anchor_{name}")
+            for copy in copies.values()
+            for name in (copy.own_names() if copy.sparse is not None else ())
+        }
+        for path, copy in copies.items():
             for name in copy.names():
-                mean = copy.own_sum(name).div_(copy.heads)
+                anchor = anchors.get(copy.get_parameter(name))
+                mean = copy.own_sum(name).div_(copy.heads) if anchor is None else anchor
                 model[f"{path}.{name}"] = mean.expand(self.heads, *mean.shape).clone()
+            for name in copy.own_names() if copy.sparse is not None else ():
+                feedback = model[f"{path}.feedback_{name}"]
+                owed = feedback.new_zeros(self.heads, *feedback.shape[1:])
+                model[f"{path}.feedback_{name}"] = _put(owed, feedback, copy.first_head)
         own = self._own_indices()
         moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
         return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
@@ -93,7 +108,7 @@ class HeadShards:
     def _each(self, state: State, change: Any) -> State:
         """The state with ``change`` applied to each tensor that has a head a row."""
         names = {f"{path}.{t}" for path in headed(self._model) for t in HEAD_TENSORS}
-        names |= {f"{path}.{n}" for path, copy in replicas(self._model).items() for n in copy.names()}
+        names |= {f"{path}.{n}" for path, copy in replicas(self._model).items() for n in copy.head_tensors()}
         done: dict[tuple[int, torch.Size], Tensor] = {}  # tied copies are one tensor, before and after
 
         def changed(tensor: Tensor) -> Tensor:
@@ -121,6 +136,12 @@ class HeadShards:
     def _own_indices(self) -> set[int]:
         own = {*head_parameters(self._model), *copied_parameters(self._model)}
         return {i for i, p in enumerate(self._parameters()) if p in own}
+
+
+def _put(whole: Tensor, part: Tensor, first: int) -> Tensor:
+    """``whole`` with ``part`` in its rows from ``first`` on."""
+    whole[first : first + len(part)] = part
+    return whole
 
 
 _ALL = ("all_A", "all_B")

@@ -66,7 +66,13 @@ def add_heads(config: TrainConfig, model: nn.Module, world: World) -> Heads:
     )
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     merger = Merger(
-        model, config.lte_merge_steps, ranks=ranks, optimizer=optimizer, seed=config.seed, unreached=_refuse
+        model,
+        config.lte_merge_steps,
+        ranks=ranks,
+        optimizer=optimizer,
+        seed=config.seed,
+        unreached=_refuse,
+        in_turn=config.lte_merge_in_turn,
     )
     return Heads(model, optimizer, merger, ranks, HeadShards(model, optimizer, ranks))
 

@@ -78,6 +78,13 @@ class TrainConfig(RunFlags, StepFlags):
     """Steps of linear warm-up after each merge (ReLoRA's jagged schedule); 0 for none."""
     lte_outer_momentum: float = 0.0
     """Nesterov momentum over merges (DiLoCo); 0 for none."""
+    lte_merge_density: float = 1.0
+    """Share of each head's delta that a merge sends, its largest numbers; the rest is kept and added to the next. 1
+    sends all, exactly."""
+    lte_merge_bits: int = 4
+    """Bits of each number that is sent of a share below 1."""
+    lte_merge_in_turn: bool = False
+    """Merge the layers in turn, each at its own every T-th step, rather than all in one step."""
     lte_outer_lr: float = 1.0
     """How much of the heads' mean delta is merged."""
     skip_attn: bool = False
@@ -240,6 +247,13 @@ def check(config: TrainConfig) -> TrainConfig:
         lte_config(config)
     except ValueError as error:  # what does not go together; its words are the flags' without their prefix
         raise UserError(f"--lte-… flags: {error}") from None
+    if config.lte_merge_density == 1 and config.lte_merge_bits != TrainConfig.lte_merge_bits:
+        raise UserError("--lte-merge-bits is for a --lte-merge-density below 1: all of a delta is sent exactly")
+    if config.lte_merge_in_turn and config.lte_merge_steps < 2:
+        raise UserError(
+            f"--lte-merge-in-turn spreads the layers over --lte-merge-steps, which is {config.lte_merge_steps}: give 2 "
+            "or more, or leave it out"
+        )
     if config.lte_restart_warmup_iters and not config.lte_merge_steps > config.lte_restart_warmup_iters:
         raise UserError(
             f"--lte-restart-warmup-iters {config.lte_restart_warmup_iters} must be below --lte-merge-steps "
@@ -288,6 +302,8 @@ def lte_config(config: TrainConfig) -> LTEConfig:
         reset=config.lte_reset,
         reset_optimizer=config.lte_reset_optimizer,
         outer_momentum=config.lte_outer_momentum,
+        merge_density=config.lte_merge_density,
+        merge_bits=config.lte_merge_bits,
         outer_lr=config.lte_outer_lr,
     )
 

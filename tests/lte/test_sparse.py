@@ -1,0 +1,254 @@
+"""Sparse merges: the message against a slow reading of its format, and what error feedback keeps."""
+
+import copy
+import math
+
+import pytest
+import torch
+from lte import HeadShards, LTEConfig, Merger, averaged, inject, merge, merged_state_dict, param_groups
+from lte.injection import headed, replicas
+from lte.sparse import Sparse
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from torch import nn
+
+REST = ("embeddings", "norms", "biases", "skipped")
+SPARSE = {"merge_density": 0.03, "merge_bits": 3}
+POLICIES = {
+    "frozen": {"trainable": ()},
+    "copies": {"trainable": REST, "replicas": ("embeddings", "norms"), "vectors": ("biases",)},
+    "vectors and momentum": {
+        "trainable": ("norms", "biases"), "vectors": ("norms", "biases"), "outer_momentum": 0.5, "outer_lr": 0.7,
+    },
+    "copies with momentum": {"trainable": REST, "replicas": ("embeddings", "norms", "skipped"), "outer_momentum": 0.5},
+    "in 4 bits": {"trainable": (), "base": "4bit"},
+    "reset": {"trainable": (), "reset": "all"},
+}  # fmt: skip
+
+
+def said(x, kept, bits):
+    """What a message of x says, number by number: plain Python over the format's description."""
+    flat = [float(v) for v in x.flatten().float()]
+    flat += [0.0] * (-len(flat) % 256)
+    chunks = [flat[i : i + 256] for i in range(0, len(flat), 256)]
+    out = [[0.0] * 256 for _ in chunks]
+    for first in range(0, len(chunks), 16):
+        chosen = {}
+        for c in range(first, min(first + 16, len(chunks))):
+            for i in sorted(range(256), key=lambda i, c=c: -abs(chunks[c][i]))[:kept]:
+                chosen[c, i] = chunks[c][i]
+        sizes = [abs(v) for v in chosen.values()]
+        lo, hi = (float(torch.tensor(f(sizes)).bfloat16()) for f in (min, max))
+        steps = 2 ** (bits - 1)
+        for (c, i), value in chosen.items():
+            step = math.floor((abs(value) - lo) / (hi - lo) * steps) if hi > lo else 0
+            size = lo + (min(max(step, 0), steps - 1) + 0.5) / steps * (hi - lo)
+            out[c][i] = math.copysign(size, value)
+    return torch.tensor([v for chunk in out for v in chunk][: x.numel()]).view(x.shape)
+
+
+@pytest.mark.parametrize("shape", [(7,), (256,), (3, 100), (64, 80), (130, 257)])
+@pytest.mark.parametrize(("kept", "bits"), [(1, 2), (3, 4), (8, 3), (255, 8)])
+def test_a_message_says_the_largest_numbers_in_few_bits(shape, kept, bits):
+    sparse, x = Sparse(kept, bits), torch.randn(shape) * 1e-4
+    message = sparse.pack(x)
+    assert message.dtype == torch.uint8
+    assert len(message) == sparse.size(x.numel())
+    torch.testing.assert_close(sparse.unpack(message, x), said(x, kept, bits), rtol=1e-5, atol=1e-12)
+    assert sparse.unpack(message, x.double()).dtype == torch.float64
+
+
+def test_the_size_of_a_message():
+    """A layer of 128 × 512 in the largest 1.2 %, 2 bits: 0.125 bits a number."""
+    assert Sparse(3, 2).size(128 * 512) == 256 * 3 + 256 * 3 * 2 // 8 + 16 * 4
+    assert 8 * Sparse(3, 2).size(128 * 512) / (128 * 512) == 0.125
+    assert Sparse.of(LTEConfig()) is None
+    assert Sparse.of(LTEConfig(merge_density=0.001)).kept == 1
+    assert Sparse.of(LTEConfig(merge_density=0.02, merge_bits=2)) == Sparse(5, 2)
+
+
+def test_zeros_stay_zeros():
+    sparse, x = Sparse(4, 3), torch.zeros(40, 30)
+    assert not sparse.unpack(sparse.pack(x), x).any()
+
+
+def small(policy, *, heads=4, dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=2, n_embd=16, bias=True)).to(dtype)
+    base = {"base": policy.get("base", "float32")}
+    if base["base"] != "float32":
+        model.float()
+    inject(model, LTEConfig(heads=heads, rank=2, alpha=8.0, **{**policy, **SPARSE, **more, **base}))
+    return model
+
+
+def move(model, step, scale=0.02):
+    """Something that training might do to all trained numbers."""
+    draw = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for p in dict.fromkeys(p for p in model.parameters() if p.requires_grad):
+            p.add_(scale * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+
+
+@pytest.mark.parametrize("name", ["frozen", "copies", "reset"])
+def test_nothing_is_lost_only_late(name):
+    """What merges have added to a weight and what is still owed is, head by head, the sum of all deltas."""
+    model = small(POLICIES[name])
+    layers, copies = headed(model), replicas(model)
+    before = {n: layer.master().clone() for n, layer in layers.items()}
+    anchors = {(n, k): c.get_buffer(f"anchor_{k}").clone() for n, c in copies.items() for k in c.own_names()}
+    sums = {n: 0 for n in layers} | {key: 0 for key in anchors}
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0))
+    for step in range(5):
+        move(model, step)
+        for n, layer in layers.items():
+            sums[n] = sums[n] + layer.mean_delta()
+        for n, k in anchors:
+            stack = copies[n].get_parameter(k).detach()
+            sums[n, k] = sums[n, k] + stack.mean(0) - copies[n].get_buffer(f"anchor_{k}")
+        merge(model, optimizer=optimizer, seed=step)
+    for n, layer in layers.items():
+        owed = layer.scale * layer.feedback.mean(0)
+        assert owed.norm() > 0.1 * sums[n].norm()
+        torch.testing.assert_close(layer.master() - before[n] + owed, sums[n], rtol=0, atol=1e-12)
+    for (n, k), first in anchors.items():
+        anchor, owed = copies[n].get_buffer(f"anchor_{k}"), copies[n].get_buffer(f"feedback_{k}").mean(0)
+        torch.testing.assert_close(anchor - first + owed, sums[n, k], rtol=0, atol=1e-12)
+        assert torch.equal(copies[n].get_parameter(k)[1], anchor)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_merge_adds_what_the_messages_say_and_training_goes_on_from_there(name):
+    """Against the definition, layer by layer: W + step(s·mean_h C(e_h + D_h)), and every head's function is W's."""
+    model = small(POLICIES[name], dtype=torch.float32)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0))
+    merge(model, optimizer=optimizer)
+    velocity = {n: torch.zeros(layer.matrix_shape) for n, layer in headed(model).items()}
+    for step in range(3):
+        move(model, step)
+        expected = {}
+        for n, layer in headed(model).items():
+            A, B = layer.factors()
+            owed = [e + b @ a for e, a, b in zip(layer.feedback, A, B, strict=True)]
+            delta = layer.scale * sum(said(x, 8, 3) for x in owed) / 4
+            if layer.config.outer:
+                mu, eta = layer.config.outer_momentum, layer.config.outer_lr
+                velocity[n] = mu * velocity[n] + delta
+                delta = eta * (delta + mu * velocity[n])
+            expected[n] = layer.master() + delta
+        merge(model, optimizer=optimizer, seed=step)
+        for n, layer in headed(model).items():
+            torch.testing.assert_close(layer.master(), expected[n], rtol=1e-5, atol=1e-6)
+            assert float(layer.mean_delta().abs().max()) < 1e-6
+
+
+def test_averaged_and_the_plain_model_leave_out_what_is_owed():
+    model = small(POLICIES["copies"])
+    move(model, 1)
+    merge(model)
+    with averaged(model):
+        plain = merged_state_dict(model)
+    assert not any("feedback" in n or "anchor" in n for n in plain)
+    name = "transformer.h.0.mlp.c_fc"
+    torch.testing.assert_close(plain[f"{name}.weight"], model.get_submodule(name).master())
+    torch.testing.assert_close(plain["transformer.wte.weight"], model.transformer.wte.anchor_weight)
+
+
+def test_a_state_with_feedback_is_cut_put_together_and_grows_with_its_heads():
+    model = small(POLICIES["copies"])
+    move(model, 1)
+    merge(model)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0))
+    state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+    larger = small(POLICIES["copies"], heads=8)
+    grown = HeadShards(larger, torch.optim.AdamW(param_groups(larger, lr=1, rest_lr=1, weight_decay=0)))
+    larger.load_state_dict(grown.scatter(state)["model"])
+    for n, layer in headed(model).items():
+        assert torch.equal(larger.get_submodule(n).feedback[2:4], layer.feedback[1:2].expand(2, -1, -1))
+    wte = model.transformer.wte
+    assert torch.equal(larger.transformer.wte.feedback_weight[6], wte.feedback_weight[3])
+
+
+def test_a_process_alone_saves_what_its_own_heads_owe():
+    """As if it held the heads 2 and 3 of four: theirs in their places, the lost ones' zero, and the merged weights."""
+    model = small(POLICIES["copies"])
+    move(model, 1)
+    merge(model)
+    own = small(POLICIES["copies"], heads=4)
+    own.load_state_dict(model.state_dict())
+    for m in own.modules():
+        if hasattr(m, "first_head"):
+            m.first_head, m.heads = 2, 2
+            for key, tensor in [*m._parameters.items(), *m._buffers.items()]:
+                per_head = key.startswith(("lora_", "merged_", "feedback")) or (
+                    m in replicas(own).values() and key in m.names()
+                )
+                if tensor is not None and per_head:
+                    tensor.data = tensor.data[2:4].clone() if len(tensor) == 4 else tensor.data
+    move(own, 5)  # what is not merged yet is lost
+    shards = HeadShards(own, torch.optim.AdamW(param_groups(own, lr=1, rest_lr=1, weight_decay=0)))
+    saved = shards.alone({"model": dict(own.state_dict()), "optimizer": {"state": {}, "param_groups": []}})["model"]
+    for n, layer in headed(model).items():
+        assert torch.equal(saved[f"{n}.feedback"][2:], layer.feedback[2:])
+        assert not saved[f"{n}.feedback"][:2].any()
+        assert not saved[f"{n}.lora_B"].any()
+    anchor = model.transformer.wte.anchor_weight
+    for tied in ("transformer.wte", "lm_head"):
+        assert all(torch.equal(row, anchor) for row in saved[f"{tied}.weight"])
+    assert torch.equal(saved["transformer.wte.feedback_weight"][3], model.transformer.wte.feedback_weight[3])
+    assert not saved["transformer.wte.feedback_weight"][0].any()
+
+
+@pytest.mark.parametrize(("every", "turns"), [(2, 2), (5, 5), (40, 13)])
+def test_layers_in_turn_are_merged_once_in_every_interval(every, turns):
+    """Thirteen: four linear layers and their biases, three norms and two embeddings with copies; lm_head is tied."""
+    model = small(POLICIES["copies"], merge_density=1.0)
+    merger, times = Merger(model, every, in_turn=True), {}
+    for name, m in [*headed(model).items(), *replicas(model).items()]:
+
+        def count(*args, name=name, take=m.take, **more):  # fmt: skip
+            times.setdefault(name, []).append(merger.steps)
+            return take(*args, **more)
+
+        m.take = count
+    said_so = [merger.step() for _ in range(3 * every)]
+    assert len(times) == 13
+    assert "lm_head" not in times
+    assert all(len(t) == 3 and t[1] - t[0] == t[2] - t[1] == every for t in times.values()), times
+    assert len({t[0] for t in times.values()}) == turns == sum(said_so) / 3
+    assert max(t[0] for t in times.values()) == every
+
+
+def test_in_turn_every_layers_function_stays_and_the_model_of_all_is_the_same():
+    """Exact merges change no evaluated function, however they are spread."""
+    model = small(POLICIES["frozen"], merge_density=1.0)
+    twin = copy.deepcopy(model)
+    one, other = Merger(model, 4, in_turn=True), Merger(twin, 4)
+    x = torch.randint(0, 40, (4, 9))
+    for step in range(8):
+        for m, merger in ((model, one), (twin, other)):
+            move(m, step)
+            merger.step()
+        losses = [next_token_loss(m.eval(), (x[:, :-1], x[:, 1:])).item() for m in (model, twin)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"merge_density": 0.0}, "merge_density must be above 0"), ({"merge_density": 1.1}, "merge_density"),
+    ({"merge_density": 0.1, "merge_bits": 1}, "merge_bits must be from 2 to 8"),
+])  # fmt: skip
+def test_refused_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        LTEConfig(**options)
+
+
+def test_a_model_without_numbers_too_few_for_a_chunk():
+    """Layers below 256 numbers, odd sizes: everything is one chunk, and all of it comes through in time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False)).double()
+    inject(model, LTEConfig(heads=2, rank=2, alpha=4.0, merge_density=0.02, merge_bits=4, trainable=()))
+    move(model, 0, scale=0.3)
+    before = model[0].master().clone()
+    delta = model[0].mean_delta()
+    for _ in range(60):  # nothing new: what is owed is paid
+        merge(model)
+    torch.testing.assert_close(model[0].master() - before, delta, rtol=0, atol=0.05 * float(delta.abs().max()))
