@@ -5,6 +5,7 @@ standard library, which every machine has.
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,14 +107,16 @@ def _standard_library() -> tuple[bytes, bytes]:
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     train: list[bytes] = []
     val: list[bytes] = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if skip.isdisjoint(name.parts):
-            raw = path.read_bytes()
-            if not _is_utf8(raw):  # a tokenizer of characters must be able to read the whole corpus
-                continue
-            held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 256 * VAL_FRACTION
-            (val if held_out else train).append(raw)
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skip]  # installed packages are not even listed
+        paths += [Path(folder, f) for f in files if f.endswith(".py")]
+    for path in sorted(paths):
+        raw = path.read_bytes()
+        if not _is_utf8(raw):  # a tokenizer of characters must be able to read the whole corpus
+            continue
+        held_out = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()[0] < 256 * VAL_FRACTION
+        (val if held_out else train).append(raw)
     if not train or not val:
         raise UserError(f"this Python has no standard-library source in {root}: name a folder with --data-dir")
     return b"\n".join(train), b"\n".join(val)
