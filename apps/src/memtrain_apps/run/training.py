@@ -46,7 +46,8 @@ def run(
     lr = config.lr or usual_lr(config)
     if not config.lr:
         say(f"learning rate {lr:g}, the usual one of train {config.train} with {config.optim}")
-    predicted = predict_run(workload, config, config, device=device)
+    # what every process would predict alike is for the first one to write down
+    predicted = predict_run(workload, config, config, device=device) if session.place.is_main else None
 
     plain: list[nn.Module] = []  # what the whole model is gathered into where its parts lie on several processes
 
@@ -78,8 +79,11 @@ def run(
             "axes": {"train": config.train, "save": config.save, "optim": config.optim},
             "settings": read_settings(config),
             "lr": lr,
-            "predicted": predicted.ledger.totals,
-            "predicted_peak_bytes": predicted.peak_bytes,
+            **(
+                {"predicted": predicted.ledger.totals, "predicted_peak_bytes": predicted.peak_bytes}
+                if predicted
+                else {}
+            ),
         },
         table=_scores_table(workload, outcome, scores),
         memory=_memory_table(outcome, predicted),
@@ -128,10 +132,12 @@ def _scores_table(workload: Workload, outcome: Outcome, scores: dict[str, dict[s
     return f"{workload.metric} of the weights of step {outcome.step}\n{format_table(rows)}"
 
 
-def _memory_table(outcome: Outcome, predicted: Prediction) -> str:
+def _memory_table(outcome: Outcome, predicted: Prediction | None) -> str:
     """The ledger, measured and predicted; nothing where no step was taken."""
     ledger = outcome.result.ledger
-    return ledger_table({"measured": ledger, "predicted": predicted.ledger}, times=False) if ledger else ""
+    if ledger is None or predicted is None:
+        return ""
+    return ledger_table({"measured": ledger, "predicted": predicted.ledger}, times=False)
 
 
 def _save_model(model: nn.Module, config: RunConfig, workload: Workload, path: Path, console: Console) -> None:
