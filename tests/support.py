@@ -26,13 +26,14 @@ BIN = Path(sys.executable).parent  # the environment's commands lie beside its p
 
 # What commands import when they run: loaded once in this process, before the first one is forked from it.
 LIBRARIES = (
-    "peft", "scipy.stats", "sklearn.datasets", "torch._subclasses", "torchvision.transforms.functional",
-    "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
-    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
-    "transformers.models.roberta.modeling_roberta", "transformers.models.vit.modeling_vit",
-    "backrazor.tasks.glue", "backrazor.tasks.train", "galore_vit.tasks.train", "lora_xs.tasks.glue",
-    "lora_xs.tasks.instruct", "lte.tasks.train", "memtrain_apps.run.finetune", "memtrain_apps.run.language",
-    "memtrain_apps.run.pictures", "memtrain_apps.run.pretrain",
+    "google.protobuf.descriptor_pb2", "matplotlib.backends.backend_agg", "peft", "scipy.stats", "sklearn.datasets",
+    "torch._subclasses", "torchvision.transforms.functional", "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "transformers.models.roberta.modeling_roberta",
+    "transformers.models.vit.modeling_vit", "backrazor.tasks.glue", "backrazor.tasks.train", "galore_vit.tasks.train",
+    "lora_xs.tasks.glue", "lora_xs.tasks.instruct", "lte.tasks.train", "memtrain_apps.run.finetune",
+    "memtrain_apps.run.language", "memtrain_apps.run.pictures", "memtrain_apps.run.pretrain",
+    "torch.utils.tensorboard", "tyro._backends", "typeguard",
 )  # fmt: skip
 
 
@@ -155,12 +156,24 @@ class Forked:
 
 
 class Command(Forked):
-    """One of the project's commands in a forked process; :func:`run_installed` starts the installed script instead."""
+    """One of the project's commands in a forked process; :func:`run_installed` starts the installed script instead.
 
-    def __init__(self, words: Sequence[str], cwd: Path, **kwargs: Any) -> None:
+    It draws no pictures unless a test asks for them: to draw takes as long as a small training.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        cwd: Path,
+        *,
+        pictures: bool = False,
+        before: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         load_libraries()
         (entry,) = metadata.entry_points(group="console_scripts", name=words[0])
-        super().__init__(lambda: entry.load()(), words, cwd, **kwargs)
+        steps = [step for step in (None if pictures else without_pictures, before) if step]
+        super().__init__(lambda: entry.load()(), words, cwd, before=both(*steps), **kwargs)
 
 
 def run_command(words: Sequence[str], cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -263,10 +276,20 @@ def pause_at(step: int, name: str = "") -> Callable[[], None]:
 
 
 def without_pictures() -> None:
-    """A ``before``: nothing is drawn, which takes longer than a small training."""
+    """A ``before``: a session draws nothing, and no picture is saved."""
     import matplotlib.figure
+    from memtrain_common.commands import session
 
+    session.draw = lambda *args, **kwargs: ""
     matplotlib.figure.Figure.savefig = lambda self, path, **kwargs: None  # type: ignore[method-assign]
+
+
+def forked_arms() -> None:
+    """A ``before`` of ablate: its arms are forked from it, which has the libraries, not from a server that loads them
+    anew. The test of a killed ablation has the server."""
+    from memtrain_apps.ablate import ablate
+
+    ablate.server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
 
 
 def both(*steps: Callable[[], None]) -> Callable[[], None]:

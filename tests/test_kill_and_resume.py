@@ -12,7 +12,6 @@ import sys
 import pytest
 from before_rooms import COMMANDS, FOLDER, QUICK, resumed_by
 from support import (
-    both,
     free_port,
     newest_checkpoint,
     pause_at,
@@ -20,7 +19,6 @@ from support import (
     rows,
     run_command,
     run_on,
-    without_pictures,
 )
 
 pytestmark = pytest.mark.slow
@@ -64,10 +62,10 @@ def resumed(name):
 def test_killed_on_two_processes_it_goes_on_on_two_and_on_one(name, tmp_path):
     words = begun(name)
     whole, killed = place(tmp_path / "whole"), place(tmp_path / "killed")
-    for done in run_on(2, words, whole, without_pictures):
+    for done in run_on(2, words, whole):
         assert done.returncode == 0, done.stderr
 
-    ranks = ranks_of(2, words, killed, both(without_pictures, pause_at(MIDDLE)))
+    ranks = ranks_of(2, words, killed, pause_at(MIDDLE))
     ranks[0].wait_until_paused()
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
@@ -76,12 +74,12 @@ def test_killed_on_two_processes_it_goes_on_on_two_and_on_one(name, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(killed, alone, symlinks=True)
 
-    for done in run_on(2, resumed(name), killed, without_pictures):
+    for done in run_on(2, resumed(name), killed):
         assert done.returncode == 0, done.stderr
     assert rows(killed / "run") == rows(whole / "run")
     assert weights(killed / "run") == weights(whole / "run")
 
-    done = run_command(resumed(name), alone, before=without_pictures)
+    done = run_command(resumed(name), alone)
     assert done.returncode == 0, done.stderr
     assert "was made by 2 processes, not 1" in done.stdout
     a, b = rows(alone / "run"), rows(whole / "run")
@@ -95,7 +93,7 @@ def test_killed_on_two_processes_it_goes_on_on_two_and_on_one(name, tmp_path):
 def test_torchrun_itself_goes_on_with_a_run(tmp_path):
     """The advice after a lost process, word for word: one command, since torchrun starts interpreters anew."""
     words, here = begun("lte-train"), place(tmp_path / "here")
-    assert run_command(words, here, before=without_pictures).returncode == 0
+    assert run_command(words, here).returncode == 0
     before = rows(here / "run")
     shutil.rmtree(newest_checkpoint(here / "run"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]

@@ -13,7 +13,7 @@ from before_rooms import COMMANDS, FOLDER, resumed_by
 from memtrain_common.models.vit import load_vit
 from memtrain_common.runs import checkpoint
 from safetensors.torch import load_file
-from support import rows, run_command, without_pictures
+from support import rows, run_command
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
     last = max((run / "checkpoints").glob("step-*"))
     shutil.rmtree(last)
     before = rows(run)
-    done = run_command([*resumed_by(name), f"runs/{name}"], here, before=without_pictures)
+    done = run_command([*resumed_by(name), f"runs/{name}"], here)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     again = rows(run)
@@ -65,7 +65,7 @@ def test_a_finished_run_of_then_is_reported(name, here):
         "lora-xs-glue": ["lora-xs", "info", "--adapter", f"runs/{name}/adapter"],
         "lora-xs-instruct": ["lora-xs", "info", "--adapter", f"runs/{name}/adapter"],
     }[name]
-    done = run_command(words, here, before=without_pictures)
+    done = run_command(words, here)
     assert done.returncode == 0, done.stderr
     if name.startswith("galore-vit"):
         (trial,) = json.loads((FOLDER / "runs" / name / "result.json").read_text())["trials"]
@@ -77,7 +77,7 @@ def test_a_finished_run_of_then_is_reported(name, here):
 
 def test_a_run_of_lte_then_is_compared_and_sampled(here):
     copied(here, "lte-train")
-    done = run_command(["lte-train", "--figures", "runs/lte-train", "--out", "figures"], here, before=without_pictures)
+    done = run_command(["lte-train", "--figures", "runs/lte-train", "--out", "figures"], here)
     assert done.returncode == 0, done.stderr
     final = [r for r in rows(here / "runs" / "lte-train") if r["split"] == "val"][-1]["loss"]
     assert f"{final:.4f}" in done.stdout or f"{final:.3f}" in done.stdout, done.stdout

@@ -9,7 +9,7 @@ import pytest
 from image_files import image_folder
 from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
-from support import ROOT, assert_refused, run_command, run_ranks
+from support import ROOT, assert_refused, run_command, run_ranks, without_pictures
 
 SHELLS = [
     path
@@ -101,18 +101,12 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def no_pictures():
-    import matplotlib.figure
-
-    matplotlib.figure.Figure.savefig = lambda self, path: None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, command):
     """The best of the evaluations is not the last: damaged, it is refused by name; --select last goes on without."""
     words = [*few_steps[command], *few_steps[""], "--out", "run", "--select", "best"]
-    done = run_command(words, tmp_path, before=no_pictures)
+    done = run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     result = read_json(tmp_path / "run" / "result.json")
     assert set(result) == SCHEMA
@@ -137,11 +131,11 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
     content[-3] ^= 4
     weights.write_bytes(bytes(content))
     prog = words[: 2 if " " in command else 1]
-    refused = run_command([*prog, "--resume", "run"], tmp_path, before=no_pictures)
+    refused = run_command([*prog, "--resume", "run"], tmp_path)
     assert_refused(refused, "the best checkpoint run/checkpoints/step-00000002 is damaged", "that of step 4 is intact")
     assert "--resume run --select last" in refused.stderr
     for again in (["--resume", "run", "--select", "last"], ["--resume", "intact"]):
-        done = run_command([*prog, *again], tmp_path, before=no_pictures)
+        done = run_command([*prog, *again], tmp_path)
         assert done.returncode == 0, done.stderr
     took = json.loads((tmp_path / "intact" / "result.json").read_text())
     assert took["step"] == 2
@@ -160,7 +154,7 @@ def _dispatch(words, folder):
     from importlib import metadata
 
     os.chdir(folder)
-    no_pictures()
+    without_pictures()
     import sys
 
     sys.argv = words
@@ -191,7 +185,7 @@ def test_two_processes_share_a_folder_that_nobody_named_and_resume_it(few_steps,
 @pytest.mark.parametrize("command", ["backrazor-train", "finetune", "pretrain"])
 def test_other_data_are_refused_or_gone_on_with_and_noted(few_steps, tmp_path, command):
     words = [*few_steps[command], *few_steps[""], "--out", "run"]
-    assert run_command(words, tmp_path, before=no_pictures).returncode == 0
+    assert run_command(words, tmp_path).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "step-00000004"
     (newest / "manifest.json").write_text("damaged")
     if command == "pretrain":
@@ -202,7 +196,7 @@ def test_other_data_are_refused_or_gone_on_with_and_noted(few_steps, tmp_path, c
         other = image_folder(tmp_path / "other", 8, seed=1)
     again = [words[0], "--resume", "run", "--data-dir", str(other)]
     assert_refused(run_command(again, tmp_path), "was trained on other data", "--data-changed ok")
-    done = run_command([*again, "--data-changed", "ok"], tmp_path, before=no_pictures)
+    done = run_command([*again, "--data-changed", "ok"], tmp_path)
     assert done.returncode == 0, done.stderr
     noted = json.loads((tmp_path / "run" / "config.json").read_text())
     assert noted["data"]["sha256"] != noted["data_before"]["sha256"]

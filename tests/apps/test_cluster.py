@@ -18,7 +18,7 @@ from memtrain_apps.ablate.runner import Runner
 from memtrain_common.console import Console
 from memtrain_common.errors import UserError
 from memtrain_common.files import write_json
-from support import Command, run_command
+from support import Command, forked_arms, run_command
 
 ARM = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "64", "--log-interval", "1"]
 GRID = ["ablate", "--train", "head", "--save", "all", "--seeds", "2", "--devices", "cpu"]
@@ -176,7 +176,7 @@ def test_driver_and_arm_are_killed_and_every_arm_ends_as_in_a_plain_run(tmp_path
     """By submitit's local executor: the arm's process is killed, then the driver; what was submitted goes on, and the
     rest is submitted by --resume. The results are a plain run's but for times."""
     pytest.importorskip("submitit")
-    plain = run_command([*GRID, "--out", "plain", *ARM], tmp_path)
+    plain = run_command([*GRID, "--out", "plain", *ARM], tmp_path, before=forked_arms)
     assert plain.returncode == 0, plain.stderr
     here = ["--launcher", "local"]
     driver = Command([*GRID, *here, "--out", "abl", *ARM], tmp_path)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from support import (
     Command,
     assert_refused,
-    both,
     newest_checkpoint,
     pause_at,
     ranks_of,
@@ -21,7 +20,6 @@ from support import (
     run_command,
     run_installed,
     run_on,
-    without_pictures,
 )
 
 FAST = ["--tracker", "none", "--log-interval", "5", "--threads", "1"]
@@ -33,7 +31,7 @@ RAZOR = ["--train", "lora", "--save", "backrazor", "--rank", "4", "--keep", "0.2
 def whole(tmp_path_factory):
     """LoRA with Back Razor, which the fork could not: a run that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("whole")
-    done = run_command([*DIGITS, *RAZOR, "--lr", "3e-3", "--out", "run"], cwd)
+    done = run_command([*DIGITS, *RAZOR, "--lr", "3e-3", "--out", "run"], cwd, pictures=True)
     assert done.returncode == 0, done.stderr
     return cwd / "run", done
 
@@ -85,7 +83,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     words = [w for w in words if w != "7"]  # fewer pictures
     straight = run_command(["straight" if w == "run" else w for w in words], tmp_path)
     assert straight.returncode == 0, straight.stderr
-    killed = Command(words, tmp_path, before=both(without_pictures, pause_at(5))).end_by(signal.SIGKILL)
+    killed = Command(words, tmp_path, before=pause_at(5)).end_by(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     resumed = run_command(["finetune", "--resume", "run"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -98,7 +96,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_memory_is_explained_without_training(tmp_path):
-    words = ["pretrain", "--n-layer", "2", "--n-embd", "32", "--n-head", "2", "--train", "lora", "--dropout", "0.1"]
+    words = ["pretrain", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--train", "lora", "--dropout", "0.1"]
     done = run_command([*words, "--explain-memory", "--threads", "1"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "activations" in done.stdout.split("what dominates: ")[1].split("\n")[0]
@@ -237,7 +235,8 @@ def test_the_installed_commands_show_their_help_without_torch(tmp_path):
 
 
 def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
-    words = [*DIGITS, "--train", "lte", "--heads", "2", "--merge-steps", "4", "--lr", "3e-3", "--out", "run"]
+    words = [*DIGITS, "--train", "lte", "--heads", "2", "--merge-steps", "2", "--lr", "3e-3", "--out", "run"]
+    words += ["--max-iters", "3"]
     done = run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     saved, _ = load_vit(tmp_path / "run" / "model", image_size=0, classes=3)
@@ -253,21 +252,23 @@ def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
 @pytest.mark.parametrize("train", ["full", "lora", "lora-xs"])
 def test_a_model_in_shards_is_trained_stopped_resumed_and_written_whole(tmp_path, train):
     """FSDP2 on two gloo processes, killed in the middle, beside one process: the same model to 1e-5."""
-    words = [*DIGITS, "--train", train, "--optim", "sgd", "--lr", "0.1"]
+    words = [*DIGITS, "--train", train, "--optim", "sgd", "--lr", "0.1", "--max-iters", "4", "--eval-epochs", "0.1"]
+    words += ["--log-interval", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    done = run_command([*words, "--out", "run"], one, before=without_pictures)
+    done = run_command([*words, "--out", "run"], one)
     assert done.returncode == 0, done.stderr
     last = rows(one / "run")[-1]["step"]
     shared = [*words, "--parallel", "fsdp", "--out", "run"]
-    ranks = ranks_of(2, shared, two, both(without_pictures, pause_at(last // 2 + 1)))
+    ranks = ranks_of(2, shared, two, pause_at(last // 2 + 1))
     ranks[0].wait_until_paused()
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.wait()
     assert not (two / "run" / "model").exists()
-    for end in run_on(2, ["finetune", "--resume", "run"], two, without_pictures):
+    assert 0 < int(newest_checkpoint(two / "run").name.partition("-")[2]) < last
+    for end in run_on(2, ["finetune", "--resume", "run"], two):
         assert end.returncode == 0, end.stderr
     expected, found = (load_file(f / "run" / "model" / "model.safetensors") for f in (one, two))
     assert expected.keys() == found.keys()

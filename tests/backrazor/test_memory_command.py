@@ -4,7 +4,6 @@ import json
 import re
 from contextlib import nullcontext
 
-import matplotlib.figure
 import pytest
 from backrazor.tasks.memory import alike, saved, shaped
 from backrazor.tasks.memory_flags import KNOWN, MemoryConfig
@@ -16,10 +15,7 @@ PROG = "backrazor-memory"
 
 
 def memory(cwd, *words, draw=False):
-    def no_pictures():
-        matplotlib.figure.Figure.savefig = lambda self, path: None
-
-    return run_command([PROG, *words], cwd, before=None if draw else no_pictures)
+    return run_command([PROG, *words], cwd, pictures=draw)
 
 
 SMALL = {

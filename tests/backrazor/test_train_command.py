@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ from memtrain_common.measuring.prediction import dense_activations
 from memtrain_common.models.classifiers import build_classifier, classification_loss
 from memtrain_common.models.vit import build_vit, load_vit
 from memtrain_common.runs import checkpoint
-from support import Command, assert_refused, both, pause_at, rows, run_command, run_ranks
+from support import Command, assert_refused, pause_at, rows, run_command, run_ranks, without_pictures
 from torch import nn
 
 PROG = "backrazor-train"
@@ -36,21 +35,16 @@ def pictures(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("pictures") / "pets", 12)
 
 
-def no_pictures():
-    """Drawing takes longer than such a training: one test looks at the pictures, the others do without."""
-    matplotlib.figure.Figure.savefig = lambda self, path: None
-
-
-def razor(cwd, *words, before=no_pictures):
-    return run_command([PROG, *words], cwd, before=before)
+def razor(cwd, *words, pictures=False):
+    return run_command([PROG, *words], cwd, pictures=pictures)
 
 
 def words_for(data, *more):
     return ["--data", "folder", "--data-dir", str(data), "--image-size", "8", *QUICK, *more]
 
 
-def train(cwd, data, *more, before=no_pictures):
-    return razor(cwd, *words_for(data, *more), before=before)
+def train(cwd, data, *more, pictures=False):
+    return razor(cwd, *words_for(data, *more), pictures=pictures)
 
 
 def weights(run):
@@ -73,7 +67,7 @@ def test_flags_that_leave_model_and_data_alone_are_laid_over_the_preset_of_no_fl
 
 
 def test_the_run_folder(tmp_path, pictures):
-    done = train(tmp_path, pictures, "--out", "run", "--compare-dense", "--epochs", "4", before=None)
+    done = train(tmp_path, pictures, "--out", "run", "--compare-dense", "--epochs", "4", pictures=True)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
@@ -167,7 +161,7 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
 @pytest.mark.slow
 def test_sigterm_saves_and_resumes_in_the_comparison_too(tmp_path, pictures):
     words = [PROG, *words_for(pictures, "--compare-dense", "--epochs", "4", "--out", "run")]
-    stopped = Command(words, tmp_path, before=both(no_pictures, pause_at(1, "dense"))).end_by(signal.SIGTERM)
+    stopped = Command(words, tmp_path, before=pause_at(1, "dense")).end_by(signal.SIGTERM)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "resume with --resume run" in stopped.stderr
     assert "--resume run/dense" not in stopped.stderr
@@ -186,7 +180,7 @@ def ranks_train(cwd, words):
     from backrazor.cli import train as command
 
     os.chdir(cwd)
-    no_pictures()
+    without_pictures()
     sys.argv = [PROG, *words]
     with pytest.raises(SystemExit) as stop:
         command()

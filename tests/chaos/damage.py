@@ -17,7 +17,7 @@ from memtrain_common.files import read_json, write_json
 from memtrain_common.measuring.memory import Ledger
 from memtrain_common.runs.checkpoint import Checkpoints
 from memtrain_common.runs.run_folder import RunFolder
-from support import Command, newest_checkpoint, without_pictures
+from support import Command, newest_checkpoint
 
 CHECKPOINT = ("model.safetensors", "training.safetensors", "state.json", "manifest.json")
 # Kind of file -> runs that have it, and where. The project wrote them all, and reads them again.
@@ -258,6 +258,6 @@ def changed(whole: Whole, number: int, draw: random.Random, cwd: Path) -> Found:
     if kind == "bins":
         shutil.copytree(whole.others() / "bins", cwd / "bins")
     what = f"{name} {kind}: {change(cwd / 'inputs', draw)}"
-    done = Command(resuming(name), cwd, before=without_pictures).wait()
+    done = Command(resuming(name), cwd).wait()
     right = done.returncode == 2 and done.stderr.count("\n") == 1 and "was trained on other data" in done.stderr
     return Found("changed", what, right, "" if right else f"{done.returncode}: {done.stderr[-500:]}")

@@ -19,7 +19,7 @@ from typing import Any
 from before_rooms import COMMANDS as BEFORE
 from before_rooms import FOLDER, QUICK, resumed_by
 from memtrain_common.files import read_json, write_json
-from support import Command, newest_checkpoint, rows, without_pictures
+from support import Command, newest_checkpoint, rows
 
 # File that begins a session -> the run that stands for it. A new command enters here (tests/chaos/test_chaos.py asks).
 REGISTERED = {
@@ -83,7 +83,6 @@ def at_call(number: int, *signals: int, told: str = "") -> Any:
     """
 
     def before() -> None:
-        without_pictures()
         count, left = 0, list(signals)
 
         def watch(frame: Any, event: str, argument: Any) -> None:  # of each call; nothing within it is traced
@@ -170,7 +169,7 @@ def kill(whole: Whole, name: str, draw: random.Random, cwd: Path) -> Found:
         Command(words, cwd, before=at_call(moment, signal.SIGKILL)).wait()
     begun = (cwd / "run" / "config.json").exists()
     words = resuming(name) if begun else words_of(name)
-    done = Command(words, cwd, before=without_pictures).wait()
+    done = Command(words, cwd).wait()
     what = f"{name} at calls {moments} of {calls}"
     if done.returncode:
         return Found("kill", what, False, done.stderr[-500:])

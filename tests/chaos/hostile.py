@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from harness import Found, Whole, place, resuming, words_of
 from memtrain_common.files import unsealed
-from support import Command, without_pictures
+from support import Command
 
 DEEP = "[" * 20_000 + "]" * 20_000
 MARK = "it-ran"
@@ -239,7 +239,7 @@ def tried(whole: Whole, number: int, draw: random.Random, cwd: Path, idle_mib: f
     """The number-th of the table, round and round."""
     name = list(TABLE)[number % len(TABLE)]
     words = TABLE[name](place(cwd, copied=True), whole)
-    command = Measured(words, cwd, before=without_pictures)
+    command = Measured(words, cwd)
     done = command.wait()
     above = command.peak_mib - idle_mib
     ran = any(cwd.rglob(MARK))

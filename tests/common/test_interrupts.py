@@ -13,7 +13,7 @@ import pytest
 from memtrain_common import interrupts
 from memtrain_common.commands.cli import run_command
 from memtrain_common.interrupts import entrance, leaving, saying, unwinding
-from support import Command, Forked, both, free_port, pause_when, run_on, torchrun_environment, without_pictures
+from support import Command, Forked, free_port, pause_when, run_on, torchrun_environment
 
 BOTH = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
@@ -152,13 +152,13 @@ def test_in_the_report_it_says_what_is_kept_and_the_report_is_made_again(signum,
     from memtrain_common.commands import session
 
     paused = pause_when(session, "result_content", lambda *a, **k: True)
-    done = Command(words, tmp_path, before=both(without_pictures, paused)).end_by(signum)
+    done = Command(words, tmp_path, before=paused).end_by(signum)
     assert done.returncode == 128 + signum, done.stderr
     name = signal.Signals(signum).name
     kept = "after step 4, the last one: its checkpoint is kept, and --resume run goes on behind it"
     assert done.stderr == f"lte-train: stopped by {name} {kept}\n"
     assert not (tmp_path / "run" / "result.json").exists()
-    again = Command(["lte-train", "--resume", "run"], tmp_path, before=without_pictures).wait()
+    again = Command(["lte-train", "--resume", "run"], tmp_path).wait()
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -176,7 +176,6 @@ def test_two_in_a_row_leave_at_once_with_the_right_code(signum, words, tmp_path)
         return save(self, step, state, **kwargs)
 
     def before():
-        without_pictures()
         Checkpoints.save = disturbed
 
     done = Command(words, tmp_path, before=before).wait()
@@ -200,11 +199,7 @@ def beginning(monkey):
     """The command as rank 0 of two, of which the other one never begins."""
     from memtrain_common.training import distributed
 
-    def before():
-        without_pictures()
-        monkey(distributed)
-
-    return dict(before=before, environment=torchrun_environment(0, 2, free_port()))
+    return dict(before=lambda: monkey(distributed), environment=torchrun_environment(0, 2, free_port()))
 
 
 def test_a_rank_that_never_begins_ends_the_others(words, tmp_path):
@@ -244,7 +239,6 @@ def test_a_rank_that_dies_outside_of_the_training_ends_the_others(words, tmp_pat
     def before():
         from memtrain_common.commands import session
 
-        without_pictures()
         name = moment.split(".")[1]
         method = getattr(session.Session, name)
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ from image_files import image_folder, random_file
 from memtrain_common.data.images.medmnist_sets import SETS
 from memtrain_common.models.vit import build_vit
 from memtrain_common.runs import checkpoint
-from support import assert_refused, rows, run_command, run_ranks
+from support import assert_refused, rows, run_command, run_ranks, without_pictures
 
 QUICK = ["--epochs", "2", "--batch-size", "8", "--tracker", "none", "--device", "cpu", "--galore-rank", "4",
          "--gap", "3"]  # fmt: skip
@@ -25,19 +24,14 @@ def pictures(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("pictures") / "pets", 12)
 
 
-def no_pictures():
-    """Drawing takes longer than such a training: one test looks at the pictures, the others do without."""
-    matplotlib.figure.Figure.savefig = lambda self, path: None
-
-
 def galore_vit(cwd, *words):
-    return run_command(["galore-vit", *words], cwd, before=no_pictures)
+    return run_command(["galore-vit", *words], cwd)
 
 
 def train(cwd, *words, data=None, quick=QUICK, pictures=False):
     where = ["--data", "folder", "--data-dir", str(data), "--size", "8"] if data else []
     words = ["galore-vit", "train", *where, *quick, *words]
-    return run_command(words, cwd, before=None if pictures else no_pictures)
+    return run_command(words, cwd, pictures=pictures)
 
 
 def weights(run):
@@ -142,7 +136,7 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, na
 
 def _under_torchrun(folder, words):
     os.chdir(folder)
-    no_pictures()
+    without_pictures()
     from galore_vit.cli import dispatch
 
     dispatch(words)

@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 from support import (
     Command,
     assert_refused,
-    both,
     newest_checkpoint,
     pause_at,
     rows,
     run_command,
     run_installed,
     run_ranks,
-    without_pictures,
 )
 
 TINY = ["lora-xs", "glue", "--task", "sst2", "--tracker", "none", "--rank", "4", "--epochs", "5", "--batch-size", "8",
@@ -77,7 +75,7 @@ def same_run(a, b):
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, words, tmp_path):
     run = tmp_path / "run"
-    done = Command(words, tmp_path, before=both(without_pictures, pause_at(25))).end_by(signal.SIGKILL)
+    done = Command(words, tmp_path, before=pause_at(25)).end_by(signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     done = run_command(["lora-xs", "glue", "--resume", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -90,7 +88,7 @@ def test_bases_from_the_gradient_are_in_checkpoints_and_adapter(words, tmp_path)
     """They do not follow from the weights: a run that was killed takes them from its checkpoint."""
     words = [*words, "--init", "gradient", "--init-batches", "3", "--first-step", "1e-3", "--max-iters", "20"]
     assert run_command([*words, "--out", "whole"], tmp_path).returncode == 0
-    done = Command(words, tmp_path, before=both(without_pictures, pause_at(15))).end_by(signal.SIGKILL)
+    done = Command(words, tmp_path, before=pause_at(15)).end_by(signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     saved = load_file(newest_checkpoint(tmp_path / "run") / "model.safetensors")
     assert sum(name.endswith(("lora_xs.A", "lora_xs.B")) for name in saved) == 16
@@ -103,7 +101,7 @@ def test_bases_from_the_gradient_are_in_checkpoints_and_adapter(words, tmp_path)
 @pytest.mark.slow
 def test_sigterm_saves_and_resumes(whole, words, tmp_path):
     run = tmp_path / "run"
-    done = Command(words, tmp_path, before=both(without_pictures, pause_at(5))).end_by(signal.SIGTERM)
+    done = Command(words, tmp_path, before=pause_at(5)).end_by(signal.SIGTERM)
     assert done.returncode == 143, done.stderr
     assert "resume with --resume run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -205,7 +203,7 @@ def test_a_grid_is_stopped_resumed_and_tabled(encoder, glue_dir, tmp_path):
             "--grid-seeds", "0", "1", "--epochs", "2", "--tracker", "none", "--out", "grid"]  # fmt: skip
     folder = tmp_path / "grid"
     second = pause_at(0, "r2-lr0.001-head0.005-seed1")
-    stopped = Command(grid, tmp_path, before=both(without_pictures, second)).end_by(signal.SIGTERM)
+    stopped = Command(grid, tmp_path, before=second).end_by(signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stderr
     assert "--resume grid" in stopped.stderr
     first = (folder / "r2-lr0.001-head0.005-seed0" / "result.json").stat().st_mtime_ns

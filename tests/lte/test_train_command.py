@@ -22,14 +22,12 @@ from safetensors.torch import load_file
 from support import (
     Command,
     assert_refused,
-    both,
     newest_checkpoint,
     pause_at,
     rows,
     run_command,
     run_installed,
     run_ranks,
-    without_pictures,
 )
 
 TINY = [
@@ -149,10 +147,10 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_p
     """SIGKILL at several steps of training; --resume goes on each time; the bytes are those of the whole run."""
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
     for step in steps:
-        process = Command(words, tmp_path, before=both(without_pictures, pause_at(step)))
+        process = Command(words, tmp_path, before=pause_at(step))
         assert process.end_by(signal.SIGKILL).returncode == -signal.SIGKILL
         words = ["lte-train", "--resume", "run"]
-    done = run_command(words, tmp_path, before=without_pictures)
+    done = run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     same_run(whole[0], tmp_path / "run")
 
@@ -160,7 +158,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum):
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
-    done = Command(words, tmp_path, before=both(without_pictures, pause_at(10))).end_by(signum)
+    done = Command(words, tmp_path, before=pause_at(10)).end_by(signum)
     assert done.returncode == 128 + signum
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
