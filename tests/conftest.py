@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start: tiny models
 # reads this at its first product, so it stands before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
+import fresh
 import matplotlib.figure  # noqa: F401  # loaded here once, for the commands that tests fork from this process
 import pytest
 import torch
@@ -20,6 +21,7 @@ torch.set_num_threads(1)
 # Autograd's threads start at the first backward pass, one for each device. A fake tensor registers eight CUDA devices
 # where there is none; with their threads a process cannot be forked any more. So the first pass is here, without them.
 torch.ones((), requires_grad=True).backward()
+fresh.start()
 tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at the moment of a fork, which the child then waits for
 
 

@@ -4,12 +4,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from memtrain_common.errors import UserError
 from memtrain_common.runs import checkpoint as module
 from memtrain_common.runs.checkpoint import Checkpoints, load, verify
@@ -206,7 +205,7 @@ except UserError as error:
     print(error)
     sys.exit(2)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run_fresh(script)
     assert done.returncode == 2, done.stderr
     assert "could not save the checkpoint of step 2" in done.stdout
     assert "earlier checkpoints are intact" in done.stdout

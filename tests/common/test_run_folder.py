@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import types
 import warnings
 
 import pytest
 import torch
+from fresh import run_fresh
 from memtrain_common.console import Console, Progress, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json, write_json
@@ -109,7 +109,7 @@ for take in (RunFolder.create, RunFolder.open):
     except UserError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run_fresh(script)
     assert done.stdout.count("is in use by another process") == 2, done.stderr
     RunFolder.open(run.path)  # this process may
 
@@ -205,6 +205,7 @@ def test_numbers_with_units():
     assert format_table([("a", "1"), ("bcd", "22", "x")]) == "  a     1\n  bcd  22  x"
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path):
     rows = [{"step": s, "split": split, "loss": 5.0 / (s + 1)} for s in range(20) for split in ("train", "val")]
     plot_loss({"a": rows, "b": rows[:10]}, tmp_path / "loss.png", ylabel="loss", levels={"entropy": 2.0})

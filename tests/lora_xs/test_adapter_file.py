@@ -2,11 +2,10 @@
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_fresh
 from lora_xs import (
     ROBERTA_TARGETS,
     LoRAXSConfig,
@@ -82,10 +81,7 @@ def test_same_logits_in_a_new_process(train_r, tmp_path, dtype, alpha):
     model[4].weight.data.normal_()
     save_adapter(model, tmp_path, dtype=torch.bfloat16 if dtype == "bfloat16" else None)
     want = model(torch.arange(400))
-    # As many threads as here: the order of a sum depends on them.
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", FRESH, str(tmp_path), dtype]
-    done = subprocess.run(command, env=threads, capture_output=True, text=True)
+    done = run_fresh(FRESH, str(tmp_path), dtype)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
 

@@ -1,15 +1,15 @@
 """The configuration, its matching of names, and what the package imports."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_fresh
 from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
 from lora_xs.config import in_layers
 from lora_xs.layer import layers
 from lora_xs.targets import find_targets
+from support import run_light
 from torch import nn
 
 
@@ -272,7 +272,11 @@ export_peft(model, sys.argv[1] + "/p")
 """
 
 
-@pytest.mark.parametrize("script", [RUN, ALONE], ids=["import is light", "runs with torch and safetensors alone"])
-def test_in_a_fresh_process(script, tmp_path):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True)
+def test_an_import_is_light():
+    ((code, said),) = run_light([RUN])
+    assert not code, said
+
+
+def test_it_runs_with_torch_and_safetensors_alone(tmp_path):
+    done = run_fresh(ALONE, str(tmp_path))
     assert done.returncode == 0, done.stderr

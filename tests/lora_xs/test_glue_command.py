@@ -19,6 +19,7 @@ from support import (
     rows,
     run_command,
     run_installed,
+    run_light,
     run_ranks,
 )
 
@@ -41,6 +42,7 @@ def whole(words, tmp_path_factory):
     return cwd / "run", done
 
 
+@pytest.mark.slow
 def test_it_learns_and_reports_the_metric(whole):
     run, done = whole
     validation = [r for r in rows(run) if r["split"] == "val"]
@@ -53,6 +55,7 @@ def test_it_learns_and_reports_the_metric(whole):
     assert done.stdout == (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_what_it_trained_is_counted_and_kept(whole):
     """2 layers of 4 modules of r² = 16; the pooler that the folder lacks belongs to the head."""
     run, done = whole
@@ -136,6 +139,7 @@ def with_dropout(encoder, p, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one(words, encoder, tmp_path):
     """Every weight is decomposed once, by one of the two; the losses, metrics and R are those of one process.
 
@@ -156,6 +160,7 @@ def test_two_processes_give_the_run_of_one(words, encoder, tmp_path):
     assert (tmp_path / "run" / "log.txt").read_text().count("development rows, in hundredths") == 1
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_on_request(words, tmp_path):
     done = run_command([*words, "--keep", "best", "--epochs", "3"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -163,6 +168,7 @@ def test_the_best_weights_are_kept_on_request(words, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["dev"]["accuracy"] == best
 
 
+@pytest.mark.slow
 def test_another_adapter_is_a_start(whole, words, tmp_path):
     """R comes from the adapter; the head begins anew, for a task with scores."""
     start = str(whole[0] / "adapter")
@@ -178,6 +184,7 @@ def test_another_adapter_is_a_start(whole, words, tmp_path):
     assert_refused(refused, "--rank 5", "which is 4")
 
 
+@pytest.mark.slow
 def test_a_folder_of_peft_or_the_official_code_is_a_start(whole, words, tmp_path):
     """Their matrices lie in the SVD's bases here, so R comes back; the head begins anew."""
     started = run_command(["lora-xs", "export-peft", "--adapter", str(whole[0] / "adapter"), "--out", "peft"], tmp_path)
@@ -190,6 +197,7 @@ def test_a_folder_of_peft_or_the_official_code_is_a_start(whole, words, tmp_path
     assert describe_adapter(tmp_path / "run" / "adapter").heads == ("bert.pooler.dense", "classifier")
 
 
+@pytest.mark.slow
 def test_random_bases_are_not_those_of_the_svd(words, tmp_path):
     done = run_command([*words, "--init", "random", "--epochs", "1"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -239,6 +247,7 @@ def test_mistakes_are_one_sentence(options, expected, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_about_runs_and_adapters(whole, words, glue_dir, tmp_path):
     run, _ = whole
     (tmp_path / "run").symlink_to(run)
@@ -253,8 +262,6 @@ def test_mistakes_about_runs_and_adapters(whole, words, glue_dir, tmp_path):
 
 
 def test_every_commands_help_loads_nothing_heavy():
-    import subprocess
-    import sys
 
     from lora_xs.cli import COMMANDS
 
@@ -273,8 +280,8 @@ for name in {list(COMMANDS)!r}:
 loaded = {{"torch", "numpy", "transformers", "datasets", "peft", "sklearn"}} & set(sys.modules)
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ((code, said),) = run_light([script])
+    assert not code, said
 
 
 def test_the_installed_command_lists_its_commands(tmp_path):
@@ -284,6 +291,7 @@ def test_the_installed_command_lists_its_commands(tmp_path):
         assert f"  {name} " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "metric"), [("cola", "matthews"), ("rte", "accuracy"), ("sst2", "accuracy")])
 def test_the_real_files_go_all_the_way(task, metric, encoder, real_data, tmp_path):
     few = ["--max-train-samples", "64", "--max-eval-samples", "40", "--epochs", "1", "--max-length", "32"]

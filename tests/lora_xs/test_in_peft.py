@@ -1,11 +1,10 @@
 """LoRA-XS as a method of PEFT: its registry, its files, its operations."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_fresh
 from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
 from lora_xs.layer import layers
 
@@ -137,6 +136,6 @@ def test_without_the_import_peft_refuses_the_file(roberta, config, tmp_path):
     """It does not load a LoRA in its place."""
     peft.get_peft_model(roberta(), config).save_pretrained(tmp_path)
     script = f"import peft; peft.PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    done = run_fresh(script)
     assert done.returncode != 0
     assert "LORA_XS" in done.stderr
