@@ -182,6 +182,7 @@ def test_two_processes_share_a_folder_that_nobody_named_and_resume_it(few_steps,
     assert (newest / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["backrazor-train", "finetune", "pretrain"])
 def test_other_data_are_refused_or_gone_on_with_and_noted(few_steps, tmp_path, command):
     words = [*few_steps[command], *few_steps[""], "--out", "run"]

@@ -126,6 +126,7 @@ def test_lora_xs_takes_bases_from_the_first_batches(plain):
     assert composed.model.state_dict().keys() == own.state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", list(params()))
 def test_every_combination_trains_or_is_refused(axes, plains, tmp_path):
     plain = plains[2 if axes.save == "checkpoint" else 1]

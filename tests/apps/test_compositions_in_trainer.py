@@ -35,6 +35,7 @@ def trainer(folder, adapter, steps=6):
     return RazorTrainer(model, args, train_dataset=token_rows(), callbacks=callbacks, razor=Razor(0.1), **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["backrazor+galore", "backrazor+lora-xs"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(adapter, tmp_path):
     straight = trainer(tmp_path / "straight", adapter)

@@ -36,6 +36,7 @@ def whole(tmp_path_factory):
     return cwd / "run", done
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_cost_and_keeps_it(whole):
     run, done = whole
     result = json.loads((run / "result.json").read_text())
@@ -54,6 +55,7 @@ def test_a_run_says_what_it_cost_and_keeps_it(whole):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_plain_and_gives_the_tested_accuracy(whole, tmp_path):
     run, _ = whole
     again = run_command(
@@ -78,6 +80,7 @@ def test_the_saved_model_is_plain_and_gives_the_tested_accuracy(whole, tmp_path)
     assert not any("lora" in name for name in load_file(run / "model" / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     words = [*DIGITS, *RAZOR, "--lr", "3e-3", "--out", "run", "--eval-epochs", "0.3", "--no-save-model"]
     words = [w for w in words if w != "7"]  # fewer pictures
@@ -95,6 +98,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_memory_is_explained_without_training(tmp_path):
     words = ["pretrain", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--train", "lora", "--dropout", "0.1"]
     done = run_command([*words, "--explain-memory", "--threads", "1"], tmp_path)
@@ -106,6 +110,7 @@ def test_memory_is_explained_without_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt", "llama"])
 def test_pretraining_lowers_the_loss_and_predicts_its_memory(model, tmp_path):
     words = [
@@ -144,6 +149,7 @@ def test_pretraining_lowers_the_loss_and_predicts_its_memory(model, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_glue_and_instructions_run_from_local_files(tmp_path, real_data):
     transformers = pytest.importorskip("transformers")
     vocabulary = real_data / "tokenizers" / "bert-base-uncased" / "vocab.txt"
@@ -201,6 +207,7 @@ def test_mistakes_are_one_sentence(words, tmp_path):
     assert_refused(done, *REFUSED[words])
 
 
+@pytest.mark.slow
 def test_the_model_decides_what_pretraining_can_do(tmp_path):
     for words, expected in (
         (("--train", "head"), "has none"),
@@ -234,6 +241,7 @@ def test_the_installed_commands_show_their_help_without_torch(tmp_path):
         assert "torch" not in done.stderr
 
 
+@pytest.mark.slow
 def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
     words = [*DIGITS, "--train", "lte", "--heads", "2", "--merge-steps", "2", "--lr", "3e-3", "--out", "run"]
     words += ["--max-iters", "3"]

@@ -88,6 +88,7 @@ def test_a_law_is_the_count_of_every_batch(family, train, save):
     assert found == step_use_of(step, axes, 8 if law.lines else 12, shards=3)
 
 
+@pytest.mark.slow
 def test_passes_over_one_model_are_those_over_new_ones():
     step, axes = SMALL["vit"], Axes("lora", "checkpoint", dropout=0.1)
     passes, _ = passes_of(step, axes, (3, 1, 3))
@@ -112,6 +113,7 @@ def test_shares_are_what_fsdp_cuts(shards):
 # -- what was counted before ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cache_is_of_a_shape_the_code_and_the_versions(tmp_path, monkeypatch):
     words = [*TINY, "--budget", "1GiB", "--train", "full", "--save", "all", "--optim", "adamw", "--workers", "1"]
     config = configure(words)
@@ -187,6 +189,7 @@ def small_plan():
     return make_plan(configure([*words, "--save", "all", "checkpoint", "--workers", "1"]))
 
 
+@pytest.mark.slow
 def test_tables_keep_to_a_hundred_columns(small_plan):
     text = table_of(small_plan)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -194,6 +197,7 @@ def test_tables_keep_to_a_hundred_columns(small_plan):
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_best(small_plan, tmp_path):
     picture.draw_plan(small_plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -201,6 +205,7 @@ def test_the_picture_shows_the_best(small_plan, tmp_path):
         configure([*TINY, "--budget", "30MiB", "--png", "plan.pdf"])
 
 
+@pytest.mark.slow
 def test_without_a_model_several_are_planned(small_plan, monkeypatch):
     asked = []
     monkeypatch.setattr(command, "make_plan", lambda config, console: asked.append(config) or small_plan)
@@ -228,6 +233,7 @@ def test_measured_times_are_of_the_same_task():
             assert known.timing_of(replace(axes, razor_mode=t.razor_mode), t.task, [t]) is t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["all", "backrazor"])
 def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
     """The tensors' peak is the plan's but for what falls into single steps; each storage is rounded up by less than 512

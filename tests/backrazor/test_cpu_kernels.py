@@ -20,6 +20,7 @@ def by_torch(monkeypatch, call):
         return call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "threads"), [(0.9, 1), (0.5, 1), (0.2, 1), (0.1, 1), (0.03, 1), (0.004, 1), (0.1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_is_the_same_to_the_bit(monkeypatch, keep, dtype, threads):
@@ -112,6 +113,7 @@ def test_without_a_compiler_a_warning_says_so_once_and_torch_packs(monkeypatch):
     assert torch.equal(w.grad, slow)
 
 
+@pytest.mark.slow
 def test_the_library_is_built_into_the_cache_and_can_be_asked_not_to(monkeypatch, tmp_path):
     def built(setting):
         monkeypatch.setenv("BACKRAZOR_KERNELS", setting)

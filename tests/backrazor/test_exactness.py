@@ -524,6 +524,7 @@ def families():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP", "Falcon", "T5", "Swin"])

@@ -33,6 +33,7 @@ def whole(words, tmp_path_factory):
     return cwd / "run", done
 
 
+@pytest.mark.slow
 def test_it_learns_and_says_what_it_saved(whole):
     run, done = whole
     validation = [r for r in rows(run) if r["split"] == "val"]
@@ -46,6 +47,7 @@ def test_it_learns_and_says_what_it_saved(whole):
     assert done.stdout == (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_baseline_holds_what_was_predicted_of_it(words, whole, tmp_path):
     done = glue(tmp_path, *words, "--mode", "full", "--out", "full", "--num-train-epochs", "1")
     assert done.returncode == 0, done.stderr
@@ -54,6 +56,7 @@ def test_the_baseline_holds_what_was_predicted_of_it(words, whole, tmp_path):
     assert measured == predicted
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_bytes_of_never_having_stopped(whole, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(whole[0], cut)
@@ -68,6 +71,7 @@ def test_resuming_gives_the_bytes_of_never_having_stopped(whole, tmp_path):
     assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
 
 
+@pytest.mark.slow
 def test_the_best_is_reported_where_asked_for(words, tmp_path):
     done = glue(tmp_path, *words, "--select", "best", "--eval-steps", "5", "--num-train-epochs", "2", "--out", "run")
     assert done.returncode == 0, done.stderr
@@ -78,6 +82,7 @@ def test_the_best_is_reported_where_asked_for(words, tmp_path):
     assert result["scores"]["dev"]["accuracy"] == result["best"]["value"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bitfit", "head"])
 def test_what_the_other_modes_move(words, encoder, tmp_path, mode):
     from safetensors.torch import load_file
@@ -91,6 +96,7 @@ def test_what_the_other_modes_move(words, encoder, tmp_path, mode):
     assert bool(moved) == (mode == "bitfit")
 
 
+@pytest.mark.slow
 def test_real_rte_with_the_real_vocabulary(tmp_path, real_data):
     """Random weights of a small BERT: it runs on the benchmark's own files, padded to the full length."""
     import transformers

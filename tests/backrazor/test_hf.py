@@ -29,6 +29,7 @@ def trainer(folder, kind=RazorTrainer, model=None, razor=None, **words):
     return kind(model=model or small_bert(positions=64), args=arguments(folder, **words), **data, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [{}, {"bf16": True, "gradient_checkpointing": True}])
 def test_a_killed_run_is_resumed_to_the_same_bytes(words, tmp_path):
     straight = trainer(tmp_path / "straight", **words)
@@ -41,6 +42,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(words, tmp_path):
         assert torch.equal(p, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_it_is_the_razor_that_trains(tmp_path):
     """At keep 1 as Trainer itself; below it the weights go another way, by the gradients of a Razor."""
 
@@ -54,6 +56,7 @@ def test_it_is_the_razor_that_trains(tmp_path):
     assert not torch.allclose(weights(), plain, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_trainer_of_ones_own_and_its_evaluation(tmp_path):
     seen = []
 
@@ -108,6 +111,7 @@ def test_a_razor_that_would_not_be_entered_is_refused(tmp_path):
         trainer(tmp_path, razor=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("MEMTRAIN_DATA" not in os.environ, reason="MEMTRAIN_DATA names no folder with real weights")
 def test_minilm_keeps_an_order_less(tmp_path):
     from memtrain_common.measuring.memory import SavedActivations

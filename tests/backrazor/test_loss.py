@@ -407,6 +407,7 @@ def test_measured_equals_predicted_and_no_logits_are_kept():
     assert sum(plain.values()) - sum(measured.values()) > 0.9 * B * (T - 1) * V * 4
 
 
+@pytest.mark.slow
 def test_no_more_than_a_chunk_of_logits_exists():
     from memtrain_common.measuring.prediction import fake_step
 

@@ -25,6 +25,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_predicted_is_measured(tmp_path, name):
     found = []
@@ -45,6 +46,7 @@ def test_predicted_is_measured(tmp_path, name):
     assert ("softmax" in done.stdout) == ("eager" in name)
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_is_not_stored_and_what_is_exact_is_dense(tmp_path):
     kept = {}
     for words in ((), ("--recompute", "attention"), ("--recompute", "block"), ("--exact", "attention", "*.fc1")):
@@ -55,6 +57,7 @@ def test_what_is_recomputed_is_not_stored_and_what_is_exact_is_dense(tmp_path):
     assert bytes_of[3] > bytes_of[0] > bytes_of[1] > bytes_of[2]
 
 
+@pytest.mark.slow
 def test_a_picture_and_tables(tmp_path):
     done = memory(tmp_path, "resnet20", "--layers", "all", "--out", "r.png", draw=True)
     assert done.returncode == 0, done.stderr
@@ -79,6 +82,7 @@ def test_names_that_differ_in_the_block_alone():
     assert alike("fc1") == "fc1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_shapes_are_built_without_memory(name):
     """Published counts of parameters, a head of 100 classes left out."""
@@ -95,6 +99,7 @@ def test_known_shapes_are_built_without_memory(name):
         assert body > 1e5
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers(tmp_path, encoder):
     done = memory(tmp_path, encoder, "--sequence-length", "20", "--layers", "none")
     assert done.returncode == 0, done.stderr
@@ -109,6 +114,7 @@ def test_a_folder_of_transformers(tmp_path, encoder):
     assert memory(tmp_path, "vit", "--image-size", "32", "--layers", "none").returncode == 0
 
 
+@pytest.mark.slow
 def test_frozen_weights_save_less():
     totals = {}
     for train in ("full", "bitfit", "head"):
@@ -117,6 +123,7 @@ def test_frozen_weights_save_less():
     assert totals["full"] > totals["bitfit"] > totals["head"] > 0
 
 
+@pytest.mark.slow
 def test_a_batch_of_any_size_saves_as_much_a_sample():
     totals = []
     for n in (2, 6):

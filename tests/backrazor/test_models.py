@@ -112,6 +112,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_is_the_same_and_less_is_saved(name):
     make, ratio = MODELS[name]

@@ -139,6 +139,7 @@ def test_keep_1_is_plain_autograd(case, mode):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["linear", "conv2d", "layer_norm", "rms_norm", "batch_norm", "gelu", "sdpa mask", "mul"]
 )

@@ -53,6 +53,7 @@ def test_everything_kept_is_dense():
     assert groups_for(0.999) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.99, 0.5, 0.1, 0.03])
 @pytest.mark.parametrize("shape", [(3, 7, 11), (1, 997), (2, 5, 3301), (40, 13), (5, 4001)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -188,6 +189,7 @@ for shape, channels in (((2, 83, 40), {2}), ((3, 7, 49), {1}), ((130, 9), {1}), 
 """
 
 
+@pytest.mark.slow
 def test_triton_kernels_equal_the_cpu_path():
     pytest.importorskip("triton", reason="triton is not installed: it comes with PyTorch for CUDA")
     done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, timeout=250)

@@ -245,6 +245,7 @@ def test_second_derivatives_and_transforms_are_refused_in_words():
         torch.func.vmap(model)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_functions_are_refused_in_words():
     model, x = mlp(), torch.randn(8, 16)
@@ -365,6 +366,7 @@ def test_no_transient_exceeds_a_layers_dense_activations():
     assert razor.ledger.total("activations") < dense.ledger.total("activations") / 12
 
 
+@pytest.mark.slow
 def test_predicted_equals_measured_to_the_byte():
     from memtrain_common.measuring.memory import SavedActivations
     from memtrain_common.measuring.prediction import predict

@@ -40,6 +40,7 @@ class Counting:
         self.bytes = sum(self.saved.by_layer().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_gradients_of_every_kind_of_weight(name):
     make, keep, least, times = PROBES[name]

@@ -66,6 +66,7 @@ def test_flags_that_leave_model_and_data_alone_are_laid_over_the_preset_of_no_fl
 # -- a run and its folder ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_run_folder(tmp_path, pictures):
     done = train(tmp_path, pictures, "--out", "run", "--compare-dense", "--epochs", "4", pictures=True)
     assert done.returncode == 0, done.stderr
@@ -91,6 +92,7 @@ def test_the_run_folder(tmp_path, pictures):
     assert losses[1:] != begun[1:]
 
 
+@pytest.mark.slow
 def test_keep_1_is_dense_training(tmp_path, pictures):
     assert train(tmp_path, pictures, "--mode", "full", "--out", "full").returncode == 0
     assert train(tmp_path, pictures, "--keep", "1", "--out", "all").returncode == 0
@@ -98,6 +100,7 @@ def test_keep_1_is_dense_training(tmp_path, pictures):
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "bitfit", "head", "backrazor"])
 def test_what_each_mode_moves(tmp_path, pictures, mode):
     torch.manual_seed(3)
@@ -119,6 +122,7 @@ def test_what_each_mode_moves(tmp_path, pictures, mode):
     assert expected - moved <= {n for n in expected if n.endswith("k_proj.bias")}
 
 
+@pytest.mark.slow
 def test_modes_save_less_and_less(tmp_path, pictures):
     kept = {}
     for mode in ("full", "bitfit", "backrazor", "head"):
@@ -138,6 +142,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, name):
     done = train(tmp_path, pictures, *RESUMED[name], "--out", "whole")
@@ -187,6 +192,7 @@ def ranks_train(cwd, words):
     assert not stop.value.code
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_same_batches_as_one(tmp_path, pictures):
     """Dense, since what is kept of an activation is chosen within what a process has of the batch."""
     words = words_for(pictures, "--mode", "full", "--epochs", "1")
@@ -201,6 +207,7 @@ def test_two_processes_see_the_same_batches_as_one(tmp_path, pictures):
 # -- sets --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_medmnist_with_several_labels(tmp_path):
     random_file(tmp_path, "chestmnist", 24)
     words = ["--data", "chestmnist", "--data-dir", ".", "--no-verify", *QUICK, "--epochs", "1", "--out", "run"]
@@ -211,6 +218,7 @@ def test_medmnist_with_several_labels(tmp_path):
     )  # of 14 labels
 
 
+@pytest.mark.slow
 def test_all_of_train_without_validation(tmp_path, pictures):
     done = train(tmp_path, pictures, "--validate", "none", "--epochs", "1", "--out", "run")
     assert done.returncode == 0, done.stderr
@@ -219,6 +227,7 @@ def test_all_of_train_without_validation(tmp_path, pictures):
     assert "accuracy" in json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["test"]
 
 
+@pytest.mark.slow
 def test_damaged_pictures(tmp_path):
     folder = image_folder(tmp_path / "pets", 12)
     (folder / "train" / "dog" / "3.png").write_bytes(b"no picture")
@@ -232,6 +241,7 @@ def test_damaged_pictures(tmp_path):
     assert_refused(unseen, "dog/3.png is not a picture")
 
 
+@pytest.mark.slow
 def test_the_real_breastmnist(tmp_path, real_data):
     """The official file, and ResNet-20's published weights with a new head."""
     weights_file = next((real_data / "weights" / "resnet_cifar10").glob("*.th"))
@@ -295,6 +305,7 @@ def test_the_optimizer():
     assert torch.allclose(model["body"].weight, w)
 
 
+@pytest.mark.slow
 def test_frozen_norms_stay_as_they_are():
     config = TrainConfig(model="resnet20", image_size=8, freeze_bn=True, fix_bn_stat=True, mode="full", max_iters=3,
                          tracker="none")  # fmt: skip
@@ -323,6 +334,7 @@ def test_the_accuracy_is_of_the_whole_split():
     assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit-mini", "resnet20", "mobilenet_v2"])
 def test_dense_activations_are_what_dense_training_saves_and_finding_them_touches_nothing(model):
     made = build_classifier(model, 10, image_size=32)

@@ -26,6 +26,7 @@ def whole(tmp_path_factory):
     return harness.Whole(tmp_path_factory.mktemp("chaos"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), SEVERAL)
 def test_killed_at_a_random_call_it_resumes_to_the_same_bytes(whole, tmp_path, number, name):
     found = harness.kill(whole, name, random.Random(number), tmp_path / "try")

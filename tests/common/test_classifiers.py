@@ -118,6 +118,7 @@ def test_googles_file(tmp_path):
         build_classifier("vit-s-16", 5, weights=str(tmp_path / "b.npz"), image_size=32)
 
 
+@pytest.mark.slow
 def test_resnet20_with_its_published_weights_knows_real_pictures(real_data):
     """81.0 % of the test pictures as JPEG files, by the data's own description; here of every 20th."""
     weights = next((real_data / "weights" / "resnet_cifar10").glob("*.th"))

@@ -74,6 +74,7 @@ def single(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_train_like_one_and_resume(tmp_path, single, mode):
     """The same loss curve and weights; stopped by a signal to one process, both exit, and resuming leaves no trace."""
@@ -120,6 +121,7 @@ def test_a_process_that_dies_in_a_step_ends_the_other_in_a_sentence(tmp_path, mo
     assert re.fullmatch(rf"stopped at step 5: another process is lost \(.+\); {kept}", said), said
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_checkpoint_of_two(tmp_path, single):
     out = tmp_path / "elastic"
     run_ranks(2, lambda: train(out, "fsdp", 4))

@@ -337,6 +337,7 @@ def test_the_names(tmp_path):
     assert len(set(NAMES)) == 22
 
 
+@pytest.mark.slow
 def test_the_real_cifar10(real_data):
     """Not decoded here: tests/common/test_classifiers.py looks at some of its pictures."""
     (path,) = (real_data / "cifar10").glob("*.zip")

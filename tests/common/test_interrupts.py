@@ -147,6 +147,7 @@ def words(tmp_path_factory):
     return ["lte-train", "--data-dir", str(text), *shape, *method, *steps, "--out", "run"]
 
 
+@pytest.mark.slow
 @BOTH
 def test_in_the_report_it_says_what_is_kept_and_the_report_is_made_again(signum, words, tmp_path):
     from memtrain_common.commands import session
@@ -202,6 +203,7 @@ def beginning(monkey):
     return dict(before=lambda: monkey(distributed), environment=torchrun_environment(0, 2, free_port()))
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_begins_ends_the_others(words, tmp_path):
     def soon(distributed):
         distributed.MEETING_S = 1.0

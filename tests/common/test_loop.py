@@ -226,6 +226,7 @@ def skipped_steps(run):
     return sum(r["split"] == "train" and r["grad_norm"] is None for r in lines(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[5], [3], [1], [7, 2, 1], [11]])
 @pytest.mark.parametrize(("dtype", "workers"), [("float32", 0), ("float16", 0), ("float32", 2)])
 def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tmp_path, stops, dtype, workers):
@@ -520,6 +521,7 @@ def test_low_precision_trains_with_float32_weights(dtype):
     assert loss_fn(model, first) < 0.5 * before
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
     """Traced with the ledger in its first step, evaluation and accumulation in between; eager kernels, for speed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

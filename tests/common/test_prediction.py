@@ -117,6 +117,7 @@ def real_step(build, loss, optimizer, saving):
     return ledger, live.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "loss", "optimizer", "saving"),
     [
@@ -149,6 +150,7 @@ def test_a_model_that_exists_keeps_its_buffers_and_plain_tensors():
     assert predict(lambda: model, convolution_loss, sgd).ledger.total("buffers") > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_exists_is_left_alone_and_predicted_with_its_ties():
     model = gpt()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -160,12 +162,14 @@ def test_a_model_that_exists_is_left_alone_and_predicted_with_its_ties():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_micro_batches_add_to_one_gradient_but_not_to_the_activations():
     one, three = predict(gpt, gpt_loss, adamw), predict(gpt, gpt_loss, adamw, micro_batches=3)
     assert one.ledger == three.ledger
     assert three.peak_bytes > one.peak_bytes  # the second forward pass runs beside the first one's gradients
 
 
+@pytest.mark.slow
 def test_what_would_not_fit_is_predicted_without_being_allocated():
     before = memory_in_use(torch.device("cpu"))
     big = GPTConfig(block_size=2048, vocab_size=50304, n_layer=36, n_head=20, n_embd=1280)

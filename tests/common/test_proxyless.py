@@ -98,6 +98,7 @@ def test_it_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in ProxylessMobile(1000).parameters()) == 4_080_512
 
 
+@pytest.mark.slow
 def test_it_is_the_papers_table(published, tmp_path):
     """Read in the published form, outputs on fixed inputs are those of the reference."""
     torch.save({"state_dict": published}, tmp_path / "proxyless_mobile.pth")
@@ -161,6 +162,7 @@ def test_what_the_lite_modes_train():
     assert not any(n.endswith("final_bn.bias") for n in more)
 
 
+@pytest.mark.slow
 def test_tinytls_own_weights_are_read(tmp_path):
     """Group norms, standardised convolutions, lite residuals: known by the names of the tensors."""
     torch.manual_seed(3)

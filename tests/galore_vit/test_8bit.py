@@ -78,6 +78,7 @@ def distance(params):
     return float(sum((p - 0.1 * (i + 1)).norm() for i, p in enumerate(params)))
 
 
+@pytest.mark.slow
 def test_learns_like_32_bits():
     shapes = [(400, 80), (80, 400), (7,)]
     wide, narrow = problems.weights(*shapes), problems.weights(*shapes)

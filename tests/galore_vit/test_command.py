@@ -48,6 +48,7 @@ def without(words, flag):
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_source_projects_rank_above_every_side_runs_as_published(tmp_path, pictures):
     """meloravit.py: MeLo r = 8 under GaLore's rank 512, which turns the adapters' gradients and projects nothing."""
     words = ["--train", "melo", "--rank", "8", "--paper", "--out", "run"]
@@ -63,6 +64,7 @@ def test_the_source_projects_rank_above_every_side_runs_as_published(tmp_path, p
     assert measured["optimizer"] >= 4 * (2 * numbers + 2 * head + 16 * 8 * 8)
 
 
+@pytest.mark.slow
 def test_the_run_folder(tmp_path, pictures):
     done = train(tmp_path, "--out", "run", data=pictures, pictures=True)
     assert done.returncode == 0, done.stderr
@@ -88,6 +90,7 @@ def test_the_run_folder(tmp_path, pictures):
     assert f"{trial['test']['AUC']:.3f}" in said
 
 
+@pytest.mark.slow
 def test_galore_keeps_less_state_than_adamw(tmp_path, pictures):
     quick = QUICK[: QUICK.index("--galore-rank")]
     sizes = {}
@@ -114,6 +117,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.filterwarnings("ignore")
 def test_resuming_gives_the_bytes_of_never_having_stopped(tmp_path, pictures, name):
@@ -142,6 +146,7 @@ def _under_torchrun(folder, words):
     dispatch(words)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path, pictures):
     words = ["train", "--data", "folder", "--data-dir", str(pictures), "--size", "8", *QUICK]
     words += ["--gradient-accumulation-steps", "2", "--log-interval", "1", "--out"]
@@ -155,6 +160,7 @@ def test_two_processes_train_like_one(tmp_path, pictures):
     assert not np.allclose(one[:, 1], one[0, 1], atol=0.02)
 
 
+@pytest.mark.slow
 def test_what_each_way_of_training_moves(tmp_path, pictures):
     torch.manual_seed(3)
     build_vit("mini", image_size=8, patch_size=2, classes=2).save_pretrained(tmp_path / "vit")
@@ -189,6 +195,7 @@ def _best(run):
     return f"step-{json.loads((run / 'result.json').read_text())['step']:08d}"
 
 
+@pytest.mark.slow
 def test_seeds_and_folds(tmp_path, pictures):
     words = ["--seeds", "2", "--folds", "2", "--epochs", "1", "--out", "many"]
     done = train(tmp_path, *words, data=pictures)
@@ -207,6 +214,7 @@ def test_seeds_and_folds(tmp_path, pictures):
     assert json.loads((tmp_path / "many" / "result.json").read_text())["own"]["mean"] == result["mean"]
 
 
+@pytest.mark.slow
 def test_a_multi_label_set(tmp_path):
     random_file(tmp_path, "chestmnist", 24)
     words = ["--data", "chestmnist", "--data-dir", ".", "--no-verify", "--epochs", "1", "--out", "chest"]
@@ -226,6 +234,7 @@ def test_a_multi_label_set(tmp_path):
 # -- eval and info ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eval_agrees_with_train_and_with_its_own_predictions(tmp_path, pictures):
     assert train(tmp_path, "--out", "run", data=pictures).returncode == 0
     trained = json.loads((tmp_path / "run" / "test.json").read_text())
@@ -326,6 +335,7 @@ def test_a_wrong_md5_is_refused(tmp_path):
     assert_refused(run_command(words, tmp_path), "published file has 750601b1f35ba3300ea97c75c52ff8f6")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_settings_and_images(tmp_path, pictures):
     assert train(tmp_path, "--out", "run", "--epochs", "1", data=pictures).returncode == 0
     again = ["galore-vit", "train", "--resume", "run"]
@@ -349,6 +359,7 @@ def test_other_refusals(tmp_path, words, expected):
     assert_refused(galore_vit(tmp_path, *words), expected)
 
 
+@pytest.mark.slow
 def test_the_real_breastmnist(tmp_path, real_data):
     words = ["--data", "breastmnist", "--data-dir", str(real_data / "medmnist"), "--epochs", "1", "--out", "run"]
     done = train(tmp_path, *words)

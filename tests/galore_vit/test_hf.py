@@ -43,6 +43,7 @@ def by_class(**settings):
     return lambda model, args: {"optimizer_cls_and_kwargs": galore_cls_and_kwargs(model, args, **settings)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -69,6 +70,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(make, tmp_path):
     assert all(torch.equal(v, two[i][k]) for i, s in one.items() for k, v in s.items())
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     words = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     run = trainer(tmp_path, by_optimizers(), **words)
@@ -134,6 +136,7 @@ def test_without_arguments_it_is_an_optimizer_as_any():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "pattern"),
     [

@@ -32,6 +32,7 @@ def alone(request):
     return request.param, list(model.parameters()), torch.stack(norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "in_backward", "in_backward_exact", "fsdp"])
 def test_two_processes_equal_one(two, alone, mode):
     kind, weights, _ = alone
@@ -42,6 +43,7 @@ def test_two_processes_equal_one(two, alone, mode):
     assert problems.same(first["weights"], weights, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "in_backward"])
 def test_the_projected_gradient_is_what_is_reduced(two, mode):
     model = problems.mlp()
@@ -57,6 +59,7 @@ def test_the_projected_gradient_is_what_is_reduced(two, mode):
         assert sent < 0.7 * parallel_worker.STEPS * (plain + full)
 
 
+@pytest.mark.slow
 def test_norm_over_processes(two, alone):
     kind, _, norms = alone
     found = two[0][f"in_backward {kind}"]["norms"]
@@ -65,6 +68,7 @@ def test_norm_over_processes(two, alone):
     assert torch.allclose(two[0][f"in_backward_exact {kind}"]["norms"], norms, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_fsdp_shards_the_state_and_saves_it_whole(two):
     model = problems.mlp()
     optimizer = GaLoreAdamW(problems.mlp_groups(model), lr=1e-2)
@@ -75,6 +79,7 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
     assert two[0]["fsdp std"]["saved"] == ["Q", "exp_avg", "exp_avg_sq", "refresh_at", "step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer_type", [GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
 def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
     alone = parallel_worker.wide(optimizer_type, None)
@@ -90,12 +95,14 @@ def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
         assert first["local_bytes"] < 0.7 * alone["local_bytes"]
 
 
+@pytest.mark.slow
 def test_moments_that_do_not_shard_in_blocks_stay_fp32_and_say_so(two):
     (warning,) = two[0]["uneven"]
     assert "130×32" in warning
     assert "fp32" in warning
 
 
+@pytest.mark.slow
 def test_fsdp_refuses_what_it_cannot_shard(two):
     refused = two[0]["fsdp std"]["refused"]
     words = ["residual", "residual", "split"]

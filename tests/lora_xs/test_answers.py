@@ -91,6 +91,7 @@ def test_the_right_answer_is_boxed(solution, correct, official):
     assert not official_math.correct("5", None)
 
 
+@pytest.mark.slow
 def test_generated_text_is_not_run(tmp_path, monkeypatch):
     """Neither Python's functions nor attributes nor strings; and what takes too long or too much is unequal."""
     file = tmp_path / "made"

@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from support import run_command
 
 
+@pytest.mark.slow
 def test_every_method_stands_in_the_table(tmp_path):
     words = ["lora-xs", "demo", "--ranks", "2", "8", "--seeds", "1", "--pretrain-steps", "30", "--steps", "12"]
     done = run_command([*words, "--out", "demo.json"], tmp_path)

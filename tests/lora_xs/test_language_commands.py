@@ -58,6 +58,7 @@ def test_the_loss_sees_the_response_alone(language_model):
     assert tokenize(Example("1 plus 2?", " 3"), tokenizer, 4).ids == row.ids[:4]
 
 
+@pytest.mark.slow
 def test_instruct_learns(tuned):
     run, done = tuned
     losses = [r["loss"] for r in rows(run) if r["split"] == "train"]
@@ -67,6 +68,7 @@ def test_instruct_learns(tuned):
     assert set(saved) == {n for n in saved if n.endswith("lora_xs.R.default")}
 
 
+@pytest.mark.slow
 def test_sigterm_and_resume(tuned, words, tmp_path):
     done = Command(words, tmp_path, before=pause_at(10)).end_by(signal.SIGTERM)
     assert done.returncode == 143, done.stderr
@@ -77,6 +79,7 @@ def test_sigterm_and_resume(tuned, words, tmp_path):
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one(tuned, words, tmp_path):
     """Rows of unequal length: a token weighs the same whichever process has it."""
     from lora_xs.cli import dispatch
@@ -100,6 +103,7 @@ def test_the_weight_makes_the_mean_of_processes_that_of_the_batch(language_model
     assert abs(parts[0] - parts[1]) > 0.1 * whole
 
 
+@pytest.mark.slow
 def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
     run, _ = tuned
     words = ["lora-xs", "eval", "--adapter", str(run / "adapter"), "--data", sums, "--max-new-tokens", "12",
@@ -162,6 +166,7 @@ def logits(model):
         return model.double().eval()(input_ids=torch.arange(10, 30)[None]).logits
 
 
+@pytest.mark.slow
 def test_merge_and_export_give_the_adapters_logits(tuned, language_model, tmp_path):
     run, _ = tuned
     base = transformers.AutoModelForCausalLM.from_pretrained(language_model)
@@ -214,6 +219,7 @@ def test_info_describes_and_counts(tuned, language_model, tmp_path):
     assert re.search(r"\n +25 +96 +60,000 ", counted.stdout)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(tuned, words, language_model, sums, tmp_path):
     run, _ = tuned
     adapter = str(run / "adapter")

@@ -173,6 +173,7 @@ def test_dropout_is_of_width_r_and_off_in_eval(mixed, inputs):
     assert not torch.equal(model(*inputs), model(*inputs))
 
 
+@pytest.mark.slow
 def test_deepcopy_and_compile(mixed, inputs, train_r):
     model = train_r(inject(mixed, LoRAXSConfig(rank=3, targets=TARGETS)))
     twin = copy.deepcopy(model)

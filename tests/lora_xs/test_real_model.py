@@ -46,6 +46,7 @@ def test_the_weights_were_read_right(stories):
     assert loss(stories, torch.tensor([encode(" ".join(words[::-1]))])) > 3
 
 
+@pytest.mark.slow
 def test_lora_xs_lowers_the_loss_and_reloads(stories, tmp_path):
     ids = text()
     held_out = ids[-5_000:].view(-1, 100)
@@ -91,6 +92,7 @@ MATH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize(
     ("data", "source", "limit"),

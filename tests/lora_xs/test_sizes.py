@@ -59,6 +59,7 @@ def test_mistral_7b_counts(rank, expected):
     assert count(model, rank, CAUSAL_LM_TARGETS) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "targets", "rank", "dtype", "limit"),
     [

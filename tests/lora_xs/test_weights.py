@@ -232,6 +232,7 @@ def test_checkpointing_recomputes_with_the_adapter(model, x, train_r):
     assert not any(layer.parameter in module.__dict__ for module, layer in layers(model))
 
 
+@pytest.mark.slow
 def test_compiled(x):
     torch.manual_seed(0)
     model = nn.Sequential(Reader(), Reader()).double()

@@ -202,6 +202,7 @@ def test_refuses_a_wrong_configuration(wrong, words):
         LTEConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_a_merge_needs_no_recompilation():
     """One graph without breaks, the eager result, and the same graph after merges (eager kernels, for speed)."""
     layers = nn.Sequential(*(layer_of(2, 6, 6, 3, dtype=torch.float32) for _ in range(2)))

@@ -192,6 +192,7 @@ def nanogpts(place):
     return place / "out", by_hand
 
 
+@pytest.mark.slow
 def test_a_nanogpt_run_goes_on_as_it_would_have(here, nanogpts, capsys):
     """Twenty steps from its ckpt.pt, in two parts, and torch's AdamW that was never stopped: the same weights."""
     folder, by_hand = nanogpts
@@ -212,6 +213,7 @@ def test_a_nanogpt_run_goes_on_as_it_would_have(here, nanogpts, capsys):
     assert Path("out/ckpt.pt").is_file()
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_it_still_goes_on_from_nanogpts(here, nanogpts):
     folder, by_hand = nanogpts
     shutil.copytree(folder, "out")

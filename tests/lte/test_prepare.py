@@ -46,6 +46,7 @@ def vocabulary(real_data):
 # -- real files
 
 
+@pytest.mark.slow
 def test_the_bins_of_real_articles_decode_to_the_articles(real_data, vocabulary, tmp_path):
     """All 1,000, in order, every tenth from the second on for validation, <|endoftext|> after each."""
     out = tmp_path / "cnn"
@@ -118,6 +119,7 @@ def test_tokens_are_tiktokens_and_special_words_are_text(real_data):
     assert coder.end_of_text == END
 
 
+@pytest.mark.slow
 def test_a_source_preset_trains_on_the_articles(real_data, vocabulary, tmp_path):
     """By nanoGPT-LTE's words, from lte-prepare's default folder; the summary counts in tokens and in bytes."""
     folder = str(real_data / "cnn_dailymail")
@@ -330,6 +332,7 @@ def test_one_text_is_cut_at_its_end_as_nanogpt_does(tmp_path):
 # -- the hub and the web
 
 
+@pytest.mark.slow
 def test_known_sets_come_from_the_hub(tmp_path, monkeypatch, vocabulary):
     asked = []
 

@@ -51,6 +51,7 @@ def loss_of(model, place):
         return mean_loss(model.eval(), next_token_loss, crops.validation(3))["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attn", "both", "full"])
 def test_a_run_read_back_has_the_loss_that_it_evaluated(place, name):
     trained = read_run(place / name)
@@ -59,6 +60,7 @@ def test_a_run_read_back_has_the_loss_that_it_evaluated(place, name):
     assert set(trained.plain.weights) == set(GPT(trained.plain.config).state_dict())
 
 
+@pytest.mark.slow
 def test_full_training_alone_is_the_comparisons(place, tmp_path):
     """--method full takes --learning-rate; its curve is that of --compare-full at the same rate."""
     words = [*TINY, "--data-dir", str(place / "bins"), "--out", str(tmp_path / "run")]
@@ -68,6 +70,7 @@ def test_full_training_alone_is_the_comparisons(place, tmp_path):
     assert json.loads((tmp_path / "run" / "full" / "result.json").read_text())["steps"] == 8
 
 
+@pytest.mark.slow
 def test_evaluation_alone(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "--data-dir", str(place / "bins"), "--eval_only=True"]
@@ -79,6 +82,7 @@ def test_evaluation_alone(place, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_weights(place, tmp_path):
     """The first loss is where the other ended; the architecture comes along, the block may be shorter."""
     words = ["--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--n-layer", "9"]
@@ -96,6 +100,7 @@ def test_a_run_starts_from_another_runs_weights(place, tmp_path):
     assert rows(tmp_path / "b")[0]["loss"] == pytest.approx(other, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lte", "full"])
 def test_frozen_blocks_stay_what_they_were(place, tmp_path, method):
     words = [*TINY, "--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--weight-decay", "0.5"]
@@ -106,6 +111,7 @@ def test_frozen_blocks_stay_what_they_were(place, tmp_path, method):
         assert torch.equal(before[name], after[name]) == frozen, name
 
 
+@pytest.mark.slow
 def test_only_the_best_and_the_last_checkpoint(place, tmp_path):
     """nanoGPT's always_save_checkpoint=False: with a rate that ruins everything, nothing between is saved."""
     words = [*TINY, "--data-dir", str(place / "bins"), "--init-from", str(place / "both"), "--learning_rate=1.0",
@@ -119,6 +125,7 @@ def test_only_the_best_and_the_last_checkpoint(place, tmp_path):
 # -- sampling
 
 
+@pytest.mark.slow
 def test_samples_continue_the_prompt_and_can_be_repeated(place, tmp_path, capsys):
     words = [str(place / "both"), "--num_samples=2", "--max_new_tokens=30"]
     sample([*words, "--start=7 times 7"])
@@ -141,6 +148,7 @@ def test_samples_continue_the_prompt_and_can_be_repeated(place, tmp_path, capsys
     assert greedy[0] == coder.decode(ids[0].numpy()).decode() + "\n"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sampled_is_one_sentence(place, tmp_path):
     export([str(place / "both"), "--out", str(tmp_path / "ckpt.pt")])
     assert_refused(run_command(["lte-sample", "nowhere"], tmp_path), "nowhere is neither scratch")
@@ -164,6 +172,7 @@ def test_end_of_text_in_a_prompt_is_its_token(real_data):
 # -- export
 
 
+@pytest.mark.slow
 def test_the_exports_have_the_runs_loss(place, tmp_path, capsys):
     export([str(place / "attn"), "--out", str(tmp_path / "out" / "ckpt.pt")])
     export([str(place / "attn"), "--format", "transformers", "--out", str(tmp_path / "gpt2")])
@@ -183,6 +192,7 @@ def test_the_exports_have_the_runs_loss(place, tmp_path, capsys):
     assert rows(tmp_path / "again")[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_exports_lie_in_the_run_by_default_and_do_not_hide_it(place, capsys):
     run = str(place / "full")
     for format, name in (("nanogpt", "ckpt.pt"), ("transformers", "gpt2")):
@@ -193,6 +203,7 @@ def test_exports_lie_in_the_run_by_default_and_do_not_hide_it(place, capsys):
     assert len(capsys.readouterr().out.split("---------------")[0]) == 1 + 5 + 1
 
 
+@pytest.mark.slow
 def test_an_export_never_replaces_anything(place, tmp_path):
     (tmp_path / "ckpt.pt").write_text("mine")
     run = str(place / "attn")
@@ -212,6 +223,7 @@ def test_an_export_never_replaces_anything(place, tmp_path):
 # -- weights that do not fit
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
     other = tmp_path / "other"
     (tmp_path / "b.txt").write_text("abcdefghij klmnop\n" * 200)
@@ -235,6 +247,7 @@ def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
     """read_run takes the newest that verifies."""
     import shutil
@@ -249,6 +262,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
 # -- figures
 
 
+@pytest.mark.slow
 def test_figures_show_the_runs(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [str(place / name) for name in ("full", "attn", "both")]
@@ -273,6 +287,7 @@ def test_figures_show_the_runs(place, tmp_path, capsys, monkeypatch):
         assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 20, name
 
 
+@pytest.mark.slow
 def test_figures_of_what_does_not_compare_are_refused(place, tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text((place / "both" / "config.json").read_text())

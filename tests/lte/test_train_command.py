@@ -65,6 +65,7 @@ def whole(text, tmp_path_factory):
     return cwd / "run", done
 
 
+@pytest.mark.slow
 def test_the_folder_holds_everything(whole):
     run, _ = whole
     names = {p.name for p in run.iterdir()} - {"energy.csv", ".lock"}
@@ -81,6 +82,7 @@ def test_the_folder_holds_everything(whole):
     assert all(ledger["totals"].values())
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_was_asked(whole):
     run, done = whole
     log = (run / "log.txt").read_text()
@@ -98,6 +100,7 @@ def test_the_summary_says_what_was_asked(whole):
     assert log.splitlines()[-1] == "run folder run"
 
 
+@pytest.mark.slow
 def test_trained_parameters_are_counted_right(whole):
     run, _ = whole
     weights = load_file(newest_checkpoint(run) / "model.safetensors")
@@ -106,6 +109,7 @@ def test_trained_parameters_are_counted_right(whole):
     assert f"{heads + rest:,} of " in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_it_learns_and_what_it_saved_is_what_it_evaluated(whole, text):
     """The last validation loss again, from the checkpoint's file alone and a plain GPT with merged weights."""
     run, _ = whole
@@ -155,6 +159,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, text, tmp_p
     same_run(whole[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum):
     words = [*TINY, "--data-dir", text, "--max-iters", "60", "--out", "run"]
@@ -170,6 +175,7 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(whole, text, tmp_path, signum
     same_run(whole[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_and_the_checkpoint_before_is_taken(text, tmp_path):
     done = run_command([*TINY, "--data-dir", text, "--max-iters", "40", "--out", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -247,6 +253,7 @@ def test_processes_that_cannot_share_the_heads_are_refused(text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_multiple_of_its_heads(text, tmp_path):
     done = run_command([*TINY, "--data-dir", text, "--max-iters", "20", "--out", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -260,6 +267,7 @@ def test_a_run_goes_on_with_a_multiple_of_its_heads(text, tmp_path):
     assert losses[-1] < losses[-2]
 
 
+@pytest.mark.slow
 def test_no_steps_and_a_corpus_of_one_character(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text("a" * 2000)
@@ -272,6 +280,7 @@ def test_no_steps_and_a_corpus_of_one_character(tmp_path):
     assert "full" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
     """A resumed run finds the same text elsewhere; a pipe that closes (`| head`) does not end a training."""
     folder = tmp_path / "moved"
@@ -352,6 +361,7 @@ def test_a_reader_of_the_help_may_leave_early(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     run, _ = whole
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -378,6 +388,7 @@ def test_another_runs_folder_and_another_configuration_are_refused(whole, text):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_loses_nothing(text, tmp_path):
     """A limit on the size of files stands for the full disk; the checkpoint of step 20 does not fit."""
 

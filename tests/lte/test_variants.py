@@ -325,6 +325,7 @@ def test_outer_momentum_is_nesterov_over_merges():
 # -- torch.compile, gradient accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [{"replicas": ("embeddings",), "vectors": ("norms",)}, {"base": "4bit"}],
