@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Refresh
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, Refresh
 from support import ROOT
 from torch import nn
 
@@ -91,6 +91,8 @@ def test_lr_decay_and_adams_numbers_come_from_the_arguments():
     assert {g["weight_decay"] for g in given.param_groups} == {0.0}
     adafactor = galore_optimizer(model, SimpleNamespace(**WORDS), optim="galore_adafactor", rank=4)
     assert isinstance(adafactor, GaLoreAdafactor)
+    scaled = galore_optimizer(model, SimpleNamespace(**WORDS), optim="galore_scaled", rank=1)
+    assert isinstance(scaled, GaLoreScaled)
     assert adafactor.param_groups[0]["lr"] == 3e-3
 
 
