@@ -1,0 +1,95 @@
+"""Tables of the studies on real pretrained models for READMEs, from their committed results: print, and paste.
+
+    python benchmarks/real_table.py backrazor|lora_xs|galore_vit
+
+"against dense" is the mean difference of runs of the same seed from training everything with everything kept.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
+TABLES: dict[str, tuple[str, ...]] = {
+    "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10", "stories"),
+    "lora_xs": ("stories", "minilm-cola"),
+    "galore_vit": ("minilm-sst2",),
+}
+HEADS = {
+    "backrazor": (
+        "| | | less saved | seeds | end | against dense |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+    "lora_xs": (
+        "| | | trained numbers | seeds | end | against full training |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+    "galore_vit": (
+        "| | | optimizer state | seeds | end | against AdamW |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+}
+
+
+def table(package: str) -> str:
+    """All of a package's studies that have results."""
+    lines = list(HEADS[package])
+    for task in TABLES[package]:
+        path = RESULTS / f"real_{task}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            arms = {n: a for n, a in found["arms"].items() if a["seeds"] > 1 and _belongs(package, n)}
+            for i, (name, arm) in enumerate(arms.items()):
+                about = f"{found['about']}: {_metric(found['metric'])}" if i == 0 else ""
+                lines.append(f"| {about} | {_name(package, name)} | {_amount(package, arm)} | {_scores(found, arm)} |")
+    return "\n".join(lines)
+
+
+def _belongs(package: str, arm: str) -> bool:
+    kind = arm.split(" ")[0]
+    if package == "backrazor":
+        return arm in SAVING
+    if package == "lora_xs":
+        return kind in ("dense", "lora", "lora-xs", "bitfit", "head")
+    return kind in ("dense", "adamw8bit") or kind.startswith("galore")
+
+
+def _name(package: str, arm: str) -> str:
+    if arm == "dense":
+        return {"backrazor": "dense", "lora_xs": "full training", "galore_vit": "AdamW"}[package]
+    kind, _, rest = arm.partition(" ")
+    if package == "backrazor":
+        return f"`{kind}` {rest}"
+    if kind == "lora-xs":
+        bases, rank = rest.split(" ")
+        return f"LoRA-XS, {bases.replace('-step', ', first step')} bases, r = {rank}"
+    words = {"lora": "LoRA", "bitfit": "BitFit", "head": "head", "adamw8bit": "8-bit AdamW", "galore-adamw": "GaLore"}
+    return words.get(kind, kind) + (f", r = {rest}" if rest else "")
+
+
+def _amount(package: str, arm: dict[str, Any]) -> str:
+    if package == "backrazor":
+        return f"{arm['times_less_saved']:.1f}×"
+    if package == "lora_xs":
+        return f"{arm['trained_numbers']:,}"
+    return f"{arm['optimizer_bytes'] / 2**20:.1f} MiB"
+
+
+def _scores(found: dict[str, Any], arm: dict[str, Any]) -> str:
+    digits = 3 if found["metric"] == "nats" else 1
+    cells = [str(arm["seeds"]), f"{arm['score']:.{digits}f}"]
+    if "less_dense" not in arm:
+        return " | ".join([*cells, ""])
+    change = f"{arm['less_dense']:+.{digits}f}".replace("-", "−")
+    return " | ".join([*cells, f"{change} ± {arm['less_dense_ci95']:.{digits}f}"])
+
+
+def _metric(metric: str) -> str:
+    words = {"nats": "held-out loss in nats (less is better)", "accuracy": "points of accuracy"}
+    return words.get(metric, f"{metric.capitalize()} in hundredths")
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]))
