@@ -38,9 +38,9 @@ HEAD_RATE = 1e-3
 RATES: dict[str, tuple[float, ...]] = {
     "head": (1e-3, 3e-3, 1e-2),
     "bitfit": (1e-3, 3e-3),
-    "lora": (5e-4, 1e-3, 3e-3),
+    "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     "melo": (5e-4, 1e-3, 3e-3),
-    "lora-xs": (1e-3, 3e-3, 1e-2),
+    "lora-xs": (3e-3, 1e-2, 3e-2, 1e-1),
     "lte": (5e-4, 1e-3, 3e-3),
     "galore": (2e-4, 5e-4, 1e-3),
 }
