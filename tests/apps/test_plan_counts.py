@@ -11,9 +11,10 @@ import pytest
 from memtrain_apps.compose.axes import Axes
 from memtrain_apps.plan import command, counted, known, picture, reserved
 from memtrain_apps.plan.config import configure
-from memtrain_apps.plan.counted import MissingError, Store, count_law, step_key
+from memtrain_apps.plan.counted import MissingError, Store, count_law, step_key, unit_of
+from memtrain_apps.plan.depth import draw_out
 from memtrain_apps.plan.forecast import Workplace, count_step, predict_arm
-from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit
+from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit, values_of
 from memtrain_apps.plan.plan import make_plan
 from memtrain_apps.plan.step_use import passes_of, step_use_of
 from memtrain_apps.plan.table import WIDTH, as_json, table_of
@@ -46,27 +47,24 @@ def test_lines_tell_every_batch(seed):
     """Random moments: the few lines that are kept have the peak of all of them, at any batch."""
     draw = random.Random(seed)
     moments = [(draw.randrange(10**6), draw.randrange(10**4)) for _ in range(draw.randrange(2, 40))]
-    law = StepLaw.from_json(json.loads(json.dumps(
-        fit({u: made_up(moments, u) for u in (1, 2, 3, 9)}, unit=3, cut=NO_CUT).to_json()
-    )))  # fmt: skip
+    lines = fit({u: made_up(moments, u) for u in (2, 3, 9)})
+    one = {1: values_of(made_up(moments, 1))}
+    law = StepLaw.from_json(json.loads(json.dumps(StepLaw(3, one, lines, NO_CUT).to_json())))
     assert len(law.lines["peak"]) <= len(moments)
     for units in (1, *range(2, 200), 1000, 10**6):
         assert law.at(3 * units) == made_up(moments, units).use
 
 
-def test_what_lies_on_no_line_is_known_where_it_was_counted():
+def test_what_lies_on_no_line_has_none():
     moments = [(100, 5), (40, 60)]
-    passes = {u: made_up(moments, u) for u in (1, 2, 3, 9)}
+    passes = {u: made_up(moments, u) for u in (LEAST, 3, 9)}
+    assert fit(passes)
     for bent in (
         replace(passes[9], rises=[*passes[9].rises, 10**9]),  # another operation
         replace(passes[9], rises=[passes[9].rises[0] + 1, *passes[9].rises[1:]]),
         replace(passes[9], use=replace(passes[9].use, activations=1)),
     ):
-        law = fit({**passes, 9: bent}, unit=1, cut=NO_CUT)
-        assert law.at(9) == bent.use
-        assert law.at(3) == passes[3].use
-        assert law.at(4) is None
-    assert fit({u: passes[u] for u in (1, LEAST)}, unit=1, cut=NO_CUT).at(5) is None  # nothing has checked it
+        assert fit({**passes, 9: bent}) == {}
 
 
 @pytest.mark.slow
@@ -77,15 +75,19 @@ def test_what_lies_on_no_line_is_known_where_it_was_counted():
 def test_a_law_is_the_count_of_every_batch(family, train, save):
     """At a batch that it was not made of, and cut for three processes."""
     step = replace(SMALL[family], cuda=family != "gpt2")
-    step = replace(step, shape=step.shape.with_depth(2))
+    step = replace(step, shape=step.shape.with_depth(6))
     axes = Axes(train, save, heads=2)
-    law = StepLaw.from_json(count_law(step, axes, unit=axes.heads if train == "lte" else 1, rows=12, known=None))
+    law = StepLaw.from_json(count_law(step, axes, rows=12, known=None))
     found = law.at(8, shards=3)
     if found is None:  # Back Razor chooses its form by size, and so small a model is all thresholds
         assert save == "backrazor"
         assert not law.lines
         found = law.at(12, shards=3)
     assert found == step_use_of(step, axes, 8 if law.lines else 12, shards=3)
+    least = unit_of(axes)
+    again = StepLaw.from_json(count_law(step, axes, rows=least, known=law.to_json()))
+    assert again.at(least) == step_use_of(step, axes, least)
+    assert again.at(12) == law.at(12)
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert "fits (1)" in said
     # what the cache says is what plan says, and --recount does not look there
     content = read_json(kept)
-    key = step_key(replace(step, shape=step.shape.with_depth(2)), Axes())
+    key = step_key(step, Axes())
     content["records"][key] = "no such thing"
     kept.write_text(json.dumps(content))
     with pytest.raises(UserError, match="no such thing"):
@@ -246,3 +248,48 @@ def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
     assert found.allocated <= min(found.reserved, found.expandable)
     assert found.expandable % (2 * 2**20) == 0
     assert reserved.replay(place, axes) == found
+
+
+# -- depth -----------------------------------------------------------------------------------------------------------
+
+
+def made_of_blocks(draw, kinds, repeat, depth, rows):
+    """Moments of a step whose blocks are a first one, alike ones and a last one, forwards and backwards."""
+    steps = [*kinds["in"], *kinds["first"], *(kinds["block"] * (depth - 2)), *kinds["last"], *kinds["loss"]]
+    steps += [*kinds["last back"], *(kinds["back"] * (depth - 2)), *kinds["first back"], *kinds["out"]]
+    now, found = repeat * depth, [repeat * depth]
+    for base, slope in steps:
+        now += base + slope * rows
+        found.append(now)
+    return found
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_blocks_are_repeated_as_often_as_they_are_missing(seed, alike):
+    """Random steps: the drawn-out moments have the peak of all moments of the deep step. First and last blocks that are
+    as the others need two blocks, others need three."""
+    draw = random.Random(seed)
+    make = lambda: [(draw.randrange(-50, 90), draw.randrange(-5, 9)) for _ in range(draw.randrange(1, 6))]  # noqa: E731
+    kinds = {k: make() for k in ("in", "first", "block", "last", "loss", "last back", "back", "first back", "out")}
+    if alike:
+        kinds |= {"first": kinds["block"], "last": kinds["block"], "first back": kinds["back"]}
+        kinds["last back"] = kinds["back"]
+    passes = lambda depth: [  # noqa: E731
+        Pass(
+            StepUse(**dict.fromkeys(SUMS, depth * n), peak=0, beside=0), *[made_of_blocks(draw, kinds, 7, depth, n)] * 2
+        )
+        for n in (2, 5)
+    ]
+    low = 2 if alike else 3
+    if not alike:
+        assert draw_out(passes(2), passes(3), 4) is None
+    for more in (1, 2, 9):
+        drawn = draw_out(passes(low), passes(low + 1), more)
+        assert drawn is not None
+        for found, whole in zip(drawn, passes(low + 1 + more), strict=True):
+            assert (max(found.rises), max(found.besides)) == (max(whole.rises), max(whole.besides))
+            assert found.use.activations == whole.use.activations
+    # a moment that only the deeper one has is no block
+    longer = [replace(p, rises=[*p.rises[:3], 10**6, *p.rises[3:]]) for p in passes(low + 1)]
+    assert draw_out(passes(low), longer, 1) is None

@@ -1,9 +1,10 @@
 """What was counted before, in the user's cache. No torch here.
 
-A record is what a shallow model of a shape uses: a :class:`~memtrain_apps.plan.lines.StepLaw` of one choice of train
-and save at any batch, or an :class:`~memtrain_apps.plan.uses.OptimizerUse`. Its key is everything that the number
-depends on. It is kept beside the versions of the libraries and a hash of the code that counted: another version, or a
-changed line, and it is counted anew.
+A record is what a model of a shape uses: a :class:`~memtrain_apps.plan.lines.StepLaw` of one choice of train and save,
+or the :class:`~memtrain_apps.plan.uses.OptimizerUse` of a shallow model. Its key is everything that the number depends
+on. What ships (``shipped/``, written by ``python -m memtrain_apps.plan.ship``) holds for the versions of the libraries
+that it was counted with; a test counts a part of it again. What was counted here lies in the user's cache, beside the
+versions and a hash of the code that counted: another version, or a changed line, and it is counted anew.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ from memtrain_common.errors import UserError
 from memtrain_common.files import read_json, write_json
 
 from ..compose.axes import USED_BY, Axes, Optim
-from .lines import StepLaw
+from .depth import Passes
+from .lines import StepLaw, fit, values_of
 from .uses import OptimizerUse, Step, StepUse
 
+SHIPPED = Path(__file__).with_name("shipped")
 LIBRARIES = ("torch", "transformers", "peft", "torchao", "timm")
 """Their versions decide what an operation saves and a step keeps."""
 CODE = ("memtrain_apps", "memtrain_common", "backrazor", "galore_vit", "lora_xs", "lte")
@@ -52,8 +55,8 @@ class Store:
         self.new.update(records)
 
     def step(self, step: Step, axes: Axes, rows: int, shards: int) -> StepUse:
+        """Of the whole model. Raises :class:`UserError` if the combination has no meaning for it."""
         key = step_key(step, axes)
-        unit = axes.heads if axes.train == "lte" else 1
         for again in (False, True):
             record = self.records.get(key)
             if isinstance(record, str):
@@ -63,12 +66,13 @@ class Store:
                 return found
             if again or not self.live:
                 break
-            self.add({key: count_law(step, axes, unit, rows, record)})
+            self.add({key: count_law(step, axes, rows, record)})
         raise MissingError(key)
 
     def optimizers(
         self, step: Step, axes: Axes, optims: Sequence[Optim], shards: int
     ) -> dict[Optim, OptimizerUse | str]:
+        """Of a model at the step's depth; a sentence where one is refused."""
         keys = {o: optimizer_key(step, axes, o, shards) for o in optims}
         missing = [o for o, key in keys.items() if key not in self.records]
         if missing and not self.live:
@@ -86,21 +90,31 @@ class Store:
         return {o: r if isinstance(r, str) else OptimizerUse(*r) for o, r in records.items()}
 
 
-def count_law(step: Step, axes: Axes, unit: int, rows: int, known: Mapping[str, Any] | None) -> dict[str, Any] | str:
-    """A record of a step: by passes of one, two, three and ``rows``; or the sentence that refuses it. Of a single row,
-    which may be asked of a deep model, that pass alone."""
-    from .lines import fit
-    from .step_use import passes_of
-
-    before = {int(u): v for u, v in known["known"].items()} if known else {}
-    wanted = {1} if rows == unit else {1, 2, 3, 7 if rows // unit <= 3 else rows // unit}
-    units = sorted(wanted - set(before))
+def count_law(step: Step, axes: Axes, rows: int, known: Mapping[str, Any] | None) -> dict[str, Any] | str:
+    """A record of a step: by passes of two, three and ``rows``; or the sentence that refuses it. Of a single row, which
+    is asked where no more will fit, that pass alone."""
+    before = StepLaw.from_json(known) if known else None
+    unit = unit_of(axes)
+    passes = Passes(step, axes)
     try:
-        passes, cut = passes_of(step, axes, [u * unit for u in units])
+        if rows > unit and before is None:
+            units = sorted({2, 3, 7 if rows // unit <= 3 else rows // unit})
+            checked = fit(dict(zip(units, passes.shallow([u * unit for u in units]), strict=True)))
+            if checked:
+                found, cut = passes.whole([u * unit for u in units[:2]])
+                lines = fit(dict(zip(units[:2], found, strict=True)))
+                if lines:
+                    return StepLaw(unit, {}, lines, cut).to_json()
+        (alone,), cut = passes.whole([rows])
     except UserError as error:
         return str(error)
-    law = fit(dict(zip(units, passes, strict=True)), unit, cut)
-    return replace(law, known={**before, **law.known}).to_json()
+    law = before or StepLaw(unit, {}, {}, cut)
+    return replace(law, known={**law.known, rows // unit: values_of(alone)}).to_json()
+
+
+def unit_of(axes: Axes) -> int:
+    """Rows of a micro-batch come in this many."""
+    return axes.heads if axes.train == "lte" else 1
 
 
 # -- keys ----------------------------------------------------------------------------------------------------------
@@ -171,6 +185,12 @@ def code_hash() -> str:
             for path in sorted(Path(place).rglob("*.py")):
                 digest.update(path.relative_to(place).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def shipped_records(step: Step) -> Records:
+    """What ships for a shape with the installed versions; nothing for others."""
+    content = _read(SHIPPED / f"{shape_id(step)}.json")
+    return dict(content["records"]) if content.get("versions") == library_versions() else {}
 
 
 def cached_records(step: Step) -> Records:

@@ -1,24 +1,21 @@
 """What a combination will hold, composed from what its forward and backward pass and its optimizer's step use.
 
-A deep model is not counted block by block: between the first block and the last one all are alike, so bytes grow by
-the same amount with each, and two shallow models tell the rest. The peak is the largest of many such sums, each of
-which grows by a block's weights and at most the larger of what it saves and of its gradients; it is drawn out by that
-bound, and from deeper models where the bound is not yet reached.
+A deep model is not counted block by block: between the first block and the last one all are alike, and two shallow
+models tell the rest (:mod:`memtrain_apps.plan.depth`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, Optim, refusal
+from .depth import Passes
 from .uses import OptimizerUse, Step, StepUse
 
 SCALED_LOSS = 4
 """Bytes of the loss divided by the number of micro-batches."""
-LOOSE = 0.005
-"""Part of the peak that the bound may be above what was counted."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +101,24 @@ def compose_forecast(place: Workplace, axes: Axes, step: StepUse, optim: Optimiz
 
 
 class Counts(Protocol):
-    """What tells the uses of a model of some depth: by counting them, or from what was counted before."""
+    """What tells uses: by counting them, or from what was counted before."""
 
     def step(self, step: Step, axes: Axes, rows: int, shards: int) -> StepUse:
-        """A forward and backward pass. Raises :class:`UserError` if the combination has no meaning for the model."""
+        """A forward and backward pass of the whole model. Raises :class:`UserError` if the combination has no meaning
+        for it."""
 
     def optimizers(
         self, step: Step, axes: Axes, optims: Sequence[Optim], shards: int
     ) -> dict[Optim, OptimizerUse | str]:
-        """An optimizer step each, or the sentence that refuses it."""
+        """An optimizer step each, of a model of this depth; or the sentence that refuses it."""
 
 
 class Counted:
-    """Counts anew, each time."""
+    """Counts anew, each time, and only what is asked."""
 
     def step(self, step: Step, axes: Axes, rows: int, shards: int) -> StepUse:
-        from .step_use import step_use_of
-
-        return step_use_of(step, axes, rows, shards)
+        (found,), cut = Passes(step, axes).whole([rows])
+        return replace(found.use, **(cut.shares(shards) if shards > 1 else {}))
 
     def optimizers(
         self, step: Step, axes: Axes, optims: Sequence[Optim], shards: int
@@ -132,19 +129,22 @@ class Counted:
 
 
 def count_step(place: Workplace, axes: Axes, counts: Counts | None = None) -> StepUse:
-    """The forward and backward pass of a micro-batch, of the model at its whole depth."""
+    """The forward and backward pass of a micro-batch."""
     refuse(place, axes)
-    known = counts or Counted()
-    return _whole_depth(place.step, lambda step: known.step(step, axes, place.rows, place.shards), _draw_out, 2)
+    return (counts or Counted()).step(place.step, axes, place.rows, place.shards)
 
 
 def count_optimizers(
     place: Workplace, axes: Axes, optims: Sequence[Optim], counts: Counts | None = None
 ) -> dict[Optim, OptimizerUse | str]:
-    """The steps of several optimizers, of the model at its whole depth; or the sentence that refuses one."""
+    """The steps of several optimizers, drawn out of one block and of two; or the sentence that refuses one."""
     known = counts or Counted()
-    count = lambda step: known.optimizers(step, axes, optims, place.shards)  # noqa: E731
-    return cast(dict[Optim, OptimizerUse | str], _whole_depth(place.step, count, _lines, 1))
+    depth = place.step.shape.depth
+    at = lambda blocks: replace(place.step, shape=place.step.shape.with_depth(blocks))  # noqa: E731
+    if not place.step.shape.uniform or depth <= 2:
+        return known.optimizers(place.step, axes, optims, place.shards)
+    one, two = (known.optimizers(at(blocks), axes, optims, place.shards) for blocks in (1, 2))
+    return {o: found if isinstance(found, str) else _line(one[o], found, 2, depth) for o, found in two.items()}
 
 
 def predict_arm(place: Workplace, axes: Axes) -> Forecast:
@@ -179,49 +179,11 @@ def refuse(place: Workplace, axes: Axes) -> None:
         raise UserError(why)
 
 
-def _whole_depth(step: Step, count: Callable[[Step], Any], draw_out: Callable[..., Any], low: int) -> Any:
-    """Count at the whole depth, or draw out what is counted of shallower models, from ``low`` blocks and one more.
-
-    A step's first and last block may differ from those between them, so that it takes 2; an optimizer's do not.
-    """
-    depth = step.shape.depth
-    at = lambda blocks: replace(step, shape=step.shape.with_depth(blocks))  # noqa: E731
-    while step.shape.uniform and low + 1 < depth:
-        found = draw_out(count(at(low)), count(at(low + 1)), low + 1, depth)
-        if found is not None:
-            return found
-        low = 2 * low + 1
-    return count(step)
-
-
-def _line(shallow: Any, deep: Any, blocks: int, depth: int) -> Any:
+def _line(shallow: Any, deep: OptimizerUse, blocks: int, depth: int) -> OptimizerUse:
     """Every number on the line through both."""
     names = [f.name for f in fields(deep)]
     more = depth - blocks
     return replace(deep, **{n: getattr(deep, n) + more * (getattr(deep, n) - getattr(shallow, n)) for n in names})
-
-
-def _lines(shallow: dict[Optim, Any], deep: dict[Optim, Any], blocks: int, depth: int) -> dict[Optim, Any]:
-    return {o: d if isinstance(d, str) else _line(shallow[o], d, blocks, depth) for o, d in deep.items()}
-
-
-def _draw_out(shallow: StepUse, deep: StepUse, blocks: int, depth: int) -> StepUse | None:
-    """The same, the peaks by their bound; None where that is too far above what was counted."""
-    more = depth - blocks
-    line: StepUse = _line(shallow, deep, blocks, depth)
-    grows = {n: getattr(deep, n) - getattr(shallow, n) for n in ("weights", "buffers", "activations", "gradients")}
-    standing = grows["weights"] + grows["buffers"]
-    bounds = {
-        "peak": standing + max(grows["activations"], grows["gradients"]),
-        "beside": standing + grows["activations"],
-    }
-    peaks = {}
-    for name, bound in bounds.items():
-        counted = getattr(deep, name) - getattr(shallow, name)
-        peaks[name] = getattr(deep, name) + more * max(bound, counted)
-        if more * abs(bound - counted) > LOOSE * peaks[name]:
-            return None
-    return replace(line, **peaks)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
@@ -236,12 +198,13 @@ def between(known: dict[int, int], rows: int) -> int:
     return known[low] + -(-(known[high] - known[low]) * (rows - low) // (high - low))
 
 
-def largest(known: dict[int, int], usable: int, multiple: int = 1) -> int:
-    """The most rows, a multiple of ``multiple``, whose peak is surely at most ``usable``; 0 if none do."""
-    low, high = min(known) // multiple, max(known) // multiple
-    if between(known, max(min(known), low * multiple)) > usable:
+def largest(peak: Callable[[int], int], low: int, high: int, usable: int, multiple: int = 1) -> int:
+    """The most rows from ``low`` to ``high``, a multiple of ``multiple``, whose peak is surely at most ``usable``; 0 if
+    none do. A peak grows with the rows."""
+    low, high = -(-low // multiple), high // multiple
+    if peak(low * multiple) > usable:
         return 0
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if between(known, middle * multiple) <= usable else (low, middle - 1)
+        low, high = (middle, high) if peak(middle * multiple) <= usable else (low, middle - 1)
     return low * multiple

@@ -71,23 +71,24 @@ class StepLaw:
         return cls(content["unit"], known, lines, Cut(tuple(tuple(r) for r in rows), *whole))
 
 
-def fit(passes: Mapping[int, Pass], unit: int, cut: Cut) -> StepLaw:
-    """The law of passes by their units: lines through two of them, if all others from LEAST on lie there too."""
-    known = {u: tuple(getattr(p.use, n) for n in (*SUMS, *PEAKS)) for u, p in passes.items()}
-    units = sorted(u for u in passes if u >= LEAST)
-    lines: dict[str, list[tuple[int, int]]] = {}
-    if len(units) > 2:
-        columns: dict[str, list[Sequence[int]]] = {n: [(getattr(passes[u].use, n),) for u in units] for n in SUMS}
-        columns["peak"] = [passes[u].rises for u in units]
-        columns["beside"] = [passes[u].besides for u in units]
-        for name, column in columns.items():
-            through = _lines(units, column)
-            if through is None:
-                lines = {}
-                break
-            lines[name] = _largest(through)
-    few = known if not lines else {u: v for u, v in known.items() if u < LEAST}
-    return StepLaw(unit, few, lines, cut)
+def values_of(found: Pass) -> tuple[int, ...]:
+    """:data:`SUMS` and :data:`PEAKS` of a pass."""
+    return tuple(getattr(found.use, n) for n in (*SUMS, *PEAKS))
+
+
+def fit(passes: Mapping[int, Pass]) -> dict[str, list[tuple[int, int]]]:
+    """The lines of :class:`StepLaw` through two passes, by their units; none where any other lies elsewhere."""
+    units = sorted(passes)
+    columns: dict[str, list[Sequence[int]]] = {n: [(getattr(passes[u].use, n),) for u in units] for n in SUMS}
+    columns["peak"] = [passes[u].rises for u in units]
+    columns["beside"] = [passes[u].besides for u in units]
+    lines = {}
+    for name, column in columns.items():
+        through = _lines(units, column)
+        if through is None:
+            return {}
+        lines[name] = _largest(through)
+    return lines
 
 
 def _lines(units: Sequence[int], column: Sequence[Sequence[int]]) -> list[tuple[int, int]] | None:

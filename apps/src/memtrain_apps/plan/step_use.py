@@ -130,7 +130,8 @@ def optimizer_use_of(
 
 
 def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool, merging: int) -> OptimizerUse:
-    """Two steps: the first makes the state (and GaLore's bases), the second finds it there.
+    """Two steps: the first makes the state, the second finds it there. GaLore makes all of its state before it updates
+    any weight, and without numbers each step refreshes its bases, so that its first step holds what its second would.
 
     torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
     PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once.
@@ -149,7 +150,8 @@ def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool,
         parameter.grad = torch.empty_like(parameter)
     first = _growth(live, optimizer.step)
     made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
-    extra = max(0, first - made, _growth(live, optimizer.step))
+    second = 0 if axes.optim.startswith("galore") else _growth(live, optimizer.step)
+    extra = max(0, first - made, second)
     state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
     return OptimizerUse(state, extra, merging)
 
