@@ -8,7 +8,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from memtrain_apps.compose.axes import Axes
+import torch
+from memtrain_apps.compose.axes import GALORE, Axes
+from memtrain_apps.compose.compose import build_optimizer
 from memtrain_apps.plan import command, counted, known, picture, reserved
 from memtrain_apps.plan.config import configure
 from memtrain_apps.plan.counted import MissingError, Store, count_law, step_key, unit_of
@@ -16,7 +18,8 @@ from memtrain_apps.plan.depth import draw_out
 from memtrain_apps.plan.forecast import Workplace, count_step, predict_arm
 from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit, values_of
 from memtrain_apps.plan.plan import make_plan
-from memtrain_apps.plan.step_use import passes_of, step_use_of
+from memtrain_apps.plan.step_bytes import StepBytes
+from memtrain_apps.plan.step_use import _growth, composed_step, faked, passes_of, step_use_of
 from memtrain_apps.plan.table import WIDTH, as_json, table_of
 from memtrain_apps.plan.uses import SUMS, Cut, StepUse, rows_of
 from memtrain_common.console import Console
@@ -99,8 +102,6 @@ def test_passes_over_one_model_are_those_over_new_ones():
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_shares_are_what_fsdp_cuts(shards):
-    import torch
-
     shapes = [(7, 3), (7, 3), (16,), (1, 5), ()]
     tensors = [torch.zeros(s) for s in shapes]
     cut = Cut(((7, 12, 2, 1), (16, 4, 1, 1), (1, 20, 1, 0), (1, 4, 1, 0)), 1, 2, 3, 4)
@@ -248,6 +249,22 @@ def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
     assert found.allocated <= min(found.reserved, found.expandable)
     assert found.expandable % (2 * 2**20) == 0
     assert reserved.replay(place, axes) == found
+
+
+@pytest.mark.parametrize("optim", GALORE)
+def test_galores_first_step_holds_what_its_second_would(optim):
+    """Beside its state, of which the first makes all; so the second is not counted."""
+    step = SMALL["vit"]
+    with faked(live := StepBytes(), step):
+        model, _ = composed_step(replace(step, shape=step.shape.with_depth(1)), Axes(optim="sgd"))
+        optimizer = build_optimizer(
+            model, Axes(optim=optim), lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None
+        )
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        before = live.bytes
+        first, between, second = _growth(live, optimizer.step), live.bytes, _growth(live, optimizer.step)
+    assert first - (between - before) == second > 0
 
 
 # -- depth -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from memtrain_common.commands.cli import run_command
 from memtrain_common.commands.official import in_our_words
 
+from .compose.axes import in_plain_words
+
 FINETUNE = """Fine-tune a model with one choice on each of three axes: --train, --save, --optim.
 
 Without flags: a small ViT on scikit-learn's digits. The first word may name a preset."""
@@ -18,7 +20,7 @@ def _finetune(argv: Sequence[str]) -> None:
     from .run.config import FINETUNE_PRESETS, FinetuneConfig, configure
     from .run.official import FORK
 
-    argv = in_our_words(argv, FORK, prog="finetune")
+    argv = in_plain_words(in_our_words(argv, FORK, prog="finetune"))
     config = configure(argv, FinetuneConfig, prog="finetune", description=FINETUNE, presets=FINETUNE_PRESETS)
     from .run.finetune import run_finetune
 
@@ -29,7 +31,7 @@ def _pretrain(argv: Sequence[str]) -> None:
     from .run.config import PRETRAIN_PRESETS, PretrainConfig, configure
     from .run.official import GALORE
 
-    argv = in_our_words(argv, GALORE, prog="pretrain")
+    argv = in_plain_words(in_our_words(argv, GALORE, prog="pretrain"))
     config = configure(argv, PretrainConfig, prog="pretrain", description=PRETRAIN, presets=PRETRAIN_PRESETS)
     from .run.pretrain import run_pretrain
 
@@ -48,7 +50,7 @@ def _ablate(argv: Sequence[str]) -> None:
 def _plan(argv: Sequence[str]) -> None:
     from .plan.config import configure
 
-    config = configure(argv)
+    config = configure(in_plain_words(argv))
     if config.list_models:
         from .plan.shapes import known_names
 

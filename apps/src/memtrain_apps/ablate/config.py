@@ -55,6 +55,8 @@ class AblateConfig:
     """lte's heads a layer."""
     merge_steps: tuple[int, ...] = ()
     """Optimizer steps between merges of lte's heads."""
+    checkpoint_blocks: tuple[str, ...] = ()
+    """Blocks that checkpoint checkpoints: 4 for the first four, or numbers from 0, as 0-3,6."""
     keep: tuple[float, ...] = ()
     """Back Razor's part of each activation that is kept."""
     razor_mode: tuple[Literal["low-bit", "pruned", "paper"], ...] = ()

@@ -36,8 +36,8 @@ LISTED = (*AXES, *USED_BY, "lr")
 TABLES = ("grid", "lr", "finetune", "pretrain")
 ALWAYS_SAID = ("rank", "keep", "galore_rank")
 """Settings that a command and a name hold even where they have their default."""
-OWN_FLAGS = {"seed", "out", "resume", "device", "explain_memory"}
-"""Flags of finetune that ablate gives each arm itself."""
+OWN_FLAGS = {"seed", "out", "resume", "device", "explain_memory", "budget"}
+"""Flags of finetune that ablate gives each arm itself; budget would choose what the arms compare."""
 
 
 @dataclass(frozen=True)

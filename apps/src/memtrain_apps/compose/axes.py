@@ -5,7 +5,7 @@ No torch here: commands build their flags from these names, and refuse invalid c
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -58,6 +58,8 @@ class Axes:
     merge_steps: int = 10
     """lte: optimizer steps between merges."""
     # -- save: what is kept for the backward pass
+    checkpoint_blocks: str = ""
+    """checkpoint: which blocks, as --save checkpoint:4 says it for the first four; empty takes all."""
     keep: float = 0.1
     """backrazor: fraction of an activation's bits (low-bit) or elements (pruned, paper) to keep."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
@@ -97,6 +99,7 @@ USED_BY = {
     "dropout": ("train", ("lora",)),
     "heads": ("train", ("lte",)),
     "merge_steps": ("train", ("lte",)),
+    "checkpoint_blocks": ("save", ("checkpoint",)),
     "keep": ("save", ("backrazor",)),
     "razor_mode": ("save", ("backrazor",)),
     "recompute": ("save", ("backrazor",)),
@@ -190,6 +193,31 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
         raise UserError(
             f"--init-batches would do nothing with --init {axes.init}: it belongs to gradient; leave it out"
         )
+
+
+def in_plain_words(argv: Sequence[str]) -> list[str]:
+    """``--save checkpoint:4`` as the two flags that it is, and without ``--save auto``, which ``--budget`` says.
+
+    Raises:
+        UserError: if ``auto`` stands without a budget.
+    """
+    words, blocks = [], []
+    for word in argv:
+        before, colon, after = word.partition("checkpoint:")
+        if colon and before in ("", "--save="):
+            words.append(before + "checkpoint")
+            blocks.append(after)
+        else:
+            words.append(word)
+    for i, word in enumerate(words):
+        if word == "--save=auto" or (word == "--save" and words[i + 1 : i + 2] == ["auto"]):
+            if not any(w.split("=")[0] == "--budget" for w in words):
+                raise UserError("--save auto needs --budget, the memory that a training step may take, as 6GiB")
+            del words[i : i + (1 if "=" in word else 2)]
+            break
+    if len(set(blocks)) > 1:
+        raise UserError("--save names checkpoint with two numbers of blocks: plan them one after another")
+    return [*words, *(["--checkpoint-blocks", blocks[0]] if blocks else [])]
 
 
 def read_settings(axes: Axes) -> dict[str, float | int | str]:

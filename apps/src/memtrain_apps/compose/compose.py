@@ -17,6 +17,7 @@ from .axes import Axes, check
 from .checkpointing import CheckpointBlocks
 from .families import blocks, head_name, matrices
 from .first_step import first_step_check, refuse
+from .partial import numbers_of
 
 
 def load_libraries(train: str, optim: str) -> None:
@@ -182,7 +183,8 @@ def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[
         recompute = None if axes.recompute == "none" else axes.recompute
         return partial(backrazor.Razor, axes.keep, mode=axes.razor_mode, recompute=recompute)
     if axes.save == "checkpoint":
-        return partial(CheckpointBlocks, blocks(model).values())
+        found = list(blocks(model).values())
+        return partial(CheckpointBlocks, [found[i] for i in numbers_of(axes.checkpoint_blocks, len(found))])
     if axes.save == "offload":
         if device.type == "cpu":
             raise UserError(

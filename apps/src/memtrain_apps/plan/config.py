@@ -76,6 +76,8 @@ class PlanConfig:
     """Dropout before LoRA's A."""
     heads: int = 4
     """lte's heads a layer."""
+    checkpoint_blocks: str = ""
+    """Blocks that checkpoint checkpoints, as --save checkpoint:4 says it for the first four; empty takes all."""
     keep: float = 0.1
     """Back Razor's part of each activation that is kept."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"

@@ -62,7 +62,8 @@ class Passes:
         """Blocks of the shallower of two models. A first or a last block that differs from the others needs two more
         between them."""
         shape = self._step.shape
-        return [low for low in (2, 3) if shape.uniform and low + 1 < shape.depth]
+        uniform = shape.uniform and not (self._axes.save == "checkpoint" and self._axes.checkpoint_blocks)
+        return [low for low in (2, 3) if uniform and low + 1 < shape.depth]
 
 
 def draw_out(shallow: Sequence[Pass], deep: Sequence[Pass], more: int) -> list[Pass] | None:

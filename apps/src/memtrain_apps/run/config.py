@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from memtrain_common.commands import configure as common
 from memtrain_common.commands.run_flags import ImageFlags, Lr, RunFlags, Select, StepFlags
+from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
 
 from ..compose.axes import Axes, check, names, refuse_unused
@@ -25,6 +26,10 @@ class RunConfig(RunFlags, StepFlags, Axes):
         "optim: what state the optimizer keeps", "data and model", "optimization", "run", "system",
     )  # fmt: skip
 
+    # -- save: what is kept for the backward pass
+    budget: str = ""
+    """Memory of one device with its unit, as 6GiB: --save is chosen for it, the fastest exact choice whose predicted
+    peak fits; on the CPU of tensors alone."""
     # -- run
     explain_memory: bool = False
     """Print what each choice saves and which change would save most; nothing is trained."""
@@ -209,6 +214,13 @@ def checked(config: Config) -> Config:
         UserError: naming the flag and what would be right.
     """
     check(config)
+    if config.budget:
+        parse_bytes(config.budget, "--budget")
+        if config.save != "all":
+            raise UserError(
+                f"--budget chooses --save, and {config.save} was asked for: leave one of the two out, or predict that "
+                "choice by --explain-memory"
+            )
     at_least: dict[str, Any] = {
         "lr": 0, "weight_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0,
         "warmup_ratio": 0, "log_interval": 1, "seed": 0, "threads": 0, "workers": 0, "size": 4, "image_size": 0,

@@ -22,6 +22,7 @@ from ..compose.axes import read_settings
 from ..compose.compose import compose, merged
 from ..compose.families import blocks
 from ..compose.first_step import as_errors
+from .choosing import choose_saving
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .explain import explain
 from .predicting import predict_run
@@ -37,11 +38,16 @@ def run(
     seed_all(config.seed)
     workload = make(config, session.place)
     workload.task.model.to(device)
+    choice: dict[str, Any] = {}
+    if config.budget:
+        chosen = choose_saving(workload, config, device)
+        session.console.say(chosen.why)
+        choice = {"save": chosen.axes.save, "checkpoint_blocks": chosen.axes.checkpoint_blocks}
     if config.explain_memory:
-        session.console.say(explain(workload, config, device))
+        session.console.say(explain(workload, replace(config, **choice), device))
         return None
     session.open(workload.about)
-    config, say = session.config, session.console.say
+    config, say = replace(session.config, **choice), session.console.say
     say(f"{session.folder.path}: {workload.about['name']}, {config.name}")
     lr = config.lr or usual_lr(config)
     if not config.lr:
@@ -66,6 +72,8 @@ def run(
     seed_all(config.seed + session.place.rank)  # dropout differs between processes; the weights above must not
     kept = session.resume_key(MAY_CHANGE, data_sha256=workload.about["sha256"])
     key = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+    if choice:
+        key["chosen_save"] = config.save  # gradients are exact but for Back Razor's
     with as_errors():
         outcome = session.fit(
             task, _fit_config(config, workload), resume_key=key, label=config.name, select=config.select

@@ -1,0 +1,116 @@
+"""Some blocks checkpointed: what is chosen for a budget against every other choice, and how it is said."""
+
+import random
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from memtrain_apps.compose.axes import Axes, check, in_plain_words
+from memtrain_apps.compose.partial import BlockCost, numbers_of, unbeaten, words_of
+from memtrain_apps.run.choosing import choose_saving
+from memtrain_apps.run.config import PretrainConfig, checked
+from memtrain_apps.run.predicting import predict_blocks, predict_run
+from memtrain_apps.run.text import language_model
+from memtrain_apps.run.workload import Workload
+from memtrain_common.errors import UserError
+from memtrain_common.models.gpt import next_token_loss
+from memtrain_common.training.task import Task
+
+CPU = torch.device("cpu")
+
+
+def subsets(n):
+    return [s for size in range(n + 1) for s in combinations(range(n), size)]
+
+
+@pytest.mark.parametrize("most", [2048, 64])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_choice_of_eight_blocks_is_faster_in_its_memory(seed, most):
+    """Against all 256, at every memory that one of them has; within 2 % where choices that are near become one."""
+    draw = random.Random(seed)
+    costs = [
+        BlockCost(draw.randrange(40, 400), draw.randrange(10, 40), draw.randrange(50, 90)) for _ in range(8)
+    ] if seed % 2 else [BlockCost(200, 20, 70)] * 8  # fmt: skip
+    kept = {s: sum(c.inputs if i in s else c.saved for i, c in enumerate(costs)) for s in subsets(8)}
+    flops = {s: sum(costs[i].flops for i in s) for s in kept}
+    found = unbeaten(costs, most)
+    assert all((c.kept, c.flops) == (kept[c.blocks], flops[c.blocks]) for c in found)
+    assert found[0].blocks == ()
+    assert found[-1].kept == min(kept.values())
+    forward = sum(c.flops for c in costs)
+    for limit in kept.values():
+        best = min(flops[s] for s in kept if kept[s] <= limit)
+        mine = min(c.flops for c in found if c.kept <= limit)
+        # a step is a forward pass, a backward pass of twice that, and what runs again
+        assert 3 * forward + mine <= (1.0 if most > 256 else 1.02) * (3 * forward + best)
+
+
+def test_of_equal_blocks_the_first_ones_are_checkpointed():
+    assert [c.blocks for c in unbeaten([BlockCost(9, 2, 5)] * 4)] == [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+
+
+def test_blocks_are_named_and_read_again():
+    for blocks in subsets(6)[1:]:
+        assert numbers_of(words_of(blocks), 6) == blocks
+    assert numbers_of("", 3) == (0, 1, 2)
+    assert numbers_of("2", 3) == (0, 1)
+    for words in ("0", "4", "1-3", "a", "2-1", "0,,1", "-1"):
+        with pytest.raises(UserError, match=r"names no blocks of the 3.*checkpoint:1 for the first"):
+            numbers_of(words, 3)
+
+
+def test_the_flags_say_which_blocks():
+    assert in_plain_words(["--save", "checkpoint:3", "--optim", "sgd"]) == [
+        "--save", "checkpoint", "--optim", "sgd", "--checkpoint-blocks", "3",
+    ]  # fmt: skip
+    assert in_plain_words(["--save=checkpoint:0-1,3-3"]) == ["--save=checkpoint", "--checkpoint-blocks", "0-1,3-3"]
+    assert in_plain_words(["--save", "auto", "--budget", "6GiB"]) == ["--budget", "6GiB"]
+    assert in_plain_words(["--budget=6GiB", "--save=auto"]) == ["--budget=6GiB"]
+    with pytest.raises(UserError, match="--save auto needs --budget"):
+        in_plain_words(["--save", "auto"])
+    with pytest.raises(UserError, match="two numbers of blocks"):
+        in_plain_words(["--save", "checkpoint:3", "checkpoint:4"])
+    with pytest.raises(UserError, match="leave one of the two out"):
+        checked(PretrainConfig(save="backrazor", budget="6GiB"))
+    with pytest.raises(UserError, match="no unit"):
+        checked(PretrainConfig(budget="6"))
+    assert check(Axes(save="checkpoint", checkpoint_blocks="3")).checkpoint_blocks == "3"
+
+
+@pytest.fixture(scope="module")
+def workload():
+    """A GPT of four blocks."""
+    torch.manual_seed(0)
+    config = PretrainConfig(n_layer=4, n_head=2, n_embd=16, block_size=24, batch_size=6)
+    batch = (torch.zeros(6, 24, dtype=torch.long), torch.zeros(6, 24, dtype=torch.long))
+    task = Task(language_model(config, 64), lambda step: batch, next_token_loss)
+    return config, Workload(task, lambda *_: {}, "loss", False, 1, 1, {})
+
+
+def test_a_checkpointed_block_keeps_its_inputs(workload):
+    """The ledger falls by what the blocks save but for their inputs, which the block before may hold already."""
+    config, work = workload
+    costs = predict_blocks(work, config, Axes(), device=CPU)
+    assert len(set(costs)) == 1
+    predicted = lambda words: predict_run(  # noqa: E731
+        work, config, Axes(save="checkpoint", checkpoint_blocks=words), device=CPU
+    ).ledger.totals["activations"]
+    everything = predict_run(work, config, Axes(), device=CPU).ledger.totals["activations"]
+    fallen = everything - predicted("3")
+    assert 3 * (costs[0].saved - costs[0].inputs) <= fallen <= 3 * costs[0].saved
+    assert costs[0].flops == 2 * 6 * 24 * 16 * 16 * 12 + 4 * 6 * 24 * 24 * 16  # twelve 16×16 matrices, and attention
+
+
+def test_a_run_keeps_what_its_budget_allows(workload):
+    """Never above the budget; nothing runs again that need not; below every choice, the least is said."""
+    config, work = workload
+    some = predict_run(work, config, Axes(save="checkpoint", checkpoint_blocks="2"), device=CPU).peak_bytes
+    chosen = choose_saving(work, replace(config, budget=f"{some}B"), CPU)
+    assert (chosen.axes.save, chosen.axes.checkpoint_blocks) == ("checkpoint", "2")
+    assert (chosen.predicted.peak_bytes, chosen.flops) == (some, 2 / 4)
+    assert "--save checkpoint:2, which checkpoints 2 of 4 blocks" in chosen.why
+    whole = choose_saving(work, replace(config, budget="1GiB"), CPU)
+    assert (whole.axes, whole.flops) == (Axes(), 0)
+    with pytest.raises(UserError, match="nothing fits --budget 9KB: the least that train full with adamw needs"):
+        choose_saving(work, replace(config, budget="9KB"), CPU)
