@@ -60,13 +60,12 @@ def trained_bytes(model):
 
 
 OPTIONS = {
-    "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-    "autocast": {"bf16": True},
+    "accumulation in autocast": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "bf16": True},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_resumed_equals_uninterrupted_bit_for_bit(base, tmp_path, options):
@@ -89,6 +88,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(base, tmp_path, options):
     assert len([h["loss"] for h in result.state.log_history if "loss" in h]) == 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_an_adapter_folder_without_the_model(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     trainer(model, tmp_path).train()
@@ -109,6 +109,7 @@ def test_from_pretrained_is_told_what_is_missing(base, tmp_path):
             load.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_the_callback_trainer_reads_a_checkpoint_too(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     trainer(model, tmp_path, steps=3).train()
@@ -120,6 +121,7 @@ def test_without_the_callback_trainer_reads_a_checkpoint_too(base, tmp_path):
     assert all(torch.equal(p, want[n]) for n, p in trained_bytes(other).items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_base_weights_is_refused(base, tmp_path):
     trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, steps=3).train()
     other = copy.deepcopy(base)
@@ -143,6 +145,7 @@ def test_a_callback_for_another_model_is_refused(base, tmp_path):
         run.train()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     at_three = {}
@@ -163,6 +166,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
     assert any(not torch.equal(p, at_three[6][n]) for n, p in trained_bytes(model).items())
 
 
+@pytest.mark.slow
 def test_beside_the_full_model(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     trainer(model, tmp_path, steps=3, full_model=True).train()
@@ -174,6 +178,7 @@ def test_beside_the_full_model(base, tmp_path):
         assert torch.equal(load_adapter(copy.deepcopy(base), folder / "adapter").eval()(ids).logits, want)
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_saved_whole(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     run = trainer(model, tmp_path, steps=3)
@@ -201,6 +206,7 @@ class Normed(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_with_buffers(tmp_path):
     torch.manual_seed(1)
     plain = Normed()
@@ -214,6 +220,7 @@ def test_a_model_of_ones_own_with_buffers(tmp_path):
     assert not (tmp_path / "parts" / "checkpoint-6" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_bases_that_do_not_follow_come_back(base, tmp_path):
     config = LoRAXSConfig(4, targets=("query",), train_bases=True, r_std=0.1)
     models = [inject(copy.deepcopy(base), config) for _ in range(2)]
