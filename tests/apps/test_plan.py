@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from fresh import run_fresh
 from memtrain_apps.compose.axes import Axes
 from memtrain_apps.compose.compose import compose
 from memtrain_apps.plan import known
@@ -97,6 +96,7 @@ def test_names_are_found_with_and_without_owner_and_tuning():
     assert len(known_names()) == len(set(known_names())) > 60
 
 
+@pytest.mark.slow
 def test_finetunes_names_are_the_shapes_that_it_builds():
     from memtrain_common.models.classifiers import MODELS, build_classifier
 
@@ -204,6 +204,7 @@ SPREAD = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPREAD)
 def test_composed_is_predicted_whole(name):
     """Each choice of each axis, of a ViT: refused by both, or the same ledger, and the same peak but for what falls
@@ -227,6 +228,7 @@ def test_composed_is_predicted_whole(name):
         assert found.peak == expected.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [
@@ -264,19 +266,24 @@ def predict_with_mask(place, axes, micro_batches):
         return whole(place.step, axes, place.rows, micro_batches)
 
 
-@pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("save", ["all", "backrazor", "checkpoint", "offload"])
-def test_depth_is_drawn_out_exactly(family, save):
+EVERY_PAIR = [
+    (family, save, ("full", "lora")[(i + j) % 2])
+    for i, family in enumerate(SMALL)
+    for j, save in enumerate(("all", "backrazor", "checkpoint", "offload"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "save", "train"), EVERY_PAIR)
+def test_depth_is_drawn_out_exactly(family, save, train):
     """Of seven blocks, from two and three, or three and four: every number is that of the whole count."""
-    step = SMALL[family]
-    step = replace(step, shape=step.shape.with_depth(7))
-    for train in ("full", "lora"):
-        passes = Passes(step, Axes(train, save))
-        (drawn,), cut = passes.whole([4])
-        assert min(passes._counted) > 0, "it was counted at its whole depth"
-        ((counted,), whole_cut) = passes_of(step, Axes(train, save), [4])
-        assert drawn.use == counted.use
-        assert cut == whole_cut
+    step = replace(SMALL[family], shape=SMALL[family].shape.with_depth(7))
+    passes = Passes(step, Axes(train, save))
+    (drawn,), cut = passes.whole([4])
+    assert min(passes._counted) > 0, "it was counted at its whole depth"
+    ((counted,), whole_cut) = passes_of(step, Axes(train, save), [4])
+    assert drawn.use == counted.use
+    assert cut == whole_cut
 
 
 def test_a_library_is_not_first_imported_on_fake_tensors():
@@ -289,7 +296,8 @@ from memtrain_apps.plan.uses import Step
 step = Step(find_shape("facebook/deit-tiny-patch16-224").with_depth(1), cuda=False)
 assert step_use_of(step, Axes("lora"), 1) == step_use_of(step, Axes("lora"), 1)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_offloading_holds_in_host_memory_what_save_on_cpu_packs():
@@ -329,6 +337,7 @@ def test_there_are_thirty_plans():
     assert len(PLANS) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "train", "save", "optim"), PLANS)
 def test_no_plan_is_too_small(family, train, save, optim):
     """A real step, two micro-batches, never holds more than was planned; and the plan is not far above it. What Back
@@ -345,6 +354,7 @@ def test_no_plan_is_too_small(family, train, save, optim):
     assert found.peak <= (1.03 if save == "backrazor" else 1.001) * peak
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_uses_the_budget():
     """Straight lines between batches are above the truth, and not by much."""
     step = SMALL["vit"]
@@ -413,6 +423,7 @@ def fsdp_step(place, axes, out):
     (out / f"{place.parallel}-{world.rank}").write_text(str(live.peak_bytes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_hold_no_more_than_was_planned(parallel, tmp_path):
     place = Workplace(SMALL["vit"], rows=4, processes=2, parallel=parallel)
@@ -435,6 +446,7 @@ def plan_of(*words):
     return make_plan(configure([*words, "--workers", "1"]))
 
 
+@pytest.mark.slow
 def test_what_fits_fits_and_remedies_are_plans_that_fit():
     plan = plan_of(
         *TINY, "--budget", "30MiB", "--train", "full", "lora", "--save", "all", "checkpoint", "--optim", "adamw", "sgd"
@@ -457,6 +469,7 @@ def test_what_fits_fits_and_remedies_are_plans_that_fit():
     assert again.fitting[0].time == pytest.approx(1.0) or arm.axes.train != "full"
 
 
+@pytest.mark.slow
 def test_checkpointing_costs_up_to_a_third_more_products():
     plan = plan_of(*TINY, "--budget", "1GiB", "--train", "full", "--save", "all", "checkpoint", "--optim", "adamw")
     times = {a.axes.save: a.time for a in plan.fitting}
@@ -464,15 +477,16 @@ def test_checkpointing_costs_up_to_a_third_more_products():
     assert 1.15 < times["checkpoint"] <= 4 / 3  # a block's last products are not needed, and not computed again
 
 
+@pytest.mark.slow
 def test_refused_combinations_say_why():
     plan = plan_of(
         "--model", "gpt2", "--budget", "900GiB", "--train", "head", "bitfit", "melo", "lte", "--batch", "6",
-        "--save", "all", "checkpoint", "--optim", "sgd", "adamw", "galore-adamw",
+        "--save", "all", "checkpoint", "--optim", "adamw", "galore-adamw",
     )  # fmt: skip
     reasons = {a.axes.name: a.refused for a in plan.refused}
     assert "no gradient passes" in reasons["head+checkpoint+adamw"]
     assert "needs a task head" in reasons["head+all+adamw"]
-    assert "not a classifier" in reasons["melo+all+sgd"] or "which" in reasons["melo+all+sgd"]
+    assert "not a classifier" in reasons["melo+all+adamw"] or "which" in reasons["melo+all+adamw"]
     assert "6 samples" in reasons["lte+all+adamw"]
     assert "no matrix of a block" in reasons["bitfit+all+galore-adamw"]
     assert {a.axes.train for a in plan.fitting} == {"bitfit"}
@@ -503,11 +517,13 @@ def test_bad_input_is_one_sentence(words, expected, tmp_path):
     assert_refused(run_command(["plan", *words], tmp_path), *expected)
 
 
+@pytest.mark.slow
 def test_a_budget_for_nothing_says_what_the_least_would_need(tmp_path):
     words = ["plan", *TINY, "--budget", "1MiB", "--train", "full", "head", "--save", "all", "--optim", "sgd"]
     assert_refused(run_command(words, tmp_path), "nothing fits", "head+all+sgd", "needs")
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_json(tmp_path):
     words = ["plan", *TINY, "--budget", "30MiB", "--train", "full", "head", "--optim", "adamw", "galore-adamw"]
     done = run_command(words, tmp_path)
@@ -520,6 +536,7 @@ def test_the_command_prints_tables_and_json(tmp_path):
     assert {c["status"] for c in content["combinations"]} == {"fits", "does not fit", "refused"}
 
 
+@pytest.mark.slow
 def test_measured_stands_beside_predicted(tmp_path):
     words = ["plan", *TINY, "--budget", "1GiB", "--train", "lora", "--save", "all", "--optim", "adamw", "--measure"]
     done = run_command(words, tmp_path)
@@ -534,6 +551,7 @@ def test_measured_stands_beside_predicted(tmp_path):
     assert all(abs(e) <= 2 for e in errors.values())
 
 
+@pytest.mark.slow
 def test_a_large_model_is_planned_without_being_allocated():
     from memtrain_common.measuring.peak import memory_in_use
 
@@ -559,6 +577,7 @@ def test_known_results_are_the_committed_ones():
     assert found.value < found.plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["galore-adamw8bit", "galore-adafactor"])
 def test_galore_is_planned_for_shards(optim):
     place = Workplace(SMALL["bert"], rows=4, processes=2, parallel="fsdp")
