@@ -66,7 +66,8 @@ def library() -> Any:
             reasons.append(getattr(error, "stderr", None) or str(error))
     warnings.warn(
         f"Back Razor's CPU kernels could not be built with {shlex.join(compiler)!r}, so packing is done by torch, "
-        f"which is slower, and several times so in the mode pruned: install a C compiler or name one in CC ({reasons[-1].strip().splitlines()[-1]})",
+        f"which is slower, and several times so in the mode pruned: install a C compiler or name one in CC "
+        f"({reasons[-1].strip().splitlines()[-1]})",
         stacklevel=2,
     )
     return None
