@@ -78,7 +78,7 @@ def test_what_lies_on_no_line_has_none():
 def test_a_law_is_the_count_of_every_batch(family, train, save):
     """At a batch that it was not made of, and cut for three processes."""
     step = replace(SMALL[family], cuda=family != "gpt2")
-    step = replace(step, shape=step.shape.with_depth(6))
+    step = replace(step, shape=step.shape.with_depth(5))
     axes = Axes(train, save, heads=2)
     law = StepLaw.from_json(count_law(step, axes, rows=12, known=None))
     found = law.at(8, shards=3)

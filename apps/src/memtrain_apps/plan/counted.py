@@ -2,9 +2,8 @@
 
 A record is what a model of a shape uses: a :class:`~memtrain_apps.plan.lines.StepLaw` of one choice of train and save,
 or the :class:`~memtrain_apps.plan.uses.OptimizerUse` of a shallow model. Its key is everything that the number depends
-on. What ships (``shipped/``, written by ``python -m memtrain_apps.plan.ship``) holds for the versions of the libraries
-that it was counted with; a test counts a part of it again. What was counted here lies in the user's cache, beside the
-versions and a hash of the code that counted: another version, or a changed line, and it is counted anew.
+on. It is kept beside the versions of the libraries and a hash of the code that counted: another version, or a changed
+line, and it is counted anew.
 """
 
 import contextlib
@@ -27,7 +26,6 @@ from .depth import Passes
 from .lines import StepLaw, fit, values_of
 from .uses import OptimizerUse, Step, StepUse
 
-SHIPPED = Path(__file__).with_name("shipped")
 LIBRARIES = ("torch", "transformers", "peft", "torchao", "timm")
 """Their versions decide what an operation saves and a step keeps."""
 CODE = ("memtrain_apps", "memtrain_common", "backrazor", "galore_vit", "lora_xs", "lte")
@@ -185,12 +183,6 @@ def code_hash() -> str:
             for path in sorted(Path(place).rglob("*.py")):
                 digest.update(path.relative_to(place).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def shipped_records(step: Step) -> Records:
-    """What ships for a shape with the installed versions; nothing for others."""
-    content = _read(SHIPPED / f"{shape_id(step)}.json")
-    return dict(content["records"]) if content.get("versions") == library_versions() else {}
 
 
 def cached_records(step: Step) -> Records:

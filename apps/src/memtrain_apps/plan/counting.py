@@ -15,7 +15,7 @@ from memtrain_common.interrupts import unwinding
 from ..compose.axes import Axes, Optim
 from .arms import Arm
 from .config import PlanConfig
-from .counted import MissingError, Records, Store, cached_records, keep, shipped_records, unit_of
+from .counted import MissingError, Records, Store, cached_records, keep, unit_of
 from .forecast import Forecast, Workplace, between, compose_forecast, count_optimizers, count_step, largest, refuse
 from .lines import LEAST
 from .uses import OptimizerUse, StepUse
@@ -43,8 +43,7 @@ class PlanCounts:
 
     def __init__(self, config: PlanConfig, place: Workplace, console: Console) -> None:
         self.config, self.place, self._console = config, place, console
-        known = {} if config.recount else {**shipped_records(place.step), **cached_records(place.step)}
-        self._store = Store(known, live=False)
+        self._store = Store({} if config.recount else cached_records(place.step), live=False)
         self._optims: dict[tuple[str, str], OptimizerUse] = {}
         self._refused: dict[tuple[str, str], str] = {}
         axes = list(combinations_of(config))
