@@ -355,6 +355,14 @@ def test_no_plan_is_too_small(family, train, save, optim):
 
 
 @pytest.mark.slow
+def test_adamw_on_the_cpu_holds_something_of_the_parameter_before():
+    """The output matrix is as large as the embedding, and is stepped after another one."""
+    step = replace(SMALL["llama"], shape=SMALL["llama"].shape.changed(vocab_size=4096))
+    place = Workplace(step, rows=2)
+    _, peak = measure_place(place, Axes(), torch.device("cpu"))
+    assert predict_arm(place, Axes()).peak == pytest.approx(peak, abs=16)
+
+
 def test_the_largest_batch_fits_and_uses_the_budget():
     """Straight lines between batches are above the truth, and not by much."""
     step = SMALL["vit"]

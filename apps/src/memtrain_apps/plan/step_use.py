@@ -134,7 +134,8 @@ def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool,
     any weight, and without numbers each step refreshes its bases, so that its first step holds what its second would.
 
     torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
-    PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once.
+    PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once, PyTorch's own on the CPU
+    something of a parameter while it steps the next one.
     """
     optimizer = build_optimizer(model, axes, lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None)
     counts: dict[Tensor, int] = {}
@@ -142,7 +143,7 @@ def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool,
     for group in optimizer.param_groups:
         if native and cuda:
             group["foreach"] = True
-        if axes.optim.startswith("galore") or (native and cuda):
+        if axes.optim.startswith("galore") or native:
             counts.update(dict.fromkeys(group["params"], 1))
         else:
             group["params"] = _one_of_each(group["params"], counts)
