@@ -163,8 +163,9 @@ def lengths() -> None:
     )
 
 
-THREE, ONE = {"merge_density": 0.03}, {"merge_density": 0.01}
-TWO_BITS = {"merge_density": 0.01, "merge_bits": 2}
+THREE: Options = {"merge_density": 0.03}
+ONE: Options = {"merge_density": 0.01}
+TWO_BITS: Options = {"merge_density": 0.01, "merge_bits": 2}
 
 
 def table() -> None:
