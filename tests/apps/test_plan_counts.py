@@ -26,7 +26,7 @@ from memtrain_common.console import Console
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 from small_shapes import SMALL, TINY
-from support import run_light
+from support import ROOT, run_light
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +310,15 @@ def test_blocks_are_repeated_as_often_as_they_are_missing(seed, alike):
     # a moment that only the deeper one has is no block
     longer = [replace(p, rises=[*p.rises[:3], 10**6, *p.rises[3:]]) for p in passes(low + 1)]
     assert draw_out(passes(low), longer, 1) is None
+
+
+def test_the_readme_has_the_errors_of_small_models():
+    found = read_json(ROOT / "benchmarks" / "results" / "prediction_error_small.json")
+    text = (ROOT / "apps" / "README.md").read_text()
+    for name, model in found["models"].items():
+        worst = max(model["arms"], key=lambda a: abs((a.get("error") or {"peak": 0})["peak"]))
+        row = f"| {name} | {model['kind']} | {model['measured_arms']} | {abs(worst['error']['peak']):.2%} |"
+        assert row.replace("%", " %") in text, row
+        assert all(model["largest_error"][c] < 5e-4 for c in ("weights", "gradients", "optimizer", "activations"))
+    peak = found["summary"]["peak"]
+    assert f"the peak's median error is {peak['median']:.3%}, the worst {peak['worst']:.2%}".replace("%", " %") in text
