@@ -27,6 +27,7 @@ from memtrain_apps.plan.plan import make_plan
 from memtrain_apps.plan.shape_models import build_model, loss_of, make_batch, plain_task
 from memtrain_apps.plan.shapes import CNNS, find_shape, known_names
 from memtrain_apps.plan.step_use import passes_of, step_use_of
+from memtrain_apps.plan.uses import Step
 from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.prediction import fake_step, predict
@@ -137,6 +138,25 @@ def test_any_folder_of_transformers_is_told_by_its_class(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(content))
         shape = find_shape(str(tmp_path))
         assert (shape.family, shape.task, shape.uniform) == (family, task, uniform)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("t5", {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 40}),
+        ("deit", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                  "image_size": 16, "patch_size": 8}),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_leaves_open_has_a_step(family, sizes, tmp_path):
+    """T5's begins its answers with nothing, and DeiT's has two classes and chooses none."""
+    name = {"t5": "T5ForConditionalGeneration", "deit": "DeiTForImageClassification"}[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": [name], **sizes}))
+    step = Step(find_shape(str(tmp_path)), tokens=8, cuda=False)
+    with fake_step():
+        model = build_model(step.shape)
+        loss_of(step, model, make_batch(step, 2)).backward()
+    assert type(model).__name__ == name
 
 
 def test_a_model_of_timm_has_its_own_input():

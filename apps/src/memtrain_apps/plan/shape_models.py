@@ -45,6 +45,9 @@ def build_model(shape: Shape, weights: str = "float32") -> nn.Module:
     }[shape.task]
     try:
         config = transformers.AutoConfig.for_model(shape.family, **shape.config)
+        config.architectures = config.architectures or []  # None breaks the choice of DeiT's class (transformers 5.23)
+        if shape.task == "pairs" and getattr(config, "decoder_start_token_id", None) is None:  # T5's, if none is given
+            config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
         return kind.from_config(config, dtype=DTYPES[weights]).train()
     except (ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
