@@ -159,7 +159,7 @@ def test_the_main_command_trains_on_its_embedded_default_without_any_extra(words
         sys.modules.update(dict.fromkeys(missing))
 
     out = [] if words.startswith("lora-xs") else ["--out", "run", "--device", "cpu"]
-    done = run_command([*words.split(), *out], tmp_path, before=lightly)
+    done = run_command([*words.split(), *out], tmp_path, before=lightly, pictures=True)
     assert done.returncode == 0, done.stderr
     if out:
         assert "without pictures, since matplotlib is not installed: pip install matplotlib" in done.stdout

@@ -124,6 +124,12 @@ def test_the_table_of_the_ablation_is_that_of_its_result():
     assert made["table"]() in README
 
 
+@pytest.mark.parametrize("package", ["backrazor", "lora_xs"])
+def test_the_tables_of_real_models_are_those_of_their_results(package):
+    made = runpy.run_path(str(ROOT / "benchmarks" / "real_table.py"))
+    assert made["table"](package) in (ROOT / "packages" / package / "README.md").read_text()
+
+
 def test_the_index_of_benchmarks_is_true():
     """Each row: a command as its result states it. The documentation lists all results by itself."""
     text = (ROOT / "benchmarks" / "README.md").read_text()

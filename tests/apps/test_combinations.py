@@ -102,22 +102,11 @@ def the_same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def changed_axes(axes):
-    return (axes.train != "full") + (axes.save != "all") + (axes.optim != "adamw")
-
-
-def params():
-    """Every combination; what changes two axes or three is left out of daily work, unless it is refused."""
-    for axes in combinations():
-        slow = changed_axes(axes) > 1 and refusal(settings(axes)) is None
-        yield pytest.param(axes, id=axes.name, marks=[pytest.mark.slow] if slow else [])
-
-
-def test_lora_xs_takes_bases_from_the_first_batches(plain):
+def test_lora_xs_takes_bases_from_the_first_batches(plains):
     """Those that the library makes of the same losses, whatever batches follow."""
-    model, axes = copy.deepcopy(plain), Axes("lora-xs", rank=4, init="gradient", init_batches=2, first_step=1e-3)
+    model, axes = copy.deepcopy(plains[1]), Axes("lora-xs", rank=4, init="gradient", init_batches=2, first_step=1e-3)
     composed = compose(Task(model, batch, loss), axes, lr=1e-3)
-    own = copy.deepcopy(plain)
+    own = copy.deepcopy(plains[1])
     config = lora_xs.LoRAXSConfig(
         4, targets=tuple(matrices(own, "all")), init="gradient", first_step=1e-3, head=("classifier",)
     )
@@ -127,7 +116,7 @@ def test_lora_xs_takes_bases_from_the_first_batches(plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", list(params()))
+@pytest.mark.parametrize("axes", list(combinations()), ids=lambda axes: axes.name)
 def test_every_combination_trains_or_is_refused(axes, plains, tmp_path):
     plain = plains[2 if axes.save == "checkpoint" else 1]
     why = refusal(settings(axes))
