@@ -64,7 +64,8 @@ def _name(package: str, arm: str) -> str:
         return f"`{kind}` {rest}"
     if kind == "lora-xs":
         bases, rank = rest.split(" ")
-        return f"LoRA-XS, {bases.replace('-step', ', first step')} bases, r = {rank}"
+        kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
+        return f"LoRA-XS, {kinds.get(bases, 'gradient bases and a first step')}, r = {rank}"
     words = {"lora": "LoRA", "bitfit": "BitFit", "head": "head", "adamw8bit": "8-bit AdamW", "galore-adamw": "GaLore"}
     return words.get(kind, kind) + (f", r = {rest}" if rest else "")
 
