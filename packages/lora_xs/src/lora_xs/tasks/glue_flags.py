@@ -90,6 +90,8 @@ def check(config: GlueConfig) -> GlueConfig:
     at_least(config, rank=0, eval_interval=0, max_train_samples=0, max_eval_samples=0)
     positive(config, "alpha", "head_learning_rate")
     check_training(config)
+    if config.from_adapter and config.init == "gradient":
+        raise UserError("--init gradient would do nothing with --from-adapter, which brings its bases: leave one out")
     if config.grid:
         for name in ("grid_ranks", "grid_learning_rates", "grid_head_learning_rates", "grid_seeds"):
             if not getattr(config, name):

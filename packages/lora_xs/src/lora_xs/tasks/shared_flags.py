@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from memtrain_common.commands.configure import at_least, below_one, positive
+from memtrain_common.commands.configure import at_least, below_one, positive, refuse_unused
 from memtrain_common.commands.run_flags import Dtype, LearningRate, RunFlags, Select, StepFlags
-from memtrain_common.errors import UserError
 
 Init = Literal["svd", "gradient", "random"]
 
@@ -75,9 +74,8 @@ def check_training(config: TrainingFlags) -> None:
         config, batch_size=1, max_length=2, warmup_ratio=0, weight_decay=0, grad_clip=0, log_interval=1, max_iters=0,
         init_batches=1, first_step=0,
     )  # fmt: skip
-    if config.first_step and config.init != "gradient":
-        raise UserError(
-            f"--first-step would do nothing with --init {config.init}: it belongs to gradient; leave it out"
-        )
+    if config.init != "gradient":
+        names = ("init_batches", "first_step")
+        refuse_unused(config, TrainingFlags(), names, f"it belongs to --init gradient, and this is {config.init}")
     positive(config, "learning_rate", "epochs")
     below_one(config, "warmup_ratio")
