@@ -51,14 +51,14 @@ def minilm(attention: str = "sdpa") -> nn.Module:
 class Dino(nn.Module):
     """DINOv2-small with a fresh head on the class token."""
 
-    def __init__(self, attention: str = "sdpa") -> None:
+    def __init__(self, attention: str = "sdpa", classes: int = 10) -> None:
         super().__init__()
         from transformers import Dinov2Model
 
         self.vit = Dinov2Model.from_pretrained(
             data() / "weights" / "dinov2_small", attn_implementation=attention, dtype=torch.float32
         )
-        self.head = nn.Linear(384, 10)
+        self.head = nn.Linear(384, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.vit(x).last_hidden_state[:, 0])
@@ -91,8 +91,12 @@ def pictures(split: str, chosen: Callable[[int], list[int]], size: int) -> tuple
         mine = [names[i] for i in chosen(len(names))]
         images = [Image.open(io.BytesIO(archive.read(n))).convert("RGB").resize((size, size), 3) for n in mine]
     x = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2).float() / 255
-    x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return x, torch.tensor([classes.index(n.split("/")[-2]) for n in mine])
+    return normalized(x), torch.tensor([classes.index(n.split("/")[-2]) for n in mine])
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Pictures in [0, 1] as ImageNet's models are trained to see them."""
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def some(n: int, seed: int) -> Callable[[int], list[int]]:

@@ -88,6 +88,10 @@ ADAPTERS = {
     "melo 8": Arm(Axes("melo", rank=8), "melo", "melo"),
     "lte 4x8": Arm(Axes("lte", rank=8, heads=4), "lte", "lte"),
     **{f"lora-xs {way} {r}": _xs(way, r, **settings) for r in (4, 8, 16, 25) for way, settings in XS_WAYS.items()},
+    "lora 8, low-bit 0.1": Arm(Axes("lora", rank=8, save="backrazor"), "lora", "lora"),
+    "lora-xs svd 25, low-bit 0.1": _xs("svd", 25, save="backrazor"),
+    "lora-xs gradient 25, low-bit 0.1": _xs("gradient", 25, init="gradient", save="backrazor"),
+    "melo 8, low-bit 0.1": Arm(Axes("melo", rank=8, save="backrazor"), "melo", "melo"),
 }
 OPTIMIZERS = {
     "adamw8bit": Arm(Axes(optim="adamw8bit"), "adamw8bit"),

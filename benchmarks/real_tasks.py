@@ -8,12 +8,23 @@ chosen on held-out training rows, and what is reported is counted on the public 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from backrazor_real_models import Dino, batches, data, efficientnet, minilm, pictures, some, tokenizer
+from backrazor_real_models import (
+    Dino,
+    batches,
+    data,
+    efficientnet,
+    minilm,
+    normalized,
+    pictures,
+    some,
+    tokenizer,
+)
 from memtrain_common.data.text.glue import TASKS as GLUE
 from memtrain_common.data.text.glue import glue_metrics, read_split
 from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
@@ -53,8 +64,12 @@ def glue_rows(task: str, split: str) -> list[Row]:
     return list(zip(found.texts, found.labels.tolist(), strict=True))
 
 
-def sentences(glue: str, *, n: int, batch_size: int, steps: int, length: int = 128) -> RealTask:
-    """MiniLM to a task of GLUE: ``n`` training rows, 500 held out, all dev rows."""
+def sentences(glue: str, *, n: int, batch_size: int, steps: int, length: int = 128, grouped: bool = False) -> RealTask:
+    """MiniLM to a task of GLUE: ``n`` training rows, 500 held out, all dev rows.
+
+    Args:
+        grouped: batches of rows of about one length, so that less of a batch is padding.
+    """
     words, among = tokenizer(), glue_rows(glue, "train")
     chosen = some(n + 500, 7)(len(among))
     train, held = [among[i] for i in chosen[:n]], [among[i] for i in chosen[n:]]
@@ -72,12 +87,26 @@ def sentences(glue: str, *, n: int, batch_size: int, steps: int, length: int = 1
         labels = np.array([y for _, y in asked])
         return 100 * glue_metrics(glue, {"dev": torch.cat(logits).numpy()}, {"dev": labels})[metric]
 
+    def drawn(seed: int) -> Iterator[Batch]:
+        rows = batches(n, batch_size, steps, seed)
+        if grouped:
+            rows = by_length(rows, lambda r: sum(map(len, train[r][0])), seed)
+        return (batch([train[r] for r in mine]) for mine in rows)
+
+    about = f"MiniLM-L6 to {GLUE[glue].folder}, {n:,} rows of at most {length} tokens, {steps} steps of {batch_size}"
     return RealTask(
-        f"MiniLM-L6 to {GLUE[glue].folder}, {n:,} rows of at most {length} tokens, {steps} steps of {batch_size}",
-        minilm, lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]),
-        lambda seed: (batch([train[r] for r in mine]) for mine in batches(n, batch_size, steps, seed)), steps, score,
-        metric, (5e-5, 1e-4, 2e-4),
+        about + (" of about one length" if grouped else ""), minilm,
+        lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]), drawn, steps, score, metric, (5e-5, 1e-4, 2e-4, 4e-4),
     )  # fmt: skip
+
+
+def by_length(drawn: Iterator[list[int]], length: Callable[[int], int], seed: int) -> Iterator[list[int]]:
+    """The rows of eight batches at a time, sorted by length and dealt out again, in an order that the seed draws."""
+    order = torch.Generator().manual_seed(seed)
+    while eight := list(islice(drawn, 8)):
+        rows, size = sorted((r for mine in eight for r in mine), key=length), len(eight[0])
+        for i in torch.randperm(len(eight), generator=order).tolist():
+            yield rows[i * size : (i + 1) * size]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -111,10 +140,26 @@ def cifar10(
     return classes(about, build, (x[:n], y[:n]), (x[n:], y[n:]), test, **settings)
 
 
-def dino(n: int = 1000, steps: int = 40) -> RealTask:
-    about = f"DINOv2-small to CIFAR-10 as JPEG files, 98 px, {n:,} pictures, {steps} steps of 25"
+def dino(size: int, *, n: int = 1000, steps: int = 40) -> RealTask:
+    about = f"DINOv2-small to CIFAR-10 as JPEG files, {size} px, {n:,} pictures, {steps} steps of 25"
     return cifar10(
-        about, Dino, 98, n=n, held_out=300, tested=500, batch_size=25, steps=steps, rates=(3e-5, 1e-4)
+        about, Dino, size, n=n, held_out=300, tested=500, batch_size=25, steps=steps, rates=(3e-5, 1e-4)
+    )  # fmt: skip
+
+
+def breast(size: int, *, steps: int) -> RealTask:
+    """BreastMNIST as it is split: 546 pictures to train, 78 held out, 156 to test; all in three equal channels."""
+    found = np.load(data() / "medmnist" / "breastmnist.npz")
+
+    def part(name: str) -> tuple[Tensor, Tensor]:
+        x = torch.from_numpy(found[f"{name}_images"]).float()[:, None] / 255
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        return normalized(x.expand(-1, 3, -1, -1)), torch.from_numpy(found[f"{name}_labels"]).long().flatten()
+
+    about = f"DINOv2-small to BreastMNIST, {size} px, 546 pictures, {steps} steps of 26"
+    return classes(
+        about, partial(Dino, classes=2), part("train"), part("val"), part("test"), batch_size=26, steps=steps,
+        rates=(3e-5, 1e-4, 3e-4),
     )  # fmt: skip
 
 
@@ -171,9 +216,11 @@ def stories() -> RealTask:
 TASKS: dict[str, Callable[[], RealTask]] = {
     "minilm-sst2": partial(sentences, "sst2", n=960, batch_size=16, steps=60),
     "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312),
-    "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=125),
-    "minilm-rte": partial(sentences, "rte", n=1900, batch_size=16, steps=120, length=64),
-    "dinov2-cifar10": dino,
+    "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=125, grouped=True),
+    "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
+    "dinov2-cifar10": partial(dino, 98),
+    "dinov2-cifar10-56": partial(dino, 56),
+    "dinov2-breastmnist": partial(breast, 56, steps=84),
     "efficientnet-cifar10": lite0,
     "efficientnet-cifar10-frozen-norms": partial(lite0, True),
     "stories": stories,
