@@ -1,9 +1,9 @@
 """What does each method do to accuracy on real pretrained models? Paired by seed, resumable, one JSON per arm.
 
-    MEMTRAIN_DATA=FOLDER python benchmarks/real_study.py TASK:ARMS …
+    MEMTRAIN_DATA=FOLDER python benchmarks/real_study.py TASK:ARMS[:SEEDS] …
 
 TASK is one of ``real_tasks.py``; ARMS is a study ("saving", "adapters", "optimizers", …, below) or names of arms with
-commas between them. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again;
+semicolons between them; SEEDS is how many, 5 if left out. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again;
 results/real_TASK.json has every arm's mean and its difference from dense training, paired by seed.
 
 The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
@@ -97,9 +97,10 @@ OPTIMIZERS = {
     "adamw8bit": Arm(Axes(optim="adamw8bit"), "adamw8bit"),
     **{
         f"{optim} {r}": Arm(Axes(optim=optim, galore_rank=r), optim, "galore")
-        for optim in ("galore-adamw", "galore-adamw8bit")
-        for r in (16, 32, 64, 128)
+        for optim in ("galore-adamw", "galore-adamw8bit", "galore-scaled")
+        for r in (16, 64, 128)
     },
+    "galore-scaled 1": Arm(Axes(optim="galore-scaled", galore_rank=1), "galore-scaled", "galore"),
 }
 ARMS = {**SAVING, **ADAPTERS, **OPTIMIZERS}
 XS_ARMS = tuple(a for a in ADAPTERS if a.startswith("lora-xs"))
@@ -107,8 +108,17 @@ STUDIES = {
     "default": ("dense", "low-bit 0.1", "low-bit 0.05"),
     "saving": ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "paper 0.2", "paper 0.1", "paper 0.03"),
     "bases": ("dense", "lora 8", *(a for a in XS_ARMS if not a.endswith(" 25"))),
-    "adapters": ("dense", "head", "bitfit", "lora 8", *XS_ARMS),
-    "optimizers": ("dense", "adamw8bit", *(a for a in OPTIMIZERS if a.startswith("galore-adamw "))),
+    "adapters": (
+        "dense",
+        "head",
+        "bitfit",
+        "lora 8",
+        *(a for a in XS_ARMS if "step" not in a and not a.endswith(" 8")),
+        "lora 8, low-bit 0.1",
+        "lora-xs svd 25, low-bit 0.1",
+        "lora-xs gradient 25, low-bit 0.1",
+    ),
+    "optimizers": ("dense", "adamw8bit", *(a for a in OPTIMIZERS if not a.startswith("galore-adamw8bit"))),
 }
 
 
@@ -247,12 +257,14 @@ def main() -> None:
         raise UserError("MEMTRAIN_DATA must name the folder of real data files")
     torch.set_num_threads(1)
     for asked in sys.argv[1:]:
-        name, _, chosen = asked.partition(":")
-        arms = list(STUDIES.get(chosen, chosen.split(",")))
+        name, chosen, seeds, *_ = [*asked.split(":"), "", ""]
+        arms = list(STUDIES.get(chosen, chosen.split(";")))
         unknown = [arm for arm in arms if arm not in ARMS]
-        if name not in TASKS or unknown:
-            raise UserError(f"{asked!r} is not TASK:ARMS; tasks: {', '.join(TASKS)}; studies: {', '.join(STUDIES)}")
-        run(name, arms)
+        if name not in TASKS or unknown or not (seeds or "5").isdigit():
+            raise UserError(
+                f"{asked!r} is not TASK:ARMS[:SEEDS]; tasks: {', '.join(TASKS)}; studies: {', '.join(STUDIES)}"
+            )
+        run(name, arms, tuple(range(int(seeds or len(SEEDS)))))
 
 
 if __name__ == "__main__":

@@ -215,8 +215,9 @@ def stories() -> RealTask:
 
 TASKS: dict[str, Callable[[], RealTask]] = {
     "minilm-sst2": partial(sentences, "sst2", n=960, batch_size=16, steps=60),
+    "minilm-sst2-lengths": partial(sentences, "sst2", n=960, batch_size=16, steps=60, grouped=True),
     "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312),
-    "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=125, grouped=True),
+    "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=375, grouped=True),
     "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
     "dinov2-cifar10": partial(dino, 98),
     "dinov2-cifar10-56": partial(dino, 56),

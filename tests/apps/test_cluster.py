@@ -1,4 +1,4 @@
-"""Arms as jobs: submitted, watched, submitted again and collected; by submitit's local executor, with kills."""
+"""Arms as jobs: submitted, watched, submitted again and collected; by submitit here and by Ray, with kills."""
 
 import json
 import os
@@ -8,12 +8,14 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from memtrain_apps.ablate import cluster
 from memtrain_apps.ablate.ablate import collect
-from memtrain_apps.ablate.cluster import RETRIES, ArmCall, Needs, Submitit, _watch
-from memtrain_apps.ablate.config import configure, saved_request
+from memtrain_apps.ablate.cluster import RETRIES, _watch
+from memtrain_apps.ablate.config import AblateConfig, configure, saved_request
+from memtrain_apps.ablate.launchers import ArmCall, Needs, Ray, Submitit, launcher_of
 from memtrain_apps.ablate.runner import Runner
 from memtrain_common.console import Console
 from memtrain_common.errors import UserError
@@ -90,6 +92,13 @@ def test_collecting_reports_what_is_there(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"1 of {len(runner.arms)} arms have a result; 0 of the others have begun" in said
     assert "refused" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_collecting_before_the_first_result_says_so(tmp_path, capsys):
+    runner = begun(tmp_path / "a")
+    assert collect(tmp_path / "a", Console()) == []
+    assert f"0 of {len(runner.arms)} arms have a result" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "report.html").exists()
 
 
 def test_memory_is_asked_by_the_arms_own_prediction(tmp_path, monkeypatch):
@@ -172,32 +181,85 @@ def test_mistakes_are_one_sentence(words, match):
 
 
 @pytest.mark.slow
-def test_driver_and_arm_are_killed_and_every_arm_ends_as_in_a_plain_run(tmp_path):
-    """By submitit's local executor: the arm's process is killed, then the driver; what was submitted goes on, and the
-    rest is submitted by --resume. The results are a plain run's but for times."""
-    pytest.importorskip("submitit")
-    plain = run_command([*GRID, "--out", "plain", *ARM], tmp_path, before=forked_arms)
-    assert plain.returncode == 0, plain.stderr
-    here = ["--launcher", "local"]
+@pytest.mark.parametrize(("launcher", "library"), [("local", "submitit"), ("ray", "ray")])
+def test_driver_and_arm_are_killed_and_every_arm_ends_as_in_a_plain_run(launcher, library, plain, tmp_path):
+    """The arm's process is killed, then the driver. What submitit was given goes on, what Ray was given ends with the
+    driver; the rest is submitted by --resume. The results are a plain run's but for times."""
+    pytest.importorskip(library)
+    here = ["--launcher", launcher]
     driver = Command([*GRID, *here, "--out", "abl", *ARM], tmp_path)
-    arm = wait_for(lambda: children_of("memtrain_apps.ablate.cluster", str(tmp_path / "abl")), driver)[0]
+    arms = lambda: children_of("memtrain_apps.ablate.cluster", str(tmp_path / "abl"))  # noqa: E731
+    arm = wait_for(arms, driver)[0]
     os.kill(arm, signal.SIGKILL)
-    wait_for(
-        lambda: [p for p in children_of("memtrain_apps.ablate.cluster", str(tmp_path / "abl")) if p != arm], driver
-    )
+    wait_for(lambda: [p for p in arms() if p != arm], driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    wait_for(lambda: list((tmp_path / "abl" / "results").glob("*.json")))  # nobody watches, and it ends
+    if launcher == "local":
+        wait_for(lambda: results_in(tmp_path / "abl"))  # nobody watches, and it ends
+    else:
+        wait_for(lambda: not arms())
     assert run_command(["ablate", "--collect", "abl"], tmp_path).returncode == 0
     done = run_command(["ablate", "--resume", "abl", *here], tmp_path)
     assert done.returncode == 0, done.stderr
-    a, b = (
-        {p.stem: json.loads(p.read_text()) for p in (tmp_path / n / "results").glob("*.json")} for n in ("plain", "abl")
-    )
-    assert a.keys() == b.keys()
-    for name in a:
+    found = results_in(tmp_path / "abl")
+    assert plain.keys() == found.keys()
+    for name in plain:
         for key in ("status", "val", "test", "measured", "predicted", "command", "trained_parameters"):
-            assert a[name][key] == b[name][key], (name, key)
+            assert plain[name][key] == found[name][key], (name, key)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Results of the grid as it runs without a launcher."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = run_command([*GRID, "--out", "plain", *ARM], folder, before=forked_arms)
+    assert done.returncode == 0, done.stderr
+    return results_in(folder / "plain")
+
+
+class OneMachine:
+    """Ray, as far as a launcher asks it: a cluster of one machine, whose tasks wait."""
+
+    def __init__(self, offers):
+        self.offers, self.asked = offers, []
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": self.offers}, {"Alive": False, "Resources": {"memory": 1e15, "GPU": 8}}]
+
+    def remote(self, function):
+        return SimpleNamespace(options=lambda **words: SimpleNamespace(remote=lambda *a: self.asked.append((words, a))))
+
+
+def test_ray_is_asked_for_what_an_arm_needs(tmp_path):
+    launcher = Ray.__new__(Ray)
+    launcher._ray, launcher._folder = OneMachine({"memory": 10.0 * 2**30, "CPU": 2.0, "GPU": 1.0}), tmp_path
+    launcher.submit("an-arm", Needs(9 * 2**30, 1, 60, 120))
+    ((words, called),) = launcher._ray.asked
+    assert words == {"name": "an-arm", "num_cpus": 1, "num_gpus": 1, "memory": 9 * 2**30, "max_retries": 0}
+    assert called == (str(tmp_path), "an-arm", os.getcwd())
+    for needs in (Needs(11 * 2**30, 0, 60, 120), Needs(1, 2, 60, 120)):  # a machine that is gone offers nothing
+        with pytest.raises(UserError, match="no machine of the cluster has as much"):
+            launcher.submit("big", needs)
+
+
+def test_a_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def nobody(**_):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(UserError, match="no cluster answers at RAY_ADDRESS=head:6379: no answer"):
+        Ray(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("launcher", "library"), [("local", "submitit"), ("slurm", "submitit"), ("ray", "ray")])
+def test_a_missing_library_is_named(launcher, library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    config = AblateConfig(launcher=launcher)
+    with pytest.raises(UserError, match=rf"--launcher {launcher} needs {library}: install .memtrain-apps\[cluster\]"):
+        launcher_of(config, tmp_path, 1)
 
 
 def results_in(folder):

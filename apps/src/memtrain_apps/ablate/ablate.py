@@ -114,7 +114,10 @@ def draw(folder: Path, console: Console) -> list[Summary]:
 
 
 def collect(folder: Path, console: Console) -> list[Summary]:
-    """The report of what is there, whether or not anybody still runs or watches the arms; says what is missing."""
+    """The report of what is there, whether or not anybody still runs or watches the arms; says what is missing.
+
+    Where no arm has a result yet there is nothing to report: nothing is drawn.
+    """
     runner = Runner(saved_request(folder), folder, Console(quiet=True), ["cpu"], None)
     runner.prepare()
     left = runner.left()
@@ -123,7 +126,7 @@ def collect(folder: Path, console: Console) -> list[Summary]:
         f"{len(runner.arms) - len(left)} of {len(runner.arms)} arms have a result; {len(running)} of the others have "
         "begun"
     )
-    return draw(folder, console)
+    return draw(folder, console) if len(left) < len(runner.arms) else []
 
 
 def find_places(devices: Sequence[str], arms: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Arms on other machines: submitted and watched here, run there, by submitit (Slurm, or its processes here).
+"""Arms on other machines: submitted and watched here, run there, by submitit (Slurm, or its processes here) or Ray.
 
 A shared file system is all that arms share. Each is one command,
 
@@ -6,20 +6,16 @@ A shared file system is all that arms share. Each is one command,
 
 which goes on where the arm was left, and writes ``results/NAME.json`` itself: the driver may die, and ``ablate
 --collect DIR`` reports what is there. A signal before the time limit leaves a checkpoint, and the arm is requeued. An
-arm whose job ended without a result is submitted again, RETRIES times. submitit sends the call by pickle, within
-``DIR/cluster``.
+arm whose job ended without a result is submitted again, RETRIES times.
 """
 
-import contextlib
-import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from memtrain_common.interrupts import unwinding
 
 from .arms import Job, live, outcome_of, wait_until_free
 from .config import Ablation, saved_request
+from .launchers import Launcher, Needs, launcher_of
 from .runner import PRETRAINED, Runner
 
 RETRIES = 3
@@ -39,16 +36,6 @@ AGAIN = 75
 LIBRARIES = 2 * 2**30
 """Bytes of Python, torch and a GPU's driver in the memory of a process, beside what the ledger counts."""
 SPARE = 1.25
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What is asked of the cluster for an arm."""
-
-    memory_bytes: int
-    gpus: int
-    minutes: int
-    signal_seconds: int  # between the signal and the end
 
 
 # -- where an arm runs ---------------------------------------------------------------------------------------------
@@ -92,67 +79,7 @@ def _end_when_orphaned() -> None:
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-class ArmCall:
-    """An arm's command as submitit calls it; what :meth:`checkpoint` returns is requeued."""
-
-    def __init__(self, folder: str, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.child: subprocess.Popen[bytes] | None = None
-
-    def __call__(self) -> int:
-        # the signal before the time limit reaches every process of a job: it is this one that tells the arm to stop
-        ignoring = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # noqa: E731
-        words = [sys.executable, "-m", "memtrain_apps.ablate.cluster", self.folder, self.name]
-        self.child = subprocess.Popen(words, preexec_fn=ignoring)
-        while (code := self.child.poll()) is None:
-            time.sleep(0.1)
-        return code
-
-    def checkpoint(self) -> Any:
-        """Called within a signal's handler: the arm writes its checkpoint and ends."""
-        from submitit.helpers import DelayedSubmission
-
-        if self.child is not None and self.child.returncode is None:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.child.pid, signal.SIGTERM)
-                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(ArmCall(self.folder, self.name))
-
-
 # -- where the driver runs -----------------------------------------------------------------------------------------
-
-
-class Submitit:
-    """Slurm, or submitit's local executor."""
-
-    def __init__(self, cluster: str, folder: Path, slurm: dict[str, Any]) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UserError(
-                f'--launcher {cluster} needs submitit: install "memtrain-apps[cluster]", or leave the flag out'
-            ) from None
-        self._slurm, self._folder = slurm if cluster == "slurm" else None, folder
-        try:
-            make = submitit.LocalExecutor if cluster == "local" else submitit.SlurmExecutor
-            self._executor: Any = make(folder / "cluster")
-        except RuntimeError as error:
-            raise UserError(f"--launcher {cluster}: {error}; choose local, or a machine with sbatch") from None
-
-    def submit(self, name: str, needs: Needs) -> Any:
-        """-> the job."""
-        words: dict[str, Any] = {"gpus_per_node": needs.gpus, "signal_delay_s": needs.signal_seconds}
-        if self._slurm is None:
-            words["timeout_min"] = needs.minutes
-        else:
-            words |= {"time": needs.minutes, "mem": f"{math.ceil(needs.memory_bytes / 2**30)}GB", "job_name": name}
-            words |= {"cpus_per_task": 1, **self._slurm}
-        self._executor.update_parameters(**words)
-        return self._executor.submit(ArmCall(str(self._folder), name))
-
-    def ended(self, handle: Any) -> bool:
-        """Whether the job has ended, and does not wait to be requeued."""
-        return bool(handle.done())
 
 
 def launch(request: Ablation, folder: Path, console: Console, places: list[str]) -> None:
@@ -168,8 +95,7 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
     write_json(folder / "cluster.json", {"device": device, "limit_bytes": request.limit_bytes})
     runner = Runner(request, folder, console, [device], None)
     runner.prepare()
-    slurm = dict(word.split("=", 1) for word in config.slurm)
-    launcher = Submitit(config.launcher, folder.resolve(), slurm)
+    launcher = launcher_of(config, folder.resolve(), len(places))
     base = Needs(LIBRARIES, int(device != "cpu"), config.time_limit, config.signal_seconds)
     try:
         with unwinding():
@@ -178,13 +104,14 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
                 _watch(runner, launcher, {PRETRAINED: base}, 1)
             arms = runner.left()
             needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
-            most = len(arms) if config.launcher == "slurm" else len(places)
-            console.say(f"{len(arms)} arms by {config.launcher}, {min(most, len(arms))} at a time")
+            most = len(places) if config.launcher == "local" else len(arms)
+            at_once = "as many at a time as there is room for" if most == len(arms) else f"{most} at a time"
+            console.say(f"{len(arms)} arms by {config.launcher}, {at_once}")
             _watch(runner, launcher, needs, most)
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         raise Stopped(
-            signum, f"stopped watching: arms that were submitted go on; --collect {folder} reports what is there, and "
+            signum, f"stopped watching: {launcher.AFTERWARDS}; --collect {folder} reports what is there, and "
             f"--resume {folder} --launcher {config.launcher} submits the rest"
         ) from None  # fmt: skip
 
@@ -207,7 +134,7 @@ def _needs(runner: Runner, job: Job, base: Needs) -> Needs:
     return replace(base, memory_bytes=int(SPARE * _peaks[words]) + base.memory_bytes)
 
 
-def _watch(runner: Runner, launcher: Submitit, needs: dict[str, Needs], most: int) -> None:
+def _watch(runner: Runner, launcher: Launcher, needs: dict[str, Needs], most: int) -> None:
     """Submit, and submit again what ended without a result."""
     waiting = list(needs)
     running: dict[str, Any] = {}

@@ -86,8 +86,8 @@ class AblateConfig:
     """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one a core."""
     memory_limit: str = ""
     """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory."""
-    launcher: Literal["processes", "local", "slurm"] = "processes"
-    """What runs the arms: processes of this command; submitit's jobs on this machine (local); or Slurm's."""
+    launcher: Literal["processes", "local", "slurm", "ray"] = "processes"
+    """What runs the arms: processes of this command; submitit's jobs on this machine (local); Slurm's; or Ray's."""
     time_limit: int = 60
     """Minutes of a job of local or slurm; an arm that is not finished then leaves a checkpoint and is requeued."""
     signal_seconds: int = 120
