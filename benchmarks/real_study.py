@@ -3,8 +3,9 @@
     MEMTRAIN_DATA=FOLDER python benchmarks/real_study.py TASK:ARMS[:SEEDS] …
 
 TASK is one of ``real_tasks.py``; ARMS is a study ("saving", "adapters", "optimizers", …, below) or names of arms with
-semicolons between them; SEEDS is how many, 5 if left out. Every finished run is written to results/real/TASK/ARM.json at once, and is not run again;
-results/real_TASK.json has every arm's mean and its difference from dense training, paired by seed.
+semicolons between them; SEEDS is how many, 5 if left out. Every finished run is written to results/real/TASK/ARM.json
+at once, and is not run again; results/real_TASK.json has every arm's mean and its difference from dense training,
+paired by seed.
 
 The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
 with everything kept for the backward pass; it is then the same whatever is kept. Rates rise over 6 steps and fall

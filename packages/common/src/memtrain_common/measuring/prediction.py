@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, any_torch_dispatch_mode_on_stack
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UserError
+from . import fake_dispatch
 from .internals import as_if_real, one_fake_mode, swap_fakes
 from .memory import Ledger, SavedActivations, measure, storages_of
 
@@ -111,11 +112,14 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
         if not gc.get_freeze_count():  # `restart` then looks for garbage among what is made inside, not among libraries
             gc.freeze()
             stack.callback(gc.unfreeze)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        live = live or LiveBytes()
+        watched = any_torch_dispatch_mode_on_stack()
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(swap_fakes())
         stack.enter_context(one_fake_mode())
         stack.enter_context(as_if_real())
-        yield stack.enter_context(live or LiveBytes())
+        live.mode = None if watched else mode
+        yield stack.enter_context(live)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -127,6 +131,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self._live: dict[int, int] = {}  # a storage's key -> its bytes
         self._any = WeakIdKeyDictionary()  # results of ``any``
+        self.mode: FakeTensorMode | None = None
+        """The fake mode below, where operations may be remembered: no other mode is to see them."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -139,7 +145,8 @@ class LiveBytes(TorchDispatchMode):
                 return args[0].fake_device
             if func is torch.ops.aten._local_scalar_dense.default:
                 return self._number(args[0])
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs) if self.mode is None else fake_dispatch.run(self.mode, func, args, kwargs)
         if func.overloadpacket is torch.ops.aten.any:
             self._any[result] = True
         for value in tree_iter(result):
