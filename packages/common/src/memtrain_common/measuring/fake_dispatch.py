@@ -97,7 +97,8 @@ def _seen(func: Any, args: Any, kwargs: Any, before: Any, result: Any) -> Any:
     outputs = result if type(result) in (tuple, list) else (result,)
     if schema.is_mutable and any(r.alias_info is not None for r in schema.returns):
         return None
-    infos, own = [], set()
+    infos: list[Any] = []
+    own: set[int] = set()
     for i, output in enumerate(outputs):
         if output is None:
             infos.append(None)
