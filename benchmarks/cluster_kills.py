@@ -4,7 +4,7 @@
 
 The default grid of ``ablate``, one seed: once by processes of its own, then by each launcher on this machine. Ten arms
 that the seed draws are killed (SIGKILL) a random time after their process has begun, and the driver after its third
-result; ``--resume`` goes on. Results must be equal but for times.
+result; ``--resume`` goes on. Results must be equal but for times and folders.
 """
 
 import json
@@ -88,7 +88,14 @@ def counted(found: dict[str, Any]) -> dict[str, int]:
 def results(folder: Path) -> dict[str, Any]:
     """What each arm found, without times."""
     read = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "results").glob("*.json"))}
-    return {n: {k: v for k, v in r.items() if k not in TIMES} for n, r in read.items()}
+    return {name: timeless(record) for name, record in read.items()}
+
+
+def timeless(value: Any) -> Any:
+    """Without what differs from run to run: times, and the folder's name within the command."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES and k != "command"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def arms_in(folder: Path) -> dict[int, str]:
