@@ -13,9 +13,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
 TABLES: dict[str, tuple[str, ...]] = {
-    "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10", "stories"),
-    "lora_xs": ("stories", "minilm-cola"),
-    "galore_vit": ("minilm-sst2",),
+    "backrazor": ("minilm-sst2", "minilm-sst2-lengths", "efficientnet-cifar10", "dinov2-cifar10", "stories"),
+    "lora_xs": ("stories", "minilm-sst2-lengths"),
+    "galore_vit": ("minilm-sst2-lengths",),
 }
 HEADS = {
     "backrazor": (
@@ -41,7 +41,7 @@ def table(package: str) -> str:
         if path.exists():
             found = json.loads(path.read_text())
             arms = {n: a for n, a in found["arms"].items() if a["seeds"] > 1 and _belongs(package, n)}
-            for i, (name, arm) in enumerate(arms.items()):
+            for i, (name, arm) in enumerate(arms.items() if len(arms) > 1 else ()):
                 about = f"{found['about']}: {_metric(found['metric'])}" if i == 0 else ""
                 lines.append(f"| {about} | {_name(package, name)} | {_amount(package, arm)} | {_scores(found, arm)} |")
     return "\n".join(lines)
@@ -59,14 +59,24 @@ def _belongs(package: str, arm: str) -> bool:
 def _name(package: str, arm: str) -> str:
     if arm == "dense":
         return {"backrazor": "dense", "lora_xs": "full training", "galore_vit": "AdamW"}[package]
+    arm, _, saving = arm.partition(", ")
     kind, _, rest = arm.partition(" ")
     if package == "backrazor":
         return f"`{kind}` {rest}"
+    if saving:
+        return f"{_name(package, arm)}, Back Razor `{saving.replace(' ', '` ')}"
     if kind == "lora-xs":
         bases, rank = rest.split(" ")
         kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
         return f"LoRA-XS, {kinds.get(bases, 'gradient bases and a first step')}, r = {rank}"
-    words = {"lora": "LoRA", "bitfit": "BitFit", "head": "head", "adamw8bit": "8-bit AdamW", "galore-adamw": "GaLore"}
+    words = {
+        "lora": "LoRA",
+        "bitfit": "BitFit",
+        "head": "head",
+        "adamw8bit": "8-bit AdamW",
+        "galore-adamw": "GaLore",
+        "galore-scaled": "GaLore, scaling",
+    }
     return words.get(kind, kind) + (f", r = {rest}" if rest else "")
 
 

@@ -10,6 +10,7 @@ import torch
 from memtrain_common.errors import UserError
 from memtrain_common.runs import checkpoint as module
 from memtrain_common.runs.checkpoint import FORMAT, MANIFEST, Checkpoints, verify
+from memtrain_common.runs.rescued_rows import Rows, write_rows
 from memtrain_common.runs.state_tree import check, decode, encode
 from torch import nn
 
@@ -152,6 +153,72 @@ def test_a_stale_rescue_never_blocks_the_next_one(tmp_path):
     assert (tmp_path / ".rescue-1").exists()
     Checkpoints(tmp_path).load_newest()
     assert not list(tmp_path.glob(".rescue-*"))
+
+
+def rescued(folder, rank, *, mark=4, step=13):
+    """As one of three processes with a head each: rows of its own, zeros for the others'."""
+    owed = torch.zeros(3, 2)
+    owed[rank] = rank + 1
+    state = {"model": {"owed": owed, "w": torch.ones(2)}}
+    own = Rows(mark, {"owed": (rank, owed[rank : rank + 1])})
+    return Checkpoints(folder, writes=False).rescue(step, state, best=None, every=10, rank=rank, own=own)
+
+
+def test_survivors_rows_come_together_whoever_saves_and_whoever_comes_late(tmp_path):
+    with (tmp_path / ".rescue-1").open("w") as theirs:  # another process saves
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert rescued(tmp_path, 2) is None
+    assert rescued(tmp_path, 0) == Checkpoints(tmp_path).path(13)
+    assert load_owed(tmp_path) == ([[1, 1], [0, 0], [3, 3]], [])  # rank 1 is lost
+    assert rescued(tmp_path, 2, step=14) is not None  # it heard of the loss after the first had saved
+    assert load_owed(tmp_path) == ([[1, 1], [0, 0], [3, 3]], [])
+
+
+def load_owed(folder):
+    said = []
+    _, state = Checkpoints(folder).load_newest(said.append)
+    return state["model"]["owed"].tolist(), said
+
+
+def test_rows_of_another_merge_are_not_taken(tmp_path):
+    rescued(tmp_path, 2, mark=3)
+    rescued(tmp_path, 0, mark=4, step=15)
+    assert load_owed(tmp_path) == ([[1, 1], [0, 0], [0, 0]], [])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "note", "rows"])
+def test_damaged_rows_are_told_and_passed_over(tmp_path, damage):
+    rescued(tmp_path, 2)
+    rescued(tmp_path, 0)
+    path = tmp_path / "rows-00000004-2.safetensors"
+    note = path.with_suffix(".json")
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-3])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "note":
+        note.write_text(note.read_text().replace("first_rows", "first_rowz"))
+    else:  # of a model with other shapes
+        write_rows(tmp_path, 2, Rows(4, {"owed": (2, torch.ones(4, 2))}))
+    owed, said = load_owed(tmp_path)
+    assert owed == [[1, 1], [0, 0], [0, 0]]
+    assert len(said) == 1
+    assert said[0].startswith(f"passed over {path}, what one process was owed: ")
+
+
+def test_rows_stay_as_long_as_their_checkpoint(tmp_path):
+    rescued(tmp_path, 2)
+    rescued(tmp_path, 0)
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "rows-notes.txt").touch()  # somebody's own
+    checkpoints.save(20, state_of(20))
+    assert len(list(tmp_path.glob("rows-00000004-*"))) == 4
+    checkpoints.save(30, state_of(30))
+    assert [p.name for p in tmp_path.glob("rows-*")] == ["rows-notes.txt"]
 
 
 def test_without_locks_the_file_is_the_claim(tmp_path, monkeypatch):

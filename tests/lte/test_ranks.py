@@ -28,6 +28,7 @@ from memtrain_common.data.text.corpus import Corpus, Crops
 from memtrain_common.data.text.tokenizers import ByteTokenizer
 from memtrain_common.errors import LostRankError, Stopped, UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from memtrain_common.runs.checkpoint import Checkpoints
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch
 from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
@@ -196,11 +197,16 @@ def freeze():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lost", "patience_s"), [(vanish, 20.0), (freeze, 6.0)])
-def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patience_s):
-    """The checkpoint holds the model of the last merge, exactly; new heads go on from it."""
+@pytest.mark.parametrize(
+    ("lost", "patience_s", "sparse"),
+    [(vanish, 20.0, {"merge_density": 0.1, "merge_bits": 4}), (freeze, 6.0, {})],
+)
+def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patience_s, sparse):
+    """The checkpoint holds the model of the last merge, exactly; new heads go on from it. Of what sparse merges have
+    not sent, only the lost process's part is lost."""
     out, until_merge = tmp_path / "run", tmp_path / "undisturbed"
-    run_ranks(4, lambda: train(out, FROZEN, every=10, at=(0, 34, lost), patience_s=patience_s), frozen=(0,))
+    frozen = {**FROZEN, **sparse}
+    run_ranks(4, lambda: train(out, frozen, every=10, at=(0, 34, lost), patience_s=patience_s), frozen=(0,))
     for rank in (1, 2, 3):
         message = (out / f"stopped-{rank}").read_text()
         assert re.fullmatch(
@@ -208,14 +214,20 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
             rf"resume with --resume {out}",
             message,
         ), message
-    train(until_merge, FROZEN, every=10, steps=30)
+    train(until_merge, frozen, every=10, steps=30)
     expected = torch.load(until_merge / "weights-0.pt", weights_only=True)
     saved = load_file(newest_checkpoint(out) / "model.safetensors")
     name = "transformer.h.0.mlp.c_fc"
     torch.testing.assert_close(saved[f"{name}.weight"], expected[f"{name}.weight"], rtol=0, atol=1e-6)
     assert saved[f"{name}.lora_B"].shape == (4, 64, 2)
     assert not saved[f"{name}.lora_B"].any()
-    run_ranks(2, lambda: train(out, FROZEN, every=10, steps=100, resume=True))
+    if sparse:
+        (_, rescued), (_, whole) = (Checkpoints(f / "checkpoints").load_newest() for f in (out, until_merge))
+        owed, expected_owed = (state["model"][f"{name}.feedback"] for state in (rescued, whole))
+        assert not owed[0].any()
+        assert expected_owed.flatten(1).any(1).all()
+        torch.testing.assert_close(owed[1:], expected_owed[1:], rtol=0, atol=1e-6)
+    run_ranks(2, lambda: train(out, frozen, every=10, steps=100, resume=True))
     assert losses(out)[0][-1] == (100, "val")
     assert losses(out)[1][-1, 0] < losses(until_merge)[1][-1, 0]
     assert not list((out / "checkpoints").glob(".*"))

@@ -196,6 +196,12 @@ def test_a_process_alone_saves_what_its_own_heads_owe():
         assert all(torch.equal(row, anchor) for row in saved[f"{tied}.weight"])
     assert torch.equal(saved["transformer.wte.feedback_weight"][3], model.transformer.wte.feedback_weight[3])
     assert not saved["transformer.wte.feedback_weight"][0].any()
+    merges, rows = shards.own_rows({"others": {"merger": {"merges": 7}}})
+    assert merges == 7
+    assert rows.keys() == {n for n in saved if "feedback" in n}
+    for n, (first, part) in rows.items():
+        assert first == 2
+        assert torch.equal(saved[n][2:], part)
 
 
 @pytest.mark.parametrize(("every", "turns"), [(2, 2), (5, 5), (40, 13)])

@@ -14,6 +14,7 @@ from .parameters import copied_parameters, head_parameters, shared_parameters
 from .ranks import Ranks
 
 State = dict[str, Any]  # {"model": state dict, "optimizer": state dict, …}
+Rows = dict[str, tuple[int, Tensor]]  # name in the model -> (first row, rows)
 
 
 class HeadShards:
@@ -104,6 +105,19 @@ class HeadShards:
         own = self._own_indices()
         moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
         return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
+
+    def own_rows(self, state: State) -> tuple[int, Rows] | None:
+        """What sparse merges have not sent yet of this process's heads and copies, out of the state that :meth:`alone`
+        made: the other survivors' are not in the checkpoint of the one that saves. Its mark is the number of merges."""
+        rows: Rows = {}
+        for path, layer in headed(self._model).items():
+            if layer.sparse is not None:
+                rows[f"{path}.feedback"] = (layer.first_head, layer.feedback)
+        for path, copy in replicas(self._model).items():
+            for name in copy.own_names() if copy.sparse is not None else ():
+                rows[f"{path}.feedback_{name}"] = (copy.first_head, copy.get_buffer(f"feedback_{name}"))
+        merges = state.get("others", {}).get("merger", {}).get("merges", 0)
+        return (merges, rows) if rows else None
 
     def _each(self, state: State, change: Any) -> State:
         """The state with ``change`` applied to each tensor that has a head a row."""

@@ -10,7 +10,8 @@ One folder a step, ``checkpoints/step-00001000/``::
 A folder is written beside its final place, every file fsynced, then renamed: it is whole or it is not there. Loading
 takes the newest folder whose manifest and hashes hold, and says which ones it passed over and why. A folder of a newer
 format than ``FORMAT`` is refused by name. What lies among the checkpoints and is none (a file, a link to nothing, a
-folder that cannot be read) is left where it is: it ends no save.
+folder that cannot be read) is left where it is: it ends no save. After a lost process there may be rows of the others
+beside them (:mod:`memtrain_common.runs.rescued_rows`).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
 from ..files import read_json
+from .rescued_rows import Rows, clean_rows, put_rows, write_rows
 from .state_tree import decode, encode
 
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
@@ -66,13 +68,14 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], *, best: int | None = None) -> Path:
+    def save(self, step: int, state: dict[str, Any], *, best: int | None = None, mark: int | None = None) -> Path:
         """Write the state of ``step``, then remove what retention no longer keeps.
 
         Args:
             step: optimizer steps done.
             state: nested dicts of tensors and plain values; its key "model" is the model's ``state_dict``.
             best: the step that must stay besides the newest ones.
+            mark: of the rows of other processes that belong to it; None: it is whole.
 
         Raises:
             UserError: where the disk is full or the run folder is gone; what was there before is untouched.
@@ -93,6 +96,8 @@ class Checkpoints:
             (partial / STATE).write_text(json.dumps(tree))
             files = {n: _fingerprint(partial / n) for n in (MODEL, TRAINING, STATE)}
             manifest = {"format": FORMAT, "step": step, "files": files}
+            if mark is not None:
+                manifest["mark"] = mark
             manifest["sha256"] = _own_hash(manifest)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             for name in (*files, MANIFEST):
@@ -119,16 +124,26 @@ class Checkpoints:
         for old in self.steps():
             if old not in kept:
                 _remove(self.path(old))
+        clean_rows(self.folder, {m for m in map(_mark, map(self.path, self.steps())) if m is not None})
         return final
 
-    def rescue(self, step: int, state: dict[str, Any], *, best: int | None, every: int) -> Path | None:
+    def rescue(
+        self, step: int, state: dict[str, Any], *, best: int | None, every: int, rank: int = 0, own: Rows | None = None
+    ) -> Path | None:
         """Save a state that each of several processes could save, once: -> the folder, or None if another did.
 
         Args:
             every: processes whose steps lie between the same multiples of it have the same to save.
+            rank: of this process.
+            own: what no other process has; written by each, and read with the checkpoint.
         """
+        if own is not None:
+            with contextlib.suppress(OSError, SafetensorError):  # what fails here fails in the saving too
+                self.folder.mkdir(exist_ok=True)
+                write_rows(self.folder, rank, own)
         with self._claimed(f".rescue-{step // every}") as free:
-            return replace(self, writes=True).save(step, state, best=best) if free else None
+            mark = own.mark if own is not None else None
+            return replace(self, writes=True).save(step, state, best=best, mark=mark) if free else None
 
     @contextlib.contextmanager
     def _claimed(self, name: str) -> Iterator[bool]:
@@ -192,7 +207,10 @@ class Checkpoints:
             wrong = verify(path)
             if wrong is None:
                 try:
-                    return step, load(path)
+                    state, mark = load(path), _mark(path)
+                    if mark is not None:
+                        put_rows(self.folder, mark, state["model"], say)
+                    return step, state
                 except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
                     wrong = f"{STATE} or its tensors are not a checkpoint's"
             if wrong.startswith(_NEWER):
@@ -243,6 +261,15 @@ def load(path: Path) -> dict[str, Any]:
     tensors = load_file(path / TRAINING)
     tensors.update({f"model.{name}": t for name, t in load_file(path / MODEL).items()})
     return decode(read_json(path / STATE), tensors)
+
+
+def _mark(path: Path) -> int | None:
+    """Of the rows of other processes that belong to a checkpoint folder."""
+    try:
+        found = read_json(path / MANIFEST).get("mark")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

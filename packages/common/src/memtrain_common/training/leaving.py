@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import LostRankError, Stopped, lost_rank
 from ..interrupts import say_from_now_on, saying
+from ..runs.rescued_rows import Rows
+from .distributed import world
 from .keeping import Keeper
 from .training_state import all_finite
 
@@ -78,6 +80,10 @@ def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
         go_on = f"; resume with --resume {keeper.resume_path}"
         if not keeper.task.apart or not bool(keeper.progress.finite & all_finite(keeper.model)):
             raise LostRankError(message + keeper.last_kept + go_on) from None
-        saved = run.checkpoints.rescue(step, keeper.state(alone=True), best=keeper.best_step, every=every)
+        state, parts = keeper.state(alone=True), keeper.task.parts
+        own = parts.own_rows(state) if parts is not None else None
+        saved = run.checkpoints.rescue(
+            step, state, best=keeper.best_step, every=every, rank=world().rank, own=Rows(*own) if own else None
+        )
         what = f"checkpoint {saved} holds" if saved else "another process saves"
         raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None

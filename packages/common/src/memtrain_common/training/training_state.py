@@ -42,6 +42,10 @@ class Parts(Protocol):
     def alone(self, state: dict[str, Any]) -> dict[str, Any]:
         """A whole state from this process's own, when others are lost."""
 
+    def own_rows(self, state: dict[str, Any]) -> tuple[int, dict[str, tuple[int, Tensor]]] | None:
+        """What no other process could save then, out of that state: a mark and rows, as
+        :class:`~memtrain_common.runs.rescued_rows.Rows` has them."""
+
 
 def capture(
     model: nn.Module,
