@@ -5,10 +5,13 @@ import json
 import sys
 import types
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 from fresh import run_fresh
+from memtrain_common.commands import session
+from memtrain_common.commands.session import Session
 from memtrain_common.console import Console, Progress, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json, write_json
@@ -16,9 +19,11 @@ from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from memtrain_common.measuring.environment import versions
 from memtrain_common.measuring.memory import Ledger
 from memtrain_common.measuring.plots import largest_layers, plot_loss, plot_memory
+from memtrain_common.runs import run_folder
 from memtrain_common.runs.run_folder import RunFolder, default_run_path
 from memtrain_common.runs.trackers import check_tracker, open_tracker
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
+from memtrain_common.training.distributed import World
 from memtrain_common.training.loop import FitConfig
 
 
@@ -271,3 +276,35 @@ def test_without_a_terminal_progress_is_told_every_ten_seconds_or_two_percent():
         "step 152/1000 (15%), loss 1.5000, 3 min 9 s left",
     ]
     Progress(total=10, disable=True, lines=None).update(10)
+
+
+# -- one process of several writes
+
+
+@dataclass(frozen=True)
+class Flags:
+    out: str
+    resume: str = ""
+    data_changed: str = "refuse"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_of_a_session_writes(tmp_path, monkeypatch, rank):
+    """A new run, one that is resumed, and a training beside it: the others' folders write nothing and take no lock."""
+    monkeypatch.setattr(session, "gather_objects", lambda own: [own, own])
+    place, cpu, out = World(rank, 2, rank, 2), torch.device("cpu"), tmp_path / "run"
+    locked = []
+    monkeypatch.setattr(run_folder, "lock_folder", locked.append)
+    first = Session(Flags(str(out)), [], "prog", World(), cpu)
+    first.open({"sha256": "of nothing"})
+    first.beside("full", Flags(""))
+    locked.clear()
+    resumed = Session(Flags("", resume=str(out)), [], "prog", place, cpu)
+    resumed.open({"sha256": "of nothing"})
+    again = resumed.beside("full", Flags("", resume=str(out)))
+    new = Session(Flags(str(tmp_path / "new")), [], "prog", place, cpu)
+    new.open({"sha256": "of nothing"})
+    assert [s.folder.writes for s in (resumed, again, new)] == [rank == 0] * 3
+    assert [s.folder.checkpoints.writes for s in (resumed, again, new)] == [rank == 0] * 3
+    assert len(locked) == (3 if rank == 0 else 0)
+    assert (tmp_path / "new").exists() == (rank == 0)

@@ -26,6 +26,16 @@ def test_the_embedded_corpus_is_the_same_every_time():
     assert b"def " in a.tokenizer.decode(a.val[:100_000])
 
 
+def test_a_tenth_of_the_embedded_files_is_for_validation(tmp_path, monkeypatch):
+    """By a hash of each name: of 2,000 files 200, give or take four times the deviation of 13."""
+    for i in range(2000):
+        (tmp_path / f"m{i}.py").write_text("x" * 9)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    corpus = load_corpus()
+    assert len(corpus.train) + len(corpus.val) == 2000 * 10 - 2
+    assert 148 <= len(corpus.val) / 10 <= 252
+
+
 def test_a_folder_is_read_in_order_and_split_at_the_end(tmp_path):
     folder = write(tmp_path, b_txt="klmnopqrs", a__x_txt="0123456789", ignored_bin=b"\xff\xfe")
     corpus = load_corpus(folder)

@@ -1,0 +1,110 @@
+"""Is ``--save auto`` the fastest choice that fits? Against every one of the 256 choices of blocks of 8-block models.
+
+    python benchmarks/save_auto.py
+
+Each choice's peak is the whole step's, predicted; its time is the operations of a step, with those that run again. With
+24 of the distinct peaks as budgets, least and most included, what ``--budget`` chooses is compared with the best
+of all choices that fit.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from memtrain_apps.compose.axes import Axes
+from memtrain_apps.compose.partial import words_of
+from memtrain_apps.run.choosing import choose_saving
+from memtrain_apps.run.config import PretrainConfig
+from memtrain_apps.run.predicting import predict_blocks, predict_run
+from memtrain_apps.run.text import language_model
+from memtrain_apps.run.workload import Workload
+from memtrain_common.errors import UserError
+from memtrain_common.measuring.bench import write_results
+from memtrain_common.models.gpt import next_token_loss
+from memtrain_common.training.task import Task
+from torch import Tensor, nn
+from tqdm import tqdm
+
+CPU = torch.device("cpu")
+BLOCKS, BUDGETS = 8, 24
+
+
+class Mixer(nn.Module):
+    """Blocks of different widths and kinds: each saves and costs something else."""
+
+    def __init__(self, widths: tuple[int, ...] = (64, 512, 32, 256, 128, 768, 96, 384)) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 48)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(48), nn.Linear(48, w), nn.GELU() if i % 2 else nn.ReLU(), nn.Linear(w, 48))
+            for i, w in enumerate(widths)
+        )
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def workloads() -> dict[str, tuple[PretrainConfig, Workload]]:
+    torch.manual_seed(0)
+    gpt = PretrainConfig(n_layer=BLOCKS, n_head=2, n_embd=32, block_size=64, batch_size=4)
+    tokens = (torch.zeros(4, 64, dtype=torch.long), torch.zeros(4, 64, dtype=torch.long))
+    pixels = (torch.zeros(32, 20, 16), torch.zeros(32, dtype=torch.long))
+    tasks = {
+        "GPT, 8 equal blocks": Task(language_model(gpt, 64), lambda _: tokens, next_token_loss),
+        "8 blocks of different widths": Task(
+            Mixer(), lambda _: pixels, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])
+        ),
+    }
+    return {n: (gpt, Workload(t, lambda *_: {}, "loss", False, 1, 1, {})) for n, t in tasks.items()}
+
+
+def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
+    costs = predict_blocks(work, config, Axes(), device=CPU)
+    forward = sum(c.flops for c in costs)
+    peaks: dict[tuple[int, ...], int] = {}
+    subsets = [s for size in range(BLOCKS + 1) for s in combinations(range(BLOCKS), size)]
+    for blocks in tqdm(subsets, desc=label):
+        words = "" if len(blocks) == BLOCKS else words_of(blocks)
+        axes = Axes(save="checkpoint", checkpoint_blocks=words) if blocks else Axes()
+        peaks[blocks] = predict_run(work, config, axes, device=CPU).peak_bytes
+    again = {s: sum(costs[i].flops for i in s) for s in subsets}
+    found = sorted(set(peaks.values()))
+    budgets = [found[i * (len(found) - 1) // (BUDGETS - 1)] for i in range(BUDGETS)]
+    slower, above, refused = [], 0, 0
+    for budget in tqdm(budgets, desc="budgets"):
+        best = min(again[s] for s in subsets if peaks[s] <= budget)
+        try:
+            chosen = choose_saving(work, replace(config, budget=f"{budget}B"), CPU)
+        except UserError:
+            refused += 1
+            continue
+        if chosen.axes.save == "backrazor":
+            refused += 1  # an exact choice would have fitted
+            continue
+        above += chosen.predicted.peak_bytes > budget
+        slower.append((3 * forward + chosen.flops * forward) / (3 * forward + best) - 1)
+    return {
+        "choices": len(subsets), "distinct_peaks": len(found), "budgets": len(budgets), "above_the_budget": above,
+        "no_exact_choice_found": refused,
+        "worst_more_time": round(max(slower), 4), "mean_more_time": round(sum(slower) / len(slower), 5),
+        "as_fast_as_the_best": sum(s < 1e-9 for s in slower),
+    }  # fmt: skip
+
+
+def main() -> None:
+    found = {name: compared(config, work, name) for name, (config, work) in workloads().items()}
+    write_results(
+        Path(__file__).parent / "results" / "save_auto.json", argv=["python", "benchmarks/save_auto.py"], device=CPU,
+        seeds=[0], models=found,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
