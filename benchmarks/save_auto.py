@@ -17,7 +17,7 @@ from memtrain_apps.compose.axes import Axes
 from memtrain_apps.compose.partial import words_of
 from memtrain_apps.run.choosing import choose_saving
 from memtrain_apps.run.config import PretrainConfig
-from memtrain_apps.run.predicting import predict_blocks, predict_run
+from memtrain_apps.run.predicting import predict_moments, predict_run
 from memtrain_apps.run.text import language_model
 from memtrain_apps.run.workload import Workload
 from memtrain_common.errors import UserError
@@ -66,8 +66,8 @@ def workloads() -> dict[str, tuple[PretrainConfig, Workload]]:
 
 
 def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
-    costs = predict_blocks(work, config, Axes(), device=CPU)
-    forward = sum(c.flops for c in costs)
+    moments = predict_moments(work, config, Axes(), device=CPU)
+    costs, forward = moments.blocks, moments.flops
     peaks: dict[tuple[int, ...], int] = {}
     subsets = [s for size in range(BLOCKS + 1) for s in combinations(range(BLOCKS), size)]
     for blocks in tqdm(subsets, desc=label):

@@ -11,8 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from memtrain_apps.ablate.config import configure
+from memtrain_apps.ablate.arm_jobs import configure_finetune
+from memtrain_apps.ablate.config import GRIDS, configure
+from memtrain_apps.ablate.grid import AXES, flag_words
 from memtrain_apps.ablate.grid_file import read_grid
+from memtrain_apps.compose.axes import refusal
 from memtrain_common.errors import UserError
 from support import Command, assert_refused, forked_arms, run_command
 
@@ -233,6 +236,22 @@ def test_mistakes_in_a_grid_are_one_sentence(text, tmp_path):
 )
 def test_mistakes_on_the_command_line_are_one_sentence(words, expected, tmp_path):
     assert_refused(ablate(["ablate", *words], tmp_path), *expected)
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_grid_that_ships_is_one(path):
+    """Each combination has a learning rate, is and its words are finetune's; only the default grid shows a refused one."""
+    grid = configure([path.stem]).grid
+    assert grid.products == read_grid(path).products
+    for combination in grid.combinations():
+        why = refusal(combination.axes)
+        assert combination.lr > 0
+        if why is not None:
+            assert path.stem == "digits", (combination.name, why)
+            continue
+        words = [*combination.words, *flag_words(grid.finetune)]
+        parsed = configure_finetune(words)
+        assert (parsed.train, parsed.save, parsed.optim) == tuple(getattr(combination.axes, a) for a in AXES)
 
 
 def test_the_grid_without_arguments_has_ten_combinations_and_more():

@@ -7,10 +7,10 @@ from itertools import combinations
 import pytest
 import torch
 from memtrain_apps.compose.axes import Axes, check, in_plain_words
-from memtrain_apps.compose.partial import BlockCost, numbers_of, unbeaten, words_of
+from memtrain_apps.compose.partial import BlockMoments, StepMoments, fastest, numbers_of, words_of
 from memtrain_apps.run.choosing import choose_saving
 from memtrain_apps.run.config import PretrainConfig, checked
-from memtrain_apps.run.predicting import predict_blocks, predict_run
+from memtrain_apps.run.predicting import predict_moments, predict_run
 from memtrain_apps.run.text import language_model
 from memtrain_apps.run.workload import Workload
 from memtrain_common.errors import UserError
@@ -24,30 +24,45 @@ def subsets(n):
     return [s for size in range(n + 1) for s in combinations(range(n), size)]
 
 
+def peak_of(step, again):
+    """Written out moment by moment: in each block, forward or backward, and between them."""
+    grown, moments = 0, []
+    for i, block in enumerate(step.blocks):
+        moments.append(grown + block.most[i in again])
+        grown += block.grows[i in again]
+    return max([*moments, grown + step.loss])
+
+
+def step_of(draw, n, *, equal=False):
+    def block():
+        grows = draw.randrange(40, 400)
+        return BlockMoments((grows, draw.randrange(10, 40)), (grows + draw.randrange(90), grows + draw.randrange(90)),
+                            draw.randrange(50, 90))  # fmt: skip
+
+    return StepMoments((block(),) * n if equal else tuple(block() for _ in range(n)), draw.randrange(300))
+
+
 @pytest.mark.parametrize("most", [2048, 64])
 @pytest.mark.parametrize("seed", range(8))
 def test_no_choice_of_eight_blocks_is_faster_in_its_memory(seed, most):
-    """Against all 256, at every memory that one of them has; within 2 % where choices that are near become one."""
-    draw = random.Random(seed)
-    costs = [
-        BlockCost(draw.randrange(40, 400), draw.randrange(10, 40), draw.randrange(50, 90)) for _ in range(8)
-    ] if seed % 2 else [BlockCost(200, 20, 70)] * 8  # fmt: skip
-    kept = {s: sum(c.inputs if i in s else c.saved for i, c in enumerate(costs)) for s in subsets(8)}
-    flops = {s: sum(costs[i].flops for i in s) for s in kept}
-    found = unbeaten(costs, most)
-    assert all((c.kept, c.flops) == (kept[c.blocks], flops[c.blocks]) for c in found)
-    assert found[0].blocks == ()
-    assert found[-1].kept == min(kept.values())
-    forward = sum(c.flops for c in costs)
-    for limit in kept.values():
-        best = min(flops[s] for s in kept if kept[s] <= limit)
-        mine = min(c.flops for c in found if c.kept <= limit)
-        # a step is a forward pass, a backward pass of twice that, and what runs again
-        assert 3 * forward + mine <= (1.0 if most > 256 else 1.02) * (3 * forward + best)
+    """Against all 256, at every peak that one of them has; within 2 % where choices that are near become one."""
+    step = step_of(random.Random(seed), 8, equal=seed % 2 == 0)
+    peaks = {s: peak_of(step, s) for s in subsets(8)}
+    flops = {s: sum(step.blocks[i].flops for i in s) for s in peaks}
+    for limit in {*peaks.values(), min(peaks.values()) - 1}:
+        fits = [s for s in peaks if peaks[s] <= limit]
+        mine = fastest(step, limit, most)
+        assert (mine is None) == (not fits)
+        if fits:
+            best = min(flops[s] for s in fits)
+            assert peaks[mine] <= limit
+            # a step is a forward pass, a backward pass of twice that, and what runs again
+            assert 3 * step.flops + flops[mine] <= (1.0 if most > 256 else 1.02) * (3 * step.flops + best)
 
 
 def test_of_equal_blocks_the_first_ones_are_checkpointed():
-    assert [c.blocks for c in unbeaten([BlockCost(9, 2, 5)] * 4)] == [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    step = StepMoments((BlockMoments((9, 2), (9, 9), 5),) * 4, 0)
+    assert [fastest(step, limit) for limit in (36, 35, 29, 22, 15, 14)] == [(), (0,), (0,), (0, 1), (0, 1, 2), None]
 
 
 def test_blocks_are_named_and_read_again():
@@ -88,18 +103,17 @@ def workload():
     return config, Workload(task, lambda *_: {}, "loss", False, 1, 1, {})
 
 
-def test_a_checkpointed_block_keeps_its_inputs(workload):
-    """The ledger falls by what the blocks save but for their inputs, which the block before may hold already."""
+def test_moments_of_two_steps_tell_the_peak_of_every_choice(workload):
+    """To the byte, each of all 16 choices predicted whole; with accumulated gradients too."""
     config, work = workload
-    costs = predict_blocks(work, config, Axes(), device=CPU)
-    assert len(set(costs)) == 1
-    predicted = lambda words: predict_run(  # noqa: E731
-        work, config, Axes(save="checkpoint", checkpoint_blocks=words), device=CPU
-    ).ledger.totals["activations"]
-    everything = predict_run(work, config, Axes(), device=CPU).ledger.totals["activations"]
-    fallen = everything - predicted("3")
-    assert 3 * (costs[0].saved - costs[0].inputs) <= fallen <= 3 * costs[0].saved
-    assert costs[0].flops == 2 * 6 * 24 * 16 * 16 * 12 + 4 * 6 * 24 * 24 * 16  # twelve 16×16 matrices, and attention
+    for micro_batches in (1, 3):
+        mine = replace(config, gradient_accumulation_steps=micro_batches)
+        step = predict_moments(work, mine, Axes(), device=CPU)
+        assert step.flops == 4 * (2 * 6 * 24 * 16 * 16 * 12 + 4 * 6 * 24 * 24 * 16)  # twelve 16×16 matrices, attention
+        for blocks in subsets(4) if micro_batches == 1 else [(), (1, 3)]:
+            words = "" if len(blocks) == 4 else words_of(blocks)
+            axes = Axes(save="checkpoint", checkpoint_blocks=words) if blocks else Axes()
+            assert predict_run(work, mine, axes, device=CPU).peak_bytes == peak_of(step, blocks)
 
 
 def test_a_run_keeps_what_its_budget_allows(workload):

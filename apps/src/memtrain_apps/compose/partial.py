@@ -1,115 +1,68 @@
-"""Which blocks to checkpoint: what each costs and saves, and the choices among them that no other choice beats.
+"""Which blocks to checkpoint: what lives while each block runs, and the fastest choice that stays below a limit.
 
-A checkpointed block keeps its inputs in place of all that its operations save, and runs its forward pass again. A
-choice of blocks keeps the sum of their bytes and takes the sum of their operations. Only those choices matter that no
-other one beats in both. Dynamic programming finds them block by block: what is beaten among the first blocks is beaten
-whatever is chosen for the others.
+A checkpointed block keeps its inputs in place of all that its operations save, and runs its forward pass again. What
+lives while a block runs, forward or backward, is what the blocks before it keep, and something that depends on the
+block's own choice alone. So a choice stays below a limit if it does in every block, and the fewer bytes the blocks
+before have kept, the better. Dynamic programming finds the fastest choice block by block: of two for the first blocks,
+one that keeps no less and runs no less again is beaten whatever is chosen for the others.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from memtrain_common.errors import UserError
-from memtrain_common.measuring.memory import SavedActivations
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 MOST = 2048
 """Choices that are kept of the first blocks; where there are more, those nearest to each other become one."""
 
 
 @dataclass(frozen=True)
-class BlockCost:
-    """What a block saves and costs."""
+class BlockMoments:
+    """A block in a step. Pairs are bytes where it keeps everything, and where it is checkpointed."""
 
-    saved: int
-    """Bytes that its operations save for the backward pass."""
-    inputs: int
-    """Bytes that it keeps when it is checkpointed."""
+    grows: tuple[int, int]
+    """How many more live after its forward pass than before it."""
+    most: tuple[int, int]
+    """The most that live while it runs, forward or backward, beside what the blocks before it have grown by."""
     flops: int
     """Floating-point operations of the matrix products of its forward pass."""
 
 
-@dataclass(frozen=True, order=True)
-class BlockChoice:
-    """Checkpointed blocks. Of two that are equal the one of earlier blocks is less: what they save lives longest."""
+@dataclass(frozen=True)
+class StepMoments:
+    """A training step over blocks."""
 
-    flops: int
-    """Operations that run again."""
-    kept: int
-    """Bytes."""
-    blocks: tuple[int, ...]
-    """Numbers of the checkpointed ones, from 0."""
+    blocks: tuple[BlockMoments, ...]
+    loss: int
+    """The most bytes that live between the last block's forward and backward pass, beside what all have grown by."""
+
+    @property
+    def flops(self) -> int:
+        """Of the blocks' forward passes."""
+        return sum(b.flops for b in self.blocks)
 
 
-def unbeaten(costs: Sequence[BlockCost], most: int = MOST) -> list[BlockChoice]:
-    """Choices that no other one beats in operations and in bytes, the fastest first, which checkpoints nothing."""
-    choices = [BlockChoice(0, 0, ())]
-    for i, cost in enumerate(costs):
-        again = [BlockChoice(c.flops + cost.flops, c.kept + cost.inputs, (*c.blocks, i)) for c in choices]
-        dense = [BlockChoice(c.flops, c.kept + cost.saved, c.blocks) for c in choices]
+def fastest(step: StepMoments, limit: int, most: int = MOST) -> tuple[int, ...] | None:
+    """Numbers of the blocks to checkpoint, so that the fewest operations run again and no moment is above ``limit``
+    bytes; None where there is no such choice. Of equal ones those of earlier blocks: what they save lives longest."""
+    choices: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # operations again, bytes grown by, blocks
+    for i, block in enumerate(step.blocks):
+        found = []
+        for flops, grown, blocks in choices:
+            if grown + block.most[0] <= limit:
+                found.append((flops, grown + block.grows[0], blocks))
+            if grown + block.most[1] <= limit:
+                found.append((flops + block.flops, grown + block.grows[1], (*blocks, i)))
         choices = []
-        for choice in sorted(again + dense):
-            if not choices or choice.kept < choices[-1].kept:
+        for choice in sorted(found):
+            if not choices or choice[1] < choices[-1][1]:
                 choices.append(choice)
         if len(choices) > most:
-            width = (choices[0].kept - choices[-1].kept) // (most - 1) + 1
-            fastest = {c.kept // width: c for c in reversed(choices)}
-            choices = sorted({*fastest.values(), choices[-1]})
-    return choices
-
-
-def block_costs(model: nn.Module, blocks: Sequence[nn.Module], loss: Callable[[], Tensor]) -> list[BlockCost]:
-    """Of the blocks of a model, in a forward pass; within :func:`memtrain_common.measuring.prediction.fake_step`
-    nothing is allocated.
-
-    Args:
-        model: as it is trained; its own name for each block is found.
-        blocks: in their order.
-        loss: runs the forward pass.
-    """
-    inputs, flops = [0] * len(blocks), [0] * len(blocks)
-    counter = _Flops()
-
-    def begin(i: int, args: Any, kwargs: Any) -> None:
-        tensors = {id(t): t.nbytes for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        inputs[i] = sum(tensors.values())
-        flops[i] = -counter.total
-
-    def end(i: int) -> None:
-        flops[i] += counter.total
-
-    handles = []
-    for i, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(lambda _, a, k, i=i: begin(i, a, k), with_kwargs=True))
-        handles.append(block.register_forward_hook(lambda *_, i=i: end(i)))
-    with SavedActivations(model) as recording, counter:
-        value = loss()
-    saved = recording.by_layer()
-    del value
-    for handle in handles:
-        handle.remove()
-    names = {id(m): n for n, m in model.named_modules()}
-    of_block = [names[id(b)] for b in blocks]
-    sums = [sum(n for layer, n in saved.items() if layer == b or layer.startswith(f"{b}.")) for b in of_block]
-    return [BlockCost(s, n, f) for s, n, f in zip(sums, inputs, flops, strict=True)]
-
-
-class _Flops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
+            width = (choices[0][1] - choices[-1][1]) // (most - 1) + 1
+            nearest = {c[1] // width: c for c in reversed(choices)}
+            choices = sorted({*nearest.values(), choices[-1]})
+    return next((blocks for _, grown, blocks in choices if grown + step.loss <= limit), None)
 
 
 def numbers_of(words: str, n_blocks: int) -> tuple[int, ...]:

@@ -10,13 +10,17 @@ from memtrain_common.errors import UserError
 from memtrain_common.measuring.prediction import Prediction
 
 from ..compose.axes import Axes
-from ..compose.partial import unbeaten, words_of
+from ..compose.partial import StepMoments, fastest, words_of
 from .config import RunConfig
-from .predicting import predict_blocks, predict_run
+from .predicting import predict_moments, predict_run
 from .workload import Workload
 
 RESERVE, MARGIN = 768 << 20, 0.05
 """Of a GPU's memory no tensor gets so many bytes, and such a part of the peak is the allocator's: plan's defaults."""
+
+
+TRIES = 6
+"""Choices whose whole prediction is asked for; each that is above the budget lowers the limit for the next."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +56,23 @@ def choose_saving(workload: Workload, config: RunConfig, device: torch.device) -
     least = everything.peak_bytes
     if here.train != "head":
         try:
-            costs = predict_blocks(workload, config, here, device=device)
+            moments = predict_moments(workload, config, here, device=device)
         except UserError:  # it has no numbered blocks
-            costs = []
-        choices = unbeaten(costs)[1:]
-        low, high, best = 0, len(choices) - 1, None
-        while low <= high:  # the fastest that fits: peaks fall along the list
-            middle = (low + high) // 2
-            blocks = choices[middle].blocks
-            words = "" if len(blocks) == len(costs) else words_of(blocks)
+            moments = StepMoments((), 0)
+        limit, n_blocks = usable, len(moments.blocks)
+        for _ in range(TRIES):
+            blocks = fastest(moments, limit)
+            if not blocks:
+                break
+            words = "" if len(blocks) == n_blocks else words_of(blocks)
             axes = dataclasses.replace(here, save="checkpoint", checkpoint_blocks=words)
             found = predicted(axes)
             least = min(least, found.peak_bytes)
             if found.peak_bytes <= usable:
-                part = choices[middle].flops / max(1, sum(c.flops for c in costs))
-                what = f"checkpoints {len(blocks)} of {len(costs)} blocks, gradients are exact"
-                best, high = _chosen(axes, found, part, config, what), middle - 1
-            else:
-                low = middle + 1
-        if best is not None:
-            return best
+                part = sum(moments.blocks[i].flops for i in blocks) / max(1, moments.flops)
+                what = f"checkpoints {len(blocks)} of {n_blocks} blocks, gradients are exact"
+                return _chosen(axes, found, part, config, what)
+            limit -= found.peak_bytes - usable
         axes = dataclasses.replace(here, save="backrazor")
         found = predicted(axes)
         least = min(least, found.peak_bytes)
