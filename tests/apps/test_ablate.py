@@ -240,7 +240,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(words, expected, tmp_path
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_grid_that_ships_is_one(path):
-    """Each combination has a learning rate, is and its words are finetune's; only the default grid shows a refused one."""
+    """Each combination has a rate, and words that finetune takes; only the default grid has one that is refused."""
     grid = configure([path.stem]).grid
     assert grid.products == read_grid(path).products
     for combination in grid.combinations():
