@@ -103,6 +103,7 @@ def workload():
     return config, Workload(task, lambda *_: {}, "loss", False, 1, 1, {})
 
 
+@pytest.mark.slow
 def test_moments_of_two_steps_tell_the_peak_of_every_choice(workload):
     """To the byte, each of all 16 choices predicted whole; with accumulated gradients too."""
     config, work = workload
