@@ -41,7 +41,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "bitfit": (1e-3, 3e-3),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     "melo": (5e-4, 1e-3, 3e-3),
-    "lora-xs": (3e-3, 1e-2, 3e-2, 1e-1),
+    "lora-xs": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "lte": (5e-4, 1e-3, 3e-3),
     "galore": (2e-4, 5e-4, 1e-3),
 }
