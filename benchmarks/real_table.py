@@ -1,6 +1,6 @@
 """Tables of the studies on real pretrained models for READMEs, from their committed results: print, and paste.
 
-    python benchmarks/real_table.py backrazor|lora_xs|galore_vit
+    python benchmarks/real_table.py backrazor|lora_xs
 
 "against dense" is the mean difference of runs of the same seed from training everything with everything kept.
 """
@@ -15,7 +15,6 @@ SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", 
 TABLES: dict[str, tuple[str, ...]] = {
     "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10-56", "stories"),
     "lora_xs": ("stories",),
-    "galore_vit": (),
 }
 HEADS = {
     "backrazor": (
@@ -26,15 +25,11 @@ HEADS = {
         "| | | trained numbers | seeds | end | against full training |",
         "|---|---|--:|--:|--:|--:|",
     ),
-    "galore_vit": (
-        "| | | optimizer state | seeds | end | against AdamW |",
-        "|---|---|--:|--:|--:|--:|",
-    ),
 }
 
 
 def table(package: str) -> str:
-    """All of a package's studies that have results."""
+    """All of a package's studies that have results; arms of one seed say nothing yet."""
     lines = list(HEADS[package])
     for task in TABLES[package]:
         path = RESULTS / f"real_{task}.json"
@@ -51,41 +46,27 @@ def _belongs(package: str, arm: str) -> bool:
     kind = arm.split(" ")[0]
     if package == "backrazor":
         return arm in SAVING
-    if package == "lora_xs":
-        return kind in ("dense", "lora", "lora-xs", "bitfit", "head")
-    return kind in ("dense", "adamw8bit") or kind.startswith("galore")
+    return kind in ("dense", "lora", "lora-xs", "bitfit", "head")
 
 
 def _name(package: str, arm: str) -> str:
     if arm == "dense":
-        return {"backrazor": "dense", "lora_xs": "full training", "galore_vit": "AdamW"}[package]
-    arm, _, saving = arm.partition(", ")
+        return {"backrazor": "dense", "lora_xs": "full training"}[package]
     kind, _, rest = arm.partition(" ")
     if package == "backrazor":
         return f"`{kind}` {rest}"
-    if saving:
-        return f"{_name(package, arm)}, Back Razor `{saving.replace(' ', '` ')}"
     if kind == "lora-xs":
         bases, rank = rest.split(" ")
         kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
         return f"LoRA-XS, {kinds.get(bases, 'gradient bases and a first step')}, r = {rank}"
-    words = {
-        "lora": "LoRA",
-        "bitfit": "BitFit",
-        "head": "head",
-        "adamw8bit": "8-bit AdamW",
-        "galore-adamw": "GaLore",
-        "galore-scaled": "GaLore, scaling",
-    }
+    words = {"lora": "LoRA", "bitfit": "BitFit", "head": "head"}
     return words.get(kind, kind) + (f", r = {rest}" if rest else "")
 
 
 def _amount(package: str, arm: dict[str, Any]) -> str:
     if package == "backrazor":
         return f"{arm['times_less_saved']:.1f}×"
-    if package == "lora_xs":
-        return f"{arm['trained_numbers']:,}"
-    return f"{arm['optimizer_bytes'] / 2**20:.1f} MiB"
+    return f"{arm['trained_numbers']:,}"
 
 
 def _scores(found: dict[str, Any], arm: dict[str, Any]) -> str:

@@ -83,6 +83,24 @@ def test_what_ends_without_a_result_is_submitted_again(tmp_path, monkeypatch):
     assert runner.left() == [runner.arms[unlucky]]  # --resume tries it again
 
 
+def test_an_arm_that_no_machine_holds_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PAUSE", 0)
+    runner = begun(tmp_path / "a")
+    large, *others = names = list(runner.arms)
+
+    class Small(Scripted):
+        def submit(self, name, needs):
+            if name == large:
+                raise UserError("no machine of the cluster has as much")
+            return super().submit(name, needs)
+
+    _watch(runner, Small(runner, {n: ["done"] for n in others}), dict.fromkeys(names, Needs(1, 0, 1, 1)), most=2)
+    found = {p.stem: json.loads(p.read_text()) for p in runner.folder.glob("results/*.json")}
+    assert {found[n]["status"] for n in others} == {"done"}
+    assert (found[large]["status"], found[large]["why"]) == ("killed", "no machine of the cluster has as much")
+    assert runner.left() == [runner.arms[large]]  # --resume tries it again
+
+
 def test_collecting_reports_what_is_there(tmp_path, capsys):
     runner = begun(tmp_path / "a")
     first, *_ = runner.arms

@@ -8,6 +8,7 @@ import pytest
 import torch
 from memtrain_apps.compose.axes import Axes, check, in_plain_words
 from memtrain_apps.compose.partial import BlockMoments, StepMoments, fastest, numbers_of, words_of
+from memtrain_apps.run import choosing
 from memtrain_apps.run.choosing import choose_saving
 from memtrain_apps.run.config import PretrainConfig, checked
 from memtrain_apps.run.predicting import predict_moments, predict_run
@@ -129,3 +130,14 @@ def test_a_run_keeps_what_its_budget_allows(workload):
     assert (whole.axes, whole.flops) == (Axes(), 0)
     with pytest.raises(UserError, match="nothing fits --budget 9KB: the least that train full with adamw needs"):
         choose_saving(work, replace(config, budget="9KB"), CPU)
+
+
+@pytest.mark.parametrize("told", [None, (), (0,)])
+def test_before_gradients_become_approximate_every_block_is_checkpointed(workload, monkeypatch, told):
+    """Where the moments are wrong: nothing fits by them, everything does, or a choice that is too large each time."""
+    config, work = workload
+    least = predict_run(work, config, Axes(save="checkpoint"), device=CPU).peak_bytes
+    monkeypatch.setattr(choosing, "fastest", lambda *_: told)
+    chosen = choose_saving(work, replace(config, budget=f"{least}B"), CPU)
+    assert (chosen.axes.save, chosen.axes.checkpoint_blocks, chosen.predicted.peak_bytes) == ("checkpoint", "", least)
+    assert chosen.flops == 1

@@ -161,7 +161,16 @@ def rescued(folder, rank, *, mark=4, step=13):
     owed[rank] = rank + 1
     state = {"model": {"owed": owed, "w": torch.ones(2)}}
     own = Rows(mark, {"owed": (rank, owed[rank : rank + 1])})
-    return Checkpoints(folder, writes=False).rescue(step, state, best=None, every=10, rank=rank, own=own)
+    checkpoints = Checkpoints(folder, writes=False)
+    assert write_rows(folder, rank, own) == ""
+    return checkpoints.rescue(step, state, best=None, every=10, mark=mark)
+
+
+def test_rows_that_cannot_be_written_say_why(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    own = Rows(1, {"owed": (0, torch.ones(1, 2))})
+    assert write_rows(tmp_path / "checkpoints", 0, own) == "File exists"
+    assert write_rows(tmp_path / "gone" / "checkpoints", 0, own) == "No such file or directory"
 
 
 def test_survivors_rows_come_together_whoever_saves_and_whoever_comes_late(tmp_path):

@@ -148,7 +148,10 @@ def _watch(runner: Runner, launcher: Launcher, needs: dict[str, Needs], most: in
         while waiting and len(running) < most:
             name = waiting.pop(0)
             tries[name] += 1
-            running[name] = launcher.submit(name, needs[name])
+            try:
+                running[name] = launcher.submit(name, needs[name])
+            except UserError as error:  # no machine holds it: the others go on
+                _give_up(runner, name, str(error))
         for name, handle in list(running.items()):
             ended = launcher.ended(handle)  # before the look for a result, which is written before the end
             if has_result(name):
@@ -159,12 +162,13 @@ def _watch(runner: Runner, launcher: Launcher, needs: dict[str, Needs], most: in
                 if tries[name] < RETRIES:
                     waiting.append(name)
                 else:
-                    _give_up(runner, name)
+                    logs = runner.folder / "cluster"
+                    _give_up(runner, name, f"its job ended {RETRIES} times without a result; {logs} has its logs")
         time.sleep(PAUSE)
 
 
-def _give_up(runner: Runner, name: str) -> None:
-    why = f"its job ended {RETRIES} times without a result; {runner.folder / 'cluster'} has its logs"
+def _give_up(runner: Runner, name: str, why: str) -> None:
+    """``--resume`` tries it again."""
     arm = runner.arms.get(name)
     if arm is None:
         raise UserError(f"the pretraining did not end: {why}")

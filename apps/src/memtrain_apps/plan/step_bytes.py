@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from memtrain_common.measuring.flops import flops_of
 from memtrain_common.measuring.prediction import LiveBytes
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
 
 class StepBytes(LiveBytes):
@@ -23,9 +23,7 @@ class StepBytes(LiveBytes):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         risen = len(self.rises)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        self.flops += flops_of(func, args, kwargs, result)
         if len(self.rises) > risen:
             self.besides.append(self.bytes - self.accumulated)
         return result

@@ -20,7 +20,8 @@ RESERVE, MARGIN = 768 << 20, 0.05
 
 
 TRIES = 6
-"""Choices whose whole prediction is asked for; each that is above the budget lowers the limit for the next."""
+"""Choices whose whole prediction is asked for: each that is above the budget lowers the limit for the next, and the
+last one checkpoints every block."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def choose_saving(workload: Workload, config: RunConfig, device: torch.device) -
         except UserError:  # it has no numbered blocks
             moments = StepMoments((), 0)
         limit, n_blocks = usable, len(moments.blocks)
-        for _ in range(TRIES):
-            blocks = fastest(moments, limit)
-            if not blocks:
-                break
-            words = "" if len(blocks) == n_blocks else words_of(blocks)
+        for tried in range(TRIES if n_blocks else 0):
+            last = tuple(range(n_blocks))
+            blocks = fastest(moments, limit) if tried < TRIES - 1 else last
+            blocks = blocks or last  # by the moments nothing fits, or all does, which does not: the least tells
+            words = "" if blocks == last else words_of(blocks)
             axes = dataclasses.replace(here, save="checkpoint", checkpoint_blocks=words)
             found = predicted(axes)
             least = min(least, found.peak_bytes)
@@ -72,6 +73,8 @@ def choose_saving(workload: Workload, config: RunConfig, device: torch.device) -
                 part = sum(moments.blocks[i].flops for i in blocks) / max(1, moments.flops)
                 what = f"checkpoints {len(blocks)} of {n_blocks} blocks, gradients are exact"
                 return _chosen(axes, found, part, config, what)
+            if blocks == last:
+                break
             limit -= found.peak_bytes - usable
         axes = dataclasses.replace(here, save="backrazor")
         found = predicted(axes)

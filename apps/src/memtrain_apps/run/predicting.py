@@ -75,7 +75,7 @@ class _Periods:
 
     def __init__(self, live: LiveBytes, found: list[nn.Module], counter: Flops) -> None:
         self.blocks, self.loss = [_Block() for _ in found], 0
-        self._live, self._counter, self._before, self._at, self._forward = live, counter, 0, -1, True
+        self._live, self._counter, self._at, self._forward = live, counter, -1, True
         self._levels = [0] * (len(found) + 1)
         for i, block in enumerate(found):
             block.register_forward_pre_hook(lambda *_, i=i: self._begin(i))

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
 from ..files import read_json
-from .rescued_rows import Rows, clean_rows, put_rows, write_rows
+from .rescued_rows import clean_rows, put_rows
 from .state_tree import decode, encode
 
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
@@ -128,21 +128,15 @@ class Checkpoints:
         return final
 
     def rescue(
-        self, step: int, state: dict[str, Any], *, best: int | None, every: int, rank: int = 0, own: Rows | None = None
+        self, step: int, state: dict[str, Any], *, best: int | None, every: int, mark: int | None = None
     ) -> Path | None:
         """Save a state that each of several processes could save, once: -> the folder, or None if another did.
 
         Args:
             every: processes whose steps lie between the same multiples of it have the same to save.
-            rank: of this process.
-            own: what no other process has; written by each, and read with the checkpoint.
+            mark: as :meth:`save` takes it.
         """
-        if own is not None:
-            with contextlib.suppress(OSError, SafetensorError):  # what fails here fails in the saving too
-                self.folder.mkdir(exist_ok=True)
-                write_rows(self.folder, rank, own)
         with self._claimed(f".rescue-{step // every}") as free:
-            mark = own.mark if own is not None else None
             return replace(self, writes=True).save(step, state, best=best, mark=mark) if free else None
 
     @contextlib.contextmanager

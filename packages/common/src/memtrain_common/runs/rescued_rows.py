@@ -35,15 +35,20 @@ class Rows:
     """Name in the model -> (first row, this process's rows)."""
 
 
-def write_rows(folder: Path, rank: int, own: Rows) -> None:
-    """Write a process's rows. The JSON comes last: without it they are not there."""
+def write_rows(folder: Path, rank: int, own: Rows) -> str:
+    """Write a process's rows: -> why it could not be done, or "". The JSON is last: without it they are not there."""
     path = folder / f"rows-{own.mark:08d}-{rank}.safetensors"
     partial = path.with_name(path.name + ".partial")
-    path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier loss at the same mark
-    save_file({name: t.detach().cpu().contiguous() for name, (_, t) in own.rows.items()}, partial)
-    os.replace(partial, path)
-    first = {name: n for name, (n, _) in own.rows.items()}
-    write_json(path.with_suffix(".json"), {"mark": own.mark, "first_rows": first, **_fingerprint(path)})
+    try:
+        folder.mkdir(exist_ok=True)  # not its parents: a run folder that is gone is not made again
+        path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier loss at the same mark
+        save_file({name: t.detach().cpu().contiguous() for name, (_, t) in own.rows.items()}, partial)
+        os.replace(partial, path)
+        first = {name: n for name, (n, _) in own.rows.items()}
+        write_json(path.with_suffix(".json"), {"mark": own.mark, "first_rows": first, **_fingerprint(path)})
+    except (OSError, SafetensorError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def put_rows(folder: Path, mark: int, model: dict[str, Tensor], say: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import LostRankError, Stopped, lost_rank
 from ..interrupts import say_from_now_on, saying
-from ..runs.rescued_rows import Rows
+from ..runs.rescued_rows import Rows, write_rows
 from .distributed import world
 from .keeping import Keeper
 from .training_state import all_finite
@@ -82,8 +82,8 @@ def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
             raise LostRankError(message + keeper.last_kept + go_on) from None
         state, parts = keeper.state(alone=True), keeper.task.parts
         own = parts.own_rows(state) if parts is not None else None
-        saved = run.checkpoints.rescue(
-            step, state, best=keeper.best_step, every=every, rank=world().rank, own=Rows(*own) if own else None
-        )
+        failed = write_rows(run.checkpoints.folder, world().rank, Rows(*own)) if own else ""
+        saved = run.checkpoints.rescue(step, state, best=keeper.best_step, every=every, mark=own[0] if own else None)
+        go_on = f"; what this process alone has could not be written ({failed})" * bool(failed) + go_on
         what = f"checkpoint {saved} holds" if saved else "another process saves"
         raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None
