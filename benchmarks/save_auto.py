@@ -4,9 +4,11 @@
 
 Each choice's peak is the whole step's, predicted; its time is the operations of a step, with those that run again. With
 24 of the distinct peaks as budgets, least and most included, what ``--budget`` chooses is compared with the best
-of all choices that fit.
+of all choices that fit. Below the least exact peak the same is asked of the 256 choices between checkpointing a block
+and Back Razor in it: which part of the blocks' operations becomes approximate, beside the least part that fits.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from memtrain_apps.compose.axes import Axes
 from memtrain_apps.compose.partial import words_of
-from memtrain_apps.run.choosing import choose_saving
+from memtrain_apps.run.choosing import Chosen, choose_saving
 from memtrain_apps.run.config import PretrainConfig
 from memtrain_apps.run.predicting import predict_moments, predict_run
 from memtrain_apps.run.text import language_model
@@ -65,37 +67,81 @@ def workloads() -> dict[str, tuple[PretrainConfig, Workload]]:
     return {n: (gpt, Workload(t, lambda *_: {}, "loss", False, 1, 1, {})) for n, t in tasks.items()}
 
 
-def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
-    moments = predict_moments(work, config, Axes(), device=CPU)
-    costs, forward = moments.blocks, moments.flops
-    peaks: dict[tuple[int, ...], int] = {}
+Peaks = dict[tuple[int, ...], int]
+
+
+def peaks_of(config: PretrainConfig, work: Workload, label: str, axes_of: Callable[[tuple[int, ...]], Axes]) -> Peaks:
+    """The predicted peak of every choice of blocks."""
     subsets = [s for size in range(BLOCKS + 1) for s in combinations(range(BLOCKS), size)]
-    for blocks in tqdm(subsets, desc=label):
-        words = "" if len(blocks) == BLOCKS else words_of(blocks)
-        axes = Axes(save="checkpoint", checkpoint_blocks=words) if blocks else Axes()
-        peaks[blocks] = predict_run(work, config, axes, device=CPU).peak_bytes
-    again = {s: sum(costs[i].flops for i in s) for s in subsets}
-    found = sorted(set(peaks.values()))
-    budgets = [found[i * (len(found) - 1) // (BUDGETS - 1)] for i in range(BUDGETS)]
+    return {s: predict_run(work, config, axes_of(s), device=CPU).peak_bytes for s in tqdm(subsets, desc=label)}
+
+
+def spread(found: Iterable[int]) -> list[int]:
+    """24 of the distinct peaks, from the least to the most."""
+    ordered = sorted(set(found))
+    return [ordered[i * (len(ordered) - 1) // (BUDGETS - 1)] for i in range(BUDGETS)]
+
+
+def checkpointed(blocks: tuple[int, ...]) -> Axes:
+    words = "" if len(blocks) == BLOCKS else words_of(blocks)
+    return Axes(save="checkpoint", checkpoint_blocks=words) if blocks else Axes()
+
+
+def razored(blocks: tuple[int, ...]) -> Axes:
+    return Axes(save="backrazor", razor_blocks="" if len(blocks) == BLOCKS else words_of(blocks))
+
+
+def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
+    moments = predict_moments(work, config, (Axes(), Axes(save="checkpoint")), CPU)
+    costs, forward = moments.blocks, moments.flops
+    exact = peaks_of(config, work, f"{label}, checkpointed or not", checkpointed)
+    flops = {s: sum(costs[i].flops for i in s) for s in exact}
     slower, above, refused = [], 0, 0
+    budgets = spread(exact.values())
     for budget in tqdm(budgets, desc="budgets"):
-        best = min(again[s] for s in subsets if peaks[s] <= budget)
-        try:
-            chosen = choose_saving(work, replace(config, budget=f"{budget}B"), CPU)
-        except UserError:
-            refused += 1
-            continue
-        if chosen.axes.save == "backrazor":
+        best = min(flops[s] for s in exact if exact[s] <= budget)
+        chosen = chosen_for(config, work, budget)
+        if chosen is None or chosen.axes.save == "backrazor":
             refused += 1  # an exact choice would have fitted
             continue
         above += chosen.predicted.peak_bytes > budget
         slower.append((3 * forward + chosen.flops * forward) / (3 * forward + best) - 1)
     return {
-        "choices": len(subsets), "distinct_peaks": len(found), "budgets": len(budgets), "above_the_budget": above,
-        "no_exact_choice_found": refused,
+        "choices": len(exact), "distinct_peaks": len(set(exact.values())), "budgets": len(budgets),
+        "above_the_budget": above, "no_exact_choice_found": refused,
         "worst_more_time": round(max(slower), 4), "mean_more_time": round(sum(slower) / len(slower), 5),
         "as_fast_as_the_best": sum(s < 1e-9 for s in slower),
+        "back_razor_in_some": approximate(config, work, label, min(exact.values()), flops, forward),
     }  # fmt: skip
+
+
+def approximate(
+    config: PretrainConfig, work: Workload, label: str, least: int, flops: dict[tuple[int, ...], int], forward: int
+) -> dict[str, Any]:
+    """Of budgets below ``least``, where no exact choice fits."""
+    mixed = peaks_of(config, work, f"{label}, Back Razor or checkpointed", razored)
+    below = spread(p for p in mixed.values() if p < least)
+    more, above, refused = [], 0, 0
+    for budget in tqdm(below, desc="budgets"):
+        best = min(flops[s] for s in mixed if mixed[s] <= budget)
+        chosen = chosen_for(config, work, budget)
+        if chosen is None:
+            refused += 1
+            continue
+        above += chosen.predicted.peak_bytes > budget
+        more.append(1 - chosen.flops - best / forward)
+    return {
+        "budgets": len(below), "distinct_peaks_below": len({p for p in mixed.values() if p < least}),
+        "above_the_budget": above, "none_found": refused, "least_part_found": sum(m < 1e-9 for m in more),
+        "worst_more_part": round(max(more), 4), "mean_more_part": round(sum(more) / len(more), 4),
+    }  # fmt: skip
+
+
+def chosen_for(config: PretrainConfig, work: Workload, budget: int) -> Chosen | None:
+    try:
+        return choose_saving(work, replace(config, budget=f"{budget}B"), CPU)
+    except UserError:
+        return None
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from memtrain_apps.compose.axes import Axes, check, in_plain_words
+from backrazor import Razor
+from memtrain_apps.compose.axes import Axes, check, in_plain_words, save_words
+from memtrain_apps.compose.compose import saving
+from memtrain_apps.compose.families import blocks as blocks_of
 from memtrain_apps.compose.partial import BlockMoments, StepMoments, fastest, numbers_of, words_of
 from memtrain_apps.run import choosing
 from memtrain_apps.run.choosing import choose_saving
@@ -15,6 +18,7 @@ from memtrain_apps.run.predicting import predict_moments, predict_run
 from memtrain_apps.run.text import language_model
 from memtrain_apps.run.workload import Workload
 from memtrain_common.errors import UserError
+from memtrain_common.measuring.memory import SavedActivations
 from memtrain_common.models.gpt import next_token_loss
 from memtrain_common.training.task import Task
 
@@ -74,6 +78,9 @@ def test_blocks_are_named_and_read_again():
     for words in ("0", "4", "1-3", "a", "2-1", "0,,1", "-1"):
         with pytest.raises(UserError, match=r"names no blocks of the 3.*checkpoint:1 for the first"):
             numbers_of(words, 3)
+    assert numbers_of("0", 3, "backrazor") == ()
+    with pytest.raises(UserError, match=r"--save backrazor:4 names no blocks of the 3.*backrazor:1 for the first"):
+        numbers_of("4", 3, "backrazor")
 
 
 def test_the_flags_say_which_blocks():
@@ -81,11 +88,19 @@ def test_the_flags_say_which_blocks():
         "--save", "checkpoint", "--optim", "sgd", "--checkpoint-blocks", "3",
     ]  # fmt: skip
     assert in_plain_words(["--save=checkpoint:0-1,3-3"]) == ["--save=checkpoint", "--checkpoint-blocks", "0-1,3-3"]
+    assert in_plain_words(["--save", "checkpoint:3", "backrazor:0", "all"]) == [
+        "--save", "checkpoint", "backrazor", "all", "--checkpoint-blocks", "3", "--razor-blocks", "0",
+    ]  # fmt: skip
+    for axes in (Axes(), Axes(save="backrazor"), Axes(save="checkpoint", checkpoint_blocks="3"),
+                 Axes(save="backrazor", razor_blocks="1-2")):  # fmt: skip
+        words = in_plain_words(["--save", save_words(axes)])
+        assert words[1] == axes.save
+        assert words[3:] == [w for w in (axes.checkpoint_blocks, axes.razor_blocks) if w]
     assert in_plain_words(["--save", "auto", "--budget", "6GiB"]) == ["--budget", "6GiB"]
     assert in_plain_words(["--budget=6GiB", "--save=auto"]) == ["--budget=6GiB"]
     with pytest.raises(UserError, match="--save auto needs --budget"):
         in_plain_words(["--save", "auto"])
-    with pytest.raises(UserError, match="two numbers of blocks"):
+    with pytest.raises(UserError, match="names checkpoint with two choices of blocks"):
         in_plain_words(["--save", "checkpoint:3", "checkpoint:4"])
     with pytest.raises(UserError, match="leave one of the two out"):
         checked(PretrainConfig(save="backrazor", budget="6GiB"))
@@ -110,7 +125,7 @@ def test_moments_of_two_steps_tell_the_peak_of_every_choice(workload):
     config, work = workload
     for micro_batches in (1, 3):
         mine = replace(config, gradient_accumulation_steps=micro_batches)
-        step = predict_moments(work, mine, Axes(), device=CPU)
+        step = predict_moments(work, mine, (Axes(), Axes(save="checkpoint")), CPU)
         assert step.flops == 4 * (2 * 6 * 24 * 16 * 16 * 12 + 4 * 6 * 24 * 24 * 16)  # twelve 16×16 matrices, attention
         for blocks in subsets(4) if micro_batches == 1 else [(), (1, 3)]:
             words = "" if len(blocks) == 4 else words_of(blocks)
@@ -141,3 +156,52 @@ def test_before_gradients_become_approximate_every_block_is_checkpointed(workloa
     chosen = choose_saving(work, replace(config, budget=f"{least}B"), CPU)
     assert (chosen.axes.save, chosen.axes.checkpoint_blocks, chosen.predicted.peak_bytes) == ("checkpoint", "", least)
     assert chosen.flops == 1
+
+
+@pytest.mark.slow
+def test_below_every_exact_choice_few_blocks_become_approximate(workload):
+    """Back Razor in some blocks, the others checkpointed; never above the budget; one block less would not fit."""
+    config, work = workload
+    predicted = lambda axes: predict_run(work, config, axes, device=CPU).peak_bytes  # noqa: E731
+    budget = predicted(Axes(save="checkpoint")) - 1
+    chosen = choose_saving(work, replace(config, budget=f"{budget}B"), CPU)
+    assert (chosen.axes.save, chosen.predicted.peak_bytes <= budget) == ("backrazor", True)
+    mine = numbers_of(chosen.axes.razor_blocks, 4, "backrazor")
+    assert 0 < len(mine) < 4
+    assert chosen.flops == 1 - len(mine) / 4
+    for i in mine:
+        fewer = words_of([b for b in mine if b != i])
+        assert predicted(Axes(save="backrazor", razor_blocks=fewer)) > budget
+    assert f"in {len(mine)} of 4 blocks, and checkpoints the others; gradients are approximate" in chosen.why
+
+
+def test_back_razor_in_some_blocks_leaves_the_others_exact():
+    """As a Razor that leaves those blocks to PyTorch, and holds less; predicted to the byte."""
+    torch.manual_seed(1)
+    config = PretrainConfig(n_layer=4, n_head=2, n_embd=32, block_size=24, batch_size=6)
+    batch = tuple(torch.randint(64, (6, 24)) for _ in range(2))
+    model = language_model(config, 64)
+    names = list(blocks_of(model))
+    found = {}
+    for label, make in {
+        "some": saving(model, Axes(save="backrazor", razor_blocks="1-2")),
+        "left": lambda: Razor(0.1, exact=(names[0], names[3])),
+        "all": saving(model, Axes(save="backrazor")),
+        "checkpointed": saving(model, Axes(save="checkpoint")),
+    }.items():
+        recording = SavedActivations(model)
+        with make(), recording:
+            loss = next_token_loss(model, batch)
+        saved = sum(recording.by_layer().values())
+        found[label] = (loss, torch.autograd.grad(loss, list(model.parameters())), saved)
+    for value, gradients, _ in found.values():
+        assert value == found["all"][0]
+        assert len(gradients) == len(found["all"][1])
+    for mine, theirs in zip(found["some"][1], found["left"][1], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(found["some"][1], found["all"][1], strict=True))
+    assert found["some"][2] < found["left"][2]
+    task = Task(model, lambda _: batch, next_token_loss)
+    work = Workload(task, lambda *_: {}, "loss", False, 1, 1, {})
+    some = predict_run(work, config, Axes(save="backrazor", razor_blocks="1-2"), device=CPU)
+    assert some.ledger.total("activations") == found["some"][2]

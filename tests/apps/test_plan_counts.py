@@ -255,7 +255,7 @@ def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
 def test_galores_first_step_holds_what_its_second_would(optim):
     """Beside its state, of which the first makes all; so the second is not counted."""
     step = SMALL["vit"]
-    with faked(live := StepBytes(), step):
+    with faked(live := StepBytes(), step.cuda):
         model, _ = composed_step(replace(step, shape=step.shape.with_depth(1)), Axes(optim="sgd"))
         optimizer = build_optimizer(
             model, Axes(optim=optim), lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None

@@ -57,6 +57,8 @@ class AblateConfig:
     """Optimizer steps between merges of lte's heads."""
     checkpoint_blocks: tuple[str, ...] = ()
     """Blocks that checkpoint checkpoints: 4 for the first four, or numbers from 0, as 0-3,6."""
+    razor_blocks: tuple[str, ...] = ()
+    """Blocks in which Back Razor works, said in the same way; the others are checkpointed."""
     keep: tuple[float, ...] = ()
     """Back Razor's part of each activation that is kept."""
     razor_mode: tuple[Literal["low-bit", "pruned", "paper"], ...] = ()

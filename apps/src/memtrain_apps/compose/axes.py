@@ -5,6 +5,7 @@ No torch here: commands build their flags from these names, and refuse invalid c
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -60,6 +61,8 @@ class Axes:
     # -- save: what is kept for the backward pass
     checkpoint_blocks: str = ""
     """checkpoint: which blocks, as --save checkpoint:4 says it for the first four; empty takes all."""
+    razor_blocks: str = ""
+    """backrazor: which blocks, as --save backrazor:8-11 says it; the others are checkpointed. Empty takes all."""
     keep: float = 0.1
     """backrazor: fraction of an activation's bits (low-bit) or elements (pruned, paper) to keep."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"
@@ -100,6 +103,7 @@ USED_BY = {
     "heads": ("train", ("lte",)),
     "merge_steps": ("train", ("lte",)),
     "checkpoint_blocks": ("save", ("checkpoint",)),
+    "razor_blocks": ("save", ("backrazor",)),
     "keep": ("save", ("backrazor",)),
     "razor_mode": ("save", ("backrazor",)),
     "recompute": ("save", ("backrazor",)),
@@ -108,6 +112,8 @@ USED_BY = {
     "galore_scale": ("optim", GALORE),
 }
 """Setting -> the axis and the choices that read it."""
+BLOCK_FLAGS = {"checkpoint": "checkpoint_blocks", "backrazor": "razor_blocks"}
+"""Choice of save -> the setting that says which blocks, as ``--save CHOICE:BLOCKS`` does."""
 
 
 def combinations() -> Iterator[Axes]:
@@ -196,28 +202,36 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
 
 
 def in_plain_words(argv: Sequence[str]) -> list[str]:
-    """``--save checkpoint:4`` as the two flags that it is, and without ``--save auto``, which ``--budget`` says.
+    """``--save checkpoint:4`` as the two flags that it is, as ``backrazor:4``, and without ``--save auto``, which
+    ``--budget`` says.
 
     Raises:
         UserError: if ``auto`` stands without a budget.
     """
-    words, blocks = [], []
+    words: list[str] = []
+    blocks: dict[str, str] = {}
     for word in argv:
-        before, colon, after = word.partition("checkpoint:")
-        if colon and before in ("", "--save="):
-            words.append(before + "checkpoint")
-            blocks.append(after)
-        else:
+        found = re.fullmatch(r"(?:--save=)?(checkpoint|backrazor):(.*)", word)
+        if found is None:
             words.append(word)
+            continue
+        words.append(word.partition(":")[0])
+        name = BLOCK_FLAGS[found[1]]
+        if blocks.setdefault(name, found[2]) != found[2]:
+            raise UserError(f"--save names {found[1]} with two choices of blocks: give them one after another")
     for i, word in enumerate(words):
         if word == "--save=auto" or (word == "--save" and words[i + 1 : i + 2] == ["auto"]):
             if not any(w.split("=")[0] == "--budget" for w in words):
                 raise UserError("--save auto needs --budget, the memory that a training step may take, as 6GiB")
             del words[i : i + (1 if "=" in word else 2)]
             break
-    if len(set(blocks)) > 1:
-        raise UserError("--save names checkpoint with two numbers of blocks: plan them one after another")
-    return [*words, *(["--checkpoint-blocks", blocks[0]] if blocks else [])]
+    return [*words, *(word for name, numbers in blocks.items() for word in (flag(name), numbers))]
+
+
+def save_words(axes: Axes) -> str:
+    """The choice of save as ``--save`` takes it: "checkpoint:4" where only some blocks are meant."""
+    blocks = getattr(axes, BLOCK_FLAGS.get(axes.save, ""), "")
+    return axes.save + (f":{blocks}" if blocks else "")
 
 
 def read_settings(axes: Axes) -> dict[str, float | int | str]:

@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -181,7 +181,13 @@ def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[
         import backrazor
 
         recompute = None if axes.recompute == "none" else axes.recompute
-        return partial(backrazor.Razor, axes.keep, mode=axes.razor_mode, recompute=recompute)
+        razor = partial(backrazor.Razor, axes.keep, mode=axes.razor_mode, recompute=recompute)
+        if not axes.razor_blocks:
+            return razor
+        found = list(blocks(model).values())
+        chosen = numbers_of(axes.razor_blocks, len(found), "backrazor")
+        others = CheckpointBlocks(block for i, block in enumerate(found) if i not in chosen)
+        return partial(_both, others, razor)
     if axes.save == "checkpoint":
         found = list(blocks(model).values())
         return partial(CheckpointBlocks, [found[i] for i in numbers_of(axes.checkpoint_blocks, len(found))])
@@ -193,6 +199,13 @@ def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[
             )
         return partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
     return nullcontext
+
+
+@contextmanager
+def _both(checkpointed: CheckpointBlocks, razor: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """A Razor steps aside where a block is checkpointed."""
+    with checkpointed, razor():
+        yield
 
 
 # -- optim ---------------------------------------------------------------------------------------------------------

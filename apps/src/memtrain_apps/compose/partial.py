@@ -1,10 +1,11 @@
-"""Which blocks to checkpoint: what lives while each block runs, and the fastest choice that stays below a limit.
+"""What to do to which blocks: what lives while each block runs, and the cheapest choice that stays below a limit.
 
 A checkpointed block keeps its inputs in place of all that its operations save, and runs its forward pass again. What
 lives while a block runs, forward or backward, is what the blocks before it keep, and something that depends on the
 block's own choice alone. So a choice stays below a limit if it does in every block, and the fewer bytes the blocks
-before have kept, the better. Dynamic programming finds the fastest choice block by block: of two for the first blocks,
-one that keeps no less and runs no less again is beaten whatever is chosen for the others.
+before have kept, the better. Dynamic programming finds the cheapest choice block by block: of two for the first blocks,
+one that keeps no less and costs no less is beaten whatever is chosen for the others. The same holds between
+checkpointing a block and Back Razor in it, where the cost is what becomes approximate.
 """
 
 import re
@@ -19,7 +20,8 @@ MOST = 2048
 
 @dataclass(frozen=True)
 class BlockMoments:
-    """A block in a step. Pairs are bytes where it keeps everything, and where it is checkpointed."""
+    """A block in a step. Pairs are bytes by the choice that costs nothing, and by the other: where it keeps everything
+    and where it is checkpointed, or where it is checkpointed and where Back Razor works in it."""
 
     grows: tuple[int, int]
     """How many more live after its forward pass than before it."""
@@ -44,9 +46,9 @@ class StepMoments:
 
 
 def fastest(step: StepMoments, limit: int, most: int = MOST) -> tuple[int, ...] | None:
-    """Numbers of the blocks to checkpoint, so that the fewest operations run again and no moment is above ``limit``
-    bytes; None where there is no such choice. Of equal ones those of earlier blocks: what they save lives longest."""
-    choices: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # operations again, bytes grown by, blocks
+    """Numbers of the blocks that take the second choice, so that it meets the fewest operations and no moment is above
+    ``limit`` bytes; None where there is no such choice. Of equal ones earlier blocks: what they save lives longest."""
+    choices: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # operations that it meets, bytes grown by, blocks
     for i, block in enumerate(step.blocks):
         found = []
         for flops, grown, blocks in choices:
@@ -65,14 +67,17 @@ def fastest(step: StepMoments, limit: int, most: int = MOST) -> tuple[int, ...] 
     return next((blocks for _, grown, blocks in choices if grown + step.loss <= limit), None)
 
 
-def numbers_of(words: str, n_blocks: int) -> tuple[int, ...]:
-    """Blocks that words name: none for all of them, "4" for the first four, "0-3,6" and "6-6" for those numbers.
+def numbers_of(words: str, n_blocks: int, save: str = "checkpoint") -> tuple[int, ...]:
+    """Blocks that words name: none for all of them, "4" for the first four, "0-3,6" and "6-6" for those numbers, and
+    for backrazor "0" for what is outside the blocks alone.
 
     Raises:
         UserError: if they name no block that is there.
     """
     if not words:
         return tuple(range(n_blocks))
+    if words == "0" and save == "backrazor":
+        return ()
     if words.isdigit():
         found = set(range(int(words)))
     else:
@@ -82,8 +87,8 @@ def numbers_of(words: str, n_blocks: int) -> tuple[int, ...]:
             found = set()
     if not found or max(found) >= n_blocks:
         raise UserError(
-            f"--save checkpoint:{words} names no blocks of the {n_blocks} that there are: give their number, as "
-            f"checkpoint:{max(1, n_blocks // 2)} for the first, or numbers from 0, as checkpoint:0-{n_blocks - 1}"
+            f"--save {save}:{words} names no blocks of the {n_blocks} that there are: give their number, as "
+            f"{save}:{max(1, n_blocks // 2)} for the first, or numbers from 0, as {save}:0-{n_blocks - 1}"
         )
     return tuple(sorted(found))
 

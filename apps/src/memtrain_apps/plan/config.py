@@ -78,6 +78,9 @@ class PlanConfig:
     """lte's heads a layer."""
     checkpoint_blocks: str = ""
     """Blocks that checkpoint checkpoints, as --save checkpoint:4 says it for the first four; empty takes all."""
+    razor_blocks: str = ""
+    """Blocks in which Back Razor works, as --save backrazor:8-11 says it, with the others checkpointed; empty takes
+    all."""
     keep: float = 0.1
     """Back Razor's part of each activation that is kept."""
     razor_mode: Literal["low-bit", "pruned", "paper"] = "low-bit"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ..compose.axes import Axes
+from ..compose.axes import Axes, save_words
 from .lines import Pass
 from .uses import SUMS, Cut, Step
 
@@ -62,7 +62,7 @@ class Passes:
         """Blocks of the shallower of two models. A first or a last block that differs from the others needs two more
         between them."""
         shape = self._step.shape
-        uniform = shape.uniform and not (self._axes.save == "checkpoint" and self._axes.checkpoint_blocks)
+        uniform = shape.uniform and save_words(self._axes) == self._axes.save
         return [low for low in (2, 3) if uniform and low + 1 < shape.depth]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from memtrain_common.measuring.intervals import mean_and_ci
 
-from ..compose.axes import Axes
+from ..compose.axes import Axes, save_words
 
 FILE = Path(__file__).with_name("known_results.json")
 COMBINATION = re.compile(
@@ -94,8 +94,8 @@ KINDS: dict[str, type] = {"scores": Known, "overheads": Overhead, "timings": Tim
 
 
 def timing_of(axes: Axes, task: str, timings: list[Timing]) -> Timing | None:
-    """The first measurement of a combination for a task."""
-    wanted = (axes.train, axes.save, task)
+    """The first measurement of a combination for a task; none of a choice of some blocks."""
+    wanted = (axes.train, save_words(axes), task)
     mine = (t for t in timings if (t.train, t.save, t.task) == wanted and t.optim in ("", axes.optim))
     if axes.save == "backrazor":
         mine = (t for t in mine if t.razor_mode == axes.razor_mode)
@@ -103,8 +103,10 @@ def timing_of(axes: Axes, task: str, timings: list[Timing]) -> Timing | None:
 
 
 def scores_of(axes: Axes, scores: list[Known]) -> list[Known]:
-    """What is known of a combination, one a study; of several ranks the nearest."""
-    mine = [k for k in scores if (k.train, k.save, k.optim) == (axes.train, axes.save, axes.optim)]
+    """What is known of a combination, one a study; of several ranks the nearest. Some checkpointed blocks end where
+    all do."""
+    save = axes.save if axes.save == "checkpoint" else save_words(axes)
+    mine = [k for k in scores if (k.train, k.save, k.optim) == (axes.train, save, axes.optim)]
     mine.sort(key=lambda k: abs(k.rank - axes.rank) if k.rank else 0)
     nearest = {k.source: k for k in reversed(mine)}
     return [k for k in scores if nearest.get(k.source) is k]

@@ -6,6 +6,7 @@ from typing import Any
 from memtrain_common.console import Console, format_bytes
 from memtrain_common.errors import UserError
 
+from ..compose.axes import save_words
 from .arms import Arm, Plan, Remedy
 from .config import PlanConfig, planned_shape
 from .counting import PlanCounts, combinations_of
@@ -81,7 +82,8 @@ def _remedies(arm: Arm, plan: Plan, counts: PlanCounts) -> Iterator[Remedy]:
     for name, found in kinds:
         best = min(found, key=lambda a: _order(a, "best"), default=None)
         if best is not None:
-            yield Remedy(f"--{name} {getattr(best.axes, name)}", best.predicted.peak, best.time)
+            word = save_words(best.axes) if name == "save" else getattr(best.axes, name)
+            yield Remedy(f"--{name} {word}", best.predicted.peak, best.time)
 
 
 def _refuse_all(plan: Plan, counts: PlanCounts) -> None:

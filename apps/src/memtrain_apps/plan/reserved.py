@@ -66,7 +66,7 @@ def replay(place: Workplace, axes: Axes) -> Reserved:
     load_libraries(axes.train, axes.optim)
     plain, expandable = CachingAllocator(), CachingAllocator(expandable_segments=True)
     live = Replay(plain, expandable)
-    with faked(live, place.step):
+    with faked(live, place.step.cuda):
         model, composed = composed_step(place.step, axes)
         optimizer = composed.needed_optimizer()
         if place.step.cuda and isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):

@@ -51,7 +51,7 @@ def passes_of(step: Step, axes: Axes, rows: Sequence[int]) -> tuple[list[Pass], 
     """
     load_libraries(axes.train, axes.optim)
     live = StepBytes()
-    with faked(live, step):
+    with faked(live, step.cuda):
         model, composed = composed_step(step, axes)
         live.count_gradients(model)
         return [_pass(live, step, axes, model, composed, n) for n in rows], _cut(model)
@@ -110,7 +110,7 @@ def optimizer_use_of(
         for optim in mine:
             load_libraries(axes.train, optim)
         live = StepBytes()
-        with faked(live, step):
+        with faked(live):  # no pass is run, and only a pass differs on CUDA
             model, composed = composed_step(step, replace(axes, save="all", optim="sgd", merge_steps=1))
             merging = _growth(live, composed.after_step) if composed.after_step is not None else 0
             if cut:
@@ -133,28 +133,53 @@ def _optimizer_use_of(model: nn.Module, axes: Axes, live: StepBytes, cuda: bool,
     """Two steps: the first makes the state, the second finds it there. GaLore makes all of its state before it updates
     any weight, and without numbers each step refreshes its bases, so that its first step holds what its second would.
 
-    torchao's 8-bit AdamW steps one parameter after another, those of one shape alike, so one of them stands for all;
     PyTorch's own on CUDA (``foreach``) and GaLore hold something of every parameter at once, PyTorch's own on the CPU
-    something of a parameter while it steps the next one.
+    something of a parameter while it steps the next one; torchao's 8-bit AdamW steps one parameter after another.
     """
     optimizer = build_optimizer(model, axes, lr=1e-3, head_lr=1e-3, weight_decay=0.0, say=lambda _: None)
-    counts: dict[Tensor, int] = {}
     native = isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW)
+    if not native and not axes.optim.startswith("galore"):
+        return _one_by_one(optimizer, live, merging)
     for group in optimizer.param_groups:
         if native and cuda:
             group["foreach"] = True
-        if axes.optim.startswith("galore") or native:
-            counts.update(dict.fromkeys(group["params"], 1))
-        else:
-            group["params"] = _one_of_each(group["params"], counts)
-    for parameter in counts:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     first = _growth(live, optimizer.step)
-    made = sum(_bytes(tree_iter(optimizer.state[p])) for p in counts)
-    second = 0 if axes.optim.startswith("galore") else _growth(live, optimizer.step)
-    extra = max(0, first - made, second)
-    state = sum(n * _bytes(tree_iter(optimizer.state[p])) for p, n in counts.items())
-    return OptimizerUse(state, extra, merging)
+    state = sum(_bytes(tree_iter(optimizer.state[p])) for p in parameters)
+    second = _growth(live, optimizer.step) if native else 0
+    return OptimizerUse(state, max(0, first - state, second), merging)
+
+
+_alone: dict[tuple[Any, ...], tuple[int, int, int]] = {}
+"""A parameter that 8-bit AdamW steps by itself -> bytes of its state, growth in its first step and in its second."""
+
+
+def _one_by_one(optimizer: torch.optim.Optimizer, live: StepBytes, merging: int) -> OptimizerUse:
+    """Of an optimizer that is done with a parameter before it takes the next one: each stepped alone, those of one
+    shape once. The first step of a parameter holds the state of those before it besides."""
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    state, extra, uses = 0, 0, []
+    for group in optimizer.param_groups:
+        group["params"] = []
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        for parameter in parameters:
+            key = (type(optimizer), len(groups), parameter.shape, parameter.dtype)  # each group has a tensor, its rate
+            if key not in _alone:
+                group["params"] = [parameter]
+                parameter.grad = torch.empty_like(parameter)
+                first = _growth(live, optimizer.step)
+                made = _bytes(tree_iter(optimizer.state[parameter]))
+                _alone[key] = made, first, _growth(live, optimizer.step)
+                parameter.grad, group["params"] = None, []
+                del optimizer.state[parameter]
+            uses.append(_alone[key])
+    whole = sum(made for made, _, _ in uses)
+    for made, first, second in uses:
+        extra = max(extra, state + first - whole, second)
+        state += made
+    return OptimizerUse(whole, extra, merging)
 
 
 def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
@@ -166,8 +191,8 @@ def _growth(live: StepBytes, call: Callable[[], Any]) -> int:
 
 
 @contextmanager
-def faked(live: LiveBytes, step: Step) -> Iterator[None]:
-    """Within, every new tensor is fake, and saves what it would on the step's device."""
+def faked(live: LiveBytes, cuda: bool = False) -> Iterator[None]:
+    """Within, every new tensor is fake, and with ``cuda`` saves what it would there."""
     import transformers.utils.import_utils as utilities
 
     with ExitStack() as stack:
@@ -175,7 +200,7 @@ def faked(live: LiveBytes, step: Step) -> Iterator[None]:
         # Texts of different lengths need their mask: transformers must not leave it out as it does where nothing is
         # padded, which is what a fake mask would tell it.
         stack.enter_context(mock.patch.object(utilities, "is_fake_tensor", lambda x: isinstance(x, FakeTensor)))
-        stack.enter_context(CudaChoices() if step.cuda else nullcontext())
+        stack.enter_context(CudaChoices() if cuda else nullcontext())
         yield
 
 
@@ -209,16 +234,6 @@ def _cut(model: nn.Module) -> Cut:
         block_weights=max(_bytes(part) for part in parts),
         block_gradients=max(_bytes(p.grad for p in part) for part in parts),
     )
-
-
-def _one_of_each(parameters: list[Tensor], counts: dict[Tensor, int]) -> list[Tensor]:
-    """One parameter of each shape; ``counts`` learns how many it stands for."""
-    first: dict[tuple[Any, ...], Tensor] = {}
-    for parameter in parameters:
-        key = (parameter.shape, parameter.dtype)
-        first.setdefault(key, parameter)
-        counts[first[key]] = counts.get(first[key], 0) + 1
-    return list(first.values())
 
 
 def _bytes(values: Any) -> int:

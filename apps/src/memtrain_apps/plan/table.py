@@ -7,7 +7,7 @@ from typing import Any
 
 from memtrain_common.console import format_bytes, format_count, format_table
 
-from ..compose.axes import read_settings
+from ..compose.axes import read_settings, save_words
 from .arms import Arm, Plan
 from .known import Known
 
@@ -93,7 +93,7 @@ def _row(arm: Arm, unit: Unit, sources: list[str]) -> tuple[str, ...]:
 
 
 def _choices(arm: Arm) -> tuple[str, str, str]:
-    return arm.axes.train, arm.axes.save, arm.axes.optim
+    return arm.axes.train, save_words(arm.axes), arm.axes.optim
 
 
 def _lack(arm: Arm, unit: Unit) -> tuple[str, ...]:
@@ -184,7 +184,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     config, place = plan.config, plan.place
     arms = []
     for arm in plan.arms:
-        axes: dict[str, Any] = {"train": arm.axes.train, "save": arm.axes.save, "optim": arm.axes.optim}
+        axes: dict[str, Any] = {"train": arm.axes.train, "save": save_words(arm.axes), "optim": arm.axes.optim}
         if arm.forecast is None:
             arms.append({**axes, "status": "refused", "reason": arm.refused})
             continue

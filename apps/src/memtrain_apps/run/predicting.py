@@ -1,6 +1,6 @@
 """The memory of a run's step, predicted on fake tensors by the same composition that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,17 +43,13 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     )
 
 
-def predict_moments(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> StepMoments:
-    """What lives in each block of the model during a step, with everything kept and with every block checkpointed.
+def predict_moments(workload: Workload, config: RunConfig, axes: Sequence[Axes], device: torch.device) -> StepMoments:
+    """What lives in each block of the model during a step, by either of two choices for all blocks.
 
     Raises:
         UserError: if the model has no numbered blocks.
     """
-    load_libraries(axes.train, axes.optim)
-    kept, again = (
-        _moments(workload, config, replace(axes, save=save, checkpoint_blocks=""), device)
-        for save in ("all", "checkpoint")
-    )
+    kept, again = (_moments(workload, config, a, device) for a in axes)
     return StepMoments(
         tuple(
             BlockMoments((a.grows, b.grows), (a.most, b.most), a.flops)
@@ -121,6 +117,7 @@ class _Periods:
 
 def _moments(workload: Workload, config: RunConfig, axes: Axes, device: torch.device) -> _Periods:
     """Of the second optimizer step, which finds the optimizer's state there."""
+    load_libraries(axes.train, axes.optim)
     with fake_step() as live:
         plain = fake_copy(workload.task.model)
         found = list(blocks(plain).values())

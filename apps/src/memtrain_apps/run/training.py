@@ -18,7 +18,7 @@ from memtrain_common.training.schedule import schedule
 from memtrain_common.training.whole import gather_whole, skeleton
 from torch import nn
 
-from ..compose.axes import read_settings
+from ..compose.axes import BLOCK_FLAGS, read_settings
 from ..compose.compose import compose, merged
 from ..compose.families import blocks
 from ..compose.first_step import as_errors
@@ -42,7 +42,7 @@ def run(
     if config.budget:
         chosen = choose_saving(workload, config, device)
         session.console.say(chosen.why)
-        choice = {"save": chosen.axes.save, "checkpoint_blocks": chosen.axes.checkpoint_blocks}
+        choice = {n: getattr(chosen.axes, n) for n in ("save", *BLOCK_FLAGS.values())}
     if config.explain_memory:
         session.console.say(explain(workload, replace(config, **choice), device))
         return None

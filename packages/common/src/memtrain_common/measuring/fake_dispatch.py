@@ -62,6 +62,8 @@ def _describe(values: Any, key: list[Any]) -> bool:
                 return False
         elif isinstance(value, Tensor):
             return False
+        elif kind is torch.Generator:  # what it draws is no number of a fake tensor
+            key.append(kind)
         else:
             key += (kind, value)
     return True
