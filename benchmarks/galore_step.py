@@ -1,6 +1,6 @@
 """How fast are GaLore's refresh, its optimizer step and a whole training step, and how large is its state?
 
-    python benchmarks/galore_step.py refresh step train state
+    python benchmarks/galore_step.py refresh step train state limit
 
 Each named part writes benchmarks/results/galore_<part>.json. What is compared runs in one process, in turn; a ratio
 is the median over such pairs, with its quartiles. Run it on a machine that has nothing else to do; OMP_NUM_THREADS
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, Refresh, param_groups, state_bytes
+from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, Refresh, param_groups, state_bytes
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases
 from galore_vit.projection import Bases, Layout, add_projected_back, project
 from galore_vit.state_size import adamw_state_bytes_formula
@@ -219,7 +219,93 @@ def state() -> dict[str, Any]:
     return rows
 
 
-PARTS = {"refresh": refresh, "step": step, "train": train, "state": state}
+def limit() -> dict[str, Any]:
+    """What bounds a step of ViT-S's 72 matrices: in float32 and bfloat16, and where the backward pass projects."""
+    return {
+        "rank": RANK, "gap": GAP, "rows": ROWS,
+        **{str(dtype).removeprefix("torch."): _limit(dtype) for dtype in (torch.float32, torch.bfloat16)},
+    }  # fmt: skip
+
+
+ROWS = 8 * 197
+"""Tokens of a batch of 8."""
+
+
+def _limit(dtype: torch.dtype) -> dict[str, Any]:
+    import galore_torch
+
+    width, _, depth = SIZES["S"]
+    shapes = depth * [*[(width, width)] * 4, (4 * width, width), (width, 4 * width)]
+    draw = torch.Generator().manual_seed(SEED)
+
+    def fresh(seed: int) -> list[nn.Parameter]:
+        draw.manual_seed(seed)
+        weights = [nn.Parameter((0.02 * torch.randn(s, generator=draw)).to(dtype)) for s in shapes]
+        for p in weights:
+            p.grad = (1e-3 * torch.randn(p.shape, generator=draw)).to(dtype)
+        return weights
+
+    keys = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+    ours = GaLoreAdamW([{"params": fresh(0), **keys}], lr=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = galore_torch.GaLoreAdamW([{"params": fresh(0), **keys}], lr=1e-4)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": ours.step,
+        "galore_torch": theirs.step,
+        "adamw": torch.optim.AdamW(fresh(0), lr=1e-4).step,
+        "scaled_rank_4": GaLoreScaled([{"params": fresh(0), **keys, "rank": 4}], lr=1e-4).step,
+        "scaled_rank_1": GaLoreScaled([{"params": fresh(0), **keys, "rank": 1}], lr=1e-4).step,
+    }
+    for way in ways.values():
+        way()
+    ways["two_products_alone"] = products(ours)
+    weights = [p for group in ours.param_groups for p in group["params"]]
+    moments = [(p.detach().clone(), ours.state[p]["exp_avg"], ours.bases(p)) for p in weights]
+    inputs = {s: tuple(torch.randn(ROWS, n, generator=draw).to(dtype) for n in s) for s in dict.fromkeys(shapes)}
+
+    def back_alone() -> None:  # what is left of the step where R arrives: W ← W + c·P N Q
+        for W, N, bases in moments:
+            add_projected_back(W, N, bases, beta=1.0, alpha=-1e-9)
+
+    def gradients() -> None:
+        for s in shapes:
+            torch.matmul(inputs[s][0].T, inputs[s][1])
+
+    def thin() -> None:  # R = (PᵀYᵀ)X or Yᵀ(XQᵀ) for Y (rows, m), X (rows, n): G is never made
+        for p, (_, _, (P, Q)) in zip(weights, moments, strict=True):
+            Y, X = inputs[tuple(p.shape)]
+            if Q is not None:
+                torch.matmul(Y.T, X @ Q.T)
+            else:
+                assert P is not None
+                torch.matmul((Y @ P).T, X)
+
+    ways |= {"projecting_back_alone": back_alone, "gradients": gradients, "two_thin_products": thin}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for i in range(GAP):  # it holds a refresh of every weight, of either optimizer
+            for name in ways if i % 2 else reversed(ways):
+                if name not in ("gradients", "two_thin_products") or i < 10:
+                    times[name].append(seconds(ways[name]))
+    mean = {name: statistics.mean(found) for name, found in times.items()}
+
+    def over(a: str, b: str) -> dict[str, Any]:
+        return asdict(ratio_of([x / y for x, y in zip(times[a], times[b], strict=False)]))
+
+    return {
+        "mean_ms": {name: round(1e3 * value, 2) for name, value in mean.items()},
+        "mean_times_faster_than_galore_torch": round(mean["galore_torch"] / mean["ours"], 2),
+        "mean_bound_by_two_products": round(mean["galore_torch"] / mean["two_products_alone"], 2),
+        "mean_bound_by_projecting_back": round(mean["galore_torch"] / mean["projecting_back_alone"], 2),
+        "scaled_rank_4_over_adamw": over("scaled_rank_4", "adamw"),
+        "scaled_rank_1_over_adamw": over("scaled_rank_1", "adamw"),
+        "ours_over_adamw": over("ours", "adamw"),
+        "two_thin_products_over_gradients": over("two_thin_products", "gradients"),
+    }
+
+
+PARTS = {"limit": limit, "refresh": refresh, "step": step, "train": train, "state": state}
 
 
 def main(names: list[str]) -> None:

@@ -600,6 +600,11 @@ def test_known_results_are_the_committed_ones():
     assert [k.rank for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8, 8]  # of two studies
     assert known.scores_of(Axes("melo", "backrazor"), scores) == []
     assert len(known.scores_of(Axes("full", "backrazor", "sgd"), scores)) == 3
+    for task in ("text", "pictures", "language"):  # a real pretrained model for it comes first, another's not at all
+        plain, *others = known.scores_of(Axes(), scores, task)
+        assert plain.task == task
+        assert plain.value == plain.plain
+        assert {k.task for k in others} <= {"", task}
     (found,) = known.scores_of(Axes("lora", "backrazor"), scores)
     assert found.source == "ablation_digits.json"
     assert found.value < found.plain

@@ -16,7 +16,7 @@ from typing import Any
 
 from memtrain_common.measuring.intervals import mean_and_ci
 
-from ..compose.axes import Axes, save_words
+from ..compose.axes import ADAPTERS, Axes, save_words
 
 FILE = Path(__file__).with_name("known_results.json")
 COMBINATION = re.compile(
@@ -43,6 +43,8 @@ class Known:
     study: str
     source: str
     """File of ``benchmarks/results``."""
+    task: str = ""
+    """Of a real pretrained model: pictures, text or language. Empty of the small models that were made here."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def collect(results: Path) -> dict[str, list[dict[str, Any]]]:
     """What ``known_results.json`` holds, from a folder of committed results."""
     return {
         "scores": [
-            asdict(k) for reader in (_ablation, _breastmnist, _digits, _stdlib, _razor) for k in reader(results)
+            asdict(k) for reader in (_real, _ablation, _breastmnist, _digits, _stdlib, _razor) for k in reader(results)
         ],
         "overheads": [asdict(o) for o in _overheads(results)],
         "timings": [asdict(t) for reader in (_step_timings, _arm_timings) for t in reader(results)],
@@ -102,14 +104,44 @@ def timing_of(axes: Axes, task: str, timings: list[Timing]) -> Timing | None:
     return next((t for t in mine if t.optim or axes.optim in ("adamw", "sgd")), None)
 
 
-def scores_of(axes: Axes, scores: list[Known]) -> list[Known]:
-    """What is known of a combination, one a study; of several ranks the nearest. Some checkpointed blocks end where
-    all do."""
+def scores_of(axes: Axes, scores: list[Known], task: str = "") -> list[Known]:
+    """What is known of a combination, one a study; of several ranks the nearest. Real pretrained models for the same
+    kind of task come first, and those for another are left out. Some checkpointed blocks end where all do."""
     save = axes.save if axes.save == "checkpoint" else save_words(axes)
-    mine = [k for k in scores if (k.train, k.save, k.optim) == (axes.train, save, axes.optim)]
+    mine = [k for k in scores if (k.train, k.save, k.optim) == (axes.train, save, axes.optim) and k.task in ("", task)]
     mine.sort(key=lambda k: abs(k.rank - axes.rank) if k.rank else 0)
     nearest = {k.source: k for k in reversed(mine)}
     return [k for k in scores if nearest.get(k.source) is k]
+
+
+REAL = {
+    "minilm-sst2": "text",
+    "minilm-sst2-lengths": "text",
+    "dinov2-cifar10-56": "pictures",
+    "efficientnet-cifar10": "pictures",
+    "stories": "language",
+}
+"""Studies of real pretrained models -> the kind of their task."""
+FEWEST_SEEDS = 3
+
+
+def _real(results: Path) -> Iterator[Known]:
+    """Arms with plan's default settings, but for the rank of adapters."""
+    for name, task in REAL.items():
+        found = [_read(path) for path in sorted((results / "real" / name).glob("*.json"))]
+        arms = [a for a in found if len(a.get("runs", ())) >= FEWEST_SEEDS]
+        plain = next(a for a in arms if a["arm"] == "dense")
+        for arm in arms:
+            axes = Axes(**arm["axes"])
+            if axes != Axes(axes.train, axes.save, axes.optim, rank=axes.rank):
+                continue
+            mean, half = mean_and_ci([r["score"] for r in arm["runs"].values()])
+            same = statistics.fmean(plain["runs"][s]["score"] for s in arm["runs"])
+            yield Known(
+                axes.train, axes.save, axes.optim, axes.rank if axes.train in ADAPTERS else 0, arm["metric"],
+                round(mean, 4), round(half, 4), round(same, 4), f"{arm['about']}, {len(arm['runs'])} seeds",
+                f"real_{name}.json", task,
+            )  # fmt: skip
 
 
 def _ablation(results: Path) -> Iterator[Known]:

@@ -36,7 +36,7 @@ def make_plan(config: PlanConfig, console: Console | None = None) -> Plan:
         arm.time = arm.forecast.flops / reference * (arm.overhead.factor if arm.overhead else 1.0)
         arm.timing = timing_of(arm.axes, shape.task, timings)
         arm.fits = arm.forecast.peak <= config.usable_bytes
-        arm.scores = scores_of(arm.axes, scores)
+        arm.scores = scores_of(arm.axes, scores, shape.task)
     for arm in plan.lacking:
         arm.remedies = list(_remedies(arm, plan, counts))
     if not plan.fitting and not any(arm.remedies or arm.largest for arm in plan.lacking):
