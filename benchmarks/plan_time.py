@@ -37,7 +37,7 @@ def run(checkout: Path, words: list[str], cache: str) -> tuple[dict[str, float],
     sources = [str(p) for p in (*sorted(checkout.glob("packages/*/src")), checkout / "apps" / "src")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "XDG_CACHE_HOME": cache}
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [str(Path(sys.executable).with_name("plan")), *words, "--json"]
+    command = [sys.executable, "-c", "from memtrain_apps.cli import plan; plan()", *words, "--json"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -210,3 +210,57 @@ def test_a_padded_batch_keeps_more_than_is_predicted_of_it():
     predicted = predict(llama, llama_loss).ledger.total("activations")
     assert predicted == held["full"]
     assert 1.02 < held["padded"] / predicted < 1.15
+
+
+class Drops(nn.Module):
+    """Stochastic depth as timm and transformers build it: rates read out of a linspace, and nothing where one is 0."""
+
+    def __init__(self, most, ways):
+        super().__init__()
+        rates = torch.linspace(0, most, 7, device="cpu")
+        self.rates = {
+            "item": lambda: [x.item() for x in rates],
+            "tolist": lambda: rates.tolist(),
+            "parts": lambda: [r for part in rates.split([3, 4]) for r in part.tolist()],
+        }[ways]()
+        self.layers = nn.ModuleList(nn.Linear(9, 9) for _ in self.rates)
+
+    def forward(self, x):
+        for rate, layer in zip(self.rates, self.layers, strict=True):
+            y = torch.tanh(layer(x))
+            if rate > 0:
+                y = y * y.new_empty(len(x), 1).bernoulli_(1 - rate)
+            x = x + y
+        return x.sum()
+
+
+@pytest.mark.parametrize("most", [0.0, 0.25])
+@pytest.mark.parametrize("ways", ["item", "tolist", "parts"])
+def test_rates_read_out_of_a_linspace_are_what_they_would_be(most, ways):
+    expected = torch.linspace(0, most, 7).tolist()
+    made = []
+
+    def build():
+        made.append(Drops(most, ways))
+        return made[-1]
+
+    found = predict(build, lambda m: m(torch.empty(5, 9)))
+    assert made[0].rates == pytest.approx(expected, rel=1e-6)
+    model = Drops(most, ways)
+    with SavedActivations(model) as saved:
+        loss = model(torch.randn(5, 9))
+    assert found.ledger.total("activations") == sum(saved.by_layer().values())
+    del loss
+
+
+def test_a_linspace_that_was_changed_reads_as_any_tensor():
+    read = []
+
+    def build():
+        changed = torch.linspace(0, 0.5, 3)
+        changed.mul_(2)
+        read.extend(x.item() for x in changed)
+        return nn.Linear(2, 2)
+
+    predict(build, lambda m: m(torch.empty(1, 2)).sum())
+    assert read == [1.0] * 3

@@ -62,8 +62,9 @@ def predict(
         by_layer: as :class:`~memtrain_common.measuring.memory.SavedActivations` has it.
 
     A number that a program reads out of a tensor (``.item()``, ``if mask.all():``) does not exist here. It reads 1;
-    a condition reads True, but False where it is an ``any``: most ask whether something is wrong. A program that goes
-    another way on the real numbers is predicted wrongly.
+    a condition reads True, but False where it is an ``any``: most ask whether something is wrong; and what is read out
+    of a ``linspace`` is what it would be, since models make the rates of their blocks by it. A program that goes another
+    way on the real numbers is predicted wrongly.
     """
     with fake_step() as live, ExitStack() as stack:
         model = _as_fake(build())
@@ -131,6 +132,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self._live: dict[int, int] = {}  # a storage's key -> its bytes
         self._any = WeakIdKeyDictionary()  # results of ``any``
+        self._lines: dict[int, tuple[float, float, int]] = {}  # storages of ``linspace`` -> from, to, numbers
         self.mode: FakeTensorMode | None = None
         """The fake mode below, where operations may be remembered: no other mode is to see them."""
 
@@ -149,6 +151,10 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs) if self.mode is None else fake_dispatch.run(self.mode, func, args, kwargs)
         if func.overloadpacket is torch.ops.aten.any:
             self._any[result] = True
+        if self._lines and func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self._lines.pop(args[0].untyped_storage()._cdata, None)  # other numbers from now on
+        if func is torch.ops.aten.linspace.default:
+            self._lines[result.untyped_storage()._cdata] = args[:3]
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 for storage in storages_of(value):
@@ -158,6 +164,10 @@ class LiveBytes(TorchDispatchMode):
     def _number(self, tensor: Tensor) -> bool | int | float:
         if tensor.dtype == torch.bool:
             return tensor not in self._any
+        line = self._lines.get(tensor.untyped_storage()._cdata)
+        if line is not None and tensor.dtype.is_floating_point:
+            start, end, numbers = line
+            return start + (end - start) * tensor.storage_offset() / max(1, numbers - 1)
         return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -173,6 +183,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
+        self._lines.pop(key, None)
 
     def restart(self) -> None:
         """Forget the peak so far. What was built and dropped in cycles would live until Python's collector comes by, at
