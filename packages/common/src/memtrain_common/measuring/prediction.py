@@ -63,8 +63,8 @@ def predict(
 
     A number that a program reads out of a tensor (``.item()``, ``if mask.all():``) does not exist here. It reads 1;
     a condition reads True, but False where it is an ``any``: most ask whether something is wrong; and what is read out
-    of a ``linspace`` is what it would be, since models make the rates of their blocks by it. A program that goes another
-    way on the real numbers is predicted wrongly.
+    of a ``linspace`` is what it would be, since models make the rates of their blocks by it. A program that goes
+    another way on the real numbers is predicted wrongly.
     """
     with fake_step() as live, ExitStack() as stack:
         model = _as_fake(build())
