@@ -59,6 +59,7 @@ WAYS: dict[str, dict[str, Way]] = {
     },
     "moments": {
         "GaLoreAdamW r = 8, turned": galore(8, Refresh()),
+        "GaLoreAdamW r = 8, turned, first × 0": galore(8, Refresh(decay=0.0)),
         "GaLoreAdamW r = 8, kept": galore(8, KEPT),
         "GaLoreAdamW r = 8, kept, first × 0.5": galore(8, Refresh(rotate=False, decay=0.5)),
         "GaLoreAdamW r = 8, kept, first × 0": galore(8, Refresh(rotate=False, decay=0.0)),

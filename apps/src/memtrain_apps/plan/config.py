@@ -105,7 +105,8 @@ class PlanConfig:
     """Also replay two steps of the best that fits through the rules of CUDA's caching allocator: what is reserved, with
     and without expandable_segments."""
     recount: bool = False
-    """Count everything anew, whatever is in the cache ($XDG_CACHE_HOME/memtrain/plan, else ~/.cache)."""
+    """Count everything anew, whatever comes with the package or is in the cache ($XDG_CACHE_HOME/memtrain/plan, else
+    ~/.cache)."""
     workers: int = 0
     """Processes that count; 0 takes one a core, at most 4."""
 

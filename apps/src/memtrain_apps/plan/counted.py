@@ -1,9 +1,10 @@
-"""What was counted before, in the user's cache. No torch here.
+"""What was counted before: numbers that come with the package, and the user's cache. No torch here.
 
 A record is what a model of a shape uses: a :class:`~memtrain_apps.plan.lines.StepLaw` of one choice of train and save,
 or the :class:`~memtrain_apps.plan.uses.OptimizerUse` of a shallow model. Its key is everything that the number depends
 on. It is kept beside the versions of the libraries and a hash of the code that counted: another version, or a changed
-line, and it is counted anew.
+line, and it is counted anew. What comes with the package, for a few well-known shapes (``shipped/``, made by
+``python -m memtrain_apps.plan.ship``), holds for the versions that counted it; a test counts a part of it again.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from .uses import OptimizerUse, Step, StepUse
 LIBRARIES = ("torch", "transformers", "peft", "torchao", "timm")
 """Their versions decide what an operation saves and a step keeps."""
 CODE = ("memtrain_apps", "memtrain_common", "backrazor", "galore_vit", "lora_xs", "lte")
+SHIPPED = Path(__file__).with_name("shipped")
 Records = dict[str, Any]
 
 
@@ -183,6 +185,17 @@ def code_hash() -> str:
             for path in sorted(Path(place).rglob("*.py")):
                 digest.update(path.relative_to(place).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def known_records(step: Step) -> Records:
+    """All that was counted for a shape."""
+    return {**shipped_records(step), **cached_records(step)}
+
+
+def shipped_records(step: Step) -> Records:
+    """What comes with the package for a shape and the installed versions; nothing for others."""
+    content = _read(SHIPPED / f"{shape_id(step)}.json")
+    return dict(content["records"]) if content.get("libraries") == library_versions() else {}
 
 
 def cached_records(step: Step) -> Records:

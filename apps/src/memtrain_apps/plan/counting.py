@@ -15,7 +15,7 @@ from memtrain_common.interrupts import unwinding
 from ..compose.axes import Axes, Optim
 from .arms import Arm
 from .config import PlanConfig
-from .counted import MissingError, Records, Store, cached_records, keep, unit_of
+from .counted import MissingError, Records, Store, keep, known_records, unit_of
 from .forecast import Forecast, Workplace, between, compose_forecast, count_optimizers, count_step, largest, refuse
 from .lines import LEAST
 from .uses import OptimizerUse, StepUse
@@ -43,7 +43,7 @@ class PlanCounts:
 
     def __init__(self, config: PlanConfig, place: Workplace, console: Console) -> None:
         self.config, self.place, self._console = config, place, console
-        self._store = Store({} if config.recount else cached_records(place.step), live=False)
+        self._store = Store({} if config.recount else known_records(place.step), live=False)
         self._optims: dict[tuple[str, str], OptimizerUse] = {}
         self._refused: dict[tuple[str, str], str] = {}
         axes = list(combinations_of(config))

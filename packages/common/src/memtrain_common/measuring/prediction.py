@@ -167,7 +167,7 @@ class LiveBytes(TorchDispatchMode):
         line = self._lines.get(tensor.untyped_storage()._cdata)
         if line is not None and tensor.dtype.is_floating_point:
             start, end, numbers = line
-            return start + (end - start) * tensor.storage_offset() / max(1, numbers - 1)
+            return start + (end - start) * int(tensor.storage_offset()) / max(1, numbers - 1)
         return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _note(self, storage: torch.UntypedStorage) -> None:
