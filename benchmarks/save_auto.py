@@ -92,7 +92,7 @@ def razored(blocks: tuple[int, ...]) -> Axes:
 
 
 def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
-    moments = predict_moments(work, config, (Axes(), Axes(save="checkpoint")), CPU)
+    moments = predict_moments(work, config, Axes(), device=CPU)
     costs, forward = moments.blocks, moments.flops
     exact = peaks_of(config, work, f"{label}, checkpointed or not", checkpointed)
     flops = {s: sum(costs[i].flops for i in s) for s in exact}

@@ -1,11 +1,10 @@
-"""What to do to which blocks: what lives while each block runs, and the cheapest choice that stays below a limit.
+"""Which blocks to checkpoint: what lives while each block runs, and the fastest choice that stays below a limit.
 
 A checkpointed block keeps its inputs in place of all that its operations save, and runs its forward pass again. What
 lives while a block runs, forward or backward, is what the blocks before it keep, and something that depends on the
 block's own choice alone. So a choice stays below a limit if it does in every block, and the fewer bytes the blocks
-before have kept, the better. Dynamic programming finds the cheapest choice block by block: of two for the first blocks,
-one that keeps no less and costs no less is beaten whatever is chosen for the others. The same holds between
-checkpointing a block and Back Razor in it, where the cost is what becomes approximate.
+before have kept, the better. Dynamic programming finds the fastest choice block by block: of two for the first blocks,
+one that keeps no less and runs no less again is beaten whatever is chosen for the others.
 """
 
 import re
@@ -20,8 +19,7 @@ MOST = 2048
 
 @dataclass(frozen=True)
 class BlockMoments:
-    """A block in a step. Pairs are bytes by the choice that costs nothing, and by the other: where it keeps everything
-    and where it is checkpointed, or where it is checkpointed and where Back Razor works in it."""
+    """A block in a step. Pairs are bytes where it keeps everything, and where it is checkpointed."""
 
     grows: tuple[int, int]
     """How many more live after its forward pass than before it."""
@@ -46,9 +44,9 @@ class StepMoments:
 
 
 def fastest(step: StepMoments, limit: int, most: int = MOST) -> tuple[int, ...] | None:
-    """Numbers of the blocks that take the second choice, so that it meets the fewest operations and no moment is above
-    ``limit`` bytes; None where there is no such choice. Of equal ones earlier blocks: what they save lives longest."""
-    choices: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # operations that it meets, bytes grown by, blocks
+    """Numbers of the blocks to checkpoint, so that the fewest operations run again and no moment is above ``limit``
+    bytes; None where there is no such choice. Of equal ones those of earlier blocks: what they save lives longest."""
+    choices: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # operations again, bytes grown by, blocks
     for i, block in enumerate(step.blocks):
         found = []
         for flops, grown, blocks in choices:

@@ -1,8 +1,8 @@
 """What to keep for the backward pass within a memory budget: the fastest exact choice whose predicted peak fits, else
 the one that makes the least approximate."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,10 @@ RESERVE, MARGIN = 768 << 20, 0.05
 
 
 TRIES = 6
-"""Choices of blocks whose whole prediction is asked for: each that is above the budget lowers the limit for the next,
-and the last one is that of every block."""
+"""Choices of blocks to checkpoint whose whole prediction is asked for: each that is above the budget lowers the limit
+for the next, and the last one is that of every block."""
+BACK = 12
+"""Blocks under Back Razor of which each is tried checkpointed."""
 
 
 @dataclass(frozen=True)
@@ -57,67 +59,76 @@ def choose_saving(workload: Workload, config: RunConfig, device: torch.device) -
         peaks.append(found.peak_bytes)
         return found
 
-    def search(first: Axes, second: Axes, blocks_of: Callable[[tuple[int, ...]], Axes], back: int = 0) -> _Found | None:
-        """The fewest blocks by the second choice, the others by the first. Where the moments of some blocks by one and
-        some by the other are not those of all by one, single blocks of what fits are tried by the first again, at most
-        ``back`` times."""
-        try:
-            moments = predict_moments(workload, config, (first, second), device)
-        except UserError:  # it has no numbered blocks
-            if second.save == "checkpoint":
-                return None
-            moments = StepMoments((), 0)
-        limit, n_blocks = usable, len(moments.blocks)
-        every = tuple(range(n_blocks))
+    def fits(axes: Axes) -> Prediction | None:
+        found = predicted(axes)
+        return found if found.peak_bytes <= usable else None
+
+    def checkpointed(moments: StepMoments) -> _Found | None:
+        limit, every = usable, tuple(range(len(moments.blocks)))
         for tried in range(TRIES):
             blocks = fastest(moments, limit) if tried < TRIES - 1 else every
             if blocks is None:  # by the moments nothing fits: the least tells
                 blocks = every
-            axes = second if blocks == every else blocks_of(blocks)
+            words = "" if blocks == every else words_of(blocks)
+            axes = dataclasses.replace(here, save="checkpoint", checkpoint_blocks=words) if blocks else here
             found = predicted(axes)
             if found.peak_bytes <= usable:
-                largest_first = sorted(blocks, key=lambda i: -moments.blocks[i].flops)
-                while largest_first and back:
-                    i, back = largest_first.pop(0), back - 1
-                    fewer = tuple(b for b in blocks if b != i)
-                    without = predicted(blocks_of(fewer))
-                    if without.peak_bytes <= usable:
-                        blocks, axes, found = fewer, blocks_of(fewer), without
-                        largest_first = sorted(blocks, key=lambda i: -moments.blocks[i].flops)
-                part = sum(moments.blocks[i].flops for i in blocks) / moments.flops if moments.flops else 1.0
-                return _Found(axes, found, part, f"{len(blocks)} of {n_blocks} blocks")
+                return _Found(axes, found, blocks)
             if blocks == every:
                 break
             limit -= found.peak_bytes - usable
         return None
 
+    def razored(moments: StepMoments) -> _Found | None:
+        """The fewest of the first blocks: what a block saves, it saves until the last one has run, and where Back Razor
+        follows a checkpointed block both keep what passes between them. Then single ones are tried checkpointed."""
+        every = tuple(range(len(moments.blocks)))
+
+        def axes_of(blocks: tuple[int, ...]) -> Axes:
+            return dataclasses.replace(here, save="backrazor", razor_blocks="" if blocks == every else words_of(blocks))
+
+        whole = fits(axes_of(every))
+        if whole is None:
+            return None
+        best = _Found(axes_of(every), whole, every)
+        low, high = 0, len(every)  # the fewest are between these
+        while low < high:
+            blocks = every[: (low + high) // 2]
+            found = fits(axes_of(blocks))
+            if found is not None:
+                best, high = _Found(axes_of(blocks), found, blocks), len(blocks)
+            else:
+                low = len(blocks) + 1
+        largest_first, back = _by_size(best.blocks, moments), BACK
+        while largest_first and back:
+            i, back = largest_first.pop(0), back - 1
+            blocks = tuple(b for b in best.blocks if b != i)
+            found = fits(axes_of(blocks))
+            if found is not None:
+                best = _Found(axes_of(blocks), found, blocks)
+                largest_first = _by_size(blocks, moments)
+        return best
+
     everything = predicted(here)
     if everything.peak_bytes <= usable:
         return _chosen(here, everything, 0.0, config, "keeps everything")
     if here.train != "head":
-        change = dataclasses.replace
-        found = search(
-            here,
-            change(here, save="checkpoint"),
-            lambda blocks: change(here, save="checkpoint", checkpoint_blocks=words_of(blocks)) if blocks else here,
-        )
+        moments = StepMoments((), 0)
+        with contextlib.suppress(UserError):  # it has no numbered blocks
+            moments = predict_moments(workload, config, here, device=device)
+        n_blocks = len(moments.blocks)
+        found = checkpointed(moments) if n_blocks else None
         if found is not None:
-            what = f"checkpoints {found.blocks}, gradients are exact"
-            return _chosen(found.axes, found.predicted, found.part, config, what)
-        found = search(
-            change(here, save="backrazor", razor_blocks="0"),
-            change(here, save="backrazor"),
-            lambda blocks: change(here, save="backrazor", razor_blocks=words_of(blocks)),
-            back=2 * TRIES,
-        )
+            what = f"checkpoints {len(found.blocks)} of {n_blocks} blocks, gradients are exact"
+            return _chosen(found.axes, found.predicted, found.part(moments), config, what)
+        found = razored(moments)
         if found is not None:
             what = f"keeps {here.keep:g} of each activation, gradients are approximate"
+            again = 0.0
             if found.axes.razor_blocks:
-                what = (
-                    f"keeps {here.keep:g} of each activation outside the blocks and in {found.blocks}, and checkpoints "
-                    "the others; gradients are approximate"
-                )
-            return _chosen(found.axes, found.predicted, 1 - found.part, config, what)
+                again = 1 - found.part(moments)
+                what += f" in {len(found.blocks)} of {n_blocks} blocks and outside them, the others are checkpointed"
+            return _chosen(found.axes, found.predicted, again, config, what)
     least = min(peaks)
     need = int(least * (1 + MARGIN)) + RESERVE if device.type == "cuda" else least
     raise UserError(
@@ -131,10 +142,16 @@ def choose_saving(workload: Workload, config: RunConfig, device: torch.device) -
 class _Found:
     axes: Axes
     predicted: Prediction
-    part: float
-    """Of the blocks' operations, in the blocks by the second choice."""
-    blocks: str
-    """How many, in words."""
+    blocks: tuple[int, ...]
+    """That are checkpointed, or under Back Razor."""
+
+    def part(self, moments: StepMoments) -> float:
+        """Of the blocks' operations, in these blocks."""
+        return sum(moments.blocks[i].flops for i in self.blocks) / max(1, moments.flops)
+
+
+def _by_size(blocks: tuple[int, ...], moments: StepMoments) -> list[int]:
+    return sorted(blocks, key=lambda i: -moments.blocks[i].flops)
 
 
 def _chosen(axes: Axes, found: Prediction, flops: float, config: RunConfig, what: str) -> Chosen:

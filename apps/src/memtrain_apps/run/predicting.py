@@ -1,6 +1,6 @@
 """The memory of a run's step, predicted on fake tensors by the same composition that trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,13 +43,16 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
     )
 
 
-def predict_moments(workload: Workload, config: RunConfig, axes: Sequence[Axes], device: torch.device) -> StepMoments:
-    """What lives in each block of the model during a step, by either of two choices for all blocks.
+def predict_moments(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> StepMoments:
+    """What lives in each block of the model during a step, with everything kept and with every block checkpointed.
 
     Raises:
         UserError: if the model has no numbered blocks.
     """
-    kept, again = (_moments(workload, config, a, device) for a in axes)
+    kept, again = (
+        _moments(workload, config, replace(axes, save=save, checkpoint_blocks=""), device)
+        for save in ("all", "checkpoint")
+    )
     return StepMoments(
         tuple(
             BlockMoments((a.grows, b.grows), (a.most, b.most), a.flops)
