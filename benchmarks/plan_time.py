@@ -1,16 +1,17 @@
 """How long does ``plan`` take from the shell, and are its numbers those of another checkout?
 
-    python benchmarks/plan_time.py --other ../main-of-before [--runs 5]
+    python benchmarks/plan_time.py --other ../main-of-before
 
-Every combination that both know, for four models. The command of this checkout and of the other one in turns, with the
-same installed libraries and an empty cache for each run; then this one's again, from what the run before left there.
-Runs that the result has of the same two commits are not made again.
+Every combination that both know, for four models, with an empty cache: this checkout's command as it is, then counting
+all anew (``--recount``), and the other one's, with the same installed libraries. Runs that the result has of the same
+two commits are not made again.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", type=Path, required=True, help="a checkout of another commit")
     parser.add_argument("--models", nargs="+", default=list(CALLS))
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=5, help="of this checkout's command as it is; of the slow ones, 1")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_time.json")
     flags = parser.parse_args()
     commits = [head_of(ROOT), head_of(flags.other)]
@@ -73,16 +74,18 @@ def main() -> None:
         found = calls.setdefault(name, {"runs": []})
         call = ["--model", name, *CALLS[name], "--gpus", "8", "--optim", *OPTIMS]
         while len(found["runs"]) < flags.runs:
-            with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-                here, mine = run(ROOT, call, first)
-                again, kept = run(ROOT, call, first)
-                there, theirs = run(flags.other, call, second)
-            equal = numbers(mine) == numbers(theirs) == numbers(kept)
-            found["combinations"] = len(mine["combinations"])
-            found["runs"].append({"seconds": here, "from_the_cache": again, "other": there, "equal": equal})
+            with tempfile.TemporaryDirectory() as cache:
+                seconds, mine = run(ROOT, call, cache)
+                found["runs"].append(seconds)
+                if "other" not in found:
+                    found["recounted"], anew = run(ROOT, [*call, "--recount"], cache)
+                    found["other"], theirs = run(flags.other, call, cache)
+                    found["equal"] = numbers(mine) == numbers(anew) == numbers(theirs)
+                    found["combinations"] = len(mine["combinations"])
             for kind in ("clock", "processors"):
-                ratios = sorted(r["other"][kind] / r["seconds"][kind] for r in found["runs"])
-                found[f"times_faster_by_{kind}"] = round(ratios[len(ratios) // 2], 2)
+                median = statistics.median(r[kind] for r in found["runs"])
+                found[f"times_faster_by_{kind}"] = round(found["other"][kind] / median, 1)
+                found[f"times_faster_recounted_by_{kind}"] = round(found["other"][kind] / found["recounted"][kind], 2)
             print(name, found, flush=True)
             write_results(
                 flags.out, argv=["python", "benchmarks/plan_time.py", "--other", "CHECKOUT"],

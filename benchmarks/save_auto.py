@@ -1,13 +1,15 @@
-"""Is ``--save auto`` the fastest choice that fits? Against every one of the 256 choices of blocks of 8-block models.
+"""Is ``--save auto`` the best choice that fits? Against every one of the 256 choices of blocks of 8-block models.
 
-    python benchmarks/save_auto.py
+    python benchmarks/save_auto.py          # exact choices: checkpointed blocks
+    python benchmarks/save_auto.py razor    # below the least of them: Back Razor or checkpointed
 
 Each choice's peak is the whole step's, predicted; its time is the operations of a step, with those that run again. With
 24 of the distinct peaks as budgets, least and most included, what ``--budget`` chooses is compared with the best
-of all choices that fit. Below the least exact peak the same is asked of the 256 choices between checkpointing a block
-and Back Razor in it: which part of the blocks' operations becomes approximate, beside the least part that fits.
+of all choices that fit: the fastest; and below the least exact peak the one with the smallest part of the blocks'
+operations under Back Razor.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import combinations
@@ -77,9 +79,9 @@ def peaks_of(config: PretrainConfig, work: Workload, label: str, axes_of: Callab
 
 
 def spread(found: Iterable[int]) -> list[int]:
-    """24 of the distinct peaks, from the least to the most."""
+    """At most 24 of the distinct peaks, from the least to the most."""
     ordered = sorted(set(found))
-    return [ordered[i * (len(ordered) - 1) // (BUDGETS - 1)] for i in range(BUDGETS)]
+    return sorted({ordered[i * (len(ordered) - 1) // (BUDGETS - 1)] for i in range(BUDGETS)})
 
 
 def checkpointed(blocks: tuple[int, ...]) -> Axes:
@@ -111,27 +113,28 @@ def compared(config: PretrainConfig, work: Workload, label: str) -> dict[str, An
         "above_the_budget": above, "no_exact_choice_found": refused,
         "worst_more_time": round(max(slower), 4), "mean_more_time": round(sum(slower) / len(slower), 5),
         "as_fast_as_the_best": sum(s < 1e-9 for s in slower),
-        "back_razor_in_some": approximate(config, work, label, min(exact.values()), flops, forward),
     }  # fmt: skip
 
 
-def approximate(
-    config: PretrainConfig, work: Workload, label: str, least: int, flops: dict[tuple[int, ...], int], forward: int
-) -> dict[str, Any]:
-    """Of budgets below ``least``, where no exact choice fits."""
+def approximate(config: PretrainConfig, work: Workload, label: str) -> dict[str, Any]:
+    """Of budgets below what checkpointing every block takes, where no exact choice fits."""
+    least = predict_run(work, config, checkpointed(tuple(range(BLOCKS))), device=CPU).peak_bytes
+    moments = predict_moments(work, config, Axes(), device=CPU)
     mixed = peaks_of(config, work, f"{label}, Back Razor or checkpointed", razored)
     below = spread(p for p in mixed.values() if p < least)
     more, above, refused = [], 0, 0
     for budget in tqdm(below, desc="budgets"):
-        best = min(flops[s] for s in mixed if mixed[s] <= budget)
+        best = min(sum(moments.blocks[i].flops for i in s) for s in mixed if mixed[s] <= budget)
         chosen = chosen_for(config, work, budget)
         if chosen is None:
             refused += 1
             continue
         above += chosen.predicted.peak_bytes > budget
-        more.append(1 - chosen.flops - best / forward)
+        part = 1 - chosen.flops if chosen.axes.razor_blocks else 1.0
+        more.append(part - best / moments.flops)
     return {
-        "budgets": len(below), "distinct_peaks_below": len({p for p in mixed.values() if p < least}),
+        "choices": len(mixed), "distinct_peaks_below": len({p for p in mixed.values() if p < least}),
+        "budgets": len(below),
         "above_the_budget": above, "none_found": refused, "least_part_found": sum(m < 1e-9 for m in more),
         "worst_more_part": round(max(more), 4), "mean_more_part": round(sum(more) / len(more), 4),
     }  # fmt: skip
@@ -145,10 +148,13 @@ def chosen_for(config: PretrainConfig, work: Workload, budget: int) -> Chosen | 
 
 
 def main() -> None:
-    found = {name: compared(config, work, name) for name, (config, work) in workloads().items()}
+    """Writes results/save_auto.json, or results/save_auto_razor.json."""
+    razor = sys.argv[1:] == ["razor"]
+    ask = approximate if razor else compared
+    found = {name: ask(config, work, name) for name, (config, work) in workloads().items()}
     write_results(
-        Path(__file__).parent / "results" / "save_auto.json", argv=["python", "benchmarks/save_auto.py"], device=CPU,
-        seeds=[0], models=found,
+        Path(__file__).parent / "results" / ("save_auto_razor.json" if razor else "save_auto.json"),
+        argv=["python", "benchmarks/save_auto.py", *sys.argv[1:]], device=CPU, seeds=[0], models=found,
     )  # fmt: skip
 
 

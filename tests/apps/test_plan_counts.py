@@ -1,5 +1,6 @@
 """What ``plan`` knows without counting: lines over batches, the user's cache; and its shorter ways."""
 
+import contextlib
 import json
 import random
 import re
@@ -12,9 +13,9 @@ import pytest
 import torch
 from memtrain_apps.compose.axes import GALORE, Axes
 from memtrain_apps.compose.compose import build_optimizer
-from memtrain_apps.plan import command, counted, known, picture, reserved
+from memtrain_apps.plan import command, counted, counting, known, picture, reserved, ship
 from memtrain_apps.plan.config import configure
-from memtrain_apps.plan.counted import MissingError, Store, count_law, step_key, unit_of
+from memtrain_apps.plan.counted import MissingError, Store, code_hash, count_law, step_key, unit_of
 from memtrain_apps.plan.depth import draw_out
 from memtrain_apps.plan.forecast import Workplace, count_step, predict_arm
 from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit, values_of
@@ -333,3 +334,40 @@ def test_the_readme_has_the_errors_of_prediction():
     assert peak["worst"] < 0.02
     assert f"{peak['arms']} predictions, the peak's median error is {peak['median']:.3%}".replace("%", " %") in text
     assert f"the worst {peak['worst']:.2%}".replace("%", " %") in text
+
+
+@pytest.mark.slow
+def test_what_comes_with_the_package_is_what_this_code_counts():
+    """Another part of it for each state of the code: of every model a choice of save with a batch, and an optimizer."""
+    draw = random.Random(code_hash())
+    for model in ship.MODELS:
+        step = ship.step_of(model)
+        shipped = counted.shipped_records(step)
+        assert shipped, f"{model}: python -m memtrain_apps.plan.ship {model}"
+        again = Store({})
+        steps, optimizers = [], []
+        for task in ship.tasks_of(step):
+            (steps if task.func is count_step else optimizers).append(task)
+        for task in (draw.choice(steps), draw.choice(optimizers)):
+            with contextlib.suppress(UserError):
+                task(again)
+        assert again.records
+        for key, record in again.records.items():
+            mine = shipped[key]
+            if isinstance(record, dict):  # of a single batch the shipped one may hold more batches
+                mine = {**mine, "known": {n: v for n, v in mine["known"].items() if n in record["known"]}}
+                if not record["lines"]:
+                    mine = {**mine, "lines": record["lines"]}
+            assert json.loads(json.dumps(record)) == mine, key
+
+
+def test_well_known_models_are_answered_without_counting(tmp_path, monkeypatch):
+    """Every combination, by DDP and by FSDP, at a batch that nobody counted; nothing is kept in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(counting, "_processes", None)  # what counts
+    for model in ship.MODELS:
+        for more in ((), ("--gpus", "4"), ("--gpus", "8", "--parallel", "fsdp")):
+            plan = make_plan(configure(["--model", model, "--batch", "24", "--budget", "30GiB", *more]))
+            assert len(plan.arms) == 7 * 4 * 7
+            assert sum(a.forecast is not None for a in plan.arms) > 90
+    assert not list(tmp_path.rglob("*.json"))

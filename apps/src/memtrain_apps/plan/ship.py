@@ -1,7 +1,7 @@
 """Count what comes with the package: ``python -m memtrain_apps.plan.ship [MODEL …]`` writes ``shipped/``.
 
-A shape a file; without names, all of :data:`MODELS`. Every choice at every batch, by one process and by FSDP on 2, 4 and
-8.
+A shape a file; without names, all of :data:`MODELS`. Every choice at every batch, by one process and by FSDP on 2, 4
+and 8.
 """
 
 import contextlib
