@@ -255,7 +255,12 @@ def _limit(dtype: torch.dtype) -> dict[str, Any]:
         "galore_torch": theirs.step,
         "adamw": torch.optim.AdamW(fresh(0), lr=1e-4).step,
         "scaled_rank_4": GaLoreScaled([{"params": fresh(0), **keys, "rank": 4}], lr=1e-4).step,
-        "scaled_rank_1": GaLoreScaled([{"params": fresh(0), **keys, "rank": 1}], lr=1e-4).step,
+        "scaled_rank_4_random": GaLoreScaled(
+            [{"params": fresh(0), **keys, "rank": 4}], lr=1e-4, refresh=Refresh("random")
+        ).step,
+        "scaled_rank_1_random": GaLoreScaled(
+            [{"params": fresh(0), **keys, "rank": 1}], lr=1e-4, refresh=Refresh("random")
+        ).step,
     }
     for way in ways.values():
         way()
@@ -298,8 +303,7 @@ def _limit(dtype: torch.dtype) -> dict[str, Any]:
         "mean_times_faster_than_galore_torch": round(mean["galore_torch"] / mean["ours"], 2),
         "mean_bound_by_two_products": round(mean["galore_torch"] / mean["two_products_alone"], 2),
         "mean_bound_by_projecting_back": round(mean["galore_torch"] / mean["projecting_back_alone"], 2),
-        "scaled_rank_4_over_adamw": over("scaled_rank_4", "adamw"),
-        "scaled_rank_1_over_adamw": over("scaled_rank_1", "adamw"),
+        **{f"{n}_over_adamw": over(n, "adamw") for n in ways if n.startswith("scaled")},
         "ours_over_adamw": over("ours", "adamw"),
         "two_thin_products_over_gradients": over("two_thin_products", "gradients"),
     }

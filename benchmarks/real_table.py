@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
 TABLES: dict[str, tuple[str, ...]] = {
     "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10-56", "stories"),
-    "lora_xs": ("stories",),
+    "lora_xs": ("minilm-sst2-lengths", "stories"),
 }
 HEADS = {
     "backrazor": (

@@ -247,8 +247,7 @@ def _galore(groups: list[dict[str, Any]], name: str, lr: float) -> torch.optim.O
     if name == "galore-adafactor":
         return galore_vit.GaLoreAdafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
     if name == "galore-scaled":
-        # bases from the gradient: benchmarks/galore_less_state.py has a lower loss with them than with random ones
-        return galore_vit.GaLoreScaled(groups, lr=lr, refresh=galore_vit.Refresh())
+        return galore_vit.GaLoreScaled(groups, lr=lr)
     return (galore_vit.GaLoreAdamW if name == "galore-adamw" else galore_vit.GaLoreAdamW8bit)(groups, lr=lr)
 
 
