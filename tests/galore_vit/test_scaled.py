@@ -1,6 +1,7 @@
 """GaLoreScaled against APOLLO's equations written out in float64, and what its `scale` means."""
 
 import math
+import statistics
 
 import problems
 import pytest
@@ -9,6 +10,8 @@ from galore_vit import GaLoreAdamW, GaLoreScaled, InBackward, Refresh, projected
 from galore_vit.basis import drawn_bases
 from galore_vit.projection import Layout
 from galore_vit.state_size import scaled_state_bytes_formula
+from memtrain_common.files import read_json
+from support import ROOT
 
 
 class Reference:
@@ -225,3 +228,20 @@ def test_decay_shrinks_the_first_moment_at_a_refresh_and_not_at_the_first(build)
     assert torch.equal(kept[4][1], decayed[4][1])
     with pytest.raises(ValueError, match="decay must lie"):
         Refresh(decay=1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("galore_less_state", "AdamW"), ("galore_moments", "GaLoreAdamW r = 8, turned")]
+)
+def test_the_readme_has_the_losses_that_were_measured(name, base):
+    """Each way's mean loss, and its mean, least and most against the base, seed by seed."""
+    text = (ROOT / "packages" / "galore_vit" / "README.md").read_text().replace("−", "-")
+    rows = [r for r in read_json(ROOT / "benchmarks" / "results" / f"{name}.json")["arms"] if r["use"] == "report"]
+    first = {r["seed"]: r["loss"] for r in rows if r["way"] == base}
+    assert len(first) == 5
+    for way in dict.fromkeys(r["way"] for r in rows):
+        mine = [r for r in rows if r["way"] == way]
+        gaps = [100 * (r["loss"] / first[r["seed"]] - 1) for r in mine]
+        assert len(mine) == 5
+        end = f"{statistics.mean(gaps):+.2f} % ({min(gaps):+.2f} to {max(gaps):+.2f}) |" if way != base else ""
+        assert f"| {statistics.mean(r['loss'] for r in mine):.3f} | {end}" in text, way

@@ -2,13 +2,16 @@
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
 from lte import HeadShards, LTEConfig, Merger, averaged, inject, merge, merged_state_dict, param_groups
 from lte.injection import headed, replicas
 from lte.sparse import Sparse
+from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
+from support import ROOT
 from torch import nn
 
 REST = ("embeddings", "norms", "biases", "skipped")
@@ -258,3 +261,17 @@ def test_a_model_without_numbers_too_few_for_a_chunk():
     for _ in range(60):  # nothing new: what is owed is paid
         merge(model)
     torch.testing.assert_close(model[0].master() - before, delta, rtol=0, atol=0.05 * float(delta.abs().max()))
+
+
+def test_the_readme_has_what_sparse_merges_cost():
+    """Each arm's bytes, mean loss and its mean, least and most against full training, seed by seed."""
+    text = (ROOT / "packages" / "lte" / "README.md").read_text()
+    found = read_json(ROOT / "benchmarks" / "results" / "lte_sparse.json")
+    full = {r["seed"]: r["loss"] for r in found["runs"] if r["arm"] == "full"}
+    for arm, sent in found["bytes_per_step"].items():
+        mine = [r for r in found["runs"] if r["arm"] == arm]
+        gaps = [100 * (r["loss"] / full[r["seed"]] - 1) for r in mine]
+        assert len(mine) == 3
+        end = f"{statistics.mean(gaps):+.1f} % ({min(gaps):+.1f} to {max(gaps):+.1f}) |"
+        assert f"| {statistics.mean(r['loss'] for r in mine):.3f} | {end}" in text, arm
+        assert f"| {arm} | {sent:,} |" in text
