@@ -16,7 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import problems
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, InBackward, projected_all_reduce
+from galore_vit import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreScaled,
+    InBackward,
+    Refresh,
+    projected_all_reduce,
+)
 from galore_vit.galore import GaLore
 
 STEPS, HALF = 25, 8
@@ -116,6 +124,16 @@ def wide_loss(model: torch.nn.Module, step: int, rows: slice) -> torch.Tensor:
     return ((model(x) - x.sin().repeat(1, 2)) ** 2).mean()
 
 
+class ScaledAtRandom(GaLoreScaled):
+    """As published."""
+
+    def __init__(self, params: list[dict]) -> None:
+        super().__init__(params, refresh=Refresh("random"))
+
+
+WIDE = (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled, ScaledAtRandom)
+
+
 def wide(optimizer_type: type[GaLore], rank: int | None, *, stops: bool = True) -> dict:
     """Moments of 4096 numbers and more, sharded by FSDP2 (or, with no rank, whole in one process).
 
@@ -193,7 +211,7 @@ def both_modes_and_kinds(meeting: str, folder: str) -> None:
         for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)
-    for optimizer_type in (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled):
+    for optimizer_type in WIDE:
         found[f"wide {optimizer_type.__name__}"] = wide(optimizer_type, rank)
         found[f"wide {optimizer_type.__name__}, undisturbed"] = wide(optimizer_type, rank, stops=False)
     found["uneven"] = uneven_shards()

@@ -4,7 +4,7 @@ import parallel_worker
 import problems
 import pytest
 import torch
-from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, projected_all_reduce
+from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, projected_all_reduce
 from support import run_ranks
 
 KINDS = ["std", "full"]
@@ -80,7 +80,7 @@ def test_fsdp_shards_the_state_and_saves_it_whole(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer_type", [GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
+@pytest.mark.parametrize("optimizer_type", parallel_worker.WIDE)
 def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
     alone = parallel_worker.wide(optimizer_type, None)
     first, second = (found[f"wide {optimizer_type.__name__}"] for found in two)
