@@ -217,6 +217,15 @@ def test_the_model_decides_what_pretraining_can_do(tmp_path):
         assert_refused(run_command(["pretrain", *words, "--out", words[1], *FAST], tmp_path), expected)
 
 
+@pytest.mark.parametrize("save", ["checkpoint:9", "backrazor:1-9"])
+def test_blocks_that_are_not_there_are_refused_before_there_is_a_folder(save, tmp_path):
+    words = ["pretrain", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--save", save, "--out", "run"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 2, done.stdout
+    assert f"--save {save} names no blocks of the 2 that there are" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("presets", [FINETUNE_PRESETS, PRETRAIN_PRESETS], ids=["finetune", "pretrain"])
 def test_presets_pass_their_own_checks(presets):
     plain = {f.name: f.default for f in fields(Axes)}

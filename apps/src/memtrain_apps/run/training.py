@@ -19,7 +19,7 @@ from memtrain_common.training.whole import gather_whole, skeleton
 from torch import nn
 
 from ..compose.axes import BLOCK_FLAGS, read_settings
-from ..compose.compose import compose, merged
+from ..compose.compose import compose, merged, saving
 from ..compose.families import blocks
 from ..compose.first_step import as_errors
 from .choosing import choose_saving
@@ -43,6 +43,7 @@ def run(
         chosen = choose_saving(workload, config, device)
         session.console.say(chosen.why)
         choice = {n: getattr(chosen.axes, n) for n in ("save", *BLOCK_FLAGS.values())}
+    saving(workload.task.model, replace(config, **choice))  # refuses what the model has not, before there is a folder
     if config.explain_memory:
         session.console.say(explain(workload, replace(config, **choice), device))
         return None
