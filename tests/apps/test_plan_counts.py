@@ -362,12 +362,34 @@ def test_what_comes_with_the_package_is_what_this_code_counts():
 
 
 def test_well_known_models_are_answered_without_counting(tmp_path, monkeypatch):
-    """Every combination, by DDP and by FSDP, at a batch that nobody counted; nothing is kept in the cache."""
+    """Every combination, by one process, by DDP and by FSDP; nothing is kept in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(counting, "_processes", None)  # what counts
     for model in ship.MODELS:
-        for more in ((), ("--gpus", "4"), ("--gpus", "8", "--parallel", "fsdp")):
-            plan = make_plan(configure(["--model", model, "--batch", "24", "--budget", "30GiB", *more]))
+        for batch, *more in (("8",), ("16", "--gpus", "4"), ("64", "--gpus", "8", "--parallel", "fsdp")):
+            plan = make_plan(configure(["--model", model, "--batch", batch, "--budget", "60GiB", *more]))
             assert len(plan.arms) == 7 * 4 * 7
             assert sum(a.forecast is not None for a in plan.arms) > 90
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_readme_has_the_times_of_plan():
+    calls = read_json(ROOT / "benchmarks" / "results" / "plan_time.json")["calls"]
+    text = (ROOT / "apps" / "README.md").read_text()
+    assert len(calls) == 4
+    for found in calls.values():
+        seconds = statistics.median(r["clock"] for r in found["runs"])
+        row = f"| {seconds:.2f} s | {found['recounted']['clock']:.0f} s | {found['other']['clock']:.0f} s |"
+        assert f"{row} {found['times_faster_by_clock']:.0f} |" in text, row
+        assert found["times_faster_by_clock"] >= 10
+        assert max(r["clock"] for r in found["runs"]) < 3
+
+
+def test_the_readme_has_what_save_auto_chooses_below_exact_choices():
+    equal, different = read_json(ROOT / "benchmarks" / "results" / "save_auto_razor.json")["models"].values()
+    text = " ".join((ROOT / "apps" / "README.md").read_text().split())
+    assert equal["least_part_found"] == equal["budgets"] == 8
+    assert f"at {different['least_part_found']} of {different['budgets']} for different ones" in text
+    assert f"with {different['worst_more_part']:.1%} more".replace("%", " %") in text
+    assert f"at {different['none_found']} of them it found none" in text
+    assert equal["above_the_budget"] == different["above_the_budget"] == 0
