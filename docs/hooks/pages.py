@@ -71,6 +71,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Tables that a written page asks for."""
+    markdown = markdown.replace("<!-- generated: real models -->", real_models())
     return markdown.replace("<!-- generated: choices -->", choices())
 
 
@@ -221,6 +222,38 @@ def choices() -> str:
         f"`{result['command']}`, {result['date']}, {result['device']}, seeds {result['seeds']}; Back Razor's mode is"
     )
     return "\n".join(lines) + f"\n\n{about} `pruned` ([all numbers](../measurements/ablation_digits.md)).\n"
+
+
+REAL = ("minilm-sst2", "minilm-sst2-lengths", "dinov2-cifar10-56", "efficientnet-cifar10", "stories")
+KINDS = {
+    "low-bit": "Back Razor, keep", "pruned": "Back Razor, pruned, keep", "paper": "Back Razor, the paper's, keep",
+    "lora": "LoRA, r =", "lora-xs": "LoRA-XS, bases and r:", "bitfit": "BitFit", "head": "the head alone",
+    "galore-adamw": "GaLore, r =", "galore-scaled": "GaLoreScaled, r =", "adamw8bit": "8-bit AdamW",
+    "lte": "LTE, heads × r:",
+}  # fmt: skip
+"""First word of an arm of ``benchmarks/real_study.py`` -> its name."""
+
+
+def real_models() -> str:
+    """What each choice did to short fine-tunings of real pretrained models, beside what it saved there."""
+    head = "| | | against full training | kept for the backward pass | optimizer state | trained numbers |"
+    lines = [head, "|---|---|--:|--:|--:|--:|"]
+    for task in REAL:
+        found = json.loads((ROOT / "benchmarks" / "results" / f"real_{task}.json").read_text())
+        arms = {name: arm for name, arm in found["arms"].items() if arm["seeds"] > 2}
+        about = f"[{found['about']}](../measurements/real_{task}.md): {found['metric']}"
+        lines.append(f"| {about} | full training | {arms['dense']['score']:.4g} | {_costs(arms['dense'])} |")
+        for name, arm in arms.items():
+            if name != "dense":
+                kind, _, rest = name.partition(" ")
+                change = f"{arm['less_dense']:+.3g} ± {arm['less_dense_ci95']:.2g}".replace("-", "−")
+                lines.append(f"| | {f'{KINDS[kind]} {rest}'.strip()} | {change} | {_costs(arm)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _costs(arm: dict[str, Any]) -> str:
+    amounts = (f"{arm[n] / 2**20:.3g} MiB" for n in ("saved_bytes", "optimizer_bytes"))
+    return f"{' | '.join(amounts)} | {arm['trained_numbers']:,}"
 
 
 def _measured(memory: dict[str, Any]) -> dict[str, int]:
