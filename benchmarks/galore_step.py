@@ -256,13 +256,9 @@ def _limit(dtype: torch.dtype, steps: int) -> dict[str, Any]:
         "ours": ours.step,
         "galore_torch": theirs.step,
         "adamw": torch.optim.AdamW(fresh(0), lr=1e-4).step,
-        "scaled_rank_4": GaLoreScaled([{"params": fresh(0), **keys, "rank": 4}], lr=1e-4).step,
-        "scaled_rank_4_random": GaLoreScaled(
-            [{"params": fresh(0), **keys, "rank": 4}], lr=1e-4, refresh=Refresh("random")
-        ).step,
-        "scaled_rank_1_random": GaLoreScaled(
-            [{"params": fresh(0), **keys, "rank": 1}], lr=1e-4, refresh=Refresh("random")
-        ).step,
+        "scaled_rank_4": GaLoreScaled([{"params": fresh(0), **keys, "rank": 4}], lr=1e-4, refresh=Refresh()).step,
+        "scaled_rank_4_random": GaLoreScaled([{"params": fresh(0), **keys, "rank": 4}], lr=1e-4).step,
+        "scaled_rank_1_random": GaLoreScaled([{"params": fresh(0), **keys, "rank": 1}], lr=1e-4).step,
     }
     for way in ways.values():
         way()

@@ -124,14 +124,14 @@ def wide_loss(model: torch.nn.Module, step: int, rows: slice) -> torch.Tensor:
     return ((model(x) - x.sin().repeat(1, 2)) ** 2).mean()
 
 
-class ScaledAtRandom(GaLoreScaled):
-    """As published."""
+class ScaledByGradient(GaLoreScaled):
+    """With bases that are kept."""
 
     def __init__(self, params: list[dict]) -> None:
-        super().__init__(params, refresh=Refresh("random"))
+        super().__init__(params, refresh=Refresh())
 
 
-WIDE = (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled, ScaledAtRandom)
+WIDE = (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled, ScaledByGradient)
 
 
 def wide(optimizer_type: type[GaLore], rank: int | None, *, stops: bool = True) -> dict:

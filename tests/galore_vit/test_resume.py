@@ -15,7 +15,7 @@ BUILDERS = {
     "adamw svd paper": lambda g: GaLoreAdamW(g, lr=1e-2, paper=True),
     "adamw8bit": lambda g: GaLoreAdamW8bit(g, lr=1e-2),
     "adamw8bit decayed": lambda g: GaLoreAdamW8bit(g, lr=1e-2, refresh=Refresh(decay=0.5)),
-    "scaled": lambda g: GaLoreScaled(g, lr=1e-2, scaling="tensor", refresh=Refresh("random")),
+    "scaled": lambda g: GaLoreScaled(g, lr=1e-2, scaling="tensor"),
     "scaled by the gradient": lambda g: GaLoreScaled(g, lr=1e-2, scaling="tensor", refresh=Refresh(lazy=0.5)),
     "adafactor": lambda g: GaLoreAdafactor(g, beta1=0.9),
 }

@@ -37,9 +37,8 @@ Scaling = Literal["channel", "tensor"]
 class GaLoreScaled(GaLoreAdamW):
     """AdamW's channel-wise step lengths, from moments of the projected gradient, on the whole gradient.
 
-    State of an m×n weight with m ≤ n: mr + 2nr + 1 numbers with bases from the gradient, the default, whose loss is the
-    lower one (benchmarks/galore_less_state.py); 2nr + 1 with random bases, as published, `Refresh(method="random")`:
-    they are drawn again at every step from a number that is kept. Rank 1 with those is APOLLO-Mini's form: 2n + 1.
+    State of an m×n weight with m ≤ n: 2nr + 1 numbers with random bases, which are drawn again at every step from a
+    number that is kept; mr + 2nr + 1 with bases from the gradient. Rank 1 is APOLLO-Mini's form: 2n + 1.
 
     Args:
         params: parameters, or groups, as for GaLoreAdamW; `scale` in a group is α.
@@ -50,7 +49,7 @@ class GaLoreScaled(GaLoreAdamW):
         scaling: "channel" gives each channel its own factor, "tensor" one to the matrix; None: by channel, and at
             rank 1, where a channel's projection is a single number that may be near 0, by tensor, as published.
         growth_limit: how much the norm of a weight's update may grow in a step; None: as much as it does.
-        refresh: how bases are replaced; `Refresh()` where None.
+        refresh: how bases are replaced; `Refresh(method="random")` where None.
         correct_bias, maximize, foreach, fused: as for GaLoreAdamW.
 
     Raises:
@@ -82,6 +81,7 @@ class GaLoreScaled(GaLoreAdamW):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "residual": False, "scaling": scaling,
             "growth_limit": growth_limit, "foreach": foreach, "fused": fused, "correct_bias": correct_bias,
         }  # fmt: skip
+        refresh = refresh or Refresh(method="random")
         GaLore.__init__(self, params, defaults, refresh=refresh, paper=False, maximize=maximize)
 
     later = frozenset()

@@ -34,7 +34,7 @@ def adamw_state_bytes_formula(groups: Iterable[dict[str, Any]]) -> int:
     return _state_bytes(groups, bases=True, norms=0)
 
 
-def scaled_state_bytes_formula(groups: Iterable[dict[str, Any]], method: str = "power") -> int:
+def scaled_state_bytes_formula(groups: Iterable[dict[str, Any]], method: str = "random") -> int:
     """Bytes of GaLoreScaled's state, bases found by `method`: 2mn numbers a plain weight, 2nr + 1 a projected one, and
     mr more where bases are kept."""
     return _state_bytes(groups, bases=method != "random", norms=4)

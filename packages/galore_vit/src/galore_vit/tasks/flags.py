@@ -70,7 +70,7 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """Which side of a gradient is projected; std takes the smaller."""
     refresh: Literal["auto", "power", "svd", "random"] = "auto"
     """How a subspace is found: warm-started iteration, the full SVD as published, or at random, which keeps no basis
-    (galore-scaled, as published). auto takes power."""
+    (galore-scaled). auto: random for galore-scaled, else power."""
     paper: bool = False
     """The published code's arithmetic (galore-adamw, galore-adafactor). It takes a rank above every side of a weight,
     whose gradient it then turns whole instead of projecting it."""
