@@ -43,7 +43,7 @@ def test_a_run_says_what_it_cost_and_keeps_it(whole):
     assert result["own"]["axes"] == {"train": "lora", "save": "backrazor", "optim": "adamw"}
     assert result["own"]["settings"] == {
         "rank": 4, "alpha": 0.0, "adapt": "all", "dropout": 0.0, "keep": 0.2, "razor_mode": "low-bit",
-        "recompute": "auto",
+        "recompute": "auto", "razor_blocks": "",
     }  # fmt: skip
     for category, n_bytes in result["measured"].items():
         assert abs(result["own"]["predicted"][category] - n_bytes) <= 0.002 * n_bytes

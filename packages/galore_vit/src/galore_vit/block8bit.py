@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from galore_vit.counters import has_no_numbers
+
 BLOCK = 256
 
 
@@ -30,16 +32,18 @@ def code_values(signed: bool) -> tuple[float, ...]:
 _kept_tables: dict[tuple[bool, torch.device], tuple[Tensor, Tensor]] = {}
 
 
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values, (256,); the limits between them, (255,)), made once; fake ones, of a prediction, are not kept."""
-    kept = _kept_tables.get((signed, device))
+def _tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, (256,); the limits between them, (255,)) for a tensor, made once; those of a prediction each time, so
+    that what it counts does not depend on what ran before."""
+    device, fake = like.device, has_no_numbers(like)
+    kept = None if fake else _kept_tables.get((signed, device))
     if kept is not None:
         return kept
     values = torch.tensor(code_values(signed), dtype=torch.float32, device=device)
     limits = (values[1:] + values[:-1]) / 2
     if not signed:
         limits[0] = 0.0  # only zero is stored as zero: a divisor must not vanish by rounding
-    if type(values) is Tensor:
+    if not fake:
         _kept_tables[signed, device] = values, limits
     return values, limits
 
@@ -53,7 +57,7 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
     """Writes x into codes (uint8, x's shape) and scales (fp32, one a block)."""
     blocks = _in_blocks(x.float())  # (blocks, 256)
     largest = blocks.abs().amax(dim=1)  # (blocks,)
-    _, limits = _tables(signed, x.device)
+    _, limits = _tables(signed, x)
     found = torch.bucketize(blocks / largest.clamp_min(1e-38).unsqueeze(1), limits, out_int32=True)
     codes.copy_(found.reshape(-1)[: x.numel()].view(x.shape))
     scales.copy_(largest)
@@ -61,7 +65,7 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """The tensor that codes and scales hold, fp32, shaped like codes."""
-    values, _ = _tables(signed, codes.device)
+    values, _ = _tables(signed, codes)
     blocks = _in_blocks(values[codes.reshape(-1).int()])
     return (blocks * scales.unsqueeze(1)).reshape(-1)[: codes.numel()].view(codes.shape)
 
