@@ -202,11 +202,11 @@ def refuse_unused(axes: Axes, given: set[str]) -> None:
 
 
 def in_plain_words(argv: Sequence[str]) -> list[str]:
-    """``--save checkpoint:4`` as the two flags that it is, as ``backrazor:4``, and without ``--save auto``, which
+    """``--save checkpoint:4`` or ``backrazor:4`` as the two flags that it is, and without ``--save auto``, which
     ``--budget`` says.
 
     Raises:
-        UserError: if ``auto`` stands without a budget.
+        UserError: if ``auto`` stands without a budget, or a choice with two selections of blocks.
     """
     words: list[str] = []
     blocks: dict[str, str] = {}

@@ -19,8 +19,6 @@ from .workload import Workload
 
 RESERVE, MARGIN = 768 << 20, 0.05
 """Of a GPU's memory no tensor gets so many bytes, and such a part of the peak is the allocator's: plan's defaults."""
-
-
 TRIES = 6
 """Choices of blocks to checkpoint whose whole prediction is asked for: each that is above the budget lowers the limit
 for the next, and the last one is that of every block."""
