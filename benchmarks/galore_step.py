@@ -1,6 +1,6 @@
 """How fast are GaLore's refresh, its optimizer step and a whole training step, and how large is its state?
 
-    python benchmarks/galore_step.py refresh step train state limit
+    python benchmarks/galore_step.py refresh step train state limit in_backward
 
 Each named part writes benchmarks/results/galore_<part>.json. What is compared runs in one process, in turn; a ratio
 is the median over such pairs, with its quartiles. Run it on a machine that has nothing else to do; OMP_NUM_THREADS
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, Refresh, param_groups, state_bytes
+from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, InBackward, Refresh, param_groups, state_bytes
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases
 from galore_vit.projection import Bases, Layout, add_projected_back, project
 from galore_vit.state_size import adamw_state_bytes_formula
@@ -307,7 +307,55 @@ def _limit(dtype: torch.dtype, steps: int) -> dict[str, Any]:
     }
 
 
-PARTS = {"limit": limit, "refresh": refresh, "step": step, "train": train, "state": state}
+def in_backward() -> dict[str, Any]:
+    """ViT-S, r = 64, batch 8: training steps that make every gradient, that free each, and that make none, in turn."""
+    base = vit("S")
+    x, y = digits(8)
+    models = {name: copy.deepcopy(base) for name in ("adamw", "galore", "whole", "factored", "factored_sketch")}
+    of = {name: GaLoreAdamW(param_groups(m, RANK, GAP), lr=1e-4) for name, m in models.items() if name != "adamw"}
+    steppers: dict[str, Any] = {
+        "adamw": torch.optim.AdamW(models["adamw"].parameters(), lr=1e-4),
+        "galore": of["galore"],
+        "whole": InBackward(of["whole"], norm="projected"),
+        "factored": InBackward(of["factored"], norm="projected", model=models["factored"]),
+        "factored_sketch": InBackward(of["factored_sketch"], norm="sketch", model=models["factored_sketch"]),
+    }
+
+    def training(name: str) -> tuple[float, float]:
+        began = time.perf_counter()
+        loss = nn.functional.cross_entropy(models[name](x).logits, y)
+        loss.backward()
+        if name == "factored_sketch":
+            torch.nn.utils.clip_grad_norm_(steppers[name].parameters(), 1e9)
+        steppers[name].step()
+        steppers[name].zero_grad()
+        return time.perf_counter() - began, loss.item()
+
+    for name in steppers:
+        training(name)  # pays for the state, and for all bases at once
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    losses: dict[str, list[float]] = {name: [] for name in steppers}
+    for i in range(16):
+        for name in steppers if i % 2 else reversed(steppers):
+            took, loss = training(name)
+            times[name].append(took)
+            losses[name].append(loss)
+    weights = {name: torch.cat([p.detach().flatten() for p in models[name].parameters()]) for name in models}
+    moved = weights["whole"] - torch.cat([p.detach().flatten() for p in base.parameters()])
+    return {
+        "model": "ViT-S", "rank": RANK, "gap": GAP, "batch": 8, "rows": ROWS, "steps": 17,
+        "factored_weights": len(steppers["factored"].factored),
+        "median_ms": {name: milliseconds(found) for name, found in times.items()},
+        **{f"{name}_over_{other}": asdict(ratio_of([a / b for a, b in zip(times[name], times[other], strict=True)]))
+           for other in ("adamw", "galore") for name in times if name not in ("adamw", other)},
+        "largest_difference_of_losses_factored_and_whole": max(
+            abs(a - b) for a, b in zip(losses["factored"], losses["whole"], strict=True)
+        ),
+        "weights_apart_over_weights_moved": float((weights["factored"] - weights["whole"]).norm() / moved.norm()),
+    }  # fmt: skip
+
+
+PARTS = {"limit": limit, "in_backward": in_backward, "refresh": refresh, "step": step, "train": train, "state": state}
 
 
 def main(names: list[str]) -> None:

@@ -65,10 +65,10 @@ def ddp(rank: int, proj_type: str) -> dict:
     return result(model, optimizer)
 
 
-def in_backward(rank: int, proj_type: str, norm: str = "sketch") -> dict:
+def in_backward(rank: int, proj_type: str, norm: str = "sketch", factored: bool = False) -> dict:
     model = problems.mlp().double()
     inner = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
-    optimizer = InBackward(inner, process_group=dist.group.WORLD, norm=norm)
+    optimizer = InBackward(inner, process_group=dist.group.WORLD, norm=norm, model=model if factored else None)
     norms = []
     for step in range(STEPS):
         loss_of(model, step, rank).backward()
@@ -81,6 +81,10 @@ def in_backward(rank: int, proj_type: str, norm: str = "sketch") -> dict:
 
 def in_backward_exact(rank: int, proj_type: str) -> dict:
     return in_backward(rank, proj_type, "exact")
+
+
+def in_backward_factored(rank: int, proj_type: str) -> dict:
+    return in_backward(rank, proj_type, factored=True)
 
 
 def fsdp(rank: int, proj_type: str) -> dict:
@@ -207,7 +211,7 @@ def both_modes_and_kinds(meeting: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
     found = {}
-    for mode in (ddp, in_backward, in_backward_exact, fsdp):
+    for mode in (ddp, in_backward, in_backward_exact, in_backward_factored, fsdp):
         for kind in ("std", "full"):
             sent = 0
             found[f"{mode.__name__} {kind}"] = mode(rank, kind)

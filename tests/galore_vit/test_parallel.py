@@ -33,7 +33,7 @@ def alone(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "in_backward", "in_backward_exact", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "in_backward", "in_backward_exact", "in_backward_factored", "fsdp"])
 def test_two_processes_equal_one(two, alone, mode):
     kind, weights, _ = alone
     first, second = (found[f"{mode} {kind}"] for found in two)

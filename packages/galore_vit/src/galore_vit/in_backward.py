@@ -16,11 +16,14 @@ no small memory can know exactly: ‖D‖² has the products of all pairs of mic
     "exact"      D itself, m×n: the true norm, for the memory that plain accumulation takes
     "sketch"     DΩ, m×16, with a random Ω drawn anew each step: E‖DΩ‖² = ‖D‖²
     "projected"  nothing: the norm of the projected gradients alone, which is what moves the weights
+
+Of a linear layer, R follows from the layer's inputs and the gradient of its outputs by two thin products
+(`factored.py`). Where the model is given, G itself is made only where a basis is due.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
+from galore_vit.factored import Factors, Receiver, hand_over, take_back
 from galore_vit.galore import GaLore
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
@@ -58,6 +62,14 @@ class InBackward:
             micro_batches above 1 or a process group it keeps (and sends) a tensor of each weight's size
             between micro-batches. "sketch": an estimate without bias from 16 numbers a row, where exactness is
             not free. "projected": the projected gradients'. Without clipping, take "projected".
+        model: in its `nn.Linear` layers a projected weight's gradient is not made but at the step of a refresh: its
+            projection comes from the layer's inputs and the gradient of its outputs. `factored` says of which
+            weights. The numbers are the same but for rounding. Not with norm="exact", which needs G. A layer
+            whose `forward` somebody replaced, and what torch.compile compiled, go the ordinary way.
+
+    Raises:
+        ValueError: a setting or an optimizer that cannot be, or a model none of whose linear layers has a projected
+            weight.
     """
 
     def __init__(
@@ -67,22 +79,28 @@ class InBackward:
         *,
         process_group: dist.ProcessGroup | None = None,
         norm: Norm = "exact",
+        model: nn.Module | None = None,
     ) -> None:
         if micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, not {micro_batches}")
         if norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
+        if model is not None and norm == "exact":
+            raise ValueError(
+                'norm="exact" needs gradients, which are not made where a model is given: take "sketch" or "projected"'
+            )
         self.optimizer = optimizer
         self.micro_batches = micro_batches
         self.process_group = process_group
         optimizer.process_group = process_group
-        adds_up = micro_batches > 1 or process_group is not None
+        adds_up = micro_batches > 1 or process_group is not None or model is not None
         self._norm: Norm | Literal["number"] = norm if adds_up or norm == "projected" else "number"
         self._compact: dict[Tensor, nn.Parameter] = {}
         self._dropped: dict[Tensor, nn.Parameter] = {}
         self._index: dict[Tensor, int] = {}
         self._new_bases: dict[Tensor, Bases | None] = {}
         self._passes: dict[Tensor, int] = {}
+        self._last_pass: dict[Tensor, int] = {}
         self._reduced = False
         self._hooks = []
         for group in optimizer.param_groups:
@@ -104,11 +122,24 @@ class InBackward:
                 if self._norm != "projected":
                     self._dropped[p] = _stand_in(p, self._dropped_shape(layout))
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._take))
+        self._linears = [] if model is None else _linears(model, self._compact)
+        if model is not None and not self._linears:
+            self.close()
+            raise ValueError("none of the model's nn.Linear layers has a projected weight: leave model out")
+        for linear in self._linears:
+            hand_over(linear, Receiver(self._wanted, self._take_factors))
+
+    @property
+    def factored(self) -> list[Tensor]:
+        """The weights whose gradients are made only at a refresh."""
+        return list(dict.fromkeys(linear.weight for linear in self._linears))
 
     def close(self) -> None:
         """Removes the hooks: the optimizer can be used alone again."""
         for hook in self._hooks:
             hook.remove()
+        for linear in self._linears:
+            take_back(linear)
         self.optimizer.process_group = None
 
     def _dropped_shape(self, layout: Layout) -> tuple[int, ...]:
@@ -148,6 +179,7 @@ class InBackward:
             stand_in.grad = None
         self._new_bases.clear()
         self._passes.clear()
+        self._last_pass.clear()
         self._reduced = False
 
     @torch.no_grad()
@@ -191,7 +223,8 @@ class InBackward:
     def _take(self, p: Tensor) -> None:
         """Projects p's finished gradient into the stand-in and frees it."""
         G = p.grad
-        assert G is not None
+        if G is None:  # it came by its factors
+            return
         p.grad = None
         layout = self.optimizer.layout(p)
         assert isinstance(layout, Layout)
@@ -203,32 +236,59 @@ class InBackward:
                 dist.all_reduce(mean, group=self.process_group)
                 mean /= self.process_group.size()
             self._new_bases[p] = self.optimizer.due_bases(p, mean)
-        self._passes[p] = self._passes.get(p, 0) + 1
-        bases = self._new_bases[p] or self.optimizer.bases(p)
+        self._count_pass(p)
+        bases = self._new_bases.get(p) or self.optimizer.bases(p)
         R = project(matrix, bases)
         _add(self._compact[p], R)
-        if self._norm == "projected":
-            return
         if self._norm == "exact":
             _add(self._dropped[p], matrix - project_back(R, bases))
-            return
-        if self._norm == "number":
+        elif self._norm == "number":
             dropped = matrix.float().square().sum() - R.float().square().sum()
             _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
-            return
-        # (G − PRQ)Ω from the right, or its transpose from the left, without building the dropped part itself
-        if layout.left:
-            matrix, R, bases = matrix.mT, R.mT, _transposed(bases)
-        omega = self._random_map(p, matrix)  # (n, s)
-        inside = R if bases[0] is None else bases[0] @ R
-        _add(self._dropped[p], matrix @ omega - (inside @ (bases[1] @ omega) if bases[1] is not None else 0))
+        elif self._norm == "sketch":
+            omega = self._random_map(p, layout)
+            self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
 
-    def _random_map(self, p: Tensor, matrix: Tensor) -> Tensor:
-        """Ω (n×s) of ±1/√s: ‖XΩ‖² is ‖X‖² on average. Fixed within a step, drawn anew for each."""
+    def _wanted(self, p: Tensor) -> bool:
+        """Whether the next gradient of p need not be made; it must be for a basis, from the first micro-batch."""
+        return p in self._passes or not self.optimizer.refresh_due(p)
+
+    @torch.no_grad()
+    def _take_factors(self, p: Tensor, Y: Tensor, X: Tensor) -> None:
+        """Projects p's gradient Yᵀ X, which is not made, into the stand-in."""
+        layout = self.optimizer.layout(p)
+        assert isinstance(layout, Layout)
+        factors = Factors.of(Y, X, layout.k)
+        self._count_pass(p)
+        bases = self._new_bases.get(p) or self.optimizer.bases(p)
+        R = factors.project(bases)
+        _add(self._compact[p], R)
+        if self._norm == "sketch":
+            omega = self._random_map(p, layout)
+            sketch = factors.transposed_times(omega) if layout.left else factors.times(omega)
+            self._add_sketch(p, layout, sketch, R, bases, omega)
+
+    def _count_pass(self, p: Tensor) -> None:
+        """One more, unless this backward pass gave a part of p's gradient before: a layer may stand at two places."""
+        now = torch._C._current_graph_task_id()
+        if self._last_pass.get(p) != now:
+            self._last_pass[p] = now
+            self._passes[p] = self._passes.get(p, 0) + 1
+
+    def _add_sketch(self, p: Tensor, layout: Layout, whole: Tensor, R: Tensor, bases: Bases, omega: Tensor) -> None:
+        """(G − PRQ)Ω where Q is used, or its transpose's, from GΩ or GᵀΩ: the dropped part itself is not built."""
+        if layout.left:
+            R, bases = R.mT, _transposed(bases)
+        P, Q = bases
+        inside = R if P is None else P @ R
+        _add(self._dropped[p], whole - (inside @ (Q @ omega) if Q is not None else 0))
+
+    def _random_map(self, p: Tensor, layout: Layout) -> Tensor:
+        """Ω (n×s, m×s where P is used) of ±1/√s: ‖XΩ‖² is ‖X‖² on average. Fixed within a step, drawn anew for each."""
         step = count(self.optimizer.state[p]["step"])
         draw = torch.Generator().manual_seed(step * 1_000_003 + self._index[p])
-        signs = torch.randint(0, 2, (matrix.shape[-1], SKETCH), generator=draw, dtype=torch.int8)
-        return (signs.to(matrix) * 2 - 1) / SKETCH**0.5
+        signs = torch.randint(0, 2, (layout.m if layout.left else layout.n, SKETCH), generator=draw, dtype=torch.int8)
+        return (signs.to(p) * 2 - 1) / SKETCH**0.5
 
     def _check_passes(self) -> None:
         if wrong := set(self._passes.values()) - {self.micro_batches}:
@@ -236,6 +296,15 @@ class InBackward:
                 f"{wrong.pop()} backward passes since the last zero_grad, and micro_batches is "
                 f"{self.micro_batches}: run exactly that many, and zero_grad after each step"
             )
+
+
+def _linears(model: nn.Module, projected: Mapping[Tensor, Any]) -> list[nn.Linear]:
+    """The plain linear layers whose own parameter `weight` is among the projected."""
+    return [
+        module for module in model.modules()
+        if type(module) is nn.Linear and "forward" not in vars(module)
+        and module._parameters.get("weight") in projected
+    ]  # fmt: skip
 
 
 def _stand_in(p: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

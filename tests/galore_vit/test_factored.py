@@ -1,0 +1,352 @@
+"""Gradients of linear layers that are projected from their factors: the same steps, and no full gradient."""
+
+import copy
+import io
+from functools import partial
+
+import problems
+import pytest
+import torch
+from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward
+from galore_vit.factored import FactoredLinear, Factors
+from galore_vit.projection import project
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+
+GAP = problems.KEYS["update_proj_gap"]
+
+
+ADAFACTOR = partial(GaLoreAdafactor, relative_step=False)
+
+
+def in_backward_of(model, kind=GaLoreAdamW, norm="projected", micro_batches=1, factored=True, lr=1e-2, **keys):
+    optimizer = kind(problems.mlp_groups(model, **keys), lr=lr)
+    return InBackward(optimizer, micro_batches, norm=norm, model=model if factored else None)
+
+
+def whole_gradients(model):
+    """-> a list that gets the shape of every weight gradient that autograd finishes."""
+    made = []
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.register_hook(lambda g: made.append(tuple(g.shape)) if g is not None else None)
+    return made
+
+
+def spent(in_backward):
+    in_backward.step()
+    in_backward.zero_grad()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("used", ["P", "Q", "PQ"])
+def test_products_are_those_of_the_gradient(k, used):
+    N, m, n, r = 37, 11, 7, 3
+    Y, X = torch.randn(N, k * m, dtype=torch.float64), torch.randn(N, n, dtype=torch.float64)
+    stack = () if k == 1 else (k,)
+    G = (Y.T @ X).reshape(*stack, m, n)
+    P = torch.randn(*stack, m, r, dtype=torch.float64) if "P" in used else None
+    Q = torch.randn(*stack, r, n, dtype=torch.float64) if "Q" in used else None
+    factors = Factors.of(Y, X, k)
+    torch.testing.assert_close(factors.project((P, Q)), project(G, (P, Q)))
+    right, left = torch.randn(n, 5, dtype=torch.float64), torch.randn(m, 5, dtype=torch.float64)
+    torch.testing.assert_close(factors.times(right), G @ right)
+    torch.testing.assert_close(factors.transposed_times(left), G.mT @ left)
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, ADAFACTOR], ids=["adamw", "8bit", "adafactor"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_the_steps_are_those_of_whole_gradients(kind, proj_type):
+    a, b = problems.mlp().double(), problems.mlp().double()
+    plain = kind(problems.mlp_groups(a, proj_type=proj_type), lr=1e-2)
+    inner = in_backward_of(b, kind, proj_type=proj_type)
+    made = whole_gradients(b)
+    for t in range(2 * GAP + 5):
+        assert torch.equal(problems.backward(a, t), problems.backward(b, t)) or t
+        assert all(p.grad is None for p in inner.factored)
+        plain.step()
+        plain.zero_grad()
+        spent(inner)
+    assert problems.same(a, b, rtol=1e-9)
+    assert len(inner.factored) == 3
+    # Of 45 steps each weight was made whole at its refreshes alone: the first, and once in each gap after it.
+    assert len(made) == 3 * 3
+
+
+def test_a_split_weight_and_inputs_of_three_dimensions():
+    def model():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(9, 36, bias=False), nn.GELU(), nn.Linear(36, 9)).double()
+
+    def groups(of):
+        return [{"params": [of[0].weight], **problems.KEYS, "split": 3},
+                {"params": [of[2].weight], **problems.KEYS}, {"params": [of[2].bias]}]  # fmt: skip
+
+    a, b = model(), model()
+    plain = GaLoreAdamW(groups(a), lr=1e-2)
+    inner = InBackward(GaLoreAdamW(groups(b), lr=1e-2), norm="sketch", model=b)
+    for _ in range(25):
+        x = torch.randn(4, 3, 9, dtype=torch.float64).transpose(0, 1)
+        for of in (a, b):
+            (of(x) - x.sin()).square().mean().backward()
+        plain.step()
+        plain.zero_grad()
+        spent(inner)
+    assert problems.same(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["projected", "sketch"])
+def test_micro_batches_and_norms_are_those_of_whole_gradients(norm):
+    a, b = problems.mlp().double(), problems.mlp().double()
+    first = in_backward_of(a, norm=norm, micro_batches=3, factored=False)
+    second = in_backward_of(b, norm=norm, micro_batches=3)
+    made = whole_gradients(b)
+    clipped = 0
+    for t in range(GAP + 3):
+        for part in range(3):
+            problems.backward(a, 3 * t + part)
+            problems.backward(b, 3 * t + part)
+        of_a, of_b = (clip_grad_norm_(o.parameters(), 0.5) for o in (first, second))
+        assert float(of_a) == pytest.approx(float(of_b), rel=1e-9)
+        clipped += float(of_a) > 0.5
+        spent(first)
+        spent(second)
+    assert clipped > 5
+    assert problems.same(a, b, rtol=1e-9)
+    # A basis takes the first micro-batch's gradient, so that one alone is made: 3 weights, 2 refreshes.
+    assert len(made) == 3 * 2
+
+
+def test_one_backward_pass_with_the_sketched_norm_is_right_on_average():
+    model = nn.Linear(64, 96, bias=False)
+    inner = in_backward_of(model, norm="sketch", lr=0.0)
+    ratios = []
+    for _ in range(60):
+        x, y = torch.randn(40, 64), torch.randn(40, 96)
+        (model(x) * y).sum().backward()
+        ratios.append(float(clip_grad_norm_(inner.parameters(), 1e9) / (y.T @ x).norm()))
+        spent(inner)
+    assert abs(sum(ratios) / 60 - 1) < 0.02
+    assert max(abs(r - 1) for r in ratios) < 0.2
+
+
+class Shared(nn.Module):
+    """One layer at two places, and a table that is the head's weight too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(13, 8)
+        self.twice = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 13, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words):
+        x = self.twice(self.twice(self.table(words)).tanh())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_layer_at_two_places_and_a_tied_table_add_up(micro_batches):
+    torch.manual_seed(2)
+    a = Shared().double()
+    b = copy.deepcopy(a)
+    keys = {"rank": 3, "update_proj_gap": 8}
+    first, second = (
+        InBackward(
+            GaLoreAdamW([{"params": [m.table.weight, m.twice.weight], **keys}, {"params": [m.twice.bias]}], lr=1e-2),
+            micro_batches, norm="projected", model=m if m is b else None,
+        )
+        for m in (a, b)
+    )  # fmt: skip
+    assert len(second.factored) == 2
+    for _ in range(20):
+        for _ in range(micro_batches):
+            words, wanted = torch.randint(0, 13, (2, 30))
+            for model in (a, b):
+                nn.functional.cross_entropy(model(words), wanted).backward()
+        spent(first)
+        spent(second)
+    assert problems.same(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant):
+    a, b = problems.mlp().double(), problems.mlp().double()
+    first, second = in_backward_of(a, factored=False), in_backward_of(b)
+    for t in range(25):
+        for model, stepper in ((a, first), (b, second)):
+            x, y = (v.double() for v in problems.mlp_batch(t))
+            x.requires_grad_()
+            ((checkpoint(model, x, use_reentrant=reentrant) - y) ** 2).mean().backward()
+            spent(stepper)
+    assert problems.same(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_outputs_are_equal_and_projections_near(dtype):
+    a, b = problems.mlp(), problems.mlp()
+    first, second = in_backward_of(a, factored=False), in_backward_of(b)
+    for t in range(2):  # at the second step nothing is due
+        for model, stepper in ((a, first), (b, second)):
+            if t == 1:
+                model.load_state_dict(a.state_dict())
+                x, y = problems.mlp_batch(t, 256)
+                with torch.autocast("cpu", dtype):
+                    out = model(x)
+                assert out.dtype == dtype
+                ((out.float() - y) ** 2).mean().backward()
+                continue
+            problems.backward(model, t)
+            spent(stepper)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert q.grad.dtype == torch.float32
+        assert (p.grad - q.grad).norm() <= 0.03 * p.grad.norm()
+        assert (p.grad - q.grad).norm() > 0 or p.ndim < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_forward_pass_is_bit_equal_and_saves_the_same(dtype):
+    plain = nn.Linear(24, 40).to(dtype)
+    model = nn.Sequential(copy.deepcopy(plain))
+    inner = in_backward_of(model)
+    x = torch.randn(5, 7, 24, dtype=dtype)
+
+    def saved(call):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = call(x)
+        return out, sum(t.numel() for t in kept if t.shape != plain.weight.shape)  # the weight is there anyway
+
+    model(x).sum().backward()  # the first basis
+    spent(inner)
+    plain.load_state_dict(model[0].state_dict())
+    (out, kept), (wanted, plainly) = saved(model), saved(plain)
+    assert torch.equal(out, wanted)
+    assert kept == plainly == x.numel()
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted)
+    assert model(x.detach().requires_grad_()).requires_grad
+    again = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(model(again).sum(), again)
+    other = x.clone().requires_grad_()
+    torch.testing.assert_close(dx, torch.autograd.grad(plain(other).sum(), other)[0])
+
+
+def test_a_copy_a_file_and_close_give_plain_layers():
+    model = problems.mlp()
+    before = {name: tuple(v.shape) for name, v in model.state_dict().items()}
+    inner = in_backward_of(model)
+    problems.backward(model, 0)
+    spent(inner)
+    assert all(isinstance(model[i], FactoredLinear) for i in (0, 2, 4))
+    assert {name: tuple(v.shape) for name, v in model.state_dict().items()} == before
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        problems.backward(other, 1)
+        assert all(p.grad is not None for p in other.parameters())
+        assert all(s.grad is None for s in inner._compact.values())
+    inner.close()
+    assert all(type(model[i]) is nn.Linear for i in (0, 2, 4))
+    problems.backward(model, 1)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_not_a_plain_linear_layer_goes_the_ordinary_way():
+    class Own(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), Own(24, 16), nn.Tanh(), nn.Linear(16, 10))
+    model[4].forward = model[4].forward  # as somebody's hook does
+    other = copy.deepcopy(problems.mlp())
+    other.load_state_dict(model.state_dict())
+    inner = in_backward_of(model)
+    assert [p is model[0].weight for p in inner.factored] == [True]
+    plain = in_backward_of(other, factored=False)
+    for t in range(25):
+        problems.backward(model, t)
+        problems.backward(other, t)
+        spent(inner)
+        spent(plain)
+    assert problems.same(model, other, rtol=1e-5)
+
+
+def test_a_compiled_model_goes_the_ordinary_way():
+    a, b = problems.mlp(), problems.mlp()
+    first, second = in_backward_of(a, factored=False), in_backward_of(b)
+    made = whole_gradients(b)
+    compiled = torch.compile(b, backend="aot_eager")
+    for t in range(4):
+        problems.backward(a, t)
+        problems.backward(compiled, t)
+        spent(first)
+        spent(second)
+    assert problems.same(a, b, rtol=1e-5)
+    assert len(made) == 3 * 4
+
+
+def test_a_bad_gradient_changes_nothing():
+    model = problems.mlp()
+    inner = in_backward_of(model)
+    problems.backward(model, 0)
+    spent(inner)
+    before = problems.copied(list(model.parameters()))
+    x, y = problems.mlp_batch(1)
+    ((model(x) - y * float("inf")) ** 2).mean().backward()
+    with pytest.warns(UserWarning, match="skipped"):
+        inner.step()
+    inner.zero_grad()
+    assert problems.same(before, list(model.parameters()))
+
+
+def test_a_wrong_number_of_passes_is_refused():
+    model = problems.mlp()
+    inner = in_backward_of(model, micro_batches=2)
+    for t in range(2):
+        problems.backward(model, t)
+        problems.backward(model, t)
+        if t == 0:
+            spent(inner)
+    problems.backward(model, 3)
+    with pytest.raises(RuntimeError, match="3 backward passes"):
+        inner.step()
+
+
+def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was():
+    model = problems.mlp()
+    optimizer = GaLoreAdamW(problems.mlp_groups(model), lr=1e-2)
+    with pytest.raises(ValueError, match='norm="exact" needs gradients'):
+        InBackward(optimizer, model=model)
+    with pytest.raises(ValueError, match="none of the model's"):
+        InBackward(optimizer, norm="projected", model=nn.Conv2d(3, 4, 1))
+    assert type(model[0]) is nn.Linear
+    problems.backward(model, 0)
+    assert model[0].weight.grad is not None
+    inner = in_backward_of(model)
+    problems.backward(model, 0)
+    spent(inner)
+    x = torch.randn(3, 12, requires_grad=True)
+    (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_resumed_in_the_middle_of_a_gap_the_bytes_are_equal():
+    def trained(stop_at):
+        model = problems.mlp()
+        inner = in_backward_of(model)
+        for t in range(GAP + 9):
+            if t == stop_at:
+                weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(inner.optimizer.state_dict())
+                model = problems.mlp(seed=5)
+                inner = in_backward_of(model)
+                model.load_state_dict(weights)
+                inner.optimizer.load_state_dict(state)
+            problems.backward(model, t)
+            spent(inner)
+        return model
+
+    assert problems.same(trained(None), trained(7))
