@@ -1,6 +1,6 @@
 """How fast are GaLore's refresh, its optimizer step and a whole training step, and how large is its state?
 
-    python benchmarks/galore_step.py refresh step train state limit in_backward
+    python benchmarks/galore_step.py refresh step train state limit in_backward from_factors
 
 Each named part writes benchmarks/results/galore_<part>.json. What is compared runs in one process, in turn; a ratio
 is the median over such pairs, with its quartiles. Run it on a machine that has nothing else to do; OMP_NUM_THREADS
@@ -355,7 +355,65 @@ def in_backward() -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {"limit": limit, "in_backward": in_backward, "refresh": refresh, "step": step, "train": train, "state": state}
+def from_factors() -> dict[str, Any]:
+    """ViT-S's 72 matrices, r = 64: from a layer's inputs and the gradient of its outputs to the moved weight.
+
+    galore-torch takes the gradients, so they are made for it; ours makes them for a due basis alone. The mean of a gap
+    holds one refresh of every weight, of either.
+    """
+    import galore_torch
+
+    width, _, depth = SIZES["S"]
+    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    inputs = [(torch.randn(ROWS, m) / ROWS, torch.randn(ROWS, n)) for m, n in shapes]
+    layers = nn.ModuleList(nn.Linear(n, m, bias=False) for _ in range(depth) for m, n in shapes)
+    others = copy.deepcopy(layers)
+    keys = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+    ours = InBackward(
+        GaLoreAdamW([{"params": list(layers.parameters()), **keys}], lr=1e-4), norm="projected", model=layers
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = galore_torch.GaLoreAdamW([{"params": list(others.parameters()), **keys}], lr=1e-4)
+    times: dict[str, list[float]] = {}
+
+    def one(name: str, modules: nn.ModuleList, step: Callable[[], Any], zero_grad: Callable[[], Any]) -> None:
+        outputs = [layer(inputs[i % len(inputs)][1]) for i, layer in enumerate(modules)]
+        began = time.perf_counter()
+        for i, out in enumerate(outputs):  # a backward pass through the weight alone: the inputs need no gradient
+            out.backward(inputs[i % len(inputs)][0])
+        made = time.perf_counter()
+        step()
+        done = time.perf_counter()
+        zero_grad()
+        times.setdefault(f"{name}_step", []).append(done - made)
+        times.setdefault(name, []).append(done - began)
+
+    for i in range(GAP + 1):
+        todo = [("ours", layers, ours.step, ours.zero_grad), ("galore_torch", others, theirs.step, theirs.zero_grad)]
+        for way in todo if i % 2 else reversed(todo):
+            one(*way)
+    first = {name: found.pop(0) for name, found in times.items()}  # pays for the state, and for all bases at once
+    mean = {name: statistics.mean(found) for name, found in times.items()}
+    return {
+        "model": "ViT-S", "rank": RANK, "gap": GAP, "rows": ROWS,
+        "first_ms": {name: round(1e3 * t, 1) for name, t in first.items()},
+        "mean_ms": {name: round(1e3 * t, 1) for name, t in mean.items()},
+        "median_ms": {name: milliseconds(t) for name, t in times.items()},
+        "mean_times_faster_than_galore_torch": round(mean["galore_torch"] / mean["ours"], 2),
+        "step_alone_mean_times_faster": round(mean["galore_torch_step"] / mean["ours_step"], 2),
+    }  # fmt: skip
+
+
+PARTS = {
+    "limit": limit,
+    "in_backward": in_backward,
+    "from_factors": from_factors,
+    "refresh": refresh,
+    "step": step,
+    "train": train,
+    "state": state,
+}
 
 
 def main(names: list[str]) -> None:
