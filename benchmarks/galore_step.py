@@ -1,6 +1,6 @@
 """How fast are GaLore's refresh, its optimizer step and a whole training step, and how large is its state?
 
-    python benchmarks/galore_step.py refresh step train state limit in_backward from_factors
+    python benchmarks/galore_step.py refresh step train state limit in_backward from_factors kept
 
 Each named part writes benchmarks/results/galore_<part>.json. What is compared runs in one process, in turn; a ratio
 is the median over such pairs, with its quartiles. Run it on a machine that has nothing else to do; OMP_NUM_THREADS

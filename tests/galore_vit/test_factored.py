@@ -74,18 +74,19 @@ def test_the_steps_are_those_of_whole_gradients(kind, proj_type):
     assert len(made) == 3 * 3
 
 
-def test_a_split_weight_and_inputs_of_three_dimensions():
+@pytest.mark.parametrize(("rank", "norm"), [(5, "sketch"), (2, "projected")])  # 3·2 of 9 columns are kept
+def test_a_split_weight_and_inputs_of_three_dimensions(rank, norm):
     def model():
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(9, 36, bias=False), nn.GELU(), nn.Linear(36, 9)).double()
 
     def groups(of):
-        return [{"params": [of[0].weight], **problems.KEYS, "split": 3},
+        return [{"params": [of[0].weight], **problems.KEYS, "rank": rank, "split": 3},
                 {"params": [of[2].weight], **problems.KEYS}, {"params": [of[2].bias]}]  # fmt: skip
 
     a, b = model(), model()
     plain = GaLoreAdamW(groups(a), lr=1e-2)
-    inner = InBackward(GaLoreAdamW(groups(b), lr=1e-2), norm="sketch", model=b)
+    inner = InBackward(GaLoreAdamW(groups(b), lr=1e-2), norm=norm, model=b)
     for _ in range(25):
         x = torch.randn(4, 3, 9, dtype=torch.float64).transpose(0, 1)
         for of in (a, b):
@@ -205,25 +206,36 @@ def test_under_autocast_outputs_are_equal_and_projections_near(dtype):
         assert (p.grad - q.grad).norm() > 0 or p.ndim < 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_forward_pass_is_bit_equal_and_saves_the_same(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "proj_type", "norm", "kept_columns"),
+    [
+        (torch.float32, "right", "projected", 5),
+        (torch.bfloat16, "right", "projected", 5),
+        (torch.float64, "right", "sketch", 24),
+        (torch.float32, "left", "projected", 24),
+        (torch.float32, "full", "projected", 24),
+    ],
+)
+def test_the_forward_pass_is_bit_equal_and_what_is_kept(dtype, proj_type, norm, kept_columns):
     plain = nn.Linear(24, 40).to(dtype)
     model = nn.Sequential(copy.deepcopy(plain))
-    inner = in_backward_of(model)
+    inner = in_backward_of(model, norm=norm, proj_type=proj_type)
     x = torch.randn(5, 7, 24, dtype=dtype)
 
     def saved(call):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             out = call(x)
-        return out, sum(t.numel() for t in kept if t.shape != plain.weight.shape)  # the weight is there anyway
+        there = {plain.weight.shape, (5, 24)}  # weights and bases are kept anyway
+        return out, sum(t.numel() for t in kept if t.shape not in there)
 
     model(x).sum().backward()  # the first basis
     spent(inner)
     plain.load_state_dict(model[0].state_dict())
     (out, kept), (wanted, plainly) = saved(model), saved(plain)
     assert torch.equal(out, wanted)
-    assert kept == plainly == x.numel()
+    assert plainly == x.numel()
+    assert kept == 35 * kept_columns
     with torch.no_grad():
         assert torch.equal(model(x), wanted)
     assert model(x.detach().requires_grad_()).requires_grad
@@ -231,6 +243,19 @@ def test_the_forward_pass_is_bit_equal_and_saves_the_same(dtype):
     (dx,) = torch.autograd.grad(model(again).sum(), again)
     other = x.clone().requires_grad_()
     torch.testing.assert_close(dx, torch.autograd.grad(plain(other).sum(), other)[0])
+
+
+def test_a_basis_that_was_replaced_between_the_passes_is_refused():
+    model = problems.mlp()
+    inner = in_backward_of(model, proj_type="right")
+    problems.backward(model, 0)
+    spent(inner)
+    x, y = problems.mlp_batch(1)
+    loss = ((model(x) - y) ** 2).mean()
+    with torch.no_grad():
+        inner.optimizer.state[model[2].weight]["Q"].mul_(-1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_copy_a_file_and_close_give_plain_layers():

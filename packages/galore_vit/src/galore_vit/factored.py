@@ -5,13 +5,15 @@ of N rows. Its projection needs two thin products in the place of the full one (
 
     Pᵀ G = (Y P)ᵀ X          N·m·r + N·r·n
     G Qᵀ = Yᵀ (X Qᵀ)         N·n·r + N·m·r
+
+Of the second, X Qᵀ (N×r) is known in the forward pass, and is then all that a layer keeps for the backward pass: n/r
+times less than X.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +35,16 @@ class Factors:
     @classmethod
     def of(cls, Y: Tensor, X: Tensor, k: int) -> Factors:
         """Of Y (N, k·m), whose columns are k blocks of rows of the weight."""
-        return cls(Y if k == 1 else Y.unflatten(-1, (k, -1)).transpose(0, 1), X)
+        return cls(_blocks(Y, k), X)
 
     def project(self, bases: Bases) -> Tensor:
         """R = Pᵀ G Qᵀ (…, m or r, n or r), in the bases' dtype."""
         P, Q = bases
+        basis = P if P is not None else Q
+        assert basis is not None
         Y = self.Y if P is None else self.Y @ P.to(self.Y.dtype)
-        X = self.X if Q is None else _times_transposed(self.X, Q.to(self.X.dtype))
-        return (Y.mT @ X).to((P if P is not None else Q).dtype)  # type: ignore[union-attr]  # one of them is there
+        X = self.X if Q is None else times_transposed(self.X, Q)
+        return (Y.mT @ X).to(basis.dtype)
 
     def times(self, M: Tensor) -> Tensor:
         """G M (…, m, s) of M (n, s)."""
@@ -51,29 +55,48 @@ class Factors:
         return (self.X.mT @ (self.Y @ M.to(self.Y.dtype))).to(M.dtype)
 
 
-def _times_transposed(X: Tensor, Q: Tensor) -> Tensor:
-    """X Qᵀ of X (N, n) and Q (r, n) or (k, r, n): one product for all k."""
+def _blocks(Y: Tensor, k: int) -> Tensor:
+    """(N, k·m) → (k, N, m), a view; (N, m) where k is 1."""
+    return Y if k == 1 else Y.unflatten(-1, (k, -1)).transpose(0, 1)
+
+
+def times_transposed(X: Tensor, Q: Tensor) -> Tensor:
+    """X Qᵀ (…, N, r) of X (N, n) and Q (r, n) or (k, r, n), in X's dtype: one product for all k."""
     if Q.ndim == 2:
-        return X @ Q.mT
+        return X @ Q.to(X.dtype).mT
     k, r, n = Q.shape
-    return (X @ Q.reshape(k * r, n).mT).view(-1, k, r).transpose(0, 1)
+    return (X @ Q.reshape(k * r, n).to(X.dtype).mT).view(-1, k, r).transpose(0, 1)
 
 
-Take = Callable[[Tensor, Tensor, Tensor], None]
-"""What is called in the backward pass with a weight, Y (N, m) and X (N, n)."""
+def projected_from(Y: Tensor, XQ: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """G Qᵀ (…, m, r) of Y (N, k·m) and X Qᵀ (…, N, r)."""
+    return (_blocks(Y, k).mT @ XQ).to(dtype)
+
+
+class Projector(Protocol):
+    """Who projects a layer's gradient."""
+
+    def makes_no_gradient(self, p: Tensor) -> bool:
+        """Whether the next gradient of the weight p may come by its factors."""
+
+    def kept_basis(self, p: Tensor) -> Tensor | None:
+        """Q where the layer is to keep X Qᵀ in the place of X; None where it keeps X."""
+
+    def take(self, p: Tensor, Y: Tensor, X: Tensor, projected: bool) -> None:
+        """Called in the backward pass with Y (N, m) and X (N, n), or X Qᵀ where it is projected."""
 
 
 class Receiver:
-    """Who takes a layer's factors. A copy of the layer, or one read from a file, has nobody: its weight is another."""
+    """Holds the projector. A copy of the layer, or one read from a file, has none: its weight is another."""
 
-    def __init__(self, wanted: Callable[[Tensor], bool] | None, take: Take | None) -> None:
-        self.wanted, self.take = wanted, take
+    def __init__(self, projector: Projector | None) -> None:
+        self.projector = projector
 
     def __deepcopy__(self, memo: Any) -> Receiver:
-        return Receiver(None, None)
+        return Receiver(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Receiver, (None, None)
+        return Receiver, (None,)
 
 
 class FactoredLinear(nn.Linear):
@@ -83,36 +106,36 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x Wᵀ + b; bit for bit that of `nn.Linear`."""
-        wanted, take = self.receiver.wanted, self.receiver.take
-        weight = self.weight
+        projector, weight = self.receiver.projector, self.weight
         if (
-            wanted is None
-            or take is None
+            projector is None
             or not (torch.is_grad_enabled() and weight.requires_grad)
             or torch.compiler.is_compiling()  # a compiled backward pass calls nobody: it makes the gradient
-            or not wanted(weight)
+            or not projector.makes_no_gradient(weight)
         ):
             return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))  # as autocast would; its copy is what is saved
-        return _Linear.apply(input, weight, self.bias, take)
+        return _Linear.apply(input, weight, self.bias, projector)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, take: Take) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.take = weight, take  # what is unpacked may be another object than the parameter
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, projector: Projector) -> Tensor:
+        ctx.weight, ctx.projector = weight, projector  # what is unpacked may be another object than the parameter
+        Q = projector.kept_basis(weight)
+        X = x if Q is None else times_transposed(x.reshape(-1, x.shape[-1]), Q)
+        ctx.save_for_backward(X, weight, Q)  # Q too: torch refuses the backward pass if it was replaced in between
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        X, weight, Q = ctx.saved_tensors
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         rows = dy.reshape(-1, dy.shape[-1])
-        ctx.take(ctx.weight, rows, x.reshape(-1, x.shape[-1]))
+        ctx.projector.take(ctx.weight, rows, X if Q is not None else X.reshape(-1, X.shape[-1]), Q is not None)
         return dx, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

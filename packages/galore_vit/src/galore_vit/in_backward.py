@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.factored import Factors, Receiver, hand_over, take_back
+from galore_vit.factored import Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
@@ -63,7 +63,8 @@ class InBackward:
             between micro-batches. "sketch": an estimate without bias from 16 numbers a row, where exactness is
             not free. "projected": the projected gradients'. Without clipping, take "projected".
         model: in its `nn.Linear` layers a projected weight's gradient is not made but at the step of a refresh: its
-            projection comes from the layer's inputs and the gradient of its outputs. `factored` says of which
+            projection comes from the layer's inputs X and the gradient of its outputs. Where Q alone is used and
+            norm is "projected", the layer keeps X Qᵀ for the backward pass, and not X. `factored` says of which
             weights. The numbers are the same but for rounding. Not with norm="exact", which needs G. A layer
             whose `forward` somebody replaced, and what torch.compile compiled, go the ordinary way.
 
@@ -127,7 +128,7 @@ class InBackward:
             self.close()
             raise ValueError("none of the model's nn.Linear layers has a projected weight: leave model out")
         for linear in self._linears:
-            hand_over(linear, Receiver(self._wanted, self._take_factors))
+            hand_over(linear, Receiver(self))
 
     @property
     def factored(self) -> list[Tensor]:
@@ -237,7 +238,7 @@ class InBackward:
                 mean /= self.process_group.size()
             self._new_bases[p] = self.optimizer.due_bases(p, mean)
         self._count_pass(p)
-        bases = self._new_bases.get(p) or self.optimizer.bases(p)
+        bases = self._bases_now(p)
         R = project(matrix, bases)
         _add(self._compact[p], R)
         if self._norm == "exact":
@@ -249,24 +250,38 @@ class InBackward:
             omega = self._random_map(p, layout)
             self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
 
-    def _wanted(self, p: Tensor) -> bool:
+    def makes_no_gradient(self, p: Tensor) -> bool:
         """Whether the next gradient of p need not be made; it must be for a basis, from the first micro-batch."""
         return p in self._passes or not self.optimizer.refresh_due(p)
 
-    @torch.no_grad()
-    def _take_factors(self, p: Tensor, Y: Tensor, X: Tensor) -> None:
-        """Projects p's gradient Yᵀ X, which is not made, into the stand-in."""
+    def kept_basis(self, p: Tensor) -> Tensor | None:
+        """Q where X Qᵀ is all that is needed of a layer's inputs X, and is smaller."""
         layout = self.optimizer.layout(p)
         assert isinstance(layout, Layout)
-        factors = Factors.of(Y, X, layout.k)
+        if layout.left or self._norm != "projected" or layout.k * layout.rank >= layout.n:
+            return None
+        return self._bases_now(p)[1]
+
+    @torch.no_grad()
+    def take(self, p: Tensor, Y: Tensor, X: Tensor, projected: bool) -> None:
+        """Projects p's gradient Yᵀ X, which is not made, into the stand-in; of `projected` X it is X Qᵀ."""
+        layout = self.optimizer.layout(p)
+        assert isinstance(layout, Layout)
         self._count_pass(p)
-        bases = self._new_bases.get(p) or self.optimizer.bases(p)
+        if projected:
+            _add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
+            return
+        factors, bases = Factors.of(Y, X, layout.k), self._bases_now(p)
         R = factors.project(bases)
         _add(self._compact[p], R)
         if self._norm == "sketch":
             omega = self._random_map(p, layout)
             sketch = factors.transposed_times(omega) if layout.left else factors.times(omega)
             self._add_sketch(p, layout, sketch, R, bases, omega)
+
+    def _bases_now(self, p: Tensor) -> Bases:
+        """The ones that this step's gradients are projected by."""
+        return self._new_bases.get(p) or self.optimizer.bases(p)
 
     def _count_pass(self, p: Tensor) -> None:
         """One more, unless this backward pass gave a part of p's gradient before: a layer may stand at two places."""
