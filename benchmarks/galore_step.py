@@ -407,6 +407,7 @@ def from_factors() -> dict[str, Any]:
 
 PARTS = {
     "limit": limit,
+    "kept": kept,
     "in_backward": in_backward,
     "from_factors": from_factors,
     "refresh": refresh,
