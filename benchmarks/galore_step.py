@@ -405,6 +405,41 @@ def from_factors() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kept() -> dict[str, Any]:
+    """ViT-S, batch 8: bytes that a forward pass saves besides weights and state, where X Qᵀ is kept in the place of X."""
+    base = vit("S")
+    x, y = digits(8)
+
+    def saved(rank: int | None, proj_type: str) -> dict[str, int]:
+        model = copy.deepcopy(base)
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        state = 0
+        if rank is not None:
+            groups = param_groups(model, rank, GAP, proj_type=proj_type)
+            stepper = InBackward(GaLoreAdamW(groups, lr=0.0), norm="projected", model=model)
+            nn.functional.cross_entropy(model(x).logits, y).backward()  # makes the gradients, for the first bases
+            stepper.step()
+            stepper.zero_grad()
+            tensors = [v for s in stepper.optimizer.state.values() for v in s.values()]
+            known |= {t.untyped_storage().data_ptr() for t in tensors}
+            state = state_bytes(stepper.optimizer)
+        alive: list[Tensor] = []  # an address is given again once its tensor is gone
+
+        def pack(t: Tensor) -> Tensor:
+            alive.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            nn.functional.cross_entropy(model(x).logits, y)
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+        return {"saved_bytes": sum(n for at, n in found.items() if at not in known), "state_bytes": state}
+
+    return {
+        "model": "ViT-S", "batch": 8, "every_gradient_made": saved(None, ""),
+        **{f"{kind}_r{rank}": saved(rank, kind) for kind in ("std", "right") for rank in (16, 64)},
+    }  # fmt: skip
+
+
 PARTS = {
     "limit": limit,
     "kept": kept,
