@@ -406,7 +406,7 @@ def from_factors() -> dict[str, Any]:
 
 
 def kept() -> dict[str, Any]:
-    """ViT-S, batch 8: bytes that a forward pass saves besides weights and state, where X Qᵀ is kept in the place of X."""
+    """ViT-S, batch 8: bytes that a forward pass saves besides weights and state, where X Qᵀ stands for X."""
     base = vit("S")
     x, y = digits(8)
 
