@@ -44,7 +44,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "melo": (5e-4, 1e-3, 3e-3),
     "lora-xs": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "lte": (5e-4, 1e-3, 3e-3),
-    "galore": (3e-5, 1e-4, 2e-4, 5e-4),
+    "galore": (3e-5, 1e-4, 2e-4, 5e-4, 1e-3),
 }
 """Of each way of training; training everything by AdamW has the task's own grid."""
 
