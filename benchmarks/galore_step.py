@@ -13,11 +13,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from backrazor import Razor
 from galore_vit import GaLoreAdamW, GaLoreAdamW8bit, GaLoreScaled, InBackward, Refresh, param_groups, state_bytes
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases
 from galore_vit.projection import Bases, Layout, add_projected_back, project
@@ -410,7 +412,7 @@ def kept() -> dict[str, Any]:
     base = vit("S")
     x, y = digits(8)
 
-    def saved(rank: int | None, proj_type: str) -> dict[str, int]:
+    def saved(rank: int | None, proj_type: str, save: AbstractContextManager[Any] | None = None) -> dict[str, int]:
         model = copy.deepcopy(base)
         known = {p.untyped_storage().data_ptr() for p in model.parameters()}
         state = 0
@@ -429,7 +431,7 @@ def kept() -> dict[str, Any]:
             alive.append(t)
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), save or nullcontext():
             nn.functional.cross_entropy(model(x).logits, y)
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
         return {"saved_bytes": sum(n for at, n in found.items() if at not in known), "state_bytes": state}
@@ -437,6 +439,8 @@ def kept() -> dict[str, Any]:
     return {
         "model": "ViT-S", "batch": 8, "every_gradient_made": saved(None, ""),
         **{f"{kind}_r{rank}": saved(rank, kind) for kind in ("std", "right") for rank in (16, 64)},
+        "backrazor_0.1": saved(None, "", Razor(keep=0.1)),
+        "backrazor_0.1_right_r16": saved(16, "right", Razor(keep=0.1)),
     }  # fmt: skip
 
 
