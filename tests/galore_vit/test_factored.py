@@ -2,11 +2,13 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from functools import partial
 
 import problems
 import pytest
 import torch
+from backrazor import Razor
 from galore_vit import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, InBackward
 from galore_vit.factored import FactoredLinear, Factors
 from galore_vit.projection import project
@@ -243,6 +245,23 @@ def test_the_forward_pass_is_bit_equal_and_what_is_kept(dtype, proj_type, norm, 
     (dx,) = torch.autograd.grad(model(again).sum(), again)
     other = x.clone().requires_grad_()
     torch.testing.assert_close(dx, torch.autograd.grad(plain(other).sum(), other)[0])
+
+
+def test_within_back_razor_the_projections_are_exact():
+    """What a layer keeps of X is X Qᵀ, whole; ReLU's derivative is exact there too."""
+    made = [copy.deepcopy(problems.mlp()) for _ in range(3)]
+    for model in made:
+        model[1], model[3] = nn.ReLU(), nn.ReLU()
+    steppers = [in_backward_of(m, proj_type="right", factored=m is made[1]) for m in made]
+    for model, stepper in zip(made, steppers, strict=True):
+        problems.backward(model, 0)
+        spent(stepper)
+    for model, save in zip(made, (nullcontext(), Razor(keep=0.1), Razor(keep=0.1)), strict=True):
+        with save:
+            problems.backward(model, 1, size=64)
+    plain, factored, pruned = (torch.cat([p.grad.flatten() for p in s.parameters()]) for s in steppers)
+    torch.testing.assert_close(factored, plain, rtol=1e-4, atol=1e-6)
+    assert (pruned - plain).norm() > 10 * (factored - plain).norm()
 
 
 def test_a_basis_that_was_replaced_between_the_passes_is_refused():
