@@ -1,0 +1,118 @@
+"""The figure of the studies on real pretrained models, from their committed results: bytes against accuracy.
+
+    python benchmarks/real_figure.py
+
+Across: what a step holds besides the weights (saved activations, gradients of 4 bytes a trained number, optimizer
+state). Up: the mean difference of runs of the same seed from training everything with everything kept, with its 95 %
+interval; of a loss in nats the axis is turned round, so that up is better everywhere. Arms of fewer than three seeds
+are left out.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from memtrain_common.measuring.plots import COLOURS, save_figure
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = RESULTS / "real_models.png"
+TASKS = {
+    "minilm-sst2": "MiniLM-L6, SST-2",
+    "minilm-sst2-lengths": "MiniLM-L6, SST-2, batches by length",
+    "minilm-cola": "MiniLM-L6, CoLA",
+    "dinov2-cifar10-56": "DINOv2-small, CIFAR-10 at 56 px",
+    "efficientnet-cifar10": "EfficientNet-Lite0, CIFAR-10 at 112 px",
+    "stories": "stories260K, Tiny Shakespeare",
+}
+GREY = "#888888"
+FAMILIES = {
+    "low-bit": ("Back Razor", COLOURS[0], "o"),
+    "pruned": ("Back Razor's older modes", COLOURS[0], "x"),
+    "paper": ("Back Razor's older modes", COLOURS[0], "x"),
+    "lora": ("LoRA, LTE, MeLo", COLOURS[2], "s"),
+    "lte": ("LoRA, LTE, MeLo", COLOURS[2], "s"),
+    "melo": ("LoRA, LTE, MeLo", COLOURS[2], "s"),
+    "lora-xs svd": ("LoRA-XS, the SVD's or random bases", COLOURS[3], "v"),
+    "lora-xs random": ("LoRA-XS, the SVD's or random bases", COLOURS[3], "v"),
+    "lora-xs gradient": ("LoRA-XS, bases from the gradient", COLOURS[3], "^"),
+    "galore-adamw": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
+    "galore-scaled": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
+    "adamw8bit": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
+    "bitfit": ("BitFit, the head alone", GREY, "P"),
+    "head": ("BitFit, the head alone", GREY, "P"),
+}
+"""First words of an arm's name -> legend, colour and marker; hollow where Back Razor saves beside it."""
+SHORT = {"galore-adamw": "GaLore", "galore-scaled": "Scaled", "adamw8bit": "8-bit", "bitfit": "BitFit", "head": "head"}
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    found = {t: json.loads(p.read_text()) for t in TASKS if (p := RESULTS / f"real_{t}.json").exists()}
+    shown = {t: f for t, f in found.items() if sum(arm["seeds"] > 2 for arm in f["arms"].values()) > 1}
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(10, 3.3 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    for panel, (name, study) in zip(panels, shown.items(), strict=False):
+        draw(panel, name, study)
+    for empty in panels[len(shown) :]:
+        empty.set_axis_off()
+    legend = {label: (colour, marker) for label, colour, marker in FAMILIES.values()}
+    marks = [Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, (c, m) in legend.items()]
+    marks.append(Line2D([], [], color="black", marker="*", linestyle="", label="everything trained and kept"))
+    marks.append(Line2D([], [], color="black", marker="o", markerfacecolor="none", linestyle="",
+                        label="hollow: with Back Razor"))  # fmt: skip
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save_figure(figure, PICTURE)
+
+
+def draw(panel: Axes, name: str, study: dict[str, Any]) -> None:
+    """One study: a point an arm."""
+    arms = {n: a for n, a in study["arms"].items() if a["seeds"] > 2}
+    nats = study["metric"] == "nats"
+    panel.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    panel.plot(mebibytes(arms["dense"]), 0, "*", color="black", markersize=9)
+    for label, arm in arms.items():
+        if label == "dense":
+            continue
+        kind, number = family(label)
+        _, colour, marker = FAMILIES[kind]
+        with_razor = "low-bit" in label and not label.startswith("low-bit")
+        at, change = mebibytes(arm), arm["less_dense"]
+        panel.errorbar(
+            at, change, arm["less_dense_ci95"], fmt=marker, color=colour, markersize=5, elinewidth=0.8, capsize=2,
+            markerfacecolor="none" if with_razor else colour,
+        )  # fmt: skip
+        words = f"{SHORT.get(kind, '')} {number}".strip()
+        panel.annotate(words, (at, change), xytext=(4, 3), textcoords="offset points", fontsize=6.5, color=colour)
+    panel.set_xlim(left=0)
+    if nats:
+        panel.invert_yaxis()
+    unit = {"nats": "nats above (up is better)", "accuracy": "points of accuracy"}.get(
+        study["metric"], "points of Matthews"
+    )
+    panel.set_ylabel(f"{unit},\nbeside full training", fontsize=8)
+    panel.set_xlabel("MiB a step beside the weights", fontsize=8)
+    panel.set_title(TASKS[name], fontsize=9)
+    panel.tick_params(labelsize=8)
+
+
+def family(arm: str) -> tuple[str, str]:
+    """-> the arm's key in FAMILIES and what its point is labelled by."""
+    plain = arm.split(",")[0]
+    kind = next(k for k in sorted(FAMILIES, key=len, reverse=True) if plain.startswith(k))
+    return kind, plain.removeprefix(kind).removeprefix("-step").strip().replace("4x8", "LTE")
+
+
+def mebibytes(arm: dict[str, Any]) -> float:
+    """What a step holds besides the weights."""
+    return (arm["saved_bytes"] + arm["optimizer_bytes"] + 4 * arm["trained_numbers"]) / 2**20
+
+
+if __name__ == "__main__":
+    main()
