@@ -298,6 +298,17 @@ def test_a_copy_a_file_and_close_give_plain_layers():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_tensors_in_the_place_of_weights_have_gradients_of_their_own():
+    model = problems.mlp()
+    inner = in_backward_of(model)
+    problems.backward(model, 0)
+    spent(inner)
+    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, others, (torch.randn(3, 12),)).sum().backward()
+    assert all(p.grad is not None for p in others.values())
+    assert all(p.grad is None for p in inner.parameters())
+
+
 def test_what_is_not_a_plain_linear_layer_goes_the_ordinary_way():
     class Own(nn.Linear):
         pass

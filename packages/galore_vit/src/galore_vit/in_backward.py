@@ -251,8 +251,9 @@ class InBackward:
             self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
 
     def makes_no_gradient(self, p: Tensor) -> bool:
-        """Whether the next gradient of p need not be made; it must be for a basis, from the first micro-batch."""
-        return p in self._passes or not self.optimizer.refresh_due(p)
+        """Whether the next gradient of p need not be made; it must be for a basis, from the first micro-batch, and for
+        a tensor that stands in the place of a weight."""
+        return p in self._compact and (p in self._passes or not self.optimizer.refresh_due(p))
 
     def kept_basis(self, p: Tensor) -> Tensor | None:
         """Q where X Qᵀ is all that is needed of a layer's inputs X, and is smaller."""
