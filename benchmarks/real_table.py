@@ -1,8 +1,9 @@
 """Tables of the studies on real pretrained models for READMEs, from their committed results: print, and paste.
 
-    python benchmarks/real_table.py backrazor|lora_xs
+    python benchmarks/real_table.py backrazor|lora_xs|galore_vit|under_backrazor
 
-"against dense" is the mean difference of runs of the same seed from training everything with everything kept.
+"against dense" is the mean difference of runs of the same seed from training everything with everything kept;
+``under_backrazor`` has adapters with Back Razor beside the same adapters without it.
 """
 
 import json
@@ -10,11 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.measuring.intervals import mean_and_ci
+
 RESULTS = Path(__file__).parent / "results"
 SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
 TABLES: dict[str, tuple[str, ...]] = {
     "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10-56", "stories"),
-    "lora_xs": ("minilm-sst2-lengths", "stories"),
+    "lora_xs": ("minilm-sst2-lengths", "minilm-cola", "dinov2-cifar10-56", "stories"),
+    "galore_vit": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
+    "under_backrazor": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
 }
 HEADS = {
     "backrazor": (
@@ -23,6 +28,14 @@ HEADS = {
     ),
     "lora_xs": (
         "| | | trained numbers | seeds | end | against full training |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+    "galore_vit": (
+        "| | | state, of AdamW's | seeds | end | against AdamW |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+    "under_backrazor": (
+        "| | | less saved than without | seeds | end | against the same without |",
         "|---|---|--:|--:|--:|--:|",
     ),
 }
@@ -35,23 +48,55 @@ def table(package: str) -> str:
         path = RESULTS / f"real_{task}.json"
         if path.exists():
             found = json.loads(path.read_text())
+            if package == "under_backrazor":
+                found["arms"] = _beside_the_same(task, found["arms"])
             arms = {n: a for n, a in found["arms"].items() if a["seeds"] > 1 and _belongs(package, n)}
-            for i, (name, arm) in enumerate(arms.items() if len(arms) > 1 else ()):
+            for i, (name, arm) in enumerate(arms.items() if len(arms) > (package != "under_backrazor") else ()):
                 about = f"{found['about']}: {_metric(found['metric'])}" if i == 0 else ""
-                lines.append(f"| {about} | {_name(package, name)} | {_amount(package, arm)} | {_scores(found, arm)} |")
+                lines.append(
+                    f"| {about} | {_name(package, name)} | {_amount(package, arm, found)} | {_scores(found, arm)} |"
+                )
     return "\n".join(lines)
+
+
+def _beside_the_same(task: str, arms: dict[str, Any]) -> dict[str, Any]:
+    """Adapters with Back Razor, with what they lose and save beside the same adapter and seeds without it."""
+    out = {}
+    for name, arm in arms.items():
+        plain, _, save = name.partition(", ")
+        if save and plain in arms:
+            runs, others = (_runs(task, n) for n in (name, plain))
+            pairs = [runs[s]["score"] - others[s]["score"] for s in runs if s in others]
+            mean, half = mean_and_ci(pairs)
+            times = arms[plain]["saved_bytes"] / arm["saved_bytes"]
+            out[name] = {**arm, "seeds": len(pairs), "less_dense": mean, "less_dense_ci95": half, "times": times}
+    return out
+
+
+def _runs(task: str, arm: str) -> dict[str, Any]:
+    """A seed's score and costs, by seed."""
+    return dict(json.loads((RESULTS / "real" / task / f"{arm.replace(' ', '_')}.json").read_text())["runs"])
 
 
 def _belongs(package: str, arm: str) -> bool:
     kind = arm.split(" ")[0]
+    if package == "under_backrazor":
+        return True
+    if "," in arm:
+        return False
+    if package == "galore_vit":
+        return kind in ("dense", "adamw8bit", "galore-adamw", "galore-scaled")
     if package == "backrazor":
         return arm in SAVING
-    return kind in ("dense", "lora", "lora-xs", "bitfit", "head")
+    return kind in ("dense", "lora", "lte", "lora-xs", "bitfit", "head")
 
 
 def _name(package: str, arm: str) -> str:
     if arm == "dense":
-        return {"backrazor": "dense", "lora_xs": "full training"}[package]
+        return {"backrazor": "dense", "lora_xs": "full training", "galore_vit": "AdamW"}[package]
+    if ", " in arm:
+        plain, save = arm.split(", ")
+        return f"{_name('lora_xs', plain)}; `{save.split(' ')[0]}` {save.split(' ')[1]}"
     kind, _, rest = arm.partition(" ")
     if package == "backrazor":
         return f"`{kind}` {rest}"
@@ -59,11 +104,18 @@ def _name(package: str, arm: str) -> str:
         bases, rank = rest.split(" ")
         kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
         return f"LoRA-XS, {kinds.get(bases, 'gradient bases and a first step')}, r = {rank}"
-    words = {"lora": "LoRA", "bitfit": "BitFit", "head": "head"}
-    return words.get(kind, kind) + (f", r = {rest}" if rest else "")
+    words = {
+        "lora": "LoRA", "bitfit": "BitFit", "head": "head", "melo": "MeLo", "adamw8bit": "8-bit AdamW",
+        "galore-adamw": "`GaLoreAdamW`", "galore-scaled": "`GaLoreScaled`", "lte": "LTE",
+    }  # fmt: skip
+    return words.get(kind, kind) + (f", r = {rest}".replace("r = 4x8", "4 heads of r = 8") if rest else "")
 
 
-def _amount(package: str, arm: dict[str, Any]) -> str:
+def _amount(package: str, arm: dict[str, Any], found: dict[str, Any]) -> str:
+    if package == "under_backrazor":
+        return f"{arm['times']:.1f}×"
+    if package == "galore_vit":
+        return f"{100 * arm['optimizer_bytes'] / found['arms']['dense']['optimizer_bytes']:.1f} %"
     if package == "backrazor":
         return f"{arm['times_less_saved']:.1f}×"
     return f"{arm['trained_numbers']:,}"
