@@ -28,11 +28,11 @@ def in_backward_of(model, kind=GaLoreAdamW, norm="projected", micro_batches=1, f
 
 
 def whole_gradients(model):
-    """-> a list that gets the shape of every weight gradient that autograd finishes."""
+    """-> a list that gets the shape of every weight gradient that is made. Before InBackward is: it frees them."""
     made = []
     for p in model.parameters():
         if p.ndim == 2:
-            p.register_hook(lambda g: made.append(tuple(g.shape)) if g is not None else None)
+            p.register_post_accumulate_grad_hook(lambda p: made.append(p.shape) if p.grad is not None else None)
     return made
 
 
@@ -62,8 +62,8 @@ def test_products_are_those_of_the_gradient(k, used):
 def test_the_steps_are_those_of_whole_gradients(kind, proj_type):
     a, b = problems.mlp().double(), problems.mlp().double()
     plain = kind(problems.mlp_groups(a, proj_type=proj_type), lr=1e-2)
-    inner = in_backward_of(b, kind, proj_type=proj_type)
     made = whole_gradients(b)
+    inner = in_backward_of(b, kind, proj_type=proj_type)
     for t in range(2 * GAP + 5):
         assert torch.equal(problems.backward(a, t), problems.backward(b, t)) or t
         assert all(p.grad is None for p in inner.factored)
@@ -103,8 +103,8 @@ def test_a_split_weight_and_inputs_of_three_dimensions(rank, norm):
 def test_micro_batches_and_norms_are_those_of_whole_gradients(norm):
     a, b = problems.mlp().double(), problems.mlp().double()
     first = in_backward_of(a, norm=norm, micro_batches=3, factored=False)
-    second = in_backward_of(b, norm=norm, micro_batches=3)
     made = whole_gradients(b)
+    second = in_backward_of(b, norm=norm, micro_batches=3)
     clipped = 0
     for t in range(GAP + 3):
         for part in range(3):
@@ -117,8 +117,8 @@ def test_micro_batches_and_norms_are_those_of_whole_gradients(norm):
         spent(second)
     assert clipped > 5
     assert problems.same(a, b, rtol=1e-9)
-    # A basis takes the first micro-batch's gradient, so that one alone is made: 3 weights, 2 refreshes.
-    assert len(made) == 3 * 2
+    # The gradients of a step that finds a basis are made: 3 weights, 2 refreshes, 3 micro-batches.
+    assert len(made) == 3 * 2 * 3
 
 
 def test_one_backward_pass_with_the_sketched_norm_is_right_on_average():
@@ -331,8 +331,8 @@ def test_what_is_not_a_plain_linear_layer_goes_the_ordinary_way():
 
 def test_a_compiled_model_goes_the_ordinary_way():
     a, b = problems.mlp(), problems.mlp()
-    first, second = in_backward_of(a, factored=False), in_backward_of(b)
     made = whole_gradients(b)
+    first, second = in_backward_of(a, factored=False), in_backward_of(b)
     compiled = torch.compile(b, backend="aot_eager")
     for t in range(4):
         problems.backward(a, t)
@@ -405,3 +405,249 @@ def test_resumed_in_the_middle_of_a_gap_the_bytes_are_equal():
         return model
 
     assert problems.same(trained(None), trained(7))
+
+
+# -- what loops do besides forward, backward, step, zero_grad ------------------------------------------------------
+
+
+def both(made=problems.mlp, **options):
+    """A model with gradients that are made, and one without; both have taken a first step."""
+    a, b = made().double(), made().double()
+    steppers = [in_backward_of(m, factored=m is b, **options) for m in (a, b)]
+    return list(zip((a, b), steppers, strict=True))
+
+
+def batch(step):
+    return tuple(v.double() for v in problems.mlp_batch(step))
+
+
+def error(model, step):
+    x, y = batch(step)
+    return (model(x) - y).square().mean()
+
+
+def zero_grad_after_the_forward_pass(model, inner, t):
+    loss = error(model, t)
+    inner.zero_grad()
+    loss.backward()
+    inner.step()
+
+
+def first_steps_are_not_finite(model, inner, t):
+    loss = error(model, t) * (float("nan") if t < 3 else 1.0)
+    inner.zero_grad()
+    loss.backward()
+    inner.step()
+
+
+def one_bias_alone(model, inner, t):
+    error(model, t).backward(inputs=[model[2].bias] if t % 3 == 2 else None)
+    spent(inner)
+
+
+def gradient_of_the_input_first(model, inner, t):
+    x, y = batch(t)
+    x.requires_grad_()
+    (g,) = torch.autograd.grad((model(x) - y).square().mean(), x)
+    (model((x + 0.1 * g.sign()).detach()) - y).square().mean().backward()
+    spent(inner)
+
+
+def jacobian_in_between(model, inner, t):
+    x, _ = batch(t)
+    torch.autograd.functional.jacobian(model, x[:2])
+    error(model, t).backward()
+    spent(inner)
+
+
+def a_backward_pass_that_breaks_off(model, inner, t):
+    def broken(_):
+        raise ArithmeticError
+
+    x, y = batch(t)
+    hidden = model[0](x)
+    handle = hidden.register_hook(broken)
+    loss = (model[4](model[3](model[2](model[1](hidden)))) - y).square().mean()
+    with pytest.raises(ArithmeticError):
+        loss.backward()
+    handle.remove()
+    inner.zero_grad()
+    error(model, t).backward()
+    spent(inner)
+
+
+def a_layer_without_a_gradient(model, inner, t):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None if t % 3 == 2 else dy
+
+    x, y = batch(t)
+    (model[4](model[3](Cut.apply(model[2](model[1](model[0](x)))))) - y).square().mean().backward()
+    spent(inner)
+
+
+def functorch_in_between(model, inner, t):
+    x, _ = batch(t)
+    torch.func.vmap(model)(x)
+    torch.func.grad(lambda v: model(v).sum())(x)
+    torch.func.jvp(model, (x,), (x,))
+    error(model, t).backward()
+    spent(inner)
+
+
+def backward_inside_of_autocast(model, inner, t):
+    loss = error(model, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    spent(inner)
+
+
+def a_float64_model_under_autocast(model, inner, t):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = error(model, t)
+    loss.backward()
+    spent(inner)
+
+
+def a_hook_of_ones_own(model, inner, t):
+    if t == 0:
+        model[2].weight.register_hook(lambda g: g * 0.5)
+    error(model, t).backward()
+    spent(inner)
+
+
+def the_first_weight_changed_in_between(model, inner, t):
+    loss = error(model, t)
+    with torch.no_grad():
+        model[0].weight.mul_(1.0)  # its inputs need no gradient, so nothing needs it
+    loss.backward()
+    spent(inner)
+
+
+LOOPS = [
+    zero_grad_after_the_forward_pass, first_steps_are_not_finite, one_bias_alone, gradient_of_the_input_first,
+    jacobian_in_between, a_backward_pass_that_breaks_off, a_layer_without_a_gradient, functorch_in_between,
+    backward_inside_of_autocast, a_float64_model_under_autocast, a_hook_of_ones_own,
+    the_first_weight_changed_in_between,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:a gradient is NaN")
+@pytest.mark.parametrize("proj_type", ["std", "right"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_in_any_loop_the_steps_are_those_of_whole_gradients(loop, proj_type):
+    (a, first), (b, second) = both(proj_type=proj_type, update_proj_gap=4)
+    for t in range(11):
+        for model, inner in ((a, first), (b, second)):
+            loop(model, inner, t)
+    assert problems.same(a, b, rtol=1e-9)
+    at = [[int(o.optimizer.state[m[i].weight]["refresh_at"]) for i in (0, 2, 4)] for m, o in ((a, first), (b, second))]
+    assert at[0] == at[1]
+    assert not problems.same(a, problems.mlp().double(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_two_passes_of_one_step_through_a_checkpoint(retained):
+    class Middle(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    def made():
+        model = problems.mlp()
+        model[2] = Middle(model[2])
+        return model
+
+    (a, first), (b, second) = both(made, micro_batches=2, update_proj_gap=4)
+    for t in range(9):
+        for model, inner in ((a, first), (b, second)):
+            losses = [error(model, 2 * t), error(model, 2 * t + 1)]
+            for loss in losses[:1] * 2 if retained else losses:
+                loss.backward(retain_graph=retained)
+            spent(inner)
+    assert problems.same(a, b, rtol=1e-9)
+
+
+def test_autograd_grad_returns_the_gradient_or_says_why_not():
+    (a, first), (b, second) = both(norm="sketch")
+    for model, inner in ((a, first), (b, second)):
+        error(model, 0).backward()
+        spent(inner)
+    wanted = torch.autograd.grad(error(a, 1), list(a.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(error(b, 1), list(b.parameters())), wanted)
+    second.close()
+    inner = in_backward_of(b, proj_type="right")
+    error(b, 0).backward()
+    spent(inner)
+    with pytest.raises(RuntimeError, match="only X Qᵀ was kept"):
+        torch.autograd.grad(error(b, 1), list(b.parameters()))
+
+
+def test_close_however_the_model_was_changed():
+    model = problems.mlp()
+    inner = in_backward_of(model)
+    problems.backward(model, 0)
+    spent(inner)
+    forward, shallow = model[0].forward, copy.copy(model[4])
+    model[0].forward = lambda x: forward(x)  # as accelerate does
+    nn.utils.parametrizations.weight_norm(model[2])
+    inner.close()
+    inner.close()
+    problems.backward(model, 1)
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    shallow(torch.randn(3, 16)).sum().backward()
+    assert model[4].weight.grad is not None
+
+
+def test_what_happens_between_the_passes_is_said():
+    for change, said in (
+        (lambda inner: inner.close(), "was closed between"),
+        (lambda inner: [inner.optimizer.state[p]["refresh_at"].zero_() for p in inner.factored], "a basis is due"),
+    ):  # fmt: skip
+        model = problems.mlp()
+        inner = in_backward_of(model)
+        problems.backward(model, 0)
+        spent(inner)
+        loss = model(torch.randn(4, 12)).sum()
+        change(inner)
+        with pytest.raises(RuntimeError, match=said):
+            loss.backward()
+
+
+def test_a_copy_can_be_used_again_and_two_at_once_are_refused():
+    model = problems.mlp()
+    inner = in_backward_of(model)
+    twin = copy.deepcopy(model)
+    twin.add_module("more", nn.Linear(10, 10))
+    assert len(in_backward_of(twin).factored) == 4
+    with pytest.raises(ValueError, match=r"close\(\) it first"):
+        in_backward_of(model)
+    inner.close()
+    assert len(in_backward_of(model).factored) == 3
+
+
+def test_inputs_that_are_no_plain_tensors_go_the_ordinary_way():
+    model = nn.Sequential(nn.Linear(12, 24))
+    inner = in_backward_of(model)
+    model(torch.randn(5, 12)).sum().backward()
+    spent(inner)
+    jagged = torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(3, 12)], layout=torch.jagged)
+    assert model(jagged).is_nested
+    assert model(torch.eye(12).to_sparse()).shape == (12, 24)
+    vector = torch.randn(12)
+    torch.testing.assert_close(model(vector), model(vector[None])[0])
+    model(torch.randn(0, 12)).sum().backward()
+    assert all(float(p.grad.abs().sum()) == 0.0 for p in inner.parameters())
+    meta = nn.Linear(12, 24, device="meta")
+    other = in_backward_of(nn.Sequential(meta))
+    assert meta(torch.randn(3, 12, device="meta")).shape == (3, 24)
+    assert len(other.factored) == 1

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from galore_vit.internals import gradient_is_asked_for, transformed
 from galore_vit.projection import Bases
 
 
@@ -87,7 +88,8 @@ class Projector(Protocol):
 
 
 class Receiver:
-    """Holds the projector. A copy of the layer, or one read from a file, has none: its weight is another."""
+    """Holds the projector, until it is closed. A copy of the layer, or one read from a file, has none: its weight is
+    another."""
 
     def __init__(self, projector: Projector | None) -> None:
         self.projector = projector
@@ -106,37 +108,65 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x Wᵀ + b; bit for bit that of `nn.Linear`."""
-        projector, weight = self.receiver.projector, self.weight
-        if (
-            projector is None
-            or not (torch.is_grad_enabled() and weight.requires_grad)
-            or torch.compiler.is_compiling()  # a compiled backward pass calls nobody: it makes the gradient
-            or not projector.makes_no_gradient(weight)
-        ):
-            return super().forward(input)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))  # as autocast would; its copy is what is saved
-        return _Linear.apply(input, weight, self.bias, projector)
+        receiver: Receiver | None = getattr(self, "receiver", None)
+        projector = None if receiver is None else receiver.projector
+        if projector is None or not _simple(input, self.weight) or not projector.makes_no_gradient(self.weight):
+            return F.linear(input, self.weight, self.bias)
+        return _Linear.apply(_as_autocast_would(input), self.weight, self.bias, projector)
+
+
+def _simple(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a plain forward pass in training; all else is left to PyTorch."""
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and not weight._backward_hooks  # somebody's hook wants the gradient
+        and not torch.compiler.is_compiling()  # a compiled backward pass calls nobody
+        and not transformed()
+        and not x.is_nested
+        and x.layout == torch.strided
+    )
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    """x as autocast casts a product's operand; the copy is what is saved."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, projector: Projector) -> Tensor:
         ctx.weight, ctx.projector = weight, projector  # what is unpacked may be another object than the parameter
+        ctx.set_materialize_grads(False)
         Q = projector.kept_basis(weight)
         X = x if Q is None else times_transposed(x.reshape(-1, x.shape[-1]), Q)
-        ctx.save_for_backward(X, weight, Q)  # Q too: torch refuses the backward pass if it was replaced in between
+        # Q too: torch refuses the backward pass if it was replaced in between
+        ctx.save_for_backward(X, weight if ctx.needs_input_grad[0] else None, Q)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return None, None, None, None
         X, weight, Q = ctx.saved_tensors
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         rows = dy.reshape(-1, dy.shape[-1])
-        ctx.projector.take(ctx.weight, rows, X if Q is not None else X.reshape(-1, X.shape[-1]), Q is not None)
-        return dx, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+        dW = None
+        asked = gradient_is_asked_for(ctx.weight)
+        if asked is None:
+            if Q is not None:
+                raise RuntimeError(
+                    "torch.autograd.grad asks for the gradient of a weight of whose layer only X Qᵀ was kept: call "
+                    'backward(), or take norm="sketch", which keeps X'
+                )
+            dW = (rows.mT @ X.reshape(-1, X.shape[-1])).to(ctx.weight.dtype)
+        elif asked:
+            ctx.projector.take(ctx.weight, rows, X if Q is not None else X.reshape(-1, X.shape[-1]), Q is not None)
+        return dx, dW, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def hand_over(linear: nn.Linear, receiver: Receiver) -> None:
@@ -146,6 +176,9 @@ def hand_over(linear: nn.Linear, receiver: Receiver) -> None:
 
 
 def take_back(linear: nn.Linear) -> None:
-    """Makes it an ordinary `nn.Linear` again."""
-    del linear.receiver
-    linear.__class__ = nn.Linear
+    """Makes it an ordinary `nn.Linear` again; one whose class somebody changed meanwhile only goes the ordinary way."""
+    layer: Any = linear
+    layer.receiver.projector = None  # copies that share it go the ordinary way, too
+    if type(linear) is FactoredLinear:
+        del layer.receiver
+        layer.__class__ = nn.Linear

@@ -24,6 +24,7 @@ Of a linear layer, R follows from the layer's inputs and the gradient of its out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.factored import Factors, Receiver, hand_over, projected_from, take_back
+from galore_vit.factored import FactoredLinear, Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
+from galore_vit.internals import backward_pass
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
 
@@ -65,8 +67,8 @@ class InBackward:
         model: in its `nn.Linear` layers a projected weight's gradient is not made but at the step of a refresh: its
             projection comes from the layer's inputs X and the gradient of its outputs. Where Q alone is used and
             norm is "projected", the layer keeps X Qᵀ for the backward pass, and not X. `factored` says of which
-            weights. The numbers are the same but for rounding. Not with norm="exact", which needs G. A layer
-            whose `forward` somebody replaced, and what torch.compile compiled, go the ordinary way.
+            weights. The numbers are the same but for rounding. Not with norm="exact", which needs G. What is no
+            plain training pass of a plain layer goes the ordinary way (the README lists it).
 
     Raises:
         ValueError: a setting or an optimizer that cannot be, or a model none of whose linear layers has a projected
@@ -123,10 +125,13 @@ class InBackward:
                 if self._norm != "projected":
                     self._dropped[p] = _stand_in(p, self._dropped_shape(layout))
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._take))
-        self._linears = [] if model is None else _linears(model, self._compact)
-        if model is not None and not self._linears:
-            self.close()
-            raise ValueError("none of the model's nn.Linear layers has a projected weight: leave model out")
+        self._linears: list[nn.Linear] = []
+        if model is not None:
+            try:
+                self._linears = _linears(model, self._compact)
+            except ValueError:
+                self.close()
+                raise
         for linear in self._linears:
             hand_over(linear, Receiver(self))
 
@@ -141,6 +146,7 @@ class InBackward:
             hook.remove()
         for linear in self._linears:
             take_back(linear)
+        self._linears = []
         self.optimizer.process_group = None
 
     def _dropped_shape(self, layout: Layout) -> tuple[int, ...]:
@@ -238,22 +244,23 @@ class InBackward:
                 mean /= self.process_group.size()
             self._new_bases[p] = self.optimizer.due_bases(p, mean)
         self._count_pass(p)
-        bases = self._bases_now(p)
-        R = project(matrix, bases)
-        _add(self._compact[p], R)
-        if self._norm == "exact":
-            _add(self._dropped[p], matrix - project_back(R, bases))
-        elif self._norm == "number":
-            dropped = matrix.float().square().sum() - R.float().square().sum()
-            _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
-        elif self._norm == "sketch":
-            omega = self._random_map(p, layout)
-            self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
+        with _without_autocast(p):
+            bases = self._bases_now(p)
+            R = project(matrix, bases)
+            _add(self._compact[p], R)
+            if self._norm == "exact":
+                _add(self._dropped[p], matrix - project_back(R, bases))
+            elif self._norm == "number":
+                dropped = matrix.float().square().sum() - R.float().square().sum()
+                _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
+            elif self._norm == "sketch":
+                omega = self._random_map(p, layout)
+                self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
 
     def makes_no_gradient(self, p: Tensor) -> bool:
-        """Whether the next gradient of p need not be made; it must be for a basis, from the first micro-batch, and for
-        a tensor that stands in the place of a weight."""
-        return p in self._compact and (p in self._passes or not self.optimizer.refresh_due(p))
+        """Whether the next gradient of p need not be made; it must be in a step that finds a basis, and for a tensor
+        that stands in the place of a weight."""
+        return p in self._compact and not self.optimizer.refresh_due(p)
 
     def kept_basis(self, p: Tensor) -> Tensor | None:
         """Q where X Qᵀ is all that is needed of a layer's inputs X, and is smaller."""
@@ -268,17 +275,27 @@ class InBackward:
         """Projects p's gradient Yᵀ X, which is not made, into the stand-in; of `projected` X it is X Qᵀ."""
         layout = self.optimizer.layout(p)
         assert isinstance(layout, Layout)
+        if not self._linears:
+            raise RuntimeError(
+                "InBackward was closed between a forward pass and its backward pass: close it after a step"
+            )
+        if p not in self._passes and self.optimizer.refresh_due(p):
+            raise RuntimeError(
+                "the optimizer's state was replaced, or a step taken, between a forward pass and its backward pass, "
+                "and now a basis is due: run the forward pass again"
+            )
         self._count_pass(p)
-        if projected:
-            _add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
-            return
-        factors, bases = Factors.of(Y, X, layout.k), self._bases_now(p)
-        R = factors.project(bases)
-        _add(self._compact[p], R)
-        if self._norm == "sketch":
-            omega = self._random_map(p, layout)
-            sketch = factors.transposed_times(omega) if layout.left else factors.times(omega)
-            self._add_sketch(p, layout, sketch, R, bases, omega)
+        with _without_autocast(p):
+            if projected:
+                _add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
+                return
+            factors, bases = Factors.of(Y, X, layout.k), self._bases_now(p)
+            R = factors.project(bases)
+            _add(self._compact[p], R)
+            if self._norm == "sketch":
+                omega = self._random_map(p, layout)
+                sketch = factors.transposed_times(omega) if layout.left else factors.times(omega)
+                self._add_sketch(p, layout, sketch, R, bases, omega)
 
     def _bases_now(self, p: Tensor) -> Bases:
         """The ones that this step's gradients are projected by."""
@@ -286,7 +303,7 @@ class InBackward:
 
     def _count_pass(self, p: Tensor) -> None:
         """One more, unless this backward pass gave a part of p's gradient before: a layer may stand at two places."""
-        now = torch._C._current_graph_task_id()
+        now = backward_pass()
         if self._last_pass.get(p) != now:
             self._last_pass[p] = now
             self._passes[p] = self._passes.get(p, 0) + 1
@@ -316,11 +333,24 @@ class InBackward:
 
 def _linears(model: nn.Module, projected: Mapping[Tensor, Any]) -> list[nn.Linear]:
     """The plain linear layers whose own parameter `weight` is among the projected."""
-    return [
+    found = [
         module for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in vars(module)
-        and module._parameters.get("weight") in projected
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FactoredLinear)
+        and "forward" not in vars(module) and module._parameters.get("weight") in projected
     ]  # fmt: skip
+    if not found:
+        raise ValueError("none of the model's nn.Linear layers has a projected weight: leave model out")
+    if any(isinstance(m, FactoredLinear) and m.receiver.projector is not None for m in found):
+        raise ValueError("another InBackward has this model's layers: close() it first")
+    return found
+
+
+def _without_autocast(p: Tensor) -> AbstractContextManager[Any]:
+    """Projections have the weights' precision, also where the backward pass runs inside of autocast."""
+    kind = p.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _stand_in(p: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
