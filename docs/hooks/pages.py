@@ -245,10 +245,17 @@ def real_models() -> str:
         lines.append(f"| {about} | full training | {arms['dense']['score']:.4g} | {_costs(arms['dense'])} |")
         for name, arm in arms.items():
             if name != "dense":
-                kind, _, rest = name.partition(" ")
                 change = f"{arm['less_dense']:+.3g} ± {arm['less_dense_ci95']:.2g}".replace("-", "−")
-                lines.append(f"| | {f'{KINDS[kind]} {rest}'.strip()} | {change} | {_costs(arm)} |")
+                lines.append(f"| | {_choice(name)} | {change} | {_costs(arm)} |")
     return "\n".join(lines) + "\n"
+
+
+def _choice(arm: str) -> str:
+    """An arm in words."""
+    plain, _, save = arm.partition(", ")
+    kind, _, rest = plain.partition(" ")
+    words = f"{KINDS[kind]} {rest}".strip()
+    return f"{words}; {_choice(save)}" if save else words
 
 
 def _costs(arm: dict[str, Any]) -> str:
