@@ -81,7 +81,7 @@ def intended(train, name, head):
         "lora": ".lora_" in name,
         "melo": ".lora_" in name and (".q_proj." in name or ".v_proj." in name),
         "lora-xs": ".lora_xs." in name,
-        "lte": not name.endswith("weight") or "norm" in name or ".projection." in name,
+        "lte": ".lora_" in name or ".merged_" in name,
     }[train]
 
 
@@ -113,6 +113,22 @@ def test_lora_xs_takes_bases_from_the_first_batches(plains):
     lora_xs.inject(own, config, losses=lambda: [loss(own, batch(0)), loss(own, batch(1))])
     assert all(map(torch.equal, composed.model.state_dict().values(), own.state_dict().values()))
     assert composed.model.state_dict().keys() == own.state_dict().keys()
+
+
+def test_lte_trains_the_rest_of_a_model_with_a_head_only_where_asked(plains):
+    def trained(rest):
+        made = compose(Task(copy.deepcopy(plains[1]), batch, loss), Axes("lte", rank=4, lte_rest=rest), lr=1e-3)
+        return {n for n, p in made.model.named_parameters() if p.requires_grad}
+
+    frozen = trained("frozen")
+    assert frozen == trained("auto")
+    assert all(".lora_" in n or n.startswith("classifier.") for n in frozen)
+    assert {n.partition(".")[0] for n in frozen} == {"vit", "classifier"}
+    more = trained("trained") - frozen
+    assert trained("trained") >= frozen
+    assert any("position" in n for n in more)
+    assert any("norm" in n for n in more)
+    assert all("norm" in n or n.endswith("bias") or "embeddings" in n for n in more)
 
 
 @pytest.mark.slow

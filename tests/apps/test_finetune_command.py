@@ -1,6 +1,7 @@
 """finetune and pretrain as a person meets them: a run and its files, resume, the saved model, every kind of mistake."""
 
 import json
+import shutil
 import signal
 from dataclasses import fields
 
@@ -263,6 +264,40 @@ def test_saved_weights_of_lte_are_the_merged_ones(tmp_path):
     assert weight.shape == state[f"{name}.weight"].shape
     assert not torch.equal(weight, state[f"{name}.weight"])  # deltas that were not merged yet are in it
     assert not any("lora" in n for n in load_file(tmp_path / "run" / "model" / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_run_of_lte_from_when_norms_were_trained_goes_on_so(tmp_path):
+    """Its config.json has no ``lte_rest``; the resumed run equals the uninterrupted one."""
+    words = [
+        *DIGITS,
+        "--train",
+        "lte",
+        "--heads",
+        "2",
+        "--lte-rest",
+        "trained",
+        "--max-iters",
+        "4",
+        "--eval-epochs",
+        "0.1",
+    ]
+    for name in ("whole", "older"):
+        assert run_command([*words, "--out", name], tmp_path).returncode == 0
+    for checkpoint in sorted((tmp_path / "older").glob("checkpoints/step-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(tmp_path / "older" / "model")
+    (tmp_path / "older" / "result.json").unlink()
+    config = tmp_path / "older" / "config.json"
+    content = json.loads(config.read_text())
+    assert content["config"].pop("lte_rest") == "trained"
+    del content["seal"], content["sha256_of_the_rest"]
+    config.write_text(json.dumps(content))
+    done = run_command(["finetune", "--resume", "older"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    states = [load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("whole", "older")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[1][n], value) for n, value in states[0].items())
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ class AblateConfig:
     """lte's heads a layer."""
     merge_steps: tuple[int, ...] = ()
     """Optimizer steps between merges of lte's heads."""
+    lte_rest: tuple[Literal["auto", "frozen", "trained"], ...] = ()
+    """Whether lte trains norms, biases and position embeddings too."""
     checkpoint_blocks: tuple[str, ...] = ()
     """Blocks that checkpoint checkpoints: 4 for the first four, or numbers from 0, as 0-3,6."""
     razor_blocks: tuple[str, ...] = ()

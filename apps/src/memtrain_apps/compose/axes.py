@@ -58,6 +58,8 @@ class Axes:
     """lte: heads per layer; each sees its own share of the batch."""
     merge_steps: int = 10
     """lte: optimizer steps between merges."""
+    lte_rest: Literal["auto", "frozen", "trained"] = "auto"
+    """lte: norms, biases, position embeddings, at the heads' rate; auto: frozen where the model has a task head."""
     # -- save: what is kept for the backward pass
     checkpoint_blocks: str = ""
     """checkpoint: which blocks, as --save checkpoint:4 says it for the first four; empty takes all."""
@@ -102,6 +104,7 @@ USED_BY = {
     "dropout": ("train", ("lora",)),
     "heads": ("train", ("lte",)),
     "merge_steps": ("train", ("lte",)),
+    "lte_rest": ("train", ("lte",)),
     "checkpoint_blocks": ("save", ("checkpoint",)),
     "razor_blocks": ("save", ("backrazor",)),
     "keep": ("save", ("backrazor",)),

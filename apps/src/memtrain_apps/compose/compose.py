@@ -134,9 +134,9 @@ def inject(
     import lte
     from lte.config import REST
 
-    rest = tuple(w for w in REST if w != "embeddings") if head else REST
+    rest = axes.lte_rest == "trained" or (axes.lte_rest == "auto" and not head)
     try:
-        return lte.inject(
+        lte.inject(
             model,
             lte.LTEConfig(
                 heads=axes.heads,
@@ -144,11 +144,15 @@ def inject(
                 alpha=alpha,
                 targets=tuple(matrices(model, axes.adapt)),
                 exclude=(head or "lm_head",),
-                trainable=rest,
+                # a pretrained model's norms and positions do not bear the heads' rate
+                trainable=tuple(w for w in REST if w != "embeddings" or not head) if rest else (),
             ),
         )
     except ValueError as error:
         raise UserError(f"train lte: {error}") from None
+    if head:
+        model.get_submodule(head).requires_grad_(True)
+    return model
 
 
 def merged(model: nn.Module, axes: Axes) -> nn.Module:

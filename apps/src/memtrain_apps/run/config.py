@@ -20,6 +20,7 @@ class RunConfig(RunFlags, StepFlags, Axes):
     """Flags of both commands, after those of the axes."""
 
     OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
+    WITHOUT: ClassVar[Mapping[str, Any]] = {"lte_rest": "trained"}
 
     GROUPS: ClassVar[tuple[str, ...]] = (
         "train: which numbers are trained", "save: what is kept for the backward pass",
@@ -155,7 +156,7 @@ FINETUNE_PRESETS = {
     # ltegalorevit.py: LTE with GaLore over its heads' matrices
     "path-lte-galore": FinetuneConfig(
         train="lte", optim="galore-adamw", data="pathmnist", size=224, model="vit-b-16", image_size=224, batch_size=16,
-        epochs=1, lr=5e-3, heads=8, rank=32, alpha=4096.0, galore_rank=16, schedule="constant",
+        epochs=1, lr=5e-3, heads=8, rank=32, alpha=4096.0, lte_rest="trained", galore_rank=16, schedule="constant",
         warmup_ratio=0.0, grad_clip=0.0,
     ),
     "rte-lora-xs-backrazor": FinetuneConfig(

@@ -26,6 +26,9 @@ class RunFlags:
     OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {}
     """(field, value of older runs) -> what it is called today."""
 
+    WITHOUT: ClassVar[Mapping[str, Any]] = {}
+    """Fields that the config.json of older runs lacks -> the value that those runs had."""
+
     # -- run
     out: str = ""
     """New run folder; empty names one under runs/ by date and time."""
@@ -47,7 +50,7 @@ class RunFlags:
     @classmethod
     def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The flags that an older run wrote, under the names of today."""
-        named = {cls.ALIASES.get(name, name): value for name, value in values.items()}
+        named = {**cls.WITHOUT, **{cls.ALIASES.get(name, name): value for name, value in values.items()}}
         return {n: v if isinstance(v, dict | list) else cls.OLD_VALUES.get((n, v), v) for n, v in named.items()}
 
 
