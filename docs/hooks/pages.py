@@ -229,7 +229,7 @@ KINDS = {
     "low-bit": "Back Razor, keep", "pruned": "Back Razor, pruned, keep", "paper": "Back Razor, the paper's, keep",
     "lora": "LoRA, r =", "lora-xs": "LoRA-XS, bases and r:", "bitfit": "BitFit", "head": "the head alone",
     "galore-adamw": "GaLore, r =", "galore-scaled": "GaLoreScaled, r =", "adamw8bit": "8-bit AdamW",
-    "lte": "LTE, heads × r:",
+    "lte": "LTE, heads × r:", "melo": "MeLo, r =",
 }  # fmt: skip
 """First word of an arm of ``benchmarks/real_study.py`` -> its name."""
 
