@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -167,8 +167,12 @@ def live(job: Job) -> None:
     except BaseException as error:
         traceback.print_exc()
         if is_out_of_memory(error, limited=job.limit_bytes > 0):
-            thread = f"no memory for a thread's stack ({_first_line(error)})"
-            outcome = {"status": "out of memory", "why": _first_line(error) if is_out_of_memory(error) else thread}
+            place = "for a thread's stack" if _any_of(NO_THREAD, error) else "within oneDNN"
+            said = _first_line(error)
+            outcome = {
+                "status": "out of memory",
+                "why": said if is_out_of_memory(error) else f"no memory {place} ({said})",
+            }
         else:
             outcome = {"status": "failed", "why": f"{type(error).__name__}: {_first_line(error)}"}
     sys.stdout.flush()
@@ -256,11 +260,18 @@ def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
     """Whether an exception says that memory ran out: Python's, torch's on CUDA, or torch's on the CPU.
 
     Args:
-        limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit.
+        limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit, and a
+            kernel of oneDNN that cannot run is one whose buffers do not: it says no more.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     texts = ["can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory"]
-    if limited:
-        texts += ["Resource temporarily unavailable", "can't start new thread"]
+    return _any_of([*texts, *NO_THREAD, *NO_KERNEL] if limited else texts, error)
+
+
+NO_THREAD = ("Resource temporarily unavailable", "can't start new thread")
+NO_KERNEL = ("could not execute a primitive", "could not create a primitive", "could not create a memory object")
+
+
+def _any_of(texts: Collection[str], error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(t in str(error) for t in texts)
