@@ -2,7 +2,6 @@
 
     uv run python benchmarks/ablation_digits.py            # the grid with 5 seeds: table, differences, picture
     uv run python benchmarks/ablation_digits.py rates      # the grid by which digits.toml's learning rates were chosen
-    uv run python benchmarks/ablation_digits.py lte        # lte with norms and positions frozen and trained, 5 seeds
 
 The first runs the command as a person does, keeps a row a combination, and photographs the report's beginning where a
 Chromium is found. Where a combination saves activations otherwise, its accuracies are held, seed by seed, to those of
@@ -112,33 +111,6 @@ def table() -> None:
         photograph(first / "report.html")
 
 
-def lte() -> None:
-    with kept_where_it_fails() as place:
-        folder = Path(place) / "lte"
-        words = [
-            "--train",
-            "lte",
-            "--save",
-            "all",
-            "--optim",
-            "adamw",
-            "--lte-rest",
-            "frozen",
-            "trained",
-            "--seeds",
-            "5",
-        ]
-        ablate(folder, *words)
-        found = [s for s in summarise(read_results(folder)) if s.runs]
-    write_results(
-        RESULTS / "ablation_digits_lte.json",
-        argv=["python", "benchmarks/ablation_digits.py", "lte"],
-        device=CPU,
-        seeds=[r["seed"] for r in found[0].results],
-        arms=[{**row(s), "lte_rest": s.first["axes"]["lte_rest"]} for s in found],
-    )
-
-
 def rates() -> None:
     with kept_where_it_fails() as place:
         folder = Path(place) / "rates"
@@ -179,8 +151,8 @@ def json_rows(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["table", "rates", "lte"], default="table")
-    {"table": table, "rates": rates, "lte": lte}[parser.parse_args().what]()
+    parser.add_argument("what", nargs="?", choices=["table", "rates"], default="table")
+    {"table": table, "rates": rates}[parser.parse_args().what]()
 
 
 if __name__ == "__main__":
