@@ -77,7 +77,7 @@ def draw(panel: Axes, name: str, study: dict[str, Any]) -> None:
     nats = study["metric"] == "nats"
     panel.axhline(0, color="black", linewidth=0.7, linestyle=":")
     panel.plot(mebibytes(arms["dense"]), 0, "*", color="black", markersize=9)
-    for label, arm in arms.items():
+    for i, (label, arm) in enumerate(arms.items()):
         if label == "dense":
             continue
         kind, number = family(label)
@@ -89,8 +89,11 @@ def draw(panel: Axes, name: str, study: dict[str, Any]) -> None:
             markerfacecolor="none" if with_razor else colour,
         )  # fmt: skip
         words = f"{SHORT.get(kind, '')} {number}".strip()
-        panel.annotate(words, (at, change), xytext=(4, 3), textcoords="offset points", fontsize=6.5, color=colour)
-    panel.set_xlim(left=0)
+        panel.annotate(
+            words, (at, change), xytext=(4, 3 if i % 2 else -8), textcoords="offset points", fontsize=6.5, color=colour
+        )
+    panel.margins(x=0.06)
+    panel.set_xlim(left=-0.03 * panel.get_xlim()[1])
     if nats:
         panel.invert_yaxis()
     unit = {"nats": "nats above (up is better)", "accuracy": "points of accuracy"}.get(
