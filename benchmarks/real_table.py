@@ -1,6 +1,6 @@
 """Tables of the studies on real pretrained models for READMEs, from their committed results: print, and paste.
 
-    python benchmarks/real_table.py backrazor|lora_xs|galore_vit|under_backrazor
+    python benchmarks/real_table.py backrazor|lora_xs|galore_vit|lte|under_backrazor
 
 "against dense" is the mean difference of runs of the same seed from training everything with everything kept;
 ``under_backrazor`` has adapters with Back Razor beside the same adapters without it.
@@ -19,6 +19,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "backrazor": ("minilm-sst2", "efficientnet-cifar10", "dinov2-cifar10-56", "stories"),
     "lora_xs": ("minilm-sst2-lengths", "minilm-cola", "dinov2-cifar10-56", "stories"),
     "galore_vit": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
+    "lte": ("dinov2-cifar10-56",),
     "under_backrazor": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
 }
 HEADS = {
@@ -28,6 +29,10 @@ HEADS = {
     ),
     "lora_xs": (
         "| | | trained numbers | seeds | end | against full training |",
+        "|---|---|--:|--:|--:|--:|",
+    ),
+    "lte": (
+        "| | | trained numbers | seeds | end | against training everything |",
         "|---|---|--:|--:|--:|--:|",
     ),
     "galore_vit": (
@@ -84,6 +89,8 @@ def _belongs(package: str, arm: str) -> bool:
         return True
     if "," in arm:
         return False
+    if package == "lte":
+        return kind in ("dense", "lora", "lte")
     if package == "galore_vit":
         return kind in ("dense", "adamw8bit", "galore-adamw", "galore-scaled")
     if package == "backrazor":
@@ -93,7 +100,7 @@ def _belongs(package: str, arm: str) -> bool:
 
 def _name(package: str, arm: str) -> str:
     if arm == "dense":
-        return {"backrazor": "dense", "lora_xs": "full training", "galore_vit": "AdamW"}[package]
+        return {"backrazor": "dense", "lora_xs": "full training", "lte": "everything", "galore_vit": "AdamW"}[package]
     if ", " in arm:
         plain, save = arm.split(", ")
         return f"{_name('lora_xs', plain)}; `{save.split(' ')[0]}` {save.split(' ')[1]}"
