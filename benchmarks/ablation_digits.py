@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ def kept_where_it_fails() -> Iterator[str]:
     shutil.rmtree(place)
 
 
-def ablate(folder: Path, *words: str) -> float:
-    """Run the command to its end; -> seconds."""
+def ablate(folder: Path, *words: str, after: Sequence[str] = ()) -> float:
+    """Run the command to its end; -> seconds. ``after``: words that end it."""
     began = time.perf_counter()
-    subprocess.run([COMMAND, *words, "--devices", "cpu", "cpu", "--out", folder.name], cwd=folder.parent, check=True)
+    own = ["--devices", "cpu", "cpu", "--out", folder.name]
+    subprocess.run([COMMAND, *words, *own, *after], cwd=folder.parent, check=True)
     return time.perf_counter() - began
 
 
