@@ -1,17 +1,20 @@
-"""The README's table of the ablation, from its committed result: print it, and paste it where it stands.
+"""READMEs' tables of ablations, from their committed results: print one, and paste it where it stands.
 
-    python benchmarks/readme_table.py
+    python benchmarks/readme_table.py            # the root README's, of ablate without arguments
+    python benchmarks/readme_table.py dinov2     # apps/README's, of the grid dinov2
 
-The last column is paired: points of accuracy above the same training, of the same seed, that saves everything.
+The last column of the first is paired: points of accuracy above the same training, of the same seed, that saves
+everything.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from memtrain_common.measuring.intervals import mean_and_ci
 
-RESULT = Path(__file__).parent / "results" / "ablation_digits.json"
+RESULTS = Path(__file__).parent / "results"
 CATEGORIES = ("weights", "gradients", "optimizer", "activations")
 SHOWN = (
     "full+all+adamw", "full+checkpoint+adamw", "full+backrazor-keep0.1+adamw", "full+all+adamw8bit",
@@ -22,12 +25,26 @@ SHOWN = (
 
 
 def table() -> str:
-    arms = {arm["combination"]: arm for arm in json.loads(RESULT.read_text())["arms"]}
+    arms = {arm["combination"]: arm for arm in json.loads((RESULTS / "ablation_digits.json").read_text())["arms"]}
     lines = [
         "| train | save | optim | accuracy | weights | gradients | optimizer | activations | MiB in all | paired |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [row(name, arms) for name in SHOWN if name in arms]
+    return "\n".join(lines)
+
+
+def of_one_seed(grid: str) -> str:
+    """Of a grid of real models, by ``ablation_real.py``."""
+    lines = [
+        "| train | save | optim | accuracy | optimizer | activations | MiB in all |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for arm in json.loads((RESULTS / f"ablation_{grid}.json").read_text())["arms"]:
+        measured = {c: n / 2**20 for c, n in arm["memory_bytes"]["measured"].items()}
+        cells = [words(choice) for choice in arm["combination"].split("+")]
+        cells += [f"{100 * arm['mean']:.1f} %", f"{measured['optimizer']:.1f}", f"{measured['activations']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {sum(measured.values()):.1f} |")
     return "\n".join(lines)
 
 
@@ -50,9 +67,10 @@ def words(choice: str) -> str:
     for mark in ("-galore-rank", "-rank", "-keep"):
         if mark in choice:
             plain, value = choice.split(mark)
+            value = value.replace("-init", ", init ")
             return f"{plain}, {'keep' if mark == '-keep' else 'rank'} {value}"
     return choice
 
 
 if __name__ == "__main__":
-    print(table())
+    print(of_one_seed(sys.argv[1]) if len(sys.argv) > 1 else table())

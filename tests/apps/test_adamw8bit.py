@@ -51,3 +51,14 @@ def test_what_never_had_a_gradient_stays():
     (_, after), _ = weights(AdamW8bit, scale, steps=5)
     assert (after[scale == 0] == 0).all()
     assert (after[scale == 1] != 0).all()
+
+
+@pytest.mark.parametrize(("compiled", "stance"), [(False, "force_eager"), (True, "default")])
+def test_on_the_cpu_a_step_is_compiled_only_where_asked(monkeypatch, compiled, stance):
+    from memtrain_apps.compose.adamw8bit import AdamW8bit
+
+    real, asked = torch.compiler.set_stance, []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda s: asked.append(s) or real("force_eager"))
+    monkeypatch.setattr(AdamW8bit, "compiled_on_cpu", compiled)
+    weights(AdamW8bit, 1.0, steps=1)
+    assert asked == [stance]

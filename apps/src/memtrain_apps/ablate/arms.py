@@ -256,6 +256,11 @@ def _writable_bytes() -> int:
     return 0
 
 
+NO_THREAD = ("Resource temporarily unavailable", "can't start new thread")
+NO_KERNEL = ("could not execute a primitive", "could not create a primitive", "could not create a memory object")
+"""What is said where memory is short and nothing else is wrong: by threads, and by oneDNN."""
+
+
 def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
     """Whether an exception says that memory ran out: Python's, torch's on CUDA, or torch's on the CPU.
 
@@ -267,10 +272,6 @@ def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
         return True
     texts = ["can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory"]
     return _any_of([*texts, *NO_THREAD, *NO_KERNEL] if limited else texts, error)
-
-
-NO_THREAD = ("Resource temporarily unavailable", "can't start new thread")
-NO_KERNEL = ("could not execute a primitive", "could not create a primitive", "could not create a memory object")
 
 
 def _any_of(texts: Collection[str], error: BaseException) -> bool:
