@@ -44,6 +44,8 @@ ARMS: dict[str, Options] = {
     "exact, μ = 0.3": {"outer_momentum": 0.3},
     "3 % in 4 bits, in turn, μ = 0.3": {"merge_density": 0.03, "in_turn": True, "outer_momentum": 0.3},
     "1 % in 2 bits": {"merge_density": 0.01, "merge_bits": 2},
+    "3 % in 4 bits, 3 steps late": {"merge_density": 0.03, "merge_delay": 3},
+    "3 % in 4 bits, 9 steps late": {"merge_density": 0.03, "merge_delay": 9},
 }
 
 

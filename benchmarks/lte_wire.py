@@ -52,6 +52,18 @@ def interface_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
+def loopback_up() -> None:
+    """A new network namespace's loopback is down: SIOCSIFFLAGS with IFF_UP | IFF_RUNNING."""
+    with socket.socket() as s:
+        fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def process(rank: int, port: int, way: str, out: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(SIZE))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -110,18 +122,14 @@ def main() -> None:
             ).returncode
         )
     if alone:
-        with socket.socket() as s:  # the new namespace's loopback is down: SIOCSIFFLAGS with IFF_UP | IFF_RUNNING
-            fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+        loopback_up()
     rows: list[dict[str, Any]] = json.loads(RESULT.read_text())["ways"] if RESULT.exists() else []
     for way in WAYS:
         if any(row["way"] == way for row in rows):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
             out = Path(folder) / "bytes.pt"
-            mp.spawn(process, (port, way, out), nprocs=SIZE)
+            mp.spawn(process, (free_port(), way, out), nprocs=SIZE)
             counted, seen, purposes = torch.load(out)
         tokens = SIZE * 4 * 64
         row = {

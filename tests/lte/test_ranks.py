@@ -199,14 +199,19 @@ def freeze():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "patience_s", "sparse"),
-    [(vanish, 20.0, {"merge_density": 0.1, "merge_bits": 4}), (freeze, 6.0, {})],
+    [
+        (vanish, 20.0, {"merge_density": 0.1, "merge_bits": 4}),
+        (vanish, 20.0, {"merge_density": 0.1, "merge_bits": 4, "merge_delay": 3}),
+        (freeze, 6.0, {}),
+    ],
 )
 def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patience_s, sparse):
     """The checkpoint holds the model of the last merge, exactly; new heads go on from it. Of what sparse merges have
     not sent, only the lost process's part is lost."""
     out, until_merge = tmp_path / "run", tmp_path / "undisturbed"
-    frozen = {**FROZEN, **sparse}
-    run_ranks(4, lambda: train(out, frozen, every=10, at=(0, 34, lost), patience_s=patience_s), frozen=(0,))
+    frozen, late = {**FROZEN, **sparse}, "merge_delay" in sparse
+    at = (0, 37 if late else 34, lost)
+    run_ranks(4, lambda: train(out, frozen, every=10, at=at, patience_s=patience_s), frozen=(0,))
     for rank in (1, 2, 3):
         message = (out / f"stopped-{rank}").read_text()
         assert re.fullmatch(
@@ -214,8 +219,8 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
             rf"resume with --resume {out}",
             message,
         ), message
-    train(until_merge, frozen, every=10, steps=30)
-    expected = torch.load(until_merge / "weights-0.pt", weights_only=True)
+    train(until_merge, frozen, every=10, steps=40 if late else 30)  # where the others wait: at 40, after they sent
+    expected = load_file(newest_checkpoint(until_merge) / "model.safetensors")
     saved = load_file(newest_checkpoint(out) / "model.safetensors")
     name = "transformer.h.0.mlp.c_fc"
     torch.testing.assert_close(saved[f"{name}.weight"], expected[f"{name}.weight"], rtol=0, atol=1e-6)
@@ -224,6 +229,9 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
     if sparse:
         (_, rescued), (_, whole) = (Checkpoints(f / "checkpoints").load_newest() for f in (out, until_merge))
         owed, expected_owed = (state["model"][f"{name}.feedback"] for state in (rescued, whole))
+        if late:
+            said = whole["model"][f"{name}.sent_message"]
+            expected_owed = expected_owed + torch.stack([Sparse(26, 4).unpack(m, expected_owed[0]) for m in said])
         assert not owed[0].any()
         assert expected_owed.flatten(1).any(1).all()
         torch.testing.assert_close(owed[1:], expected_owed[1:], rtol=0, atol=1e-6)
@@ -313,9 +321,12 @@ SPARSE = {"merge_density": 0.03, "merge_bits": 3, "outer_momentum": 0.3}
 
 
 @pytest.mark.slow
-def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill(tmp_path):
-    """Killed on four processes, gone on with on two: curve, weights and every head's feedback of one process."""
-    one, out, options = tmp_path / "one", tmp_path / "run", {"steps": 100, "every": 10, **SPARSE}
+@pytest.mark.parametrize("delay", [0, 3])
+def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill(tmp_path, delay):
+    """Killed on four processes, gone on with on two: curve, weights and every head's feedback of one process; with
+    messages under way in the checkpoint, too."""
+    one, out = tmp_path / "one", tmp_path / "run"
+    options = {"steps": 100, "every": 10, "merge_delay": delay, **SPARSE}
     train(one, COPIES, **options)
     run_ranks(4, lambda: train(out, COPIES, at=(2, 71, end_all), **options))
     assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000050"]
@@ -330,4 +341,5 @@ def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill
         torch.testing.assert_close(owed[0][name], owed[1][name], rtol=0, atol=1e-5)
     sent = json.loads((out / "sent-0.json").read_text())
     each = sum(Sparse(8, 3).size(owed[0][name][0].numel()) for name in found)  # bytes that a head says at a merge
-    assert sent["merges"] == 5 * 4 * 3 * each + 5 * 2 * 1 * 2 * each
+    late = delay > 0  # what was sent at step 50 is waited for, and counted, after the kill; at step 100 never
+    assert sent["merges"] == (5 - late) * 4 * 3 * each + 5 * 2 * 1 * 2 * each

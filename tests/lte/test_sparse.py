@@ -241,7 +241,156 @@ def test_in_turn_every_layers_function_stays_and_the_model_of_all_is_the_same():
         assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
+# -- merges that take place later
+
+
+def owed_and_learned(layer):
+    """s·mean_h of what is owed, and of what heads have learned since the factors that the owed is counted from."""
+    A0, B0 = (layer.sent_A, layer.sent_B) if layer.under_way else layer.offsets()
+    learned = layer.lora_B.detach() @ layer.lora_A.detach() - B0 @ A0
+    return layer.scale * (layer.owed() + learned).mean(0)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("delay", [1, 3, 4])
+@pytest.mark.parametrize("name", ["frozen", "copies"])
+def test_at_every_step_of_a_late_merge_nothing_is_lost(name, delay, in_turn):
+    """W with what is owed and learned is the sum of all that heads and copies did, messages under way or not."""
+    model = small(POLICIES[name], merge_delay=delay)
+    merger = Merger(model, 4, in_turn=in_turn)
+    layers, copies = headed(model), replicas(model)
+    first = {n: layer.master().clone() for n, layer in layers.items()}
+    start = {(n, k): c.get_buffer(f"anchor_{k}").clone() for n, c in copies.items() for k in c.own_names()}
+    moved = {key: 0 for key in start}
+    under_way = []
+    for step in range(13):
+        before = {(n, k): copies[n].get_parameter(k).detach().clone() for n, k in start}
+        move(model, step)
+        for n, k in start:
+            moved[n, k] = moved[n, k] + (copies[n].get_parameter(k).detach() - before[n, k]).mean(0)
+        merger.step()
+        for n, layer in layers.items():
+            under_way.append(layer.under_way)
+            whole = layer.scale * (layer.lora_B.detach() @ layer.lora_A.detach()).mean(0)
+            torch.testing.assert_close(
+                layer.master() - first[n] + owed_and_learned(layer), whole, rtol=0, atol=1e-12
+            )  # fmt: skip
+        for n, k in start:
+            c, anchor = copies[n], copies[n].get_buffer(f"anchor_{k}")
+            counted_from = c.get_buffer(f"sent_{k}") if c.under_way else anchor
+            learned = (c.get_parameter(k).detach() - counted_from).mean(0)
+            total = anchor - start[n, k] + c.owed(k).mean(0) + learned
+            torch.testing.assert_close(total, moved[n, k], rtol=0, atol=1e-12)
+    assert any(under_way)
+    assert (delay == 4 and not in_turn) or not all(under_way)
+
+
+@pytest.mark.parametrize("name", ["frozen", "vectors and momentum", "in 4 bits"])
+def test_a_late_merge_adds_what_was_said_and_training_goes_on_from_what_was_sent(name):
+    """Against the definition: at step t a head says C(e + BA − B'A'); at t + d W takes it, and B'A' is BA of t."""
+    model = small(POLICIES[name], merge_delay=2, dtype=torch.float32)
+    merger = Merger(model, 5)
+    layers = headed(model)
+    W = {n: layer.master().clone() for n, layer in layers.items()}
+    offset = {n: layer.offsets()[1] @ layer.offsets()[0] for n, layer in layers.items()}
+    e = {n: torch.zeros_like(layer.feedback) for n, layer in layers.items()}
+    velocity, sent, message = {n: torch.zeros_like(w) for n, w in W.items()}, {}, {}
+    for step in range(1, 18):
+        move(model, step)
+        for n, layer in layers.items():
+            product = layer.lora_B.detach() @ layer.lora_A.detach()
+            if step > 5 and step % 5 == 2:
+                delta = layer.scale * message[n].mean(0)
+                if layer.config.outer:
+                    mu, eta = layer.config.outer_momentum, layer.config.outer_lr
+                    velocity[n] = mu * velocity[n] + delta
+                    delta = eta * (delta + mu * velocity[n])
+                W[n], offset[n] = W[n] + delta, sent[n]
+            if step % 5 == 0:
+                owed = e[n] + product - offset[n]
+                message[n] = torch.stack([said(x, 8, 3) for x in owed])
+                e[n], sent[n] = owed - message[n], product
+        assert merger.step() == (step > 5 and step % 5 == 2)
+        for n, layer in layers.items():
+            A0, B0 = layer.offsets()
+            torch.testing.assert_close(layer.master(), W[n], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(B0 @ A0, offset[n], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(layer.feedback, e[n], rtol=1e-4, atol=1e-6)
+    assert merger.merges == 3
+
+
+def later(policy="copies", heads=4):
+    """A model, its merger, and an optimizer of its parameters, at a step where messages are under way."""
+    model = small(POLICIES[policy], merge_delay=3, heads=heads)
+    return model, Merger(model, 4), torch.optim.AdamW(param_groups(model, lr=1, rest_lr=1, weight_decay=0.0))
+
+
+def test_a_state_with_messages_under_way_goes_on_and_grows_with_its_heads():
+    model, merger, optimizer = later()
+    for step in range(6):
+        move(model, step)
+        merger.step()
+    again, resumed, _ = later()
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(merger.state_dict()))
+    larger, grown, its = later(heads=8)
+    state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+    larger.load_state_dict(HeadShards(larger, its).scatter(state)["model"])
+    grown.load_state_dict(merger.state_dict())
+    for m, clock in ((model, merger), (again, resumed), (larger, grown)):
+        assert clock.step() is True
+        assert not any(layer.under_way for layer in headed(m).values())
+    for n, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[n], value), n
+    for n, layer in headed(model).items():
+        torch.testing.assert_close(larger.get_submodule(n).master(), layer.master(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(larger.transformer.wte.weight[6], model.transformer.wte.weight[3], rtol=0, atol=1e-12)
+
+
+def test_a_process_alone_owes_what_it_had_under_way():
+    model, merger, optimizer = later()
+    for step in range(6):
+        move(model, step)
+        merger.step()
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": {"state": {}, "param_groups": []},
+        "others": {"merger": merger.state_dict()},
+    }
+    assert merger.state_dict()["under_way"][0][0] == 4
+    shards = HeadShards(model, optimizer)
+    saved = shards.alone(state)
+    assert saved["others"]["merger"] == {"steps": 6, "merges": 0, "under_way": []}
+    for n, layer in headed(model).items():
+        whole = torch.stack([layer.sparse.unpack(m, layer.feedback[0]) for m in layer.sent_message]) + layer.feedback
+        assert torch.equal(saved["model"][f"{n}.feedback"], whole)
+        assert not saved["model"][f"{n}.sent_message"].any()
+        assert torch.equal(saved["model"][f"{n}.sent_A"], saved["model"][f"{n}.lora_A"])
+    wte = model.transformer.wte
+    said_by = torch.stack([wte.sparse.unpack(m, wte.anchor_weight) for m in wte.message_weight])
+    assert torch.equal(saved["model"]["transformer.wte.feedback_weight"], wte.feedback_weight + said_by)
+    _, rows = shards.own_rows(saved)
+    assert all(torch.equal(saved["model"][n], part) for n, (_, part) in rows.items())
+
+
+def test_a_merge_out_of_turn_is_refused_while_messages_are_under_way():
+    model, merger, _ = later("frozen")
+    for _ in range(4):
+        merger.step()
+    with pytest.raises(RuntimeError, match="c_attn has messages under way: its Merger takes them"):
+        merge(model)
+    for _ in range(3):
+        merger.step()
+    merge(model)  # at once, whatever the delay
+    assert not any(layer.under_way for layer in headed(model).values())
+    with pytest.raises(ValueError, match="merge_delay 3 must be at most every, 2"):
+        Merger(model, 2)
+
+
 @pytest.mark.parametrize(("options", "match"), [
+    ({"merge_delay": -1, "merge_density": 0.1}, "merge_delay must be 0 or a number of optimizer steps, got -1"),
+    ({"merge_delay": 1}, "merge_delay is for sparse merges: give a merge_density below 1"),
+    ({"merge_delay": 1, "merge_density": 0.1, "reset": "B"}, "merge_delay needs reset='none', got 'B'"),
     ({"merge_density": 0.0}, "merge_density must be above 0"), ({"merge_density": 1.1}, "merge_density"),
     ({"merge_density": 0.1, "merge_bits": 1}, "merge_bits must be from 2 to 8"),
 ])  # fmt: skip

@@ -330,6 +330,11 @@ def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
         (["--lte-outer-momentum", "1"], ["--lte-outer-momentum must be below 1"]),
         (["--lte-merge-density", "0"], ["merge_density must be above 0 and at most 1"]),
         (["--lte-merge-bits", "2"], ["--lte-merge-bits is for a --lte-merge-density below 1"]),
+        (["--lte-merge-delay", "2"], ["--lte-… flags: merge_delay is for sparse merges: give a merge_density below 1"]),
+        (
+            ["--lte-merge-delay", "2", "--lte-merge-density", "0.1"],
+            ["--lte-merge-delay 2 must be at most --lte-merge-steps 1"],
+        ),
         (["--lte-merge-in-turn"], ["--lte-merge-in-turn spreads the layers over --lte-merge-steps, which is 1"]),
         (["--lte-restart-warmup-iters", "5"], ["--lte-restart-warmup-iters 5 must be below --lte-merge-steps 1"]),
         (["--tokenizer-dir", "x"], ["--tokenizer-dir is for --tokenizer gpt2"]),

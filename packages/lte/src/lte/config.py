@@ -54,6 +54,9 @@ class LTEConfig:
     added to the head's next delta (error feedback); 1 sends all of it, exactly."""
     merge_bits: int = 4
     """Bits of each number that is sent of a share below 1: its sign, and 2^(bits − 1) magnitudes."""
+    merge_delay: int = 0
+    """d: optimizer steps from the sending of a sparse merge's messages to their merging, while training goes on; 0
+    waits for them. The :class:`lte.Merger` counts the steps."""
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -84,6 +87,14 @@ class LTEConfig:
             raise ValueError(f"merge_density must be above 0 and at most 1, got {self.merge_density}")
         if not 2 <= self.merge_bits <= 8:
             raise ValueError(f"merge_bits must be from 2 to 8, got {self.merge_bits}")
+        if self.merge_delay < 0:
+            raise ValueError(f"merge_delay must be 0 or a number of optimizer steps, got {self.merge_delay}")
+        if self.merge_delay and self.merge_density == 1:
+            raise ValueError("merge_delay is for sparse merges: give a merge_density below 1, or leave it out")
+        if self.merge_delay and self.reset != "none":
+            raise ValueError(
+                f"merge_delay needs reset='none', got {self.reset!r}: a reset head would lose what is under way"
+            )
         if self.mode == "sequential" and self.replicas:
             raise ValueError("sequential heads all see the whole batch and have no replicas: drop one of the two")
 

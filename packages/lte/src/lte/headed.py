@@ -25,6 +25,9 @@ HEAD_TENSORS = (
     "merged_A",
     "merged_B",
     "feedback",
+    "sent_A",
+    "sent_B",
+    "sent_message",
 )  # of the heads that this process holds, in dim 0
 OWN_TENSORS = (
     *HEAD_TENSORS, "weight_low", "weight_codes", "weight_absmax", "weight_delta", "all_A", "all_B", "velocity",
@@ -40,6 +43,8 @@ class Headed(nn.Module):
     - ``lora_A`` (h, r, n), ``lora_B`` (h, m, r): the heads. B begins at 0, so the layer's function is unchanged.
     - ``merged_A``, ``merged_B``: the factors at the last merge; absent where B is reset.
     - ``feedback`` (h, m, n): of each head's deltas what merges have not sent yet, where they are sparse.
+    - ``sent_A``, ``sent_B``, ``sent_message`` (h, bytes): with ``merge_delay``, the factors that the last messages were
+      made of, and this process's own of them.
     - ``weight_low``, ``weight_codes``, …: see :mod:`lte.bases`. ``velocity`` (m, n): the outer momentum.
     """
 
@@ -55,8 +60,13 @@ class Headed(nn.Module):
     all_A: Tensor
     all_B: Tensor
     feedback: Tensor
+    sent_A: Tensor
+    sent_B: Tensor
+    sent_message: Tensor
     velocity: Tensor
     evaluated: Tensor | None
+    under_way = False
+    """Whether messages have been sent that are not merged yet."""
     path = ""
     """The layer's name in the model."""
     batch: "BatchSize | None" = None
@@ -101,6 +111,11 @@ class Headed(nn.Module):
             self.register_buffer("merged_B", torch.zeros_like(self.lora_B))
         if self.sparse is not None:
             self.register_buffer("feedback", master.new_zeros(self.heads, m, n))
+        if self.sparse is not None and config.merge_delay:
+            self.register_buffer("sent_A", torch.zeros_like(A))
+            self.register_buffer("sent_B", torch.zeros_like(self.lora_B.detach()))
+            size = self.sparse.size(m * n)
+            self.register_buffer("sent_message", torch.zeros(self.heads, size, dtype=torch.uint8, device=master.device))
         if config.outer_momentum:
             self.register_buffer("velocity", master.new_zeros(m, n))
         self._keep(master)
@@ -234,8 +249,8 @@ class Headed(nn.Module):
             delta = outer_step(delta, velocity, self.config.outer_momentum, self.config.outer_lr)
         self._add_to_master(delta)
         if self.config.reset == "none":
-            self.merged_A.copy_(self.lora_A)
-            self.merged_B.copy_(self.lora_B)
+            self.merged_A.copy_(self.sent_A if self.under_way else self.lora_A)
+            self.merged_B.copy_(self.sent_B if self.under_way else self.lora_B)
 
     def messages(self) -> Tensor:
         """What a sparse merge sends of each head held here, (h, bytes): the largest of what it owes."""
@@ -244,14 +259,39 @@ class Headed(nn.Module):
         return torch.stack([self.sparse.pack(delta.add_(e)) for delta, e in zip(deltas, self.feedback, strict=True)])
 
     @torch.no_grad()
+    def send_messages(self) -> None:
+        """Into ``sent_message``, :meth:`messages` for a merge that takes place later; it will take today's A and B."""
+        own = self.messages()
+        self._owe_the_rest(own)
+        self.sent_A.copy_(self.lora_A)
+        self.sent_B.copy_(self.lora_B)
+        self.sent_message.copy_(own)
+        self.under_way = True
+
+    @torch.no_grad()
     def take_messages(self, messages: Tensor) -> None:
         """Merge the messages of all H heads, (H, bytes). What this process's own did not say is kept for the next."""
         sparse = self.sparse
         assert sparse is not None
         total = tree_sum(lambda h: sparse.unpack(messages[h], self.feedback[0]), 0, len(messages))
-        for delta, e, message in zip(self._head_deltas(), self.feedback, messages[self._own], strict=True):
-            e.add_(delta).sub_(sparse.unpack(message, e))
+        if not self.under_way:
+            self._owe_the_rest(messages[self._own])
         self.take(total.mul_(self.scale / self.total_heads))
+        self.under_way = False
+
+    def _owe_the_rest(self, own: Tensor) -> None:
+        """e ← e + D − c of each head held here."""
+        assert self.sparse is not None
+        for delta, e, message in zip(self._head_deltas(), self.feedback, own, strict=True):
+            e.add_(delta).sub_(self.sparse.unpack(message, e))
+
+    def owed(self) -> Tensor:
+        """What no merge has taken yet of what this process's heads owe, (h, m, n): feedback, and messages under way."""
+        assert self.sparse is not None
+        if not self.under_way:
+            return self.feedback
+        said = [self.sparse.unpack(message, self.feedback[0]) for message in self.sent_message]
+        return self.feedback + torch.stack(said)
 
     def _head_deltas(self) -> Iterator[Tensor]:
         """D_h (m, n) of each head held here."""

@@ -12,6 +12,7 @@ from .injection import headed, replicas
 from .ranks import Ranks
 from .reached import Reached
 from .replicas import Replicas
+from .under_way import Copies, Layers, UnderWay, check_none_under_way, parts
 
 
 @torch.no_grad()
@@ -44,17 +45,16 @@ def merge(
 
     Raises:
         ValueError: if the model has no heads, or resets need the optimizer.
+        RuntimeError: if messages of an earlier merge are under way (``LTEConfig.merge_delay``).
         ConnectionAbortedError: if a process is lost; then nothing is merged here.
     """
-    layers, copies = headed(model), replicas(model)
-    if not layers:
+    layers, copies = parts(model, only)
+    if not headed(model):
         raise ValueError("the model has no LTE heads to merge: call lte.inject first")
-    config = next(iter(layers.values())).config
+    check_none_under_way(layers, copies)
+    config = next(iter(headed(model).values())).config
     if config.reset != "none" and config.reset_optimizer and optimizer is None:
         raise ValueError(f"reset={config.reset!r} lets the optimizer forget its state: pass optimizer=")
-    if only is not None:
-        layers = {name: m for name, m in layers.items() if name in only}
-        copies = {name: m for name, m in copies.items() if name in only}
     if config.merge_density < 1:
         _merge_messages(layers, copies, ranks)
     elif ranks is None or ranks.size == 1:
@@ -78,7 +78,7 @@ def merge(
                     optimizer.state.pop(factor, None)
 
 
-def _merge_messages(layers: Mapping[str, Headed], copies: Mapping[str, Replicas], ranks: Ranks | None) -> None:
+def _merge_messages(layers: Layers, copies: Copies, ranks: Ranks | None) -> None:
     """Sparse merges: every process's messages go to all others, and nothing changes before the last has arrived."""
     kept = [(copy, name) for copy in copies.values() for name in copy.own_names()]
     own = [layer.messages() for layer in layers.values()] + [copy.messages(name) for copy, name in kept]
@@ -165,6 +165,10 @@ def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
 class Merger:
     """The merge clock: ``step()`` after each optimizer step merges every T-th time.
 
+    With ``LTEConfig.merge_delay`` d, messages that are sent at one step are merged d steps later, while training goes
+    on: W ← W + s·mean_h c_h and A', B' ← what A, B were when they were sent, so that what a head has learned since is
+    in its next message.
+
     Args:
         model: with heads.
         every: T, in optimizer steps (not micro-batches); 0 never merges.
@@ -188,10 +192,16 @@ class Merger:
     ) -> None:
         if every < 0:
             raise ValueError(f"every must be 0 (never) or a number of optimizer steps, got {every}")
+        self._delay = next((layer.config.merge_delay for layer in headed(model).values()), 0)
+        if every and self._delay > every:
+            raise ValueError(
+                f"merge_delay {self._delay} must be at most every, {every}: one merge arrives before the next"
+            )
         self._model, self._ranks, self._optimizer, self._seed = model, ranks, optimizer, seed
         self.every, self.in_turn = every, in_turn
         self.steps = 0
         self.merges = 0
+        self._under_way: list[UnderWay] = []
         self._reached = Reached(model, unreached)
 
     def step(self) -> bool:
@@ -200,11 +210,25 @@ class Merger:
         self.steps += 1
         only = self._turn()
         due = bool(only) if self.in_turn else self.every > 0 and self.steps % self.every == 0
+        if self._delay:
+            return self._later(only, due)
         if due:
             seed = self._seed * 1_000_003 + self.merges
             merge(self._model, ranks=self._ranks, optimizer=self._optimizer, seed=seed % 2**63, only=only)
             self.merges += 1
         return due
+
+    def _later(self, only: list[str] | None, due: bool) -> bool:
+        """Merge what was sent d steps ago, then send what is due."""
+        arrived = [sent for sent in self._under_way if sent.step + self._delay <= self.steps]
+        for sent in arrived:
+            sent.arrive()
+            self._under_way.remove(sent)
+            self.merges += 1
+        if due:
+            names = [*headed(self._model), *replicas(self._model)] if only is None else only
+            self._under_way.append(UnderWay(self._model, names, self.steps, self._ranks))
+        return bool(arrived)
 
     def _turn(self) -> list[str] | None:
         """The layers whose turn it is, in the model's order; the last ones' is where all would be merged together."""
@@ -220,7 +244,12 @@ class Merger:
         return [name for i, name in enumerate(units) if i * turns // len(units) in now]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "merges": self.merges}
+        """``under_way``: the step of each merge that is, and its layers; their messages are in the layers' buffers."""
+        counts = {"steps": self.steps, "merges": self.merges}
+        return counts | ({"under_way": [[m.step, m.names] for m in self._under_way]} if self._delay else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.merges = state["steps"], state["merges"]
+        self._under_way = [
+            UnderWay(self._model, names, step, self._ranks, again=True) for step, names in state.get("under_way", ())
+        ]

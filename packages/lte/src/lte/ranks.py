@@ -13,7 +13,7 @@ so factors are sent where H·ρ·(m + n) < 2·m·n, with ρ = 2r where there is 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,27 +80,48 @@ class Ranks:
             dist.all_to_all_single(received, padded, group=self.group)
         self.sent[purpose] += N * (N - 1) * padded.nbytes // N
         parts = received.view(N, -1)
-        return self._gather_flat(tree_sum(lambda i: parts[i].clone(), 0, N), purpose)[:n]
+        return self._start_gather_flat(tree_sum(lambda i: parts[i].clone(), 0, N), purpose)()[:n]
 
     def gather(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
         """Every process's tensors, put together along dim 0 in the order of heads."""
-        if self.size == 1:
-            return list(tensors)
-        out: list[Tensor] = list(tensors)
-        for dtype in sorted({t.dtype for t in tensors}, key=str):
-            places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-            flat = torch.cat([tensors[i].flatten() for i in places])
-            whole = self._gather_flat(flat, purpose).view(self.size, -1)
-            for i, part in zip(places, whole.split([tensors[i].numel() for i in places], 1), strict=True):
-                out[i] = part.reshape(self.size * len(tensors[i]), *tensors[i].shape[1:])
-        return out
+        return self.start_gather(tensors, purpose)()
 
-    def _gather_flat(self, flat: Tensor, purpose: str) -> Tensor:
+    def start_gather(self, tensors: Sequence[Tensor], purpose: str) -> Callable[[], list[Tensor]]:
+        """Begin :meth:`gather`, which goes on beside what this process does meanwhile; -> what waits for its end.
+
+        Bytes count as sent when they have been waited for.
+        """
+        own = list(tensors)
+        if self.size == 1:
+            return lambda: own
+        kinds = []
+        for dtype in sorted({t.dtype for t in own}, key=str):
+            places = [i for i, t in enumerate(own) if t.dtype == dtype]
+            kinds.append((places, self._start_gather_flat(torch.cat([own[i].flatten() for i in places]), purpose)))
+
+        def wait() -> list[Tensor]:
+            out = list(own)
+            for places, arrived in kinds:
+                parts = arrived().view(self.size, -1).split([own[i].numel() for i in places], 1)
+                for i, part in zip(places, parts, strict=True):
+                    out[i] = part.reshape(self.size * len(own[i]), *own[i].shape[1:])
+            return out
+
+        return wait
+
+    def _start_gather_flat(self, flat: Tensor, purpose: str) -> Callable[[], Tensor]:
         whole = flat.new_empty(self.size * flat.numel())
         with _speaking():
-            dist.all_gather_into_tensor(whole, flat.contiguous(), group=self.group)
-        self.sent[purpose] += self.size * (self.size - 1) * flat.nbytes
-        return whole
+            work = dist.all_gather_into_tensor(whole, flat.contiguous(), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            with _speaking():
+                if work is not None:
+                    work.wait()
+            self.sent[purpose] += self.size * (self.size - 1) * flat.nbytes
+            return whole
+
+        return wait
 
     def gather_to_first(self, tensor: Tensor, purpose: str) -> Tensor:
         """Every process's tensor, put together along dim 0 on the first process; the others get theirs back."""

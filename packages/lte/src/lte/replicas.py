@@ -22,8 +22,13 @@ class Replicas(nn.Module):
     loss. In evaluation there is one layer with the mean of all copies, and a merge makes all copies that mean.
 
     Buffers: with outer momentum or sparse merges ``anchor_p``, the parameter at the last merge; with outer momentum
-    ``velocity_p``; with sparse merges ``feedback_p`` (h, \\*p.shape), what they have not sent yet of each copy's moves.
+    ``velocity_p``; with sparse merges ``feedback_p`` (h, \\*p.shape), what they have not sent yet of each copy's moves;
+    with ``merge_delay`` ``sent_p`` (h, \\*p.shape) and ``message_p`` (h, bytes), the copies that the last messages
+    were made of, and this process's own of them.
     """
+
+    under_way = False
+    """Whether messages have been sent that are not merged yet."""
 
     def __init__(
         self,
@@ -50,6 +55,11 @@ class Replicas(nn.Module):
                 self.register_buffer(f"velocity_{name}", torch.zeros_like(parameter.detach()[0]))
             if self.sparse is not None:
                 self.register_buffer(f"feedback_{name}", torch.zeros_like(parameter.detach()))
+            if self.sparse is not None and config.merge_delay:
+                size = self.sparse.size(parameter[0].numel())
+                message = torch.zeros(self.heads, size, dtype=torch.uint8, device=parameter.device)
+                self.register_buffer(f"sent_{name}", torch.zeros_like(parameter.detach()))
+                self.register_buffer(f"message_{name}", message)
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …) -> (N, …)
@@ -93,7 +103,10 @@ class Replicas(nn.Module):
 
     def head_tensors(self) -> list[str]:
         """The names of what has a copy a row."""
-        return [*self.names(), *(n for n, _ in self.named_buffers(recurse=False) if n.startswith("feedback_"))]
+        return [
+            *self.names(),
+            *(n for n, _ in self.named_buffers(recurse=False) if n.startswith(("feedback_", "sent_", "message_"))),
+        ]
 
     def own_names(self) -> list[str]:
         """The parameters that no other layer merges."""
@@ -108,19 +121,48 @@ class Replicas(nn.Module):
         return torch.stack([self.sparse.pack(e) for e in owed])
 
     @torch.no_grad()
+    def send_messages(self, name: str) -> None:
+        """Into ``message_p``, :meth:`messages` for a merge that takes place later; it will take today's copies."""
+        own = self.messages(name)
+        self._owe_the_rest(name, own)
+        self.get_buffer(f"sent_{name}").copy_(self.get_parameter(name))
+        self.get_buffer(f"message_{name}").copy_(own)
+
+    @torch.no_grad()
     def take_messages(self, name: str, messages: Tensor) -> None:
-        """Merge the messages of all H copies, (H, bytes). What this process's own did not say is kept for the next."""
+        """Merge the messages of all H copies, (H, bytes). What this process's own did not say is kept for the next,
+        and so is what copies have learned since their messages were sent."""
         sparse, copies, anchor = self.sparse, self.get_parameter(name), self.get_buffer(f"anchor_{name}")
         assert sparse is not None
         mean = tree_sum(lambda h: sparse.unpack(messages[h], anchor), 0, len(messages)).div_(self.total_heads)
-        own = messages[self.first_head : self.first_head + self.heads]
-        for e, copy_, message in zip(self.get_buffer(f"feedback_{name}"), copies, own, strict=True):
-            e.add_(copy_.detach() - anchor).sub_(sparse.unpack(message, e))
+        since: Tensor | None = None
+        if self.under_way:
+            since = copies.detach() - self.get_buffer(f"sent_{name}")
+        else:
+            self._owe_the_rest(name, messages[self.first_head : self.first_head + self.heads])
         velocity = dict(self.named_buffers(recurse=False)).get(f"velocity_{name}")
         step = (
             outer_step(mean, velocity, self.config.outer_momentum, self.config.outer_lr) if self.config.outer else mean
         )
         copies.copy_(anchor.add_(step).expand_as(copies))
+        if since is not None:
+            copies.add_(since)
+
+    def _owe_the_rest(self, name: str, own: Tensor) -> None:
+        """e ← e + Δ − c of each copy held here."""
+        assert self.sparse is not None
+        anchor = self.get_buffer(f"anchor_{name}")
+        for e, copy_, message in zip(self.get_buffer(f"feedback_{name}"), self.get_parameter(name), own, strict=True):
+            e.add_(copy_.detach() - anchor).sub_(self.sparse.unpack(message, e))
+
+    def owed(self, name: str) -> Tensor:
+        """What no merge has taken yet of what this process's copies owe: feedback, and messages under way."""
+        assert self.sparse is not None
+        feedback = self.get_buffer(f"feedback_{name}")
+        if not self.under_way:
+            return feedback
+        said = [self.sparse.unpack(message, feedback[0]) for message in self.get_buffer(f"message_{name}")]
+        return feedback + torch.stack(said)
 
     @torch.no_grad()
     def take(self, means: dict[str, Tensor]) -> None:

@@ -70,7 +70,7 @@ class HeadShards:
         """A whole state from this process's alone, when others are lost: W and all that is not heads' own as it is
         here, which is the last merge; every head anew (or, where W telescopes, as it was merged), without moments;
         the mean of this process's copies for every copy, or, with sparse merges, what they were merged to. Of what
-        sparse merges have not sent, what is owed by this process's heads.
+        sparse merges have not sent, or sent and not merged, what is owed by this process's heads.
         """
         model = dict(state["model"])
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -83,10 +83,11 @@ class HeadShards:
             B = layer.lora_B.detach().new_zeros(len(A), *layer.lora_B.shape[1:]) if B is None else B
             if layer.sparse is not None:
                 owed = layer.feedback.new_zeros(self.heads, *layer.matrix_shape)
-                model[f"{path}.feedback"] = _put(owed, layer.feedback, layer.first_head)
-            for name in HEAD_TENSORS[:-1]:
-                if f"{path}.{name}" in model:
+                model[f"{path}.feedback"] = _put(owed, layer.owed(), layer.first_head)
+            for name in HEAD_TENSORS:
+                if name.endswith(("_A", "_B")) and f"{path}.{name}" in model:
                     model[f"{path}.{name}"] = (A if name.endswith("A") else B).clone()
+            _clear(model, f"{path}.sent_message", self.heads)
         copies = replicas(self._model)
         anchors = {  # tied copies have one
             copy.get_parameter(name): copy.get_buffer(f"anchor_{name}")
@@ -99,12 +100,18 @@ class HeadShards:
                 mean = copy.own_sum(name).div_(copy.heads) if anchor is None else anchor
                 model[f"{path}.{name}"] = mean.expand(self.heads, *mean.shape).clone()
             for name in copy.own_names() if copy.sparse is not None else ():
-                feedback = model[f"{path}.feedback_{name}"]
+                feedback = copy.owed(name)
                 owed = feedback.new_zeros(self.heads, *feedback.shape[1:])
                 model[f"{path}.feedback_{name}"] = _put(owed, feedback, copy.first_head)
+                _clear(model, f"{path}.sent_{name}", self.heads)
+                _clear(model, f"{path}.message_{name}", self.heads)
         own = self._own_indices()
         moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
-        return {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
+        rescued = {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
+        merger = state.get("others", {}).get("merger", {})
+        if "under_way" in merger:
+            rescued["others"] = {**state["others"], "merger": {**merger, "under_way": []}}
+        return rescued
 
     def own_rows(self, state: State) -> tuple[int, Rows] | None:
         """What sparse merges have not sent yet of this process's heads and copies, out of the state that :meth:`alone`
@@ -112,10 +119,10 @@ class HeadShards:
         rows: Rows = {}
         for path, layer in headed(self._model).items():
             if layer.sparse is not None:
-                rows[f"{path}.feedback"] = (layer.first_head, layer.feedback)
+                rows[f"{path}.feedback"] = (layer.first_head, layer.owed())
         for path, copy in replicas(self._model).items():
             for name in copy.own_names() if copy.sparse is not None else ():
-                rows[f"{path}.feedback_{name}"] = (copy.first_head, copy.get_buffer(f"feedback_{name}"))
+                rows[f"{path}.feedback_{name}"] = (copy.first_head, copy.owed(name))
         merges = state.get("others", {}).get("merger", {}).get("merges", 0)
         return (merges, rows) if rows else None
 
@@ -150,6 +157,12 @@ class HeadShards:
     def _own_indices(self) -> set[int]:
         own = {*head_parameters(self._model), *copied_parameters(self._model)}
         return {i for i, p in enumerate(self._parameters()) if p in own}
+
+
+def _clear(model: State, name: str, heads: int) -> None:
+    """A row of zeros a head for what ``name`` holds, if there is such a tensor."""
+    if name in model:
+        model[name] = model[name].new_zeros(heads, *model[name].shape[1:])
 
 
 def _put(whole: Tensor, part: Tensor, first: int) -> Tensor:

@@ -83,6 +83,8 @@ class TrainConfig(RunFlags, StepFlags):
     sends all, exactly."""
     lte_merge_bits: int = 4
     """Bits of each number that is sent of a share below 1."""
+    lte_merge_delay: int = 0
+    """Steps from the sending of a sparse merge to its merging, while training goes on; 0 waits for it."""
     lte_merge_in_turn: bool = False
     """Merge the layers in turn, each at its own every T-th step, rather than all in one step."""
     lte_outer_lr: float = 1.0
@@ -254,6 +256,11 @@ def check(config: TrainConfig) -> TrainConfig:
             f"--lte-merge-in-turn spreads the layers over --lte-merge-steps, which is {config.lte_merge_steps}: give 2 "
             "or more, or leave it out"
         )
+    if config.lte_merge_steps and config.lte_merge_delay > config.lte_merge_steps:
+        raise UserError(
+            f"--lte-merge-delay {config.lte_merge_delay} must be at most --lte-merge-steps {config.lte_merge_steps}: "
+            "one merge arrives before the next is sent"
+        )
     if config.lte_restart_warmup_iters and not config.lte_merge_steps > config.lte_restart_warmup_iters:
         raise UserError(
             f"--lte-restart-warmup-iters {config.lte_restart_warmup_iters} must be below --lte-merge-steps "
@@ -304,6 +311,7 @@ def lte_config(config: TrainConfig) -> LTEConfig:
         outer_momentum=config.lte_outer_momentum,
         merge_density=config.lte_merge_density,
         merge_bits=config.lte_merge_bits,
+        merge_delay=config.lte_merge_delay,
         outer_lr=config.lte_outer_lr,
     )
 
