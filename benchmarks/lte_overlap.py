@@ -5,8 +5,8 @@
 lte-train's default model (4 layers, width 128, four heads of rank 64, copies of embeddings and norms), two processes of
 a thread each, merges of 3 % in 4 bits every 10 steps, over gloo. In a network namespace of its own, whose loopback
 ``tc`` slows down to the rates below: both need root. Ways take turns in one run: never merging, waiting for each
-merge, merging 3 and 9 steps late. A block is 30 steps and begins right after a merge has arrived, so that it holds three
-sendings and their arrivals; reported are the ratios of a block's time to that of the block without merges beside it.
+merge, merging 3 and 9 steps late. A block is 30 steps and begins right after a merge has arrived, so that three are sent
+and arrive in it; reported are the ratios of a block's time to that of the block without merges beside it.
 """
 
 import os
@@ -84,9 +84,9 @@ def process(rank: int, port: int, out: Path) -> None:
 
 def measured(megabits: int | None) -> dict[str, Any]:
     if megabits:
-        subprocess.run("ip link set lo mtu 1500".split(), check=True)  # the loopback's own packets exceed the burst
         rate = f"tc qdisc replace dev lo root tbf rate {megabits}mbit burst 16kb latency 10s"
-        subprocess.run(rate.split(), check=True)
+        for words in ("ip link set lo mtu 1500", rate):  # the loopback's own packets exceed the burst
+            subprocess.run(words.split(), check=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.pt"
         mp.spawn(process, (free_port(), out), nprocs=SIZE)

@@ -1,6 +1,5 @@
 """Fixtures for every package's tests."""
 
-import gc
 import json
 import os
 import re
@@ -38,13 +37,6 @@ def real_data() -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what is about the repository as a whole: type checking is the longest of all, and must not come last."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-
-
-def pytest_collection_finish() -> None:
-    """What is loaded by now stays: Python's garbage collector need not look at it again, here and in what is forked,
-    where looking at an object copies its page."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,13 @@
 """What several test files use: running commands, training a small thing, comparing runs."""
 
 import functools
+import gc
 import importlib
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -48,6 +51,63 @@ def load_libraries() -> None:
         importlib.import_module(name)
 
 
+class Remembered:
+    """What forked processes have learned of operations on fake tensors (``measuring.fake_dispatch``), for those that are
+    forked after them: a command predicts what dense training would save, and most of the time of that goes into
+    operations that another command has asked torch before."""
+
+    def __init__(self) -> None:
+        self._file = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
+        self._read = 0
+        self._had = 0
+
+    def recall(self) -> None:
+        """Know what all that have ended knew."""
+        known = self._known()
+        if known is None:
+            return
+        with open(self._file, "rb", closefd=False) as file:
+            while (size := os.fstat(self._file).st_size) > self._read:
+                file.seek(self._read)
+                known.update(pickle.load(file))
+                self._read = file.tell()
+                assert self._read <= size
+        self._had = len(known)
+
+    def tell(self) -> None:
+        """In a forked process: write what it has learned."""
+        known = self._known()
+        if known is None or len(known) <= self._had:
+            return
+        text = io.BytesIO()
+        _Operations(text).dump(dict(list(known.items())[self._had :]))
+        os.write(self._file, text.getvalue())  # as one piece: others may write at the same time
+
+    @staticmethod
+    def _known() -> dict[Any, Any] | None:
+        module = sys.modules.get("memtrain_common.measuring.fake_dispatch")
+        return module._known if module is not None else None
+
+
+class _Operations(pickle.Pickler):
+    """Knows an operation of torch by its name."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value).__name__ != "OpOverload":
+            return NotImplemented
+        packet = value._overloadpacket._qualified_op_name.split("::")
+        return _operation, (*packet, value._overloadname)
+
+
+def _operation(namespace: str, name: str, overload: str) -> Any:
+    import torch
+
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+remembered = Remembered()
+
+
 class Forked:
     """A Python function that runs in a process forked from this one, which has torch loaded already.
 
@@ -73,6 +133,7 @@ class Forked:
         """
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # read when it has ended
         self.returncode: int | None = None
+        remembered.recall()
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -87,6 +148,7 @@ class Forked:
         environment: Mapping[str, str],
     ) -> None:
         code = 99
+        gc.freeze()  # what it has from its parent is not garbage, and looking at an object would copy its page
         try:
             os.setsid()
             os.chdir(cwd)
@@ -105,6 +167,7 @@ class Forked:
         except BaseException:
             traceback.print_exc()
         finally:
+            remembered.tell()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
