@@ -1,4 +1,4 @@
-"""The grids of real models that come with ablate, one seed: what each arm ends at, and its memory.
+"""The grids of real models that come with ablate, one seed: what each arm ends at, its memory, the report's picture.
 
     MEMTRAIN_DATA=FOLDER python benchmarks/ablation_real.py dinov2|minilm
 
@@ -8,7 +8,7 @@ FOLDER holds weights/ and the data, as real_models.py and the data's own sources
 import sys
 from pathlib import Path
 
-from ablation_digits import CPU, RESULTS, ablate, kept_where_it_fails, row
+from ablation_digits import CPU, RESULTS, ablate, kept_where_it_fails, photograph, row
 from backrazor_real_models import data
 from memtrain_apps.ablate.results import read_results, summarise
 from memtrain_common.measuring.bench import write_results
@@ -17,14 +17,15 @@ GRIDS = {"dinov2": ("weights/dinov2_small", "medmnist"), "minilm": ("weights/min
 
 
 def main(grid: str) -> None:
-    model, rows = (str(data() / part) for part in GRIDS[grid])
     with kept_where_it_fails() as place:
         folder = Path(place) / grid
+        model, rows = (Path(part).name for part in GRIDS[grid])
+        for part in GRIDS[grid]:  # so that commands and report do not name this machine's folders
+            (Path(place) / Path(part).name).symlink_to(data() / part)
         ablate(folder, grid, "--seeds", "1", after=("--", "--model", model, "--data-dir", rows))
+        photograph(folder / "report.html", RESULTS / f"ablation_{grid}.png", height=1330)
         found = [s for s in summarise(read_results(folder)) if s.runs]
     arms = [row(s) for s in sorted(found, key=lambda s: s.rank)]
-    for arm in arms:  # without the places on this machine
-        arm["command_of_seed_0"] = arm["command_of_seed_0"].replace(model, "MODEL").replace(rows, "DATA")
     write_results(
         RESULTS / f"ablation_{grid}.json", argv=["python", "benchmarks/ablation_real.py", grid], device=CPU,
         seeds=[r["seed"] for r in found[0].results], arms=arms,

@@ -5,8 +5,8 @@
 lte-train's default model (4 layers, width 128, four heads of rank 64, copies of embeddings and norms), two processes of
 a thread each, merges of 3 % in 4 bits every 10 steps, over gloo. In a network namespace of its own, whose loopback
 ``tc`` slows down to the rates below: both need root. Ways take turns in one run: never merging, waiting for each
-merge, merging 3 and 9 steps late. A block is 30 steps and begins right after a merge has arrived, so that three are sent
-and arrive in it; reported are the ratios of a block's time to that of the block without merges beside it.
+merge, merging 3 and 9 steps late. A block is 30 steps and begins right after a merge has arrived: three are sent and
+arrive in it; reported are the ratios of a block's time to that of the block without merges beside it.
 """
 
 import os

@@ -52,8 +52,8 @@ def load_libraries() -> None:
 
 
 class Remembered:
-    """What forked processes have learned of operations on fake tensors (``measuring.fake_dispatch``), for those that are
-    forked after them: a command predicts what dense training would save, and most of the time of that goes into
+    """What forked processes have learned of operations on fake tensors (``measuring.fake_dispatch``), for those that
+    are forked after them: a command predicts what dense training would save, and most of the time of that goes into
     operations that another command has asked torch before."""
 
     def __init__(self) -> None:

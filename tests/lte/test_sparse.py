@@ -412,6 +412,14 @@ def test_a_model_without_numbers_too_few_for_a_chunk():
     torch.testing.assert_close(model[0].master() - before, delta, rtol=0, atol=0.05 * float(delta.abs().max()))
 
 
+def test_the_readme_has_what_waiting_for_a_slow_link_costs():
+    text = (ROOT / "packages" / "lte" / "README.md").read_text()
+    links = read_json(ROOT / "benchmarks" / "results" / "lte_overlap.json")["links"]
+    assert [link["megabits_per_second"] for link in links] == [None, 4, 2]
+    for label, way in (("waited for", "waiting"), ("3 steps late", "3 steps late"), ("9 steps late", "9 steps late")):
+        assert f"| {label} | " + " | ".join(f"{link[way]['of_no_merges'][1]:.2f}" for link in links) + " |" in text
+
+
 def test_the_readme_has_what_sparse_merges_cost():
     """Each arm's bytes, mean loss and its mean, least and most against full training, seed by seed."""
     text = (ROOT / "packages" / "lte" / "README.md").read_text()
