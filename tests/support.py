@@ -1,7 +1,6 @@
 """What several test files use: running commands, training a small thing, comparing runs."""
 
 import functools
-import gc
 import importlib
 import io
 import json
@@ -148,7 +147,6 @@ class Forked:
         environment: Mapping[str, str],
     ) -> None:
         code = 99
-        gc.freeze()  # what it has from its parent is not garbage, and looking at an object would copy its page
         try:
             os.setsid()
             os.chdir(cwd)
