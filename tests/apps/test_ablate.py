@@ -238,6 +238,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(words, expected, tmp_path
     assert_refused(ablate(["ablate", *words], tmp_path), *expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_grid_that_ships_is_one(path):
     """Each combination has a rate, and words that finetune takes; only the default grid has one that is refused."""

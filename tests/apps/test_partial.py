@@ -133,6 +133,7 @@ def test_moments_of_two_steps_tell_the_peak_of_every_choice(workload):
             assert predict_run(work, mine, axes, device=CPU).peak_bytes == peak_of(step, blocks)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_its_budget_allows(workload):
     """Never above the budget; nothing runs again that need not; below every choice, the least is said."""
     config, work = workload
@@ -147,6 +148,7 @@ def test_a_run_keeps_what_its_budget_allows(workload):
         choose_saving(work, replace(config, budget="9KB"), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [None, (), (0,)])
 def test_before_gradients_become_approximate_every_block_is_checkpointed(workload, monkeypatch, told):
     """Where the moments are wrong: nothing fits by them, everything does, or a choice that is too large each time."""
@@ -176,6 +178,7 @@ def test_below_every_exact_choice_few_blocks_become_approximate(workload):
     assert f"gradients are approximate in {len(mine)} of 4 blocks and outside them" in chosen.why
 
 
+@pytest.mark.slow
 def test_back_razor_in_some_blocks_leaves_the_others_exact():
     """As a Razor that leaves those blocks to PyTorch, and holds less; predicted to the byte."""
     torch.manual_seed(1)

@@ -75,6 +75,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_add_up_to_the_published_parameters(name):
     """From two shallow ones: every block has the same."""
@@ -140,6 +141,7 @@ def test_any_folder_of_transformers_is_told_by_its_class(tmp_path):
         assert (shape.family, shape.task, shape.uniform) == (family, task, uniform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
@@ -383,6 +385,7 @@ def test_adamw_on_the_cpu_holds_something_of_the_parameter_before():
     assert predict_arm(place, Axes()).peak == pytest.approx(peak, abs=16)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_uses_the_budget():
     """Straight lines between batches are above the truth, and not by much."""
     step = SMALL["vit"]

@@ -253,6 +253,7 @@ def test_what_is_reserved_is_the_steps_own_allocations_replayed(save):
     assert reserved.replay(place, axes) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", GALORE)
 def test_galores_first_step_holds_what_its_second_would(optim):
     """Beside its state, of which the first makes all; so the second is not counted."""
@@ -359,6 +360,7 @@ def test_what_comes_with_the_package_is_what_this_code_counts():
             assert json.loads(json.dumps(record)) == mine, key
 
 
+@pytest.mark.slow
 def test_well_known_models_are_answered_without_counting(tmp_path, monkeypatch):
     """Every combination, by one process, by DDP and by FSDP; nothing is kept in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -178,6 +178,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WEIGHTS)
 @pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
 def test_a_weight_in_any_shape_is_no_activation(case, mode):
@@ -422,6 +423,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p_drop", [0.0, 0.3])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -269,6 +269,7 @@ SETTINGS = [{"keep": k} for k in (1, 0.25, 0.125, 0.1, 0.07, 0.0625, 0.05, 0.03,
 SETTINGS += [{"keep": 0.1, "recompute": r} for r in ("attention", "block")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_predicted_equals_measured_to_the_byte(settings, dropout):

@@ -59,6 +59,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EVERY_PAIR = [(k, s, DTYPES[(i + j) % 3]) for i, k in enumerate(KEEPS) for j, s in enumerate(SHAPES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "shape", "dtype"), EVERY_PAIR)
 def test_the_largest_of_every_group_come_back(keep, shape, dtype):
     x = torch.randn(shape).to(dtype)

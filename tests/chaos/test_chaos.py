@@ -58,6 +58,7 @@ def test_a_signal_at_a_random_call_ends_it_with_one_line(whole, tmp_path, number
     assert found.right, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", damage.KINDS)
 def test_damage_is_noticed(whole, tmp_path, kind):
     for number in range(5):

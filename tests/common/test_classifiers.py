@@ -50,6 +50,7 @@ def test_sizes():
     assert len(MODELS) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet20"])
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])
 def test_weights_of_a_cnn(tmp_path, name, form):

@@ -105,6 +105,7 @@ def test_two_processes_train_like_one_and_resume(tmp_path, single, mode):
     assert sharded["activations"] == pytest.approx(replicated["activations"] / 2, rel=0.1)  # half of the batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_a_process_that_dies_in_a_step_ends_the_other_in_a_sentence(tmp_path, mode):
     """DDP and FSDP2 speak by themselves, within the backward pass."""

@@ -88,6 +88,7 @@ class Pictures(nn.Module):
         return F.cross_entropy(self.head(F.adaptive_avg_pool1d(h.mT, 1).flatten(1)), torch.tensor([0, 2, 1]))
 
 
+@pytest.mark.slow
 def test_every_output_is_as_torch_has_it(compared):
     for _ in range(2):
         predict(Odd, lambda m: m(torch.zeros(3, 9, dtype=torch.long)), lambda m: torch.optim.AdamW(m.parameters()))
@@ -95,6 +96,7 @@ def test_every_output_is_as_torch_has_it(compared):
     assert sum(compared) > 0.7 * len(compared)  # most come from memory
 
 
+@pytest.mark.slow
 def test_of_foreach_fused_and_lists(compared):
     for _ in range(2):
         for words in ({"foreach": True}, {"amsgrad": True}, {"fused": True}):

@@ -111,6 +111,7 @@ def test_images_in_memory(places, name):
     assert (of_words(describe(images)), digest(found), official_name(images)) == IN_MEMORY[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AS_PICTURES)
 def test_pictures(places, name):
     images = load(places, name.partition(" ")[0], validate="none" if "without" in name else "auto")

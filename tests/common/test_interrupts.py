@@ -237,6 +237,7 @@ def test_a_rank_that_dies_before_the_group_is_made_ends_the_others(words, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["Session.open", "Session.finish"])
 def test_a_rank_that_dies_outside_of_the_training_ends_the_others(words, tmp_path, moment):
     def before():

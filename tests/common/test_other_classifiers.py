@@ -107,6 +107,7 @@ def test_a_vit_s_folder_may_stand_as_the_model(tmp_path):
     assert logits_of(made.model, x).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_timm_by_name_with_published_weights(tmp_path):
     source = timm.create_model("tf_efficientnet_lite0", num_classes=1000).eval()
     torch.save(published_lite0(source), tmp_path / "lite0.pth")

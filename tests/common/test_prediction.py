@@ -234,6 +234,7 @@ class Drops(nn.Module):
         return x.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0.0, 0.25])
 @pytest.mark.parametrize("ways", ["item", "tolist", "parts"])
 def test_rates_read_out_of_a_linspace_are_what_they_would_be(most, ways):

@@ -17,6 +17,7 @@ def write(folder, **files):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_the_same_every_time():
     a, b = load_corpus(), load_corpus()
     assert a.sha256 == b.sha256

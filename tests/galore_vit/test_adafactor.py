@@ -16,6 +16,7 @@ def test_refused_options(options, match):
         GaLoreAdafactor(problems.weights((8, 8)), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 @pytest.mark.parametrize("rotate", [True, False])

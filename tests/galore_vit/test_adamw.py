@@ -226,6 +226,7 @@ def steps_over_lr(build, dtype, size, options):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-3, 1e-5])
 @pytest.mark.parametrize(
     ("build", "options"),

@@ -57,6 +57,7 @@ def test_products_are_those_of_the_gradient(k, used):
     torch.testing.assert_close(factors.transposed_times(left), G.mT @ left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, ADAFACTOR], ids=["adamw", "8bit", "adafactor"])
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_the_steps_are_those_of_whole_gradients(kind, proj_type):
@@ -537,6 +538,7 @@ LOOPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a gradient is NaN")
 @pytest.mark.parametrize("proj_type", ["std", "right"])
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)

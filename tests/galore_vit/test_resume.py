@@ -32,6 +32,7 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("stop", [7, 20, 33])
@@ -107,6 +108,7 @@ def test_a_state_is_loaded_again_and_again(name):
     assert not two.state_dict()["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_copied_optimizer_goes_on_alone(name):
     params = problems.weights(*SHAPES)

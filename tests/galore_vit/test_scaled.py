@@ -45,6 +45,7 @@ class Reference:
         self.W = self.W - self.lr * self.decay * self.W - self.lr * self.scale * update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "svd"])
 @pytest.mark.parametrize(
     ("shape", "proj_type", "left"),

@@ -103,6 +103,7 @@ def test_ranks_by_share_keep_that_share_of_the_numbers():
     assert tucker_ranks((4, 4, 4), 1.0) == (3, 3, 3)  # bases count too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [

@@ -21,6 +21,7 @@ def upstream():
         return pytest.importorskip("galore_torch", reason="the published package is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left", "full"])
 def test_adamw_equals_upstream(upstream, proj_type):
@@ -35,6 +36,7 @@ def test_adamw_equals_upstream(upstream, proj_type):
     assert not problems.same(theirs, before, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("rank", [15, 16, 40])

@@ -272,6 +272,7 @@ export_peft(model, sys.argv[1] + "/p")
 """
 
 
+@pytest.mark.slow
 def test_an_import_is_light():
     ((code, said),) = run_light([RUN])
     assert not code, said

@@ -45,6 +45,7 @@ def distance(pair, other):
     return float((pair[1] @ pair[0] - other[1] @ other[0]).norm() / (other[1] @ other[0]).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "rank"), [((1024, 1024), 25), ((640, 1024), 4), ((96, 64), 8)])
 def test_official_bases_are_made_again(shape, rank):
     W = realistic(*shape)

@@ -44,6 +44,7 @@ ROBERTA = {4: 1_536, 8: 6_144, 12: 13_824, 16: 24_576, 20: 38_400, 25: 60_000}
 MISTRAL = {16: 57_344, 32: 229_376, 64: 917_504}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "expected"), ROBERTA.items())
 def test_roberta_large_counts(rank, expected):
     with torch.device("meta"):

@@ -56,6 +56,7 @@ def decaying(out, width, power):
     return (U * torch.arange(1, n + 1) ** -power) @ V.t()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 16, 33])
 @pytest.mark.parametrize(
     ("make", "lost"),

@@ -22,6 +22,7 @@ def layer_of(n=48, m=40, **config):
     return LTELinear(linear, LTEConfig(**{"heads": 2, "rank": 3, "alpha": 6.0, **config}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", BASES.values(), ids=BASES)
 def test_a_thousand_small_merges_are_within_a_thousandth_of_float64(config):
     """Each merge moves the weights by about 1e-5 of their size; a bfloat16 master loses a tenth of the sum."""
@@ -60,6 +61,7 @@ def test_splitting_float32_is_exact():
     assert ((high.float() - values.view(-1, 4)).abs() <= (nearest.float() - values.view(-1, 4)).abs()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 5), (64, 64), (7, 129), (1, 1)])
 def test_four_bits_are_the_nearest_level_of_the_block(shape):
     weight = torch.randn(shape)
@@ -96,6 +98,7 @@ def small(**config):
     return inject(model, LTEConfig(**{"heads": 2, "rank": 2, "alpha": 4.0, **config}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [c for c in BASES.values() if c], ids=[n for n, c in BASES.items() if c])
 def test_training_and_merging_on_a_low_precision_base(config):
     """A merge changes no function but for the rounding that the forward pass reads, and gradients are those of the

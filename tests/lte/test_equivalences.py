@@ -51,6 +51,7 @@ def twins(heads, rank=3):
     return model, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 0])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_one_head_is_plain_lora_for_any_merge_interval(every, optimizer):

@@ -69,6 +69,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_of_nanogpt_is_understood(key, capsys):
     default, found = dataclasses.asdict(configure([])), dataclasses.asdict(configure([f"--{key}"]))

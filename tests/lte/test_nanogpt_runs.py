@@ -57,6 +57,7 @@ def here(place, tmp_path, monkeypatch):
 TRAINED = [name for name in FILES if not name.startswith("eval_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_its_own_file_trains_two_steps(name, here, capsys):
     """What the command line adds makes it small, and names weights that are here."""

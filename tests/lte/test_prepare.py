@@ -187,6 +187,7 @@ def pieces_done(out):
         return -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", [(0,), (5, 30), (20, 21, 60)])
 def test_killed_again_and_again_the_bins_are_the_same(many, undisturbed, tmp_path, moments):
     words = ["lte-prepare", str(many), *WORDS, "--out", "out"]

@@ -49,6 +49,7 @@ def said(x, kept, bits):
     return torch.tensor([v for chunk in out for v in chunk][: x.numel()]).view(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7,), (256,), (3, 100), (64, 80), (130, 257)])
 @pytest.mark.parametrize(("kept", "bits"), [(1, 2), (3, 4), (8, 3), (255, 8)])
 def test_a_message_says_the_largest_numbers_in_few_bits(shape, kept, bits):
@@ -92,6 +93,7 @@ def move(model, step, scale=0.02):
             p.add_(scale * torch.randn(p.shape, generator=draw, dtype=p.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "copies", "reset"])
 def test_nothing_is_lost_only_late(name):
     """What merges have added to a weight and what is still owed is, head by head, the sum of all deltas."""
@@ -119,6 +121,7 @@ def test_nothing_is_lost_only_late(name):
         assert torch.equal(copies[n].get_parameter(k)[1], anchor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_merge_adds_what_the_messages_say_and_training_goes_on_from_there(name):
     """Against the definition, layer by layer: W + step(s·mean_h C(e_h + D_h)), and every head's function is W's."""

@@ -58,6 +58,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_merge_preserves_the_function_and_every_head_goes_on_from_it(variant):
     model = inject(small_gpt(), LTEConfig(heads=2, rank=3, alpha=5.0, **variant))
