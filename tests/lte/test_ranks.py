@@ -20,9 +20,9 @@ from lte import (
     merged_state_dict,
     param_groups,
 )
-from lte.headed import sum_of_products, tree_sum
 from lte.merging import sends_factors
 from lte.sparse import Sparse
+from lte.sums import sum_of_products, tree_sum
 from memtrain_common.console import Console
 from memtrain_common.data.text.corpus import Corpus, Crops
 from memtrain_common.data.text.tokenizers import ByteTokenizer

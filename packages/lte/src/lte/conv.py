@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunks import ScaleGradient
 from .config import LTEConfig
-from .headed import Headed, ScaleGradient, cut
+from .headed import Headed
 from .layer import bias_of
 from .vectors import LTEVector
 
@@ -49,7 +50,7 @@ class LTEConv2d(Headed, nn.Conv2d):
         scale = self.scale
         if self.config.mode == "sequential":
             A, B, scale = A.flatten(0, 1)[None], B.transpose(0, 1).flatten(1)[None], scale / self.heads
-        chunks, rho = cut(x, self)[0], A.shape[1]
+        chunks, rho = self.cut(x)[0], A.shape[1]
         rows = len(x) // chunks
         grouped = x.view(chunks, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # (rows, H·c, h, w)
         kernels = A.reshape(chunks * rho, self.in_channels, *self.kernel_size)

@@ -10,14 +10,15 @@ many processes hold them.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bases import join_float32, materialize, quantize_4bit, split_float32
+from .chunks import BatchSize
 from .config import LTEConfig
 from .sparse import Sparse
+from .sums import outer_step, sum_of_products, tree_sum
 
 HEAD_TENSORS = (
     "lora_A",
@@ -69,7 +70,7 @@ class Headed(nn.Module):
     """Whether messages have been sent that are not merged yet."""
     path = ""
     """The layer's name in the model."""
-    batch: "BatchSize | None" = None
+    batch: BatchSize | None = None
     """What the model's input says of the batch."""
 
     def add_heads(self, weight: Tensor, config: LTEConfig, share: tuple[int, int] | None, base: str) -> None:
@@ -146,6 +147,25 @@ class Headed(nn.Module):
             return t.to(out.device) if id(t) in kept and out.dtype != t.dtype and narrow else out
 
         return super()._apply(moved, recurse)
+
+    def cut(self, x: Tensor) -> tuple[int, int]:
+        """(chunks, rows a chunk) of a batch: one chunk a head, or all in one in sequential mode.
+
+        Raises:
+            ValueError: if it cannot be cut equally.
+        """
+        if self.config.mode == "sequential":
+            return 1, -1
+        rows, batch = x.shape[0], 0 if self.batch is None or torch.compiler.is_compiling() else self.batch.rows
+        if batch and rows % batch:
+            raise ValueError(
+                f"{self.path} meets {rows} rows, no multiple of the batch of {batch}: it is fed by a table (of "
+                "positions), by routed tokens or by a sequence, which heads cannot share out; add it to exclude, or "
+                "use mode='sequential'"
+            )
+        if rows % self.heads:
+            raise ValueError(f"a batch of {rows} cannot be cut into {self.heads} equal chunks, one a head")
+        return self.heads, -1
 
     # -- the frozen weight ------------------------------------------------------------------------------------------
 
@@ -322,71 +342,3 @@ def draw_A(layer: Headed, like: Tensor, generator: torch.Generator | None = None
             yield h, head.fill_(1)  # a vector's a, one number
         else:
             yield h, head if head.is_meta else nn.init.orthogonal_(head, gain, generator)
-
-
-def sum_of_products(A: Tensor, B: Tensor) -> Tensor:
-    """Σ_h B_h A_h (m, n) for A (h, ρ, n), B (h, m, ρ), one head a leaf of the tree."""
-    with torch.autocast(A.device.type, enabled=False):  # the difference of two products needs all digits
-        return tree_sum(lambda h: B[h] @ A[h], 0, len(A))
-
-
-def tree_sum(leaf: Callable[[int], Tensor], first: int, last: int) -> Tensor:
-    """leaf(first) + … + leaf(last − 1), halves before wholes: where a power of two of processes each sum an equal
-    part, and the parts are summed so, every addition is the same as in one process."""
-    if last - first == 1:
-        return leaf(first)
-    middle = (first + last) // 2
-    return tree_sum(leaf, first, middle).add_(tree_sum(leaf, middle, last))
-
-
-def outer_step(delta: Tensor, velocity: Tensor | None, momentum: float, lr: float) -> Tensor:
-    """Nesterov's step of DiLoCo (arXiv:2311.08105) for a mean delta: v ← μ v + Δ; -> η (Δ + μ v)."""
-    if velocity is None:
-        return delta * lr
-    velocity.mul_(momentum).add_(delta)
-    return (delta + momentum * velocity).mul_(lr)
-
-
-def cut(x: Tensor, layer: Headed) -> tuple[int, int]:
-    """(chunks, rows a chunk) of a batch: one chunk a head, or all in one in sequential mode.
-
-    Raises:
-        ValueError: if it cannot be cut equally.
-    """
-    if layer.config.mode == "sequential":
-        return 1, -1
-    rows, batch = x.shape[0], 0 if layer.batch is None or torch.compiler.is_compiling() else layer.batch.rows
-    if batch and rows % batch:
-        raise ValueError(
-            f"{layer.path} meets {rows} rows, no multiple of the batch of {batch}: it is fed by a table (of "
-            "positions), by routed tokens or by a sequence, which heads cannot share out; add it to exclude, or use "
-            "mode='sequential'"
-        )
-    if rows % layer.heads:
-        raise ValueError(f"a batch of {rows} cannot be cut into {layer.heads} equal chunks, one a head")
-    return layer.heads, -1
-
-
-class BatchSize:
-    """A forward pre-hook of the model that has heads: how many rows the batch has. 0: not known, or evaluation."""
-
-    rows = 0
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        sizes = [t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-        self.rows = sizes[0] if sizes and model.training else 0
-
-
-class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return g * ctx.factor, None

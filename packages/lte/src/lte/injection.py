@@ -6,9 +6,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .chunks import BatchSize
 from .config import LTEConfig
 from .conv import LTEConv2d
-from .headed import OWN_TENSORS, BatchSize, Headed
+from .headed import OWN_TENSORS, Headed
 from .layer import LTELinear
 from .ranks import Ranks
 from .replicas import Replicas, stacked

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .bases import materialize
 from .config import LTEConfig
-from .headed import Headed, cut
+from .headed import Headed
 from .vectors import LTEVector
 
 
@@ -58,7 +58,7 @@ class LTELinear(Headed, nn.Linear):
                 [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)],
                 scale / self.heads,
             )
-        chunks = x.reshape(*cut(x, self), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
+        chunks = x.reshape(*self.cut(x), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads
         y = HeadedLinear.apply(chunks, weight, bias, *factors, scale, float(self.heads), merged_scale, *self.kept())
         if biases is not None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .headed import Headed, sum_of_products
+from .headed import Headed
 from .injection import headed, replicas
 from .ranks import Ranks
 from .reached import Reached
 from .replicas import Replicas
+from .sums import sum_of_products
 from .under_way import Copies, Layers, UnderWay, check_none_under_way, parts
 
 

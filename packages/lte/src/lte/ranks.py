@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .headed import tree_sum
+from .sums import tree_sum
 
 
 class Ranks:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .chunks import ScaleGradient
 from .config import LTEConfig
-from .headed import ScaleGradient, outer_step, tree_sum
 from .sparse import Sparse
+from .sums import outer_step, tree_sum
 
 
 class Replicas(nn.Module):

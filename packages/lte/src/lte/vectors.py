@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunks import ScaleGradient
 from .config import LTEConfig
-from .headed import Headed, ScaleGradient, cut
+from .headed import Headed
 
 
 class LTEVector(Headed):
@@ -52,7 +53,7 @@ class LTENorm(nn.Module):
             y = F.layer_norm(x, self.normalized_shape, eps=self.eps or 0.0)
         else:
             y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
-        parts = y.reshape(*(cut(x, self.weight) if self.training else (1, -1)), x.shape[-1])  # (H, t, C)
+        parts = y.reshape(*(self.weight.cut(x) if self.training else (1, -1)), x.shape[-1])  # (H, t, C)
         parts = parts * self.weight()[:, None].to(y.dtype)
         if self.bias is not None:
             parts = parts + self.bias()[:, None].to(y.dtype)
