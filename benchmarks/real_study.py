@@ -102,7 +102,8 @@ OPTIMIZERS = {
         for optim in ("galore-adamw", "galore-adamw8bit", "galore-scaled")
         for r in (16, 64, 128)
     },
-    **{f"galore-scaled {r}": Arm(Axes(optim="galore-scaled", galore_rank=r), "galore-scaled", "galore") for r in (1, 4)},
+    "galore-scaled 1": Arm(Axes(optim="galore-scaled", galore_rank=1), "galore-scaled", "galore"),
+    "galore-scaled 4": Arm(Axes(optim="galore-scaled", galore_rank=4), "galore-scaled", "galore"),
 }
 ARMS = {**SAVING, **ADAPTERS, **OPTIMIZERS}
 XS_ARMS = tuple(a for a in ADAPTERS if a.startswith("lora-xs"))
