@@ -1,5 +1,6 @@
 """What several test files use: running commands, training a small thing, comparing runs."""
 
+import contextlib
 import functools
 import importlib
 import io
@@ -56,7 +57,10 @@ class Remembered:
     operations that another command has asked torch before."""
 
     def __init__(self) -> None:
-        self._file = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
+        file, name = tempfile.mkstemp()
+        os.close(file)
+        self._file = os.open(name, os.O_RDWR | os.O_APPEND)
+        os.unlink(name)
         self._read = 0
         self._had = 0
 
@@ -65,22 +69,22 @@ class Remembered:
         known = self._known()
         if known is None:
             return
-        with open(self._file, "rb", closefd=False) as file:
-            while (size := os.fstat(self._file).st_size) > self._read:
-                file.seek(self._read)
-                known.update(pickle.load(file))
-                self._read = file.tell()
-                assert self._read <= size
+        told = io.BytesIO(os.pread(self._file, os.fstat(self._file).st_size - self._read, self._read))
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):  # the end, or what was killed as it wrote
+            while True:
+                known.update(pickle.load(told))
+        self._read += len(told.getvalue())
         self._had = len(known)
 
     def tell(self) -> None:
-        """In a forked process: write what it has learned."""
+        """In a forked process: write what it has learned. Whether it can be written decides nothing."""
         known = self._known()
         if known is None or len(known) <= self._had:
             return
         text = io.BytesIO()
-        _Operations(text).dump(dict(list(known.items())[self._had :]))
-        os.write(self._file, text.getvalue())  # as one piece: others may write at the same time
+        with contextlib.suppress(Exception):
+            _Operations(text).dump(dict(list(known.items())[self._had :]))
+            os.write(self._file, text.getvalue())  # as one piece: others may write at the same time
 
     @staticmethod
     def _known() -> dict[Any, Any] | None:

@@ -150,6 +150,8 @@ def test_a_stale_rescue_never_blocks_the_next_one(tmp_path):
     with (tmp_path / ".rescue-1").open("w") as theirs:  # one that is at it
         fcntl.flock(theirs, fcntl.LOCK_EX)
         assert checkpoints.rescue(15, state_of(15), best=None, every=10) is None
+        assert checkpoints.rescue(22, state_of(22), best=None, every=10, since=3) is None
+        assert checkpoints.rescue(12, state_of(12), best=None, every=10, since=3) == checkpoints.path(12)
     assert (tmp_path / ".rescue-1").exists()
     Checkpoints(tmp_path).load_newest()
     assert not list(tmp_path.glob(".rescue-*"))

@@ -96,7 +96,7 @@ def train(
                 after_step=merger.step,
                 clip=lambda limit: clip_grad_norm_per_head(model, limit, ranks),
                 stateful={"merger": merger, "sent": ranks},
-                parts=HeadShards(model, optimizer, ranks),
+                parts=HeadShards(model, optimizer, ranks, merger),
             ),
             FitConfig(
                 max_iters=steps,
@@ -104,6 +104,7 @@ def train(
                 log_interval=10,
                 grad_clip=1.0,
                 agree_interval=every or 10,
+                agree_offset=more.get("merge_delay", 0) % (every or 10),
                 patience_s=patience_s,
             ),
             run=run,
@@ -341,5 +342,4 @@ def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill
         torch.testing.assert_close(owed[0][name], owed[1][name], rtol=0, atol=1e-5)
     sent = json.loads((out / "sent-0.json").read_text())
     each = sum(Sparse(8, 3).size(owed[0][name][0].numel()) for name in found)  # bytes that a head says at a merge
-    late = delay > 0  # what was sent at step 50 is waited for, and counted, after the kill; at step 100 never
-    assert sent["merges"] == (5 - late) * 4 * 3 * each + 5 * 2 * 1 * 2 * each
+    assert sent["merges"] == 5 * 4 * 3 * each + 5 * 2 * 1 * 2 * each

@@ -380,14 +380,64 @@ def test_a_merge_out_of_turn_is_refused_while_messages_are_under_way():
     model, merger, _ = later("frozen")
     for _ in range(4):
         merger.step()
-    with pytest.raises(RuntimeError, match="c_attn has messages under way: its Merger takes them"):
-        merge(model)
+    for out_of_turn in (lambda: merge(model), headed(model)["transformer.h.0.attn.c_attn"].merge):
+        with pytest.raises(RuntimeError, match="c_attn has messages under way: its Merger takes them"):
+            out_of_turn()
     for _ in range(3):
         merger.step()
     merge(model)  # at once, whatever the delay
     assert not any(layer.under_way for layer in headed(model).values())
     with pytest.raises(ValueError, match="merge_delay 3 must be at most every, 2"):
         Merger(model, 2)
+
+
+def test_a_training_can_be_put_back_before_messages_were_sent():
+    model, merger, _ = later()
+    before = copy.deepcopy((model.state_dict(), merger.state_dict()))
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(before[0])
+        merger.load_state_dict(before[1])
+        for step in range(5):
+            move(model, step)
+            merger.step()
+        assert all(layer.under_way for layer in headed(model).values())
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_what_is_due_again_before_it_has_arrived_is_merged_first():
+    """A run that goes on with more merges than it was begun with."""
+    model, merger, _ = later()
+    for step in range(4):
+        move(model, step)
+        merger.step()
+    sooner = Merger(model, 5)
+    sooner.load_state_dict(merger.state_dict())
+    assert sooner.step() is True
+    assert sooner.state_dict() == {"steps": 5, "merges": 1, "under_way": [[5, [*headed(model), *replicas(model)]]]}
+
+
+def test_what_has_arrived_when_a_process_is_lost_is_merged():
+    """So that survivors on both sides of a late merge have the same to save. Here everything has arrived at once."""
+    model, merger, optimizer = later()
+    twin, clock, _ = later()
+    for step in range(7):
+        for m, c in ((model, merger), (twin, clock)):
+            if step < 6 or m is twin:
+                move(m, step, scale=0.02 if step < 6 else 0)
+                c.step()
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": {"state": {}, "param_groups": []},
+        "others": {"merger": merger.state_dict()},
+    }
+    saved = HeadShards(model, optimizer, None, merger).alone(state)
+    assert saved["others"]["merger"] == {"steps": 6, "merges": 1, "under_way": []}
+    for n, layer in headed(twin).items():
+        assert not layer.under_way
+        assert torch.equal(saved["model"][f"{n}.weight"], layer.weight)
+        assert torch.equal(saved["model"][f"{n}.feedback"], layer.feedback)
 
 
 @pytest.mark.parametrize(("options", "match"), [

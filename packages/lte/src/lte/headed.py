@@ -247,7 +247,12 @@ class Headed(nn.Module):
         """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once.
 
         That is :func:`lte.merge` for one layer, without resets: those concern the optimizer, too.
+
+        Raises:
+            RuntimeError: if messages of an earlier merge are under way (``LTEConfig.merge_delay``).
         """
+        if self.under_way:
+            raise RuntimeError(f"{self.path} has messages under way: its Merger takes them before it is merged again")
         self.take(self.mean_delta(), self.lora_A, self.lora_B)
 
     @torch.no_grad()

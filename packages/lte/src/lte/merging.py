@@ -1,7 +1,7 @@
 """Merging: the mean of the heads' deltas goes into the frozen weights, and training continues from there."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -198,6 +198,8 @@ class Merger:
             raise ValueError(
                 f"merge_delay {self._delay} must be at most every, {every}: one merge arrives before the next"
             )
+        if ranks is not None and self._delay:
+            ranks.open_beside()
         self._model, self._ranks, self._optimizer, self._seed = model, ranks, optimizer, seed
         self.every, self.in_turn = every, in_turn
         self.steps = 0
@@ -220,16 +222,26 @@ class Merger:
         return due
 
     def _later(self, only: list[str] | None, due: bool) -> bool:
-        """Merge what was sent d steps ago, then send what is due."""
-        arrived = [sent for sent in self._under_way if sent.step + self._delay <= self.steps]
+        """Merge what was sent d steps ago, and what was sent of layers that are due again; then send what is due."""
+        names = [*headed(self._model), *replicas(self._model)] if only is None else only
+        sending = set(names) if due else set()
+        arrived = [m for m in self._under_way if m.step + self._delay <= self.steps or sending & {*m.names}]
         for sent in arrived:
-            sent.arrive()
-            self._under_way.remove(sent)
-            self.merges += 1
+            self._take(sent)
         if due:
-            names = [*headed(self._model), *replicas(self._model)] if only is None else only
             self._under_way.append(UnderWay(self._model, names, self.steps, self._ranks))
         return bool(arrived)
+
+    def _take(self, sent: UnderWay) -> None:
+        sent.arrive()
+        self._under_way.remove(sent)
+        self.merges += 1
+
+    def settle(self) -> None:
+        """When another process is lost: merge what has arrived whole. What has not is owed by those that sent it."""
+        for sent in [m for m in self._under_way if m.has_ended()]:
+            with suppress(ConnectionAbortedError):
+                self._take(sent)
 
     def _turn(self) -> list[str] | None:
         """The layers whose turn it is, in the model's order; the last ones' is where all would be merged together."""
@@ -251,6 +263,9 @@ class Merger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.merges = state["steps"], state["merges"]
+        merged: list[Headed | Replicas] = [*headed(self._model).values(), *replicas(self._model).values()]
+        for m in merged:
+            m.under_way = False
         self._under_way = [
             UnderWay(self._model, names, step, self._ranks, again=True) for step, names in state.get("under_way", ())
         ]

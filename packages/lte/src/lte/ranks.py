@@ -13,8 +13,9 @@ so factors are sent where H·ρ·(m + n) < 2·m·n, with ρ = 2r where there is 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,8 +33,14 @@ class Ranks:
             parameters that are one for all heads), "evaluation", "checkpoints".
     """
 
-    def __init__(self, group: Any = None) -> None:
-        """``group``: a process group of torch.distributed; None takes the default one, or a single process."""
+    def __init__(self, group: Any = None, *, patience_s: float = 0.0) -> None:
+        """
+        Args:
+            group: a process group of torch.distributed; None takes the default one, or a single process.
+            patience_s: with :meth:`open_beside`, after which a silent process is lost; 0: torch's own.
+        """
+        self._beside: Any = None
+        self._patience_s = patience_s
         running = dist.is_available() and dist.is_initialized()
         self.group = group
         self.rank = dist.get_rank(group) if running else 0
@@ -80,48 +87,41 @@ class Ranks:
             dist.all_to_all_single(received, padded, group=self.group)
         self.sent[purpose] += N * (N - 1) * padded.nbytes // N
         parts = received.view(N, -1)
-        return self._start_gather_flat(tree_sum(lambda i: parts[i].clone(), 0, N), purpose)()[:n]
+        return self._send([tree_sum(lambda i: parts[i].clone(), 0, N)], purpose, self.group).wait()[0][:n]
 
     def gather(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
         """Every process's tensors, put together along dim 0 in the order of heads."""
-        return self.start_gather(tensors, purpose)()
-
-    def start_gather(self, tensors: Sequence[Tensor], purpose: str) -> Callable[[], list[Tensor]]:
-        """Begin :meth:`gather`, which goes on beside what this process does meanwhile; -> what waits for its end.
-
-        Bytes count as sent when they have been waited for.
-        """
-        own = list(tensors)
         if self.size == 1:
-            return lambda: own
-        kinds = []
-        for dtype in sorted({t.dtype for t in own}, key=str):
-            places = [i for i, t in enumerate(own) if t.dtype == dtype]
-            kinds.append((places, self._start_gather_flat(torch.cat([own[i].flatten() for i in places]), purpose)))
+            return list(tensors)
+        out: list[Tensor] = list(tensors)
+        for dtype in sorted({t.dtype for t in tensors}, key=str):
+            places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            gathering = self._send([tensors[i] for i in places], purpose, self.group)
+            for i, whole in zip(places, gathering.wait(), strict=True):
+                out[i] = whole
+        return out
 
-        def wait() -> list[Tensor]:
-            out = list(own)
-            for places, arrived in kinds:
-                parts = arrived().view(self.size, -1).split([own[i].numel() for i in places], 1)
-                for i, part in zip(places, parts, strict=True):
-                    out[i] = part.reshape(self.size * len(own[i]), *own[i].shape[1:])
-            return out
+    def open_beside(self) -> None:
+        """Connections of their own for :meth:`start_gather`, so that no other word waits behind it; every process calls
+        it."""
+        if self.size > 1 and self._beside is None:
+            patience = timedelta(seconds=self._patience_s) if self._patience_s else None
+            own = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+            self._beside = dist.new_group(own, timeout=patience)
 
-        return wait
+    def start_gather(self, tensors: Sequence[Tensor], purpose: str, *, again: bool = False) -> "Gathering":
+        """Begin :meth:`gather` of tensors of one dtype, beside what this process does meanwhile.
 
-    def _start_gather_flat(self, flat: Tensor, purpose: str) -> Callable[[], Tensor]:
-        whole = flat.new_empty(self.size * flat.numel())
-        with _speaking():
-            work = dist.all_gather_into_tensor(whole, flat.contiguous(), group=self.group, async_op=True)
+        Args:
+            again: these bytes have been sent, and counted, by a run that was killed before they were merged.
+        """
+        return self._send(tensors, "" if again else purpose, self._beside or self.group)
 
-        def wait() -> Tensor:
-            with _speaking():
-                if work is not None:
-                    work.wait()
-            self.sent[purpose] += self.size * (self.size - 1) * flat.nbytes
-            return whole
-
-        return wait
+    def _send(self, tensors: Sequence[Tensor], purpose: str, group: Any) -> "Gathering":
+        gathering = Gathering(tensors, self.size, group)
+        if purpose:
+            self.sent[purpose] += self.size * (self.size - 1) * sum(t.nbytes for t in tensors)
+        return gathering
 
     def gather_to_first(self, tensor: Tensor, purpose: str) -> Tensor:
         """Every process's tensor, put together along dim 0 on the first process; the others get theirs back."""
@@ -148,6 +148,36 @@ class Ranks:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.sent = Counter(state)
+
+
+class Gathering:
+    """Tensors of every process on their way to all others: :meth:`Ranks.start_gather`."""
+
+    def __init__(self, tensors: Sequence[Tensor], size: int, group: Any) -> None:
+        self._like, self._size = list(tensors), size
+        self._work: Any = None
+        if size > 1:
+            self._own = torch.cat([t.flatten() for t in tensors])  # lives until it has been sent
+            self._whole = self._own.new_empty(size * self._own.numel())
+            with _speaking():
+                self._work = dist.all_gather_into_tensor(self._whole, self._own, group=group, async_op=True)
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing to wait for: all has arrived, or a process is lost."""
+        return self._work is None or bool(self._work.is_completed())
+
+    def wait(self) -> list[Tensor]:
+        """Every process's tensors, put together along dim 0 in the order of heads.
+
+        Raises:
+            ConnectionAbortedError: if another process is lost.
+        """
+        if self._size == 1:
+            return self._like
+        with _speaking():
+            self._work.wait()
+        parts = self._whole.view(self._size, -1).split([t.numel() for t in self._like], 1)
+        return [part.reshape(self._size * len(t), *t.shape[1:]) for part, t in zip(parts, self._like, strict=True)]
 
 
 @contextmanager

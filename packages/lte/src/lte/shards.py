@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .headed import HEAD_TENSORS, draw_A
 from .injection import headed, replicas
+from .merging import Merger
 from .parameters import copied_parameters, head_parameters, shared_parameters
 from .ranks import Ranks
 
@@ -23,10 +24,17 @@ class HeadShards:
     Args:
         model: injected with the same ``ranks``; None where every process holds all heads.
         optimizer: over its parameters, whose state is tensors of a parameter's shape (moments) and single numbers.
+        merger: with ``merge_delay``, whose merges under way are taken, if they have arrived, when a process is lost.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
-        self._model, self._optimizer, self._ranks = model, optimizer, ranks
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks | None = None,
+        merger: Merger | None = None,
+    ) -> None:
+        self._model, self._optimizer, self._ranks, self._merger = model, optimizer, ranks, merger
         self.apart = ranks is not None and ranks.size > 1
         self._shared = shared_parameters(model)
         self.heads = next(iter(headed(model).values())).total_heads
@@ -72,6 +80,9 @@ class HeadShards:
         the mean of this process's copies for every copy, or, with sparse merges, what they were merged to. Of what
         sparse merges have not sent, or sent and not merged, what is owed by this process's heads.
         """
+        if self._merger is not None:
+            self._merger.settle()  # into the tensors that the state holds
+            state = {**state, "others": {**state["others"], "merger": self._merger.state_dict()}}
         model = dict(state["model"])
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         for path, layer in headed(self._model).items():

@@ -1,13 +1,13 @@
 """Sparse merges that take place some steps after their messages were sent, while training goes on."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .headed import Headed
 from .injection import headed, replicas
-from .ranks import Ranks
+from .ranks import Gathering, Ranks
 from .replicas import Replicas
 
 Layers = Mapping[str, Headed]
@@ -53,12 +53,17 @@ class UnderWay:
         merged: list[Headed | Replicas] = [*self._layers.values(), *(copy for copy, _ in self._copies)]
         for m in merged:
             m.under_way = True  # from here on what is said is owed, should a process be lost
-        self._arrived = None if again else self._start()
+        self._again = again
+        self._messages = None if again else self._start()
 
-    def _start(self) -> Callable[[], list[Tensor]]:
+    def _start(self) -> Gathering:
         own = [layer.sent_message for layer in self._layers.values()]
         own += [copy.get_buffer(f"message_{name}") for copy, name in self._copies]
-        return (lambda: own) if self._ranks is None else self._ranks.start_gather(own, "merges")
+        return (self._ranks or Ranks.alone()).start_gather(own, "merges", again=self._again)
+
+    def has_ended(self) -> bool:
+        """Whether :meth:`arrive` would not wait."""
+        return self._messages is not None and self._messages.has_ended()
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -67,7 +72,7 @@ class UnderWay:
         Raises:
             ConnectionAbortedError: if a process is lost; then nothing is merged here.
         """
-        whole = iter((self._arrived or self._start())())
+        whole = iter((self._messages or self._start()).wait())
         for layer in self._layers.values():
             layer.take_messages(next(whole))
         for copy, name in self._copies:

@@ -128,15 +128,16 @@ class Checkpoints:
         return final
 
     def rescue(
-        self, step: int, state: dict[str, Any], *, best: int | None, every: int, mark: int | None = None
+        self, step: int, state: dict[str, Any], *, best: int | None, every: int, since: int = 0, mark: int | None = None
     ) -> Path | None:
         """Save a state that each of several processes could save, once: -> the folder, or None if another did.
 
         Args:
-            every: processes whose steps lie between the same multiples of it have the same to save.
+            every, since: processes whose steps lie between the same multiples of ``every``, counted from ``since``,
+                have the same to save.
             mark: as :meth:`save` takes it.
         """
-        with self._claimed(f".rescue-{step // every}") as free:
+        with self._claimed(f".rescue-{(step - since) // every}") as free:
             return replace(self, writes=True).save(step, state, best=best, mark=mark) if free else None
 
     @contextlib.contextmanager

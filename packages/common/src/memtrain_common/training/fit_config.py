@@ -45,6 +45,8 @@ class FitConfig:
     """Steps skipped in a row (NaN or Inf in a gradient) after which the training counts as diverged; 0 never does."""
     agree_interval: int = 1
     """With ``parts``: steps between cross-rank checks for a stop signal."""
+    agree_offset: int = 0
+    """The checks are after the steps that leave this remainder when divided by ``agree_interval``."""
     patience_s: float = 0.0
     """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
 

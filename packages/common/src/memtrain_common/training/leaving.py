@@ -56,12 +56,13 @@ def say_after_training(step: int, folder: Path | None) -> None:
 
 
 @contextmanager
-def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
+def rescuing(keeper: Keeper, *, every: int, since: int = 0) -> Iterator[None]:
     """When another process is lost: save what this one can vouch for, and leave. A second signal of a kind, which ends
     the command without saving, says which checkpoint there is.
 
     Args:
-        every: with a model in parts, processes whose steps lie between the same multiples of it have the same to save.
+        every, since: with a model in parts, processes whose steps lie between the same multiples of ``every`` have the
+            same to save, counted from step ``since``.
 
     Raises:
         LostRankError: naming the checkpoint to go on from.
@@ -83,7 +84,8 @@ def rescuing(keeper: Keeper, *, every: int) -> Iterator[None]:
         state, parts = keeper.state(alone=True), keeper.task.parts
         own = parts.own_rows(state) if parts is not None else None
         failed = write_rows(run.checkpoints.folder, world().rank, Rows(*own)) if own else ""
-        saved = run.checkpoints.rescue(step, state, best=keeper.best_step, every=every, mark=own[0] if own else None)
+        mark = own[0] if own else None
+        saved = run.checkpoints.rescue(step, state, best=keeper.best_step, every=every, since=since, mark=mark)
         go_on = f"; what this process alone has could not be written ({failed})" * bool(failed) + go_on
         what = f"checkpoint {saved} holds" if saved else "another process saves"
         raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None

@@ -118,7 +118,7 @@ class _Trainer:
         source = numbered(self.task.batches, range(result.step * micro, config.max_iters * micro), config.workers)
         first, timed_from = result.step, result.seconds
         lapse = 0.0  # seconds of training since the last logged step
-        leaving = rescuing(self.keeper, every=config.agree_interval)
+        leaving = rescuing(self.keeper, every=config.agree_interval, since=config.agree_offset)
         heartbeat = Heartbeat(config.patience_s if self.task.apart else 0.0)
         try:
             with StopSignals() as signals, meter, leaving, heartbeat:
@@ -293,7 +293,7 @@ class _Trainer:
 
     def _agree_to_stop(self, signals: StopSignals) -> None:
         """Stop if a signal came to any process; asked at every step, or less often where processes seldom speak."""
-        if self.task.apart and self.result.step % self.config.agree_interval:
+        if self.task.apart and (self.result.step - self.config.agree_offset) % self.config.agree_interval:
             return
         signum = any_rank(signals.received)
         if signum:

@@ -58,7 +58,8 @@ class Heads:
 
 def add_heads(config: TrainConfig, model: nn.Module, world: World) -> Heads:
     """Inject heads, of which this process holds its share, and make their optimizer."""
-    ranks = Ranks() if world.size > 1 and config.parallel == "heads" else None
+    apart = world.size > 1 and config.parallel == "heads"
+    ranks = Ranks(patience_s=config.peer_timeout) if apart else None
     inject(model, lte_config(config), ranks)
     freeze(model, config.freeze_n)
     groups = param_groups(
@@ -74,7 +75,7 @@ def add_heads(config: TrainConfig, model: nn.Module, world: World) -> Heads:
         unreached=_refuse,
         in_turn=config.lte_merge_in_turn,
     )
-    return Heads(model, optimizer, merger, ranks, HeadShards(model, optimizer, ranks))
+    return Heads(model, optimizer, merger, ranks, HeadShards(model, optimizer, ranks, merger))
 
 
 def _refuse(sentence: str) -> None:

@@ -138,6 +138,7 @@ def train_one(
         tracker_project=config.wandb_project,
         tracker_name=config.wandb_run_name,
         agree_interval=config.lte_merge_steps or config.log_interval,
+        agree_offset=config.lte_merge_delay % (config.lte_merge_steps or 1),  # when merges arrive, not as they are sent
         patience_s=min(config.peer_timeout, HEARTBEAT_S),
     )
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}

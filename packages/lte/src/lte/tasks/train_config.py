@@ -256,7 +256,12 @@ def check(config: TrainConfig) -> TrainConfig:
             f"--lte-merge-in-turn spreads the layers over --lte-merge-steps, which is {config.lte_merge_steps}: give 2 "
             "or more, or leave it out"
         )
-    if config.lte_merge_steps and config.lte_merge_delay > config.lte_merge_steps:
+    if config.lte_merge_delay and config.lte_restart_warmup_iters:
+        raise UserError(
+            "--lte-restart-warmup-iters warms up after each merge, and --lte-merge-delay merges later than that: drop "
+            "one of the two"
+        )
+    if config.lte_merge_delay > config.lte_merge_steps:
         raise UserError(
             f"--lte-merge-delay {config.lte_merge_delay} must be at most --lte-merge-steps {config.lte_merge_steps}: "
             "one merge arrives before the next is sent"
