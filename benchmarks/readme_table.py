@@ -1,7 +1,7 @@
 """READMEs' tables of ablations, from their committed results: print one, and paste it where it stands.
 
     python benchmarks/readme_table.py            # the root README's, of ablate without arguments
-    python benchmarks/readme_table.py dinov2     # apps/README's, of the grid dinov2
+    python benchmarks/readme_table.py dinov2     # apps/README's, of the grid dinov2; or minilm
 
 The last column of the first is paired: points of accuracy above the same training, of the same seed, that saves
 everything.
@@ -42,7 +42,8 @@ def of_one_seed(grid: str) -> str:
     ]
     for arm in json.loads((RESULTS / f"ablation_{grid}.json").read_text())["arms"]:
         measured = {c: n / 2**20 for c, n in arm["memory_bytes"]["measured"].items()}
-        cells = [words(choice) for choice in arm["combination"].split("+")]
+        train, save, *rest = [words(choice) for choice in arm["combination"].split("+")]
+        cells = [train, save, ", ".join(rest)]
         cells += [f"{100 * arm['mean']:.1f} %", f"{measured['optimizer']:.1f}", f"{measured['activations']:.1f}"]
         lines.append(f"| {' | '.join(cells)} | {sum(measured.values()):.1f} |")
     return "\n".join(lines)
@@ -69,7 +70,7 @@ def words(choice: str) -> str:
             plain, value = choice.split(mark)
             value = value.replace("-init", ", init ")
             return f"{plain}, {'keep' if mark == '-keep' else 'rank'} {value}"
-    return choice
+    return choice.replace("lr", "rate ") if choice[2:3].isdigit() else choice
 
 
 if __name__ == "__main__":
