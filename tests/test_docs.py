@@ -138,6 +138,7 @@ def test_links_between_written_pages_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page} links to {target}"
 
 
+@pytest.mark.slow
 def test_every_result_has_a_page_with_its_command_device_and_numbers():
     import measurements
 

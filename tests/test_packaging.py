@@ -179,6 +179,7 @@ def test_the_root_depends_on_every_member():
     assert "exclude-newer" in content["tool"]["uv"]
 
 
+@pytest.mark.slow
 def test_nothing_is_committed_that_must_not_be():
     tracked = git("ls-files").splitlines()
     assert not [n for n in tracked if Path(n).name in ("uv.lock", "poetry.lock")]

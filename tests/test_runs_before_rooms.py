@@ -56,6 +56,7 @@ def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
         torch.testing.assert_close(found[tensor], end[tensor], rtol=0, atol=of_move * moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n.startswith(("lora-xs", "galore-vit"))])
 def test_a_finished_run_of_then_is_reported(name, here):
     copied(here, name)
@@ -127,6 +128,7 @@ def test_a_saved_model_of_then_loads(name):
     assert bool(model.eval()(torch.randn(2, 3, 8, 8)).logits.isfinite().all())
 
 
+@pytest.mark.slow
 def test_an_ablation_of_then_is_reported_and_has_nothing_left_to_do(here):
     folder = copied(here, "ablation")
     (folder / "report.html").unlink(missing_ok=True)

@@ -220,6 +220,7 @@ def of_one_kind(commands):
     return kept
 
 
+@pytest.mark.slow
 def test_what_differs_in_more_than_numbers_is_run():
     kept = of_one_kind(HERE)
     assert len(kept) < len(HERE)

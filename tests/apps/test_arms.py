@@ -50,6 +50,7 @@ def run_all(folder, words, places=("cpu",), limit=0):
     return found
 
 
+@pytest.mark.slow
 def test_every_end_of_an_arm_has_its_name_and_the_next_one_goes_on(tmp_path):
     words = ["memory", "bad_alloc", "diverge", "refuse", "bug", "kill", "exit", "well"]
     found = run_all(tmp_path, words, limit=128 << 20)
@@ -65,6 +66,7 @@ def test_every_end_of_an_arm_has_its_name_and_the_next_one_goes_on(tmp_path):
     assert without["0-memory"]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_each_place_has_one_arm_at_a_time(tmp_path):
     found = run_all(tmp_path, ["sleep"] * 5, places=["cpu", "cpu"])
     spans = sorted(tuple(o["content"]["interval"]) for o in found.values())

@@ -243,6 +243,7 @@ def test_the_flags_of_the_axes_come_from_one_place():
     assert {f.name for f in fields(Axes)} - set(USED_BY) == {"train", "save", "optim"}
 
 
+@pytest.mark.slow
 def test_the_installed_commands_show_their_help_without_torch(tmp_path):
     for name in ("finetune", "pretrain"):
         done = run_installed([name, "--help"], tmp_path)

@@ -161,6 +161,7 @@ def test_what_a_configuration_leaves_open_has_a_step(family, sizes, tmp_path):
     assert type(model).__name__ == name
 
 
+@pytest.mark.slow
 def test_a_model_of_timm_has_its_own_input():
     timm = pytest.importorskip("timm")
     shape = find_shape("timm/test_vit")
@@ -308,6 +309,7 @@ def test_depth_is_drawn_out_exactly(family, save, train):
     assert cut == whole_cut
 
 
+@pytest.mark.slow
 def test_a_library_is_not_first_imported_on_fake_tensors():
     """PEFT imports libraries with tables of 4-bit levels: they would be counted once, and be fake from then on."""
     code = """
@@ -322,6 +324,7 @@ assert step_use_of(step, Axes("lora"), 1) == step_use_of(step, Axes("lora"), 1)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_offloading_holds_in_host_memory_what_save_on_cpu_packs():
     step = SMALL["gpt2"]
     counted = step_use_of(step, Axes("full", "offload"), 3)

@@ -1,5 +1,6 @@
 """DDP and FSDP2 on two processes: the gradients of one process on the whole batch."""
 
+import pytest
 import torch
 from backrazor import Razor
 from support import run_ranks
@@ -58,5 +59,6 @@ def test_ddp():
     run_ranks(2, ddp, whole_gradients())
 
 
+@pytest.mark.slow
 def test_fsdp2():
     run_ranks(2, fsdp, whole_gradients())

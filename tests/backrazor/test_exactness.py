@@ -132,6 +132,7 @@ CLAIMS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
 def test_what_the_table_says_is_exact_is_measured_to_be(operation):
     claimed = set(re.findall(r"\bd[a-zA-Zβ]\w*|\ball\b", operation.exact))

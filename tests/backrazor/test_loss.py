@@ -77,6 +77,7 @@ def through(form, t):
     return lambda given: form(F.linear(given[0] * 1.0, *given[1:]), t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_and_gradients_are_pytorchs(form, bias):
@@ -387,6 +388,7 @@ def test_a_tied_head():
     assert torch.autograd.grad(got, model.embedding.weight)[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_measured_equals_predicted_and_no_logits_are_kept():
     from memtrain_common.measuring.memory import SavedActivations
     from memtrain_common.measuring.prediction import predict

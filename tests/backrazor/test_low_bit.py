@@ -36,6 +36,7 @@ def uneven(shape, dtype=torch.float32):
     return ((3 * torch.rand(shape[-1]) + 0.1) * torch.randn(shape) + 20 * torch.randn(shape[-1])).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "channels"), SHAPES)
 @pytest.mark.parametrize(("width", "dtype"), [(2, torch.float32), (3, torch.bfloat16), (5, D), (8, torch.float32)])
 def test_packing_is_that_of_the_slow_twin(monkeypatch, shape, channels, width, dtype):
@@ -204,6 +205,7 @@ def test_attention_is_that_of_rounded_q_k_v_and_its_output_is_not_stored(call):
     assert held == codes + mask.nbytes + o.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 2, 3)])
 def test_fused_attention_is_bit_equal_in_any_dimension_with_any_mask(p, lead):
@@ -293,6 +295,7 @@ def error(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.slow
 def test_the_dial_is_monotone_in_bytes_and_in_accuracy():
     model = blocks()
     loss, exact = gradient(model, contextlib.nullcontext())
@@ -326,6 +329,7 @@ def test_each_kind_of_tensor_has_more_bits_with_more_kept():
         assert width_of(kind, 0.02) == width_of(kind, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_recomputing_saves_bytes_and_at_keep_1_is_exact(dropout):
     model = blocks(dropout)

@@ -123,6 +123,7 @@ def same(out, plain, case):
         assert torch.equal(out, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
 @pytest.mark.parametrize("case", CASES)
@@ -153,6 +154,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(through, make())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["low-bit", "pruned"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_forward_pass_is_exact_and_frozen_inputs_get_nothing(case, mode):

@@ -321,6 +321,7 @@ def test_frozen_norms_stay_as_they_are():
     assert not torch.equal(moving["bn1.running_mean"], before["bn1.running_mean"])
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_of_the_whole_split():
     made = make_model(TrainConfig(eval_batch_size=77), DIGITS)
     made.model.eval()

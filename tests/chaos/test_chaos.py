@@ -52,6 +52,7 @@ def test_a_process_that_was_killed_keeps_no_lock_of_the_others(tmp_path):
         other.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), SEVERAL)
 def test_a_signal_at_a_random_call_ends_it_with_one_line(whole, tmp_path, number, name):
     found = harness.interrupt(whole, name, random.Random(number), tmp_path / "try")

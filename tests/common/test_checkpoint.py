@@ -90,6 +90,7 @@ def positions(path, n):
     return sorted({round(i * (size - 1) / (n - 1)) for i in range(n)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [module.MODEL, module.TRAINING, module.STATE, module.MANIFEST])
 def test_every_flipped_byte_is_found_and_the_one_before_is_taken(tmp_path, name):
     checkpoints = Checkpoints(tmp_path)
@@ -158,6 +159,7 @@ def kill_at(monkeypatch, n):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "step that exists"])
 def test_killed_at_any_file_operation_a_whole_checkpoint_is_left(tmp_path, monkeypatch, again):
     """Every point of a save at which a process can die; then a load, then the next save."""

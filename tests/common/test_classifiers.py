@@ -18,6 +18,7 @@ from memtrain_common.models.classifiers import (
 from memtrain_common.models.vit import build_vit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-mini", "resnet18", "mobilenet_v2", "resnet20"])
 def test_logits_and_loss(name):
     found = build_classifier(name, 5, image_size=32)

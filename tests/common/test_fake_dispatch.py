@@ -106,9 +106,8 @@ def test_of_foreach_fused_and_lists(compared):
     assert sum(compared) > 0.5 * len(compared)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("bert", marks=pytest.mark.slow), "llama", pytest.param("t5", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_of_transformers(name, compared):
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -137,6 +136,7 @@ def test_of_transformers(name, compared):
     assert sum(compared) > 0.6 * len(compared)
 
 
+@pytest.mark.slow
 def test_a_prediction_is_the_same_with_and_without(monkeypatch):
     def found():
         return predict(

@@ -34,6 +34,7 @@ def photos(tmp_path, n=12):
     return picture_folder(folder).splits["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("jitter", ["none", "torch"])
 def test_a_batch_is_a_function_of_seed_and_number_and_shared_by_processes(tmp_path, recipe, jitter):

@@ -94,6 +94,7 @@ def of_words(about):
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_MEMORY)
 def test_images_in_memory(places, name):
     if name == "fold":

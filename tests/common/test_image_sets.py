@@ -201,6 +201,7 @@ SETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_of_photographs_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, name):
     """The same pictures with the same labels; torchvision knows no CUB-200, of which the labels are known here."""
@@ -276,6 +277,7 @@ def zipped(folder, path, prefix=""):
             archive.write(file, f"{prefix}{file.relative_to(folder)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "test"), ("all",)])
 def test_a_zip_holds_what_its_folder_holds(tmp_path, splits):
     folder = image_folder(tmp_path / "pets", 20, splits=splits)

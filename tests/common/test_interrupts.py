@@ -165,6 +165,7 @@ def test_in_the_report_it_says_what_is_kept_and_the_report_is_made_again(signum,
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_in_a_row_leave_at_once_with_the_right_code(signum, words, tmp_path):
     """The second comes while the checkpoint is written for the first: that one is not waited for."""
@@ -218,6 +219,7 @@ def test_a_rank_that_never_begins_ends_the_others(words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_dies_before_the_group_is_made_ends_the_others(words, tmp_path, lost):
     """Killed between the rendezvous and the connections, whether or not it keeps the store."""

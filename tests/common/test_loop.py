@@ -242,6 +242,7 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tmp_path, stops, dt
     assert newest[0].read_bytes() == newest[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("where", ["training", "evaluation"])
 def test_a_signal_leaves_a_checkpoint_and_no_trace(tmp_path, signum, where):

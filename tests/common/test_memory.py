@@ -212,6 +212,7 @@ class Selective(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False, context_fn=contexts)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 def test_what_selective_checkpointing_keeps_is_counted_and_predicted():
     """Four rows: the input (6 wide) stays either way, the outputs of both products (9 and 5) by the policy."""

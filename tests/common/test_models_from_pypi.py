@@ -28,6 +28,7 @@ def test_the_independent_bert_is_transformers_one():
     torch.testing.assert_close(ours[seen], theirs[seen])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 75])
 def test_the_independent_efficientnet_is_timm_s_of_tensorflow(side):
     model = timm.create_model("tf_efficientnet_lite0", num_classes=1000).eval()

@@ -39,6 +39,7 @@ def folder(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_a_folder_gives_its_model(folder, kind):
     name, model = folder(kind)

@@ -139,6 +139,7 @@ def test_predicted_is_measured_to_the_byte(build, loss, optimizer, saving):
     assert predicted.peak_bytes > sum(predicted.ledger.totals[c] for c in ("weights", "optimizer", "buffers"))
 
 
+@pytest.mark.slow
 def test_a_model_that_exists_keeps_its_buffers_and_plain_tensors():
     def build():
         model = Convolutions()

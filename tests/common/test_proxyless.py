@@ -109,6 +109,7 @@ def test_it_is_the_papers_table(published, tmp_path):
         torch.testing.assert_close(made.model.eval()(x), reference(published, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_classes_have_a_fresh_head_and_other_files_are_named(published, tmp_path):
     torch.save(published, tmp_path / "p.pth")
     made = build_classifier("proxyless_mobile", 10, weights=str(tmp_path / "p.pth"))

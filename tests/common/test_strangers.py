@@ -171,6 +171,7 @@ def test_code_of_a_model_folder_never_runs_and_nobody_is_asked(tmp_path, monkeyp
         assert "never run" in str(refused.value) or "its-own" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_every_model_is_loaded_without_its_code():
     """from_pretrained of transformers is called in one place, which says so."""
     calls = []

@@ -63,6 +63,7 @@ def test_tinyshakespeare_has_nanogpts_numbers(real_data, tmp_path):
     assert (len(corpus.train), len(corpus.val), corpus.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
 
 
+@pytest.mark.slow
 def test_shakespeare_in_gpt2_tokens_has_nanogpts_numbers(real_data, tmp_path):
     shutil.copy(real_data / "text" / "tinyshakespeare.txt", tmp_path / "input.txt")
     corpus = load_corpus(str(tmp_path), "gpt2", str(real_data / "tokenizers" / "gpt2"))
@@ -71,6 +72,7 @@ def test_shakespeare_in_gpt2_tokens_has_nanogpts_numbers(real_data, tmp_path):
     assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == whole
 
 
+@pytest.mark.slow
 def test_gpt2_tokens_of_a_known_sentence(real_data):
     tokenizer = GPT2Tokenizer(real_data / "tokenizers" / "gpt2")
     assert tokenizer.encode(b"Hello world").tolist() == [15496, 995]

@@ -237,6 +237,7 @@ def test_a_pth_that_holds_more_than_tensors_is_refused(tmp_path):
         load_vit(path, image_size=8, classes=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_the_model_is_transformers_vit_to_the_bit(attention, dropout, tmp_path):

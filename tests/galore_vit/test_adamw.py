@@ -95,6 +95,7 @@ def test_plain_parameters_are_adamws_and_a_large_rank_is_said_once():
     assert all("P" not in a.state[p] and "Q" not in a.state[p] for p in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_foreach_fused_and_single_agree(proj_type):
     runs = []
@@ -169,6 +170,7 @@ def test_closure_runs_with_gradients_on():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 20, 23], ids=["first step", "refresh", "mid-gap"])
 def test_a_bad_gradient_changes_nothing(bad, at):

@@ -100,6 +100,7 @@ def test_a_split_weight_and_inputs_of_three_dimensions(rank, norm):
     assert problems.same(a, b, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["projected", "sketch"])
 def test_micro_batches_and_norms_are_those_of_whole_gradients(norm):
     a, b = problems.mlp().double(), problems.mlp().double()
@@ -174,6 +175,7 @@ def test_a_layer_at_two_places_and_a_tied_table_add_up(micro_batches):
     assert problems.same(a, b, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_checkpointing(reentrant):
     a, b = problems.mlp().double(), problems.mlp().double()
@@ -330,6 +332,7 @@ def test_what_is_not_a_plain_linear_layer_goes_the_ordinary_way():
     assert problems.same(model, other, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_the_ordinary_way():
     a, b = problems.mlp(), problems.mlp()
     made = whole_gradients(b)

@@ -23,6 +23,7 @@ def step(*optimizers):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_equals_the_ordinary_step(proj_type):
     a, plain, b, inner = pair(proj_type)
@@ -48,6 +49,7 @@ def test_full_gradients_are_freed_during_the_backward_pass():
     assert all(p.grad is None for p in matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_accumulation_is_one_step_of_the_sum(proj_type):
     """Four micro-batches equal one batch of the four, except that a due basis is the first one's."""
@@ -69,6 +71,7 @@ def test_accumulation_is_one_step_of_the_sum(proj_type):
     assert {int(s["step"]) for s in inner.state.values()} == {19}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("micro_batches", "largest", "steps", "least", "rel"), [(1, 0.05, 45, 20, 1e-3), (3, 1.0, 15, 5, 1e-5)]
 )
@@ -108,6 +111,7 @@ def test_the_projected_norm_is_what_moves_the_weights():
         InBackward(inner, norm="true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
 def test_over_micro_batches_the_sketched_norm_is_right_on_average(proj_type):
     torch.manual_seed(0)

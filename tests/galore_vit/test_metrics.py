@@ -17,6 +17,7 @@ def random_scores(flag, n, columns, ties):
     return s if task.startswith("multi-label") or columns == 1 else s / s.sum(1, keepdims=True).clip(1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("flag", FLAGS)
 def test_equal_to_the_evaluator(tmp_path, flag, ties):

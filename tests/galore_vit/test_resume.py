@@ -93,6 +93,7 @@ def test_a_state_of_another_optimizer_is_refused():
         build("adamw", params).load_state_dict(adam.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_state_is_loaded_again_and_again(name):
     """torch adds a key to an optimizer's defaults at its first load; what a state must hold stays the same."""

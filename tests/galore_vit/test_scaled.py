@@ -95,6 +95,7 @@ def test_stacked_matrices_are_scaled_apart():
     torch.testing.assert_close(whole.detach(), torch.cat([p.detach() for p in parts]), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 8, 32])
 @pytest.mark.parametrize("tall", [False, True])
 def test_a_scale_of_one_is_about_adamws_step(rank, tall):

@@ -21,6 +21,7 @@ def vit(name):
         return transformers.ViTForImageClassification(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VITS)
 def test_vit_states_equal_the_formula(name):
     model = vit(name)
@@ -53,6 +54,7 @@ def test_the_formula_is_what_training_allocates():
         assert state_bytes(optimizer) == adamw_state_bytes_formula(groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled])
 def test_a_step_can_be_predicted_with_fake_tensors(kind):
     """Memory is predicted by running a step on tensors that have shapes alone."""

@@ -74,6 +74,7 @@ def test_a_rank_above_everything_makes_groups_for_the_paper_alone(upstream):
     assert all(layout.rank == 8 for layout in map(GaLoreAdamW([group], paper=True).layout, group["params"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"lr": 1e-2, "relative_step": False, "scale_parameter": False, "beta1": 0.9, "weight_decay": 0.1}],

@@ -143,6 +143,7 @@ def _work(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_the_bytes(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -187,6 +188,7 @@ def _sharded():
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
 
 
+@pytest.mark.slow
 def test_fully_sharded_it_gives_the_same_output_and_gradients():
     run_ranks(2, _sharded)
 
@@ -201,6 +203,7 @@ def quantize(model, bits):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_bases(tmp_path, train_r, bits, dtype):

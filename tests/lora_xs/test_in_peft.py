@@ -132,6 +132,7 @@ def test_refusals(roberta):
         peft.get_peft_model(roberta(), LoRAXSPeftConfig(r=2, target_modules=["LayerNorm"]))
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_refuses_the_file(roberta, config, tmp_path):
     """It does not load a LoRA in its place."""
     peft.get_peft_model(roberta(), config).save_pretrained(tmp_path)

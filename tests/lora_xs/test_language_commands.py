@@ -203,6 +203,7 @@ def test_merging_an_embedding_unties_the_saved_model(language_model, tmp_path):
     torch.testing.assert_close(logits(merged), ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_info_describes_and_counts(tuned, language_model, tmp_path):
     run, _ = tuned
     done = run_command(["lora-xs", "info", "--adapter", str(run / "adapter"), "--model", language_model], tmp_path)
@@ -247,6 +248,7 @@ def test_mistakes_are_one_sentence(tuned, words, language_model, sums, tmp_path)
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_a_target_that_the_model_never_calls_ends_the_run_after_one_step(language_model, sums, tmp_path):
     load_tokenizer(language_model).save_pretrained(tmp_path / "mamba")
     config = transformers.MambaConfig(

@@ -39,6 +39,7 @@ def test_every_kind_equals_dense_weights(mixed, inputs, train_r):
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradcheck(mixed, target):
     model = inject(mixed.double(), LoRAXSConfig(rank=2, targets=(target,), r_std=0.5))

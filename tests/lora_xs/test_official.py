@@ -57,6 +57,7 @@ def test_official_bases_are_made_again(shape, rank):
     assert bool((largest > 0).all())
 
 
+@pytest.mark.slow
 def test_the_default_s_are_others_where_there_is_no_gap():
     """What the README says of it."""
     W = realistic(1024, 1024)
@@ -155,6 +156,7 @@ def test_a_start_on_another_task_keeps_its_head(encoder, tmp_path):
     assert all(torch.equal(trained[n], p) and trained[n].requires_grad for n, p in before.items())
 
 
+@pytest.mark.slow
 def test_the_command_makes_an_adapter(encoder, tmp_path):
     base, out = tmp_path / "base", tmp_path / "adapter"
     encoder.save_pretrained(base)

@@ -53,6 +53,7 @@ def test_roberta_large_counts(rank, expected):
     assert sum(p.numel() for p in trained(model)["head"]) == 1024 * 1024 + 1024 + 2 * 1024 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "expected"), MISTRAL.items())
 def test_mistral_7b_counts(rank, expected):
     with torch.device("meta"):

@@ -25,6 +25,7 @@ def sine(B, reference):
     return float(torch.linalg.matrix_norm(B - reference @ (reference.t() @ B), 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(300, 401), (401, 300), (64, 777), (7, 5)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_bases_are_those_of_lapack(shape, exact):

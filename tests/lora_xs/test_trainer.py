@@ -130,6 +130,7 @@ def test_a_checkpoint_for_other_base_weights_is_refused(base, tmp_path):
         trainer(inject(other, CONFIG), tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
     trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, steps=3).train()
     other = inject(copy.deepcopy(base), LoRAXSConfig(4, 32, ROBERTA_TARGETS))
@@ -137,6 +138,7 @@ def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
         trainer(other, tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_callback_for_another_model_is_refused(base, tmp_path):
     models = [inject(copy.deepcopy(base), CONFIG) for _ in range(2)]
     run = trainer(models[0], tmp_path, steps=3)
@@ -235,6 +237,7 @@ def test_a_model_without_adapters_is_refused(base):
         LoRAXSCallback(copy.deepcopy(base))
 
 
+@pytest.mark.slow
 def test_own_rates_for_r_and_head(base, tmp_path):
     model = inject(copy.deepcopy(base), CONFIG)
     run = trainer(model, tmp_path, steps=3)
@@ -243,6 +246,7 @@ def test_own_rates_for_r_and_head(base, tmp_path):
     assert [g["initial_lr"] for g in run.optimizer.param_groups] == [1e-3, 5e-4]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("MEMTRAIN_DATA" not in os.environ, reason="needs the files in MEMTRAIN_DATA")
 def test_a_checkpoint_of_minilm_has_fewer_than_20_kb(tmp_path):
     folder = Path(os.environ["MEMTRAIN_DATA"]) / "weights" / "minilm_l6"

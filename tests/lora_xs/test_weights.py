@@ -167,6 +167,7 @@ def test_gradients_are_the_projected_gradients_of_the_weights(model, x):
     assert sum(p.numel() for p in groups[0]["params"]) == 2 * (5 * 4 + 2 * 3 * 4)
 
 
+@pytest.mark.slow
 def test_files_adapters_and_taking_off(model, x, train_r, tmp_path):
     plain = copy.deepcopy(model)
     train_r(inject(model, CONFIG))
@@ -359,6 +360,7 @@ def tiny(name):
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
 def test_experts_of_transformers(name, train_r, tmp_path):
     torch.manual_seed(0)

@@ -74,6 +74,7 @@ def test_one_head_is_plain_lora_for_any_merge_interval(every, optimizer):
     torch.testing.assert_close(model.eval()(x), lora.eval()(x), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 3])
 def test_merging_every_step_is_the_sum_of_heads_on_the_same_data(heads):
     """Reset-less, T = 1: with the same data for every head, W after each merge is W₀ + (s/H) Σ B_h A_h.

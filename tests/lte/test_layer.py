@@ -121,6 +121,7 @@ def test_low_precision_weights_get_a_float32_master(dtype):
     assert layer.weight.dtype == layer.lora_A.dtype == layer.merged_B.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_many_small_merges_lose_nothing():
     """1,000 merges of a small delta: within 1e-4 of the sum in float64 (a bfloat16 master loses a tenth)."""
     layer = layer_of(2, 16, 12, 3, dtype=torch.bfloat16, moved=False)

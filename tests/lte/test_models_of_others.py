@@ -47,6 +47,7 @@ def encoder(**kwargs):
     return nn.TransformerEncoder(layer, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_torchs_encoder_in_evaluation_uses_the_heads(activation, masked):
@@ -99,6 +100,7 @@ def test_batch_second_is_refused_and_not_cut_along_the_sequence():
         inject(nn.ModuleDict({"blocks": nn.ModuleList([Own()])}), TWO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "4bit"])
 def test_gpt2_of_the_hub(base):
     """transformers' Conv1D keeps (in, out); trained, merged and put back, it is the same function."""

@@ -88,6 +88,7 @@ def test_its_own_file_trains_two_steps(name, here, capsys):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("eval_")])
 def test_its_evaluations_evaluate(name, here, capsys):
     train([f"config/{name}.py", *SMALL, *QUICK, "--init_from=gpt2-tiny"])
@@ -226,6 +227,7 @@ def test_killed_before_its_first_checkpoint_it_still_goes_on_from_nanogpts(here,
         torch.testing.assert_close(state["model"][name], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_nanogpt_run_that_cannot_go_on_is_one_sentence(here, nanogpts):
     _, by_hand = nanogpts
     state = by_hand.optimizer.state_dict()

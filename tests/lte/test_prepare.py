@@ -72,6 +72,7 @@ def test_the_bins_of_real_articles_decode_to_the_articles(real_data, vocabulary,
     assert corpus.tokenizer.decode(corpus.val[:-1]).decode() == "<|endoftext|>".join(articles[1::10])
 
 
+@pytest.mark.slow
 def test_shakespeare_has_nanogpts_numbers_of_tokens(real_data, vocabulary, tmp_path):
     folder = str(real_data / "text")
     prepare(["shakespeare", "--data-dir", folder, "--tokenizer-dir", vocabulary, "--out", str(tmp_path / "bpe")])
@@ -86,6 +87,7 @@ def test_shakespeare_has_nanogpts_numbers_of_tokens(real_data, vocabulary, tmp_p
     assert meta["stoi"]["e"] == tokens[text.index("e")]
 
 
+@pytest.mark.slow
 def test_a_text_cut_at_seams_has_the_tokens_of_the_whole(real_data, monkeypatch):
     """Pieces of a few hundred characters of tinyshakespeare, and of text with every kind of white space."""
     coder = GPT2Tokenizer(real_data / "tokenizers" / "gpt2")
@@ -105,6 +107,7 @@ def test_a_text_cut_at_seams_has_the_tokens_of_the_whole(real_data, monkeypatch)
     assert np.array_equal(tokens, coder.encode(text.encode()))
 
 
+@pytest.mark.slow
 def test_tokens_are_tiktokens_and_special_words_are_text(real_data):
     import tiktoken
 
@@ -207,6 +210,7 @@ def test_killed_again_and_again_the_bins_are_the_same(many, undisturbed, tmp_pat
     assert ours["splits"] == theirs["splits"]
 
 
+@pytest.mark.slow
 def test_a_signal_says_where_it_stopped_and_the_command_goes_on(many, undisturbed, tmp_path):
     words = ["lte-prepare", str(many), *WORDS, "--out", "out"]
     done = Command(words, tmp_path, before=pause_after(5)).end_by(signal.SIGTERM)

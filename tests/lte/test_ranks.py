@@ -285,6 +285,7 @@ def exchange(out):
 SHAPES = [((3, 5), torch.float32), ((7,), torch.float64), ((1, 2, 3), torch.float32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_are_the_same_bits_everywhere_and_every_byte_is_counted(tmp_path, size):
     run_ranks(size, exchange, tmp_path)

@@ -161,6 +161,7 @@ def test_what_cannot_be_sampled_is_one_sentence(place, tmp_path):
     assert done.returncode == 0, done.stderr  # the folder of a ckpt.pt, as nanoGPT's out_dir
 
 
+@pytest.mark.slow
 def test_end_of_text_in_a_prompt_is_its_token(real_data):
     from lte.tasks.sample import _encode
 
@@ -304,6 +305,7 @@ def test_figures_of_what_does_not_compare_are_refused(place, tmp_path):
 # -- bench
 
 
+@pytest.mark.slow
 def test_a_bench_says_tokens_flops_and_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [

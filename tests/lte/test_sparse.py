@@ -254,6 +254,7 @@ def owed_and_learned(layer):
     return layer.scale * (layer.owed() + learned).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("delay", [1, 3, 4])
 @pytest.mark.parametrize("name", ["frozen", "copies"])
@@ -288,6 +289,7 @@ def test_at_every_step_of_a_late_merge_nothing_is_lost(name, delay, in_turn):
     assert (delay == 4 and not in_turn) or not all(under_way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "vectors and momentum", "in 4 bits"])
 def test_a_late_merge_adds_what_was_said_and_training_goes_on_from_what_was_sent(name):
     """Against the definition: at step t a head says C(e + BA − B'A'); at t + d W takes it, and B'A' is BA of t."""

@@ -303,6 +303,7 @@ def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
 # -- mistakes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -361,6 +362,7 @@ def test_wrong_flags_are_one_sentence(words, expected):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_wrong_flags_leave_nothing_behind(tmp_path):
     assert_refused(run_command(["lte-train", "--batch-size", "10"], tmp_path), "lte-train: error:", "divisible")
     assert_refused(run_command(["lte-train", "--data-dir", "nowhere"], tmp_path), "nowhere does not exist")

@@ -79,6 +79,7 @@ def test_a_merge_preserves_the_function_and_every_head_goes_on_from_it(variant):
     torch.testing.assert_close(model.eval()(x), before, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reset", "forgotten"), [("none", ()), ("B", ("lora_B",)), ("all", ("lora_A", "lora_B"))])
 @pytest.mark.parametrize("reset_optimizer", [True, False])
 def test_what_a_reset_does_to_factors_offsets_and_moments(reset, forgotten, reset_optimizer):
@@ -159,6 +160,7 @@ def test_relora_is_one_head_with_resets():
     assert merger.merges == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_sequential_heads_are_parallel_ones_on_repeated_data_merged_every_step(reset):
     """T = 1, SGD, the same learning rate: all heads on one batch, or each on its own copy of it."""
