@@ -68,6 +68,7 @@ def test_damage_is_noticed(whole, tmp_path, kind):
         assert found.right, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pictures", "labels", "tokenizer", "config", "texts", "bins"])
 def test_a_changed_input_is_told(whole, tmp_path, kind):
     few = ("lte-train", "lora-xs-glue", "galore-vit", harness.ON_BINS)  # whose whole runs the tests above have made
@@ -82,6 +83,7 @@ FEW = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_files_from_strangers_are_refused_in_one_sentence(whole, tmp_path, name):
     number = list(hostile.TABLE).index(name)

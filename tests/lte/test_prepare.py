@@ -414,6 +414,7 @@ def test_wrong_flags_are_one_sentence(words, expected):
         assert part in str(error.value)
 
 
+@pytest.mark.slow
 def test_bad_input_leaves_nothing_behind(tmp_path, real_data):
     jsonl(tmp_path / "set" / "a.jsonl", ["one", "two"], column="body")
     jsonl(tmp_path / "one" / "a.jsonl", ["alone"])

@@ -210,6 +210,7 @@ def test_a_process_alone_saves_what_its_own_heads_owe():
         assert torch.equal(saved[n][2:], part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "turns"), [(2, 2), (5, 5), (40, 13)])
 def test_layers_in_turn_are_merged_once_in_every_interval(every, turns):
     """Thirteen: four linear layers and their biases, three norms and two embeddings with copies; lm_head is tied."""
@@ -330,6 +331,7 @@ def later(policy="copies", heads=4):
     return model, Merger(model, 4), torch.optim.AdamW(param_groups(model, lr=1, rest_lr=1, weight_decay=0.0))
 
 
+@pytest.mark.slow
 def test_a_state_with_messages_under_way_goes_on_and_grows_with_its_heads():
     model, merger, optimizer = later()
     for step in range(6):
