@@ -69,11 +69,12 @@ class Remembered:
         known = self._known()
         if known is None:
             return
-        told = io.BytesIO(os.pread(self._file, os.fstat(self._file).st_size - self._read, self._read))
-        with contextlib.suppress(EOFError, pickle.UnpicklingError):  # the end, or what was killed as it wrote
+        start = self._read
+        told = io.BytesIO(os.pread(self._file, os.fstat(self._file).st_size - start, start))
+        with contextlib.suppress(Exception):  # the end, or what is still written, or was killed as it wrote
             while True:
                 known.update(pickle.load(told))
-        self._read += len(told.getvalue())
+                self._read = start + told.tell()
         self._had = len(known)
 
     def tell(self) -> None:

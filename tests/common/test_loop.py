@@ -120,6 +120,28 @@ def test_after_step_and_saving_are_called_where_they_should_be():
     assert calls == ["enter", "exit", "enter", "exit", "after"] * 2
 
 
+class Whole:
+    """A model in parts, of which this process holds all."""
+
+    apart = True
+
+    def average_gradients(self):
+        pass
+
+    def gather(self, state):
+        return state
+
+
+@pytest.mark.parametrize(("offset", "steps"), [(0, [4, 8, 12]), (3, [3, 7, 11])])
+def test_processes_with_parts_agree_on_stopping_at_their_own_steps(monkeypatch, offset, steps):
+    done, asked = [], []
+    monkeypatch.setattr("memtrain_common.training.loop.any_rank", lambda flag: asked.append(len(done)) or flag)
+    model = make()
+    task = Task(model, batches, loss_fn, adam(model), after_step=lambda: done.append(1), parts=Whole())
+    fit(task, FitConfig(max_iters=13, agree_interval=4, agree_offset=offset, log_interval=100, eval_interval=100))
+    assert sorted({step for step in asked if step}) == steps  # after the step, and after what was saved there
+
+
 def test_the_run_folder_holds_every_logged_row(tmp_path):
     model, run = make(), RunFolder.create(tmp_path / "r")
     config = FitConfig(max_iters=5, eval_interval=2, log_interval=2, units_per_step=6, grad_clip=1.0)

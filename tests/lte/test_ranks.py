@@ -300,6 +300,28 @@ def test_sums_are_the_same_bits_everywhere_and_every_byte_is_counted(tmp_path, s
     assert sent[0]["gather"] == size * (size - 1) * (n32 * 4 + n64 * 8)
 
 
+def overlap(out):
+    """Process 0 begins a gathering and then asks for a sum, process 1 the other way round."""
+    place, _ = launch("cpu")
+    ranks = Ranks()
+    ranks.open_beside()
+    own, begun = torch.full((2, 3), place.rank, dtype=torch.uint8), None
+    if place.rank == 0:
+        begun = ranks.start_gather([own], "merges")
+    (total,) = ranks.sum([torch.ones(5)], "shared")
+    (whole,) = (begun or ranks.start_gather([own], "merges")).wait()
+    torch.save((total, whole, dict(ranks.sent)), out / f"{place.rank}.pt")
+
+
+def test_what_goes_on_beside_the_training_holds_up_no_other_word(tmp_path):
+    run_ranks(2, overlap, tmp_path)
+    for rank in (0, 1):
+        total, whole, sent = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(total, torch.full((5,), 2.0))
+        assert torch.equal(whole, torch.tensor([0, 0, 1, 1], dtype=torch.uint8)[:, None].expand(4, 3))
+        assert sent["merges"] == 2 * 6
+
+
 @pytest.mark.parametrize(("rank", "by_factors"), [(1, True), (16, False)])
 def test_the_smaller_of_factors_and_dense_delta_is_sent(rank, by_factors):
     model = inject(torch.nn.Sequential(torch.nn.Linear(32, 32)), LTEConfig(heads=4, rank=rank))

@@ -1,4 +1,4 @@
-"""How a batch is cut into a chunk a head."""
+"""What layers with heads need of a batch: how many rows it has, and gradients as of a chunk's own mean loss."""
 
 from typing import Any
 
