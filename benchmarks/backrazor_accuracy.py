@@ -9,8 +9,8 @@ vit: a small ViT pretrained here on CIFAR-10's classes 0 to 4, moved to classes 
 
 The learning rate is chosen densely, by validation accuracy with a seed of its own, and is then the same for all arms;
 the test split is looked at once, after the last step of each run. Writes results/backrazor_accuracy_STUDY.json, and
-takes the learning rates that such a file holds already. backrazor_accuracy_breastmnist_pruned.json is of the time when
-``pruned`` was the default mode, and the files of resnet20 and vit are so still.
+takes the learning rates that such a file holds already. The files that end in _pruned.json are of the time when
+``pruned`` was the default mode.
 """
 
 import dataclasses
@@ -53,8 +53,6 @@ class Study:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     auc: bool = False
-    exact_attention: bool = False
-    """Also the least keep with attention left as it is."""
 
 
 def part(pictures: ImageSet, split: str, n: int) -> ImageSet:
@@ -116,7 +114,7 @@ def vit(data: Path) -> Study:
         f"epochs (test accuracy there {100 * trained.test['accuracy']:.1f} %), moved to about 5,000 of classes 5-9"
     )
     moved = replace(config, weights=str(folder), patch_size=0, epochs=4.0, optim="sgd", warmup_iters=20)
-    return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2), exact_attention=True)
+    return Study(about, after, moved, (0.01, 0.03, 0.1), (0, 1, 2, 3, 4))
 
 
 STUDIES: dict[str, Callable[[Path], Study]] = {"resnet20": resnet20, "breastmnist": breastmnist, "vit": vit}
@@ -195,10 +193,6 @@ def run(name: str, data: Path) -> None:
     config = replace(study.config, learning_rate=rate)
     configs = {"dense": config}
     configs |= {f"keep {keep:g}": replace(config, mode="backrazor", keep=keep) for keep in KEEPS}
-    if study.exact_attention:
-        least = min(KEEPS)
-        exact = replace(config, mode="backrazor", keep=least, attention="exact")
-        configs[f"keep {least:g}, exact attention"] = exact
     arms = {label: arm(study, label, one) for label, one in configs.items()}
     results = {label: summary(found, arms["dense"]) for label, found in arms.items()}
     write_results(

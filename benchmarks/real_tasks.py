@@ -178,7 +178,15 @@ def lite0(frozen: bool = False) -> RealTask:
     about = f"EfficientNet-Lite0 to CIFAR-10 as JPEG files, 112 px, 1,000 pictures, 80 steps of 25, batch norms {norms}"
     build = partial(with_frozen_batch_norms, efficientnet) if frozen else efficientnet
     return cifar10(
-        about, build, 112, n=1000, held_out=300, tested=1000, batch_size=25, steps=80, rates=(3e-4, 1e-3, 3e-3)
+        about,
+        build,
+        112,
+        n=1000,
+        held_out=300,
+        tested=1000,
+        batch_size=25,
+        steps=80,
+        rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3) if frozen else (3e-4, 1e-3, 3e-3),
     )
 
 
@@ -216,7 +224,7 @@ def stories() -> RealTask:
 TASKS: dict[str, Callable[[], RealTask]] = {
     "minilm-sst2": partial(sentences, "sst2", n=960, batch_size=16, steps=60),
     "minilm-sst2-lengths": partial(sentences, "sst2", n=960, batch_size=16, steps=60, grouped=True),
-    "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312),
+    "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312, grouped=True),
     "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=375, grouped=True),
     "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
     "dinov2-cifar10": partial(dino, 98),

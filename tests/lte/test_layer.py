@@ -39,16 +39,19 @@ def test_folded_product_is_the_written_out_formula(heads, n, m, rank, middle):
     torch.testing.assert_close(layer(x), written_out(layer, x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("owing", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(bias):
+def test_gradcheck(bias, owing):
     layer = layer_of(2, 3, 5, 2, bias=bias)
     x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     leaves = [layer.weight, layer.lora_A, layer.lora_B] + ([layer.bias] if bias else [])
     weight, A, B, *rest = (t.detach().clone().requires_grad_() for t in leaves)
+    owed = torch.randn(2, *layer.weight.shape, dtype=torch.float64) if owing else None
 
     def apply(x, weight, A, B, *rest):
         b = rest[0] if rest else None
-        return HeadedLinear.apply(x, weight, b, A, B, layer.merged_A, layer.merged_B, layer.scale, 1.0)
+        s = layer.scale
+        return HeadedLinear.apply(x, weight, b, A, B, layer.merged_A, layer.merged_B, owed, s, s, 1.0)
 
     assert torch.autograd.gradcheck(apply, (x, weight, A, B, *rest))
 

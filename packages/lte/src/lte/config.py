@@ -50,8 +50,8 @@ class LTEConfig:
     outer_lr: float = 1.0
     """η: how much of the mean delta is merged; 1 is LTE's merge."""
     merge_density: float = 1.0
-    """Share of each head's delta that a merge sends, the largest of every 256 numbers. What is not sent is kept, and
-    added to the head's next delta (error feedback); 1 sends all of it, exactly."""
+    """Share of each head's delta that a merge sends, the largest of every 256 numbers. What is not sent the head keeps,
+    computes with, and adds to its next delta (error feedback); 1 sends all of it, exactly."""
     merge_bits: int = 4
     """Bits of each number that is sent of a share below 1: its sign, and 2^(bits − 1) magnitudes."""
     merge_delay: int = 0

@@ -38,11 +38,9 @@ class LTEConv2d(Headed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:  # (N, c, h, w) -> (N, m, h', w')
         biases = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
         bias: Tensor | None = self.bias if biases is None else None if self.training else biases[0]
-        weight = self.weight if self.training else self.effective_weight()
         bias = None if bias is None else bias.to(x.dtype)
-        y = F.conv2d(x, weight.to(x.dtype), bias, self.stride, self.padding, self.dilation)
         if not self.training:
-            return y
+            return self._convolved(x, self.effective_weight(), bias)
         A, B = (ScaleGradient.apply(p, float(self.heads)).to(x.dtype) for p in (self.lora_A, self.lora_B))
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:
@@ -54,10 +52,20 @@ class LTEConv2d(Headed, nn.Conv2d):
         rows = len(x) // chunks
         grouped = x.view(chunks, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # (rows, H·c, h, w)
         kernels = A.reshape(chunks * rho, self.in_channels, *self.kernel_size)
-        u = F.conv2d(grouped, kernels, None, self.stride, self.padding, self.dilation, groups=chunks)
+        owed = self.owed_in_training()
+        if owed is None:
+            y = self._convolved(x, self.weight, bias)
+        else:  # W + s e is a weight of each chunk's own
+            own = torch.add(self.weight, owed.view(chunks, *self.weight.shape), alpha=self.scale).flatten(0, 1)
+            y = self._convolved(grouped, own, None if bias is None else bias.repeat(chunks), chunks)
+            y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)  # (rows, H·m, h', w') -> (N, m, h', w')
+        u = self._convolved(grouped, kernels, None, chunks)
         u = u.view(rows, chunks, rho, -1)  # (rows, H, ρ, h'·w')
         delta = (B.to(u.dtype) @ u).transpose(0, 1).reshape(y.shape)  # (rows, H, m, h'·w') -> (N, m, h', w')
         y = torch.add(y, delta, alpha=scale)
         if biases is not None:
             y = y + biases.repeat_interleave(rows, 0)[..., None, None].to(y.dtype)  # (N, m, 1, 1)
         return y
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        return F.conv2d(x, weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, groups)

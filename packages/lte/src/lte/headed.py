@@ -2,7 +2,8 @@
 
 The delta of head h is D_h = B_h A_h − B'_h A'_h, where A', B' are the factors at the last merge, whose product is in W
 already (reset-less LTE; paper, Appendix A.2). Where B is reset at merges there is nothing to take off: D_h = B_h A_h.
-A merge adds s·mean_h D_h to W.
+A merge adds s·mean_h D_h to W. With sparse merges head h owes e_h, what it has learned and no message has said: it
+computes with W + s·(D_h + e_h), and evaluation with their mean.
 
 The mean is always summed in the same order, a binary tree over the heads' numbers, so that it does not depend on how
 many processes hold them.
@@ -26,8 +27,6 @@ HEAD_TENSORS = (
     "merged_A",
     "merged_B",
     "feedback",
-    "sent_A",
-    "sent_B",
     "sent_message",
 )  # of the heads that this process holds, in dim 0
 OWN_TENSORS = (
@@ -43,9 +42,8 @@ class Headed(nn.Module):
     - ``weight``: the frozen W in the layer's own shape; (m, n) after ``flatten(1)``. None with a 4-bit base.
     - ``lora_A`` (h, r, n), ``lora_B`` (h, m, r): the heads. B begins at 0, so the layer's function is unchanged.
     - ``merged_A``, ``merged_B``: the factors at the last merge; absent where B is reset.
-    - ``feedback`` (h, m, n): of each head's deltas what merges have not sent yet, where they are sparse.
-    - ``sent_A``, ``sent_B``, ``sent_message`` (h, bytes): with ``merge_delay``, the factors that the last messages were
-      made of, and this process's own of them.
+    - ``feedback`` (h, m, n): e, of each head's deltas what merges have not taken yet, where they are sparse.
+    - ``sent_message`` (h, bytes): with ``merge_delay``, this process's own messages, which are merged later.
     - ``weight_low``, ``weight_codes``, …: see :mod:`lte.bases`. ``velocity`` (m, n): the outer momentum.
     """
 
@@ -61,8 +59,6 @@ class Headed(nn.Module):
     all_A: Tensor
     all_B: Tensor
     feedback: Tensor
-    sent_A: Tensor
-    sent_B: Tensor
     sent_message: Tensor
     velocity: Tensor
     evaluated: Tensor | None
@@ -113,8 +109,6 @@ class Headed(nn.Module):
         if self.sparse is not None:
             self.register_buffer("feedback", master.new_zeros(self.heads, m, n))
         if self.sparse is not None and config.merge_delay:
-            self.register_buffer("sent_A", torch.zeros_like(A))
-            self.register_buffer("sent_B", torch.zeros_like(self.lora_B.detach()))
             size = self.sparse.size(m * n)
             self.register_buffer("sent_message", torch.zeros(self.heads, size, dtype=torch.uint8, device=master.device))
         if config.outer_momentum:
@@ -217,11 +211,11 @@ class Headed(nn.Module):
         return torch.cat([A, A0], 1), torch.cat([B, -B0], 2)
 
     def own_sum(self) -> Tensor:
-        """Σ D_h over the heads held here, (m, n), in the master's precision."""
-        return sum_of_products(*self.factors())
+        """Σ (D_h + e_h) over the heads held here, (m, n), in the master's precision."""
+        return sum_of_products(*self.factors(), None if self.sparse is None else self.feedback)
 
     def mean_delta(self) -> Tensor:
-        """s·mean_h D_h over all heads, (m, n): what is not merged yet.
+        """s·mean_h (D_h + e_h) over all heads, (m, n): what is not merged yet.
 
         Raises:
             RuntimeError: if other processes hold some of them.
@@ -232,6 +226,12 @@ class Headed(nn.Module):
                 "evaluate within lte.averaged(model, ranks)"
             )
         return self.own_sum().mul_(self.scale / self.total_heads)
+
+    def owed_in_training(self) -> Tensor | None:
+        """e (h, m, n), which each head's chunk of the batch meets beside W; their mean (1, m, n) in sequential mode."""
+        if self.sparse is None:
+            return None
+        return self.feedback.mean(0, keepdim=True) if self.config.mode == "sequential" else self.feedback
 
     def effective_weight(self) -> Tensor:
         """The weight that evaluation uses, in the layer's shape: W plus the mean of all unmerged deltas."""
@@ -273,55 +273,54 @@ class Headed(nn.Module):
             velocity = self.velocity if self.config.outer_momentum else None
             delta = outer_step(delta, velocity, self.config.outer_momentum, self.config.outer_lr)
         self._add_to_master(delta)
+        if not self.under_way:
+            self._begin_anew_from_here()
+
+    def _begin_anew_from_here(self) -> None:
+        """A', B' ← A, B."""
         if self.config.reset == "none":
-            self.merged_A.copy_(self.sent_A if self.under_way else self.lora_A)
-            self.merged_B.copy_(self.sent_B if self.under_way else self.lora_B)
+            self.merged_A.copy_(self.lora_A)
+            self.merged_B.copy_(self.lora_B)
 
     def messages(self) -> Tensor:
         """What a sparse merge sends of each head held here, (h, bytes): the largest of what it owes."""
         assert self.sparse is not None
-        deltas = self._head_deltas()
-        return torch.stack([self.sparse.pack(delta.add_(e)) for delta, e in zip(deltas, self.feedback, strict=True)])
+        return torch.stack([self.sparse.pack(owed) for owed in self._owed()])
 
     @torch.no_grad()
     def send_messages(self) -> None:
-        """Into ``sent_message``, :meth:`messages` for a merge that takes place later; it will take today's A and B."""
-        own = self.messages()
-        self._owe_the_rest(own)
-        self.sent_A.copy_(self.lora_A)
-        self.sent_B.copy_(self.lora_B)
-        self.sent_message.copy_(own)
+        """Into ``sent_message``, :meth:`messages` for a merge that takes place later. Until then all is owed."""
+        self.sent_message.copy_(self.messages())
+        self._owe_all()
         self.under_way = True
 
     @torch.no_grad()
     def take_messages(self, messages: Tensor) -> None:
-        """Merge the messages of all H heads, (H, bytes). What this process's own did not say is kept for the next."""
+        """Merge the messages of all H heads, (H, bytes). What this process's own did not say it goes on to owe."""
         sparse = self.sparse
         assert sparse is not None
         total = tree_sum(lambda h: sparse.unpack(messages[h], self.feedback[0]), 0, len(messages))
         if not self.under_way:
-            self._owe_the_rest(messages[self._own])
+            self._owe_all()
+        for e, message in zip(self.feedback, messages[self._own], strict=True):
+            e.sub_(sparse.unpack(message, e))
         self.take(total.mul_(self.scale / self.total_heads))
         self.under_way = False
 
-    def _owe_the_rest(self, own: Tensor) -> None:
-        """e ← e + D − c of each head held here."""
-        assert self.sparse is not None
-        for delta, e, message in zip(self._head_deltas(), self.feedback, own, strict=True):
-            e.add_(delta).sub_(self.sparse.unpack(message, e))
+    def _owe_all(self) -> None:
+        """e ← e + D of each head held here; A', B' ← A, B."""
+        for e, owed in zip(self.feedback, self._owed(), strict=True):
+            e.copy_(owed)
+        self._begin_anew_from_here()
+
+    def _owed(self) -> Iterator[Tensor]:
+        """D_h + e_h (m, n) of each head held here."""
+        A, B = self.factors()
+        return (sum_of_products(A[h : h + 1], B[h : h + 1]).add_(self.feedback[h]) for h in range(self.heads))
 
     def owed(self) -> Tensor:
-        """What no merge has taken yet of what this process's heads owe, (h, m, n): feedback, and messages under way."""
-        assert self.sparse is not None
-        if not self.under_way:
-            return self.feedback
-        said = [self.sparse.unpack(message, self.feedback[0]) for message in self.sent_message]
-        return self.feedback + torch.stack(said)
-
-    def _head_deltas(self) -> Iterator[Tensor]:
-        """D_h (m, n) of each head held here."""
-        A, B = self.factors()
-        return (sum_of_products(A[h : h + 1], B[h : h + 1]) for h in range(self.heads))
+        """D + e (h, m, n): all that no merge has taken yet of what this process's heads have learned."""
+        return torch.stack([*self._owed()])
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, *, A: bool) -> None:

@@ -60,7 +60,10 @@ class LTELinear(Headed, nn.Linear):
             )
         chunks = x.reshape(*self.cut(x), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads
-        y = HeadedLinear.apply(chunks, weight, bias, *factors, scale, float(self.heads), merged_scale, *self.kept())
+        owed = self.owed_in_training()
+        y = HeadedLinear.apply(
+            chunks, weight, bias, *factors, owed, scale, self.scale, float(self.heads), merged_scale, *self.kept()
+        )
         if biases is not None:
             y = y + biases[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)  # (H, t, m) -> (N, …, m)
@@ -81,7 +84,8 @@ def _side_by_side(factor: Tensor | None, dim: int) -> Tensor | None:
 
 
 class HeadedLinear(torch.autograd.Function):
-    """``y = x Wᵀ + b + s (x Ãᵀ) B̃ᵀ`` for x (H, t, n), with Ã = [A; A'], B̃ = [B, −B'] stacked over the heads.
+    """``y = x Wᵀ + b + s (x Ãᵀ) B̃ᵀ`` for x (H, t, n), with Ã = [A; A'], B̃ = [B, −B'] stacked over the heads. With what
+    is owed, e (H, m, n), W + s e takes the place of W: a weight of each head's own, made again in the backward pass.
 
     Saved for the backward pass: x, the factors, and u = x Aᵀ (H, t, r); nothing of the offset's half. Of a 4-bit base
     (``weight`` None, ``kept`` as :func:`lte.bases.materialize` takes it) the codes: W is made again.
@@ -99,23 +103,28 @@ class HeadedLinear(torch.autograd.Function):
         B: Tensor,
         A0: Tensor | None,
         B0: Tensor | None,
+        owed: Tensor | None,
         scale: float,
+        owed_scale: float,
         head_gradient: float,
         merged_scale: float = 0.0,
         *kept: Tensor,
     ) -> Tensor:
         both_A, both_B = _with_offset(A, B, A0, B0)  # (H, 2r, n), (H, m, 2r); r where there is no offset
         u = x @ both_A.mT  # (H, t, 2r)
-        W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), merged_scale)
-        y = F.linear(x, W, bias).baddbmm_(u, both_B.mT, alpha=scale)  # (H, t, m)
-        ctx.save_for_backward(x, weight, A, B, A0, B0, u[..., : A.shape[1]].contiguous(), *kept)
-        ctx.scale, ctx.head_gradient, ctx.merged_scale = scale, head_gradient, merged_scale
+        W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), merged_scale, owed, owed_scale)
+        y = F.linear(x, W, bias) if owed is None else x @ W.mT
+        y.baddbmm_(u, both_B.mT, alpha=scale)  # (H, t, m)
+        if owed is not None and bias is not None:
+            y += bias
+        ctx.save_for_backward(x, weight, A, B, A0, B0, owed, u[..., : A.shape[1]].contiguous(), *kept)
+        ctx.scale, ctx.owed_scale, ctx.head_gradient, ctx.merged_scale = scale, owed_scale, head_gradient, merged_scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, A0, B0, u, *kept = ctx.saved_tensors
+        x, weight, A, B, A0, B0, owed, u, *kept = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dx = dweight = dbias = dA = dB = None
         r, c = A.shape[1], ctx.head_gradient
@@ -125,7 +134,7 @@ class HeadedLinear(torch.autograd.Function):
             if needs_A:
                 dA = (v[..., :r].mT @ x).mul_(c)  # (H, r, n)
             if needs_x:
-                W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), ctx.merged_scale)
+                W = _weight(x, weight, kept, (B.shape[1], A.shape[2]), ctx.merged_scale, owed, ctx.owed_scale)
                 dx = (g @ W).baddbmm_(v, both_A)  # (H, t, n)
         if needs_B:
             dB = (g.mT @ u).mul_(c * ctx.scale)  # (H, m, r)
@@ -143,6 +152,9 @@ def _with_offset(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> 
 
 
 def _weight(
-    x: Tensor, weight: Tensor | None, kept: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], scale: float
-) -> Tensor:
-    return weight if weight is not None else materialize(tuple(kept), shape, scale).to(x.dtype)
+    x: Tensor, weight: Tensor | None, kept: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], scale: float,
+    owed: Tensor | None, owed_scale: float,
+) -> Tensor:  # fmt: skip
+    """W (m, n), or W + s e (H, m, n) where heads owe something."""
+    W = weight if weight is not None else materialize(tuple(kept), shape, scale).to(x.dtype)
+    return W if owed is None else torch.add(W, owed.to(x.dtype), alpha=owed_scale)

@@ -27,8 +27,8 @@ def merge(
 ) -> None:
     """Merge every layer with heads and average every layer with copies, then reset what ``LTEConfig.reset`` says.
 
-    The evaluated function does not change (unless there is outer momentum, or merges are sparse: then the deltas'
-    largest numbers are merged, and the rest is merged later), and afterwards every head trains from it.
+    The evaluated function does not change (unless there is outer momentum), and afterwards every head trains from it;
+    with sparse merges from it and what that head still owes.
 
     =========  ===================  ======================  =======================================================
     reset      A, B                 offsets                 optimizer
@@ -115,7 +115,7 @@ def _arrive(layers: Mapping[str, Headed], ranks: Ranks, purpose: str) -> dict[st
 def sends_factors(layer: Headed) -> bool:
     """Whether the factors of a layer travel, and not its dense delta: the rule of :mod:`lte.ranks`."""
     (m, n), (A, _) = layer.matrix_shape, _factors_to_send(layer)
-    return layer.telescopes or layer.total_heads * A.shape[1] * (m + n) < 2 * m * n
+    return layer.sparse is None and (layer.telescopes or layer.total_heads * A.shape[1] * (m + n) < 2 * m * n)
 
 
 def _factors_to_send(layer: Headed) -> tuple[Tensor, Tensor]:
@@ -166,9 +166,9 @@ def averaged(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
 class Merger:
     """The merge clock: ``step()`` after each optimizer step merges every T-th time.
 
-    With ``LTEConfig.merge_delay`` d, messages that are sent at one step are merged d steps later, while training goes
-    on: W ← W + s·mean_h c_h and A', B' ← what A, B were when they were sent, so that what a head has learned since is
-    in its next message.
+    With ``LTEConfig.merge_delay`` d, messages c_h that are sent at one step are merged d steps later, while training
+    goes on: W ← W + s·mean_h c_h. Until then head h owes c_h with the rest, and what it learns meanwhile is in its next
+    message.
 
     Args:
         model: with heads.

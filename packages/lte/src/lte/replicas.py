@@ -22,10 +22,11 @@ class Replicas(nn.Module):
     process. In training, chunk h of the batch goes through copy h, whose gradient is that of its own chunk's mean
     loss. In evaluation there is one layer with the mean of all copies, and a merge makes all copies that mean.
 
-    Buffers: with outer momentum or sparse merges ``anchor_p``, the parameter at the last merge; with outer momentum
-    ``velocity_p``; with sparse merges ``feedback_p`` (h, \\*p.shape), what they have not sent yet of each copy's moves;
-    with ``merge_delay`` ``sent_p`` (h, \\*p.shape) and ``message_p`` (h, bytes), the copies that the last messages
-    were made of, and this process's own of them.
+    A sparse merge moves every copy by what the mean of all messages c says beyond its own: p_h ← p_h + mean c − c_h. So
+    the mean of all copies stays, and p_h less ``anchor_p`` is what copy h has learned and not said yet.
+
+    Buffers: with outer momentum or sparse merges ``anchor_p``, what merges have made of the parameter; with outer
+    momentum ``velocity_p``; with ``merge_delay`` ``message_p`` (h, bytes), this process's own messages.
     """
 
     under_way = False
@@ -54,12 +55,9 @@ class Replicas(nn.Module):
                 self.register_buffer(f"anchor_{name}", parameter.detach()[0].clone())
             if config.outer_momentum:
                 self.register_buffer(f"velocity_{name}", torch.zeros_like(parameter.detach()[0]))
-            if self.sparse is not None:
-                self.register_buffer(f"feedback_{name}", torch.zeros_like(parameter.detach()))
             if self.sparse is not None and config.merge_delay:
                 size = self.sparse.size(parameter[0].numel())
                 message = torch.zeros(self.heads, size, dtype=torch.uint8, device=parameter.device)
-                self.register_buffer(f"sent_{name}", torch.zeros_like(parameter.detach()))
                 self.register_buffer(f"message_{name}", message)
         self.train(layer.training)
 
@@ -106,7 +104,7 @@ class Replicas(nn.Module):
         """The names of what has a copy a row."""
         return [
             *self.names(),
-            *(n for n, _ in self.named_buffers(recurse=False) if n.startswith(("feedback_", "sent_", "message_"))),
+            *(n for n, _ in self.named_buffers(recurse=False) if n.startswith("message_")),
         ]
 
     def own_names(self) -> list[str]:
@@ -116,54 +114,27 @@ class Replicas(nn.Module):
     def messages(self, name: str) -> Tensor:
         """What a sparse merge sends of each copy of a parameter held here, (h, bytes)."""
         assert self.sparse is not None
-        owed = (
-            self.get_buffer(f"feedback_{name}") + self.get_parameter(name).detach() - self.get_buffer(f"anchor_{name}")
-        )
+        owed = self.get_parameter(name).detach() - self.get_buffer(f"anchor_{name}")
         return torch.stack([self.sparse.pack(e) for e in owed])
 
     @torch.no_grad()
     def send_messages(self, name: str) -> None:
-        """Into ``message_p``, :meth:`messages` for a merge that takes place later; it will take today's copies."""
-        own = self.messages(name)
-        self._owe_the_rest(name, own)
-        self.get_buffer(f"sent_{name}").copy_(self.get_parameter(name))
-        self.get_buffer(f"message_{name}").copy_(own)
+        """Into ``message_p``, :meth:`messages` for a merge that takes place later."""
+        self.get_buffer(f"message_{name}").copy_(self.messages(name))
 
     @torch.no_grad()
     def take_messages(self, name: str, messages: Tensor) -> None:
-        """Merge the messages of all H copies, (H, bytes). What this process's own did not say is kept for the next,
-        and so is what copies have learned since their messages were sent."""
+        """Merge the messages of all H copies, (H, bytes). What this process's own did not say stays in its copies, and
+        so does what they have learned since their messages were sent."""
         sparse, copies, anchor = self.sparse, self.get_parameter(name), self.get_buffer(f"anchor_{name}")
         assert sparse is not None
-        mean = tree_sum(lambda h: sparse.unpack(messages[h], anchor), 0, len(messages)).div_(self.total_heads)
-        since: Tensor | None = None
-        if self.under_way:
-            since = copies.detach() - self.get_buffer(f"sent_{name}")
-        else:
-            self._owe_the_rest(name, messages[self.first_head : self.first_head + self.heads])
-        velocity = dict(self.named_buffers(recurse=False)).get(f"velocity_{name}")
-        step = (
-            outer_step(mean, velocity, self.config.outer_momentum, self.config.outer_lr) if self.config.outer else mean
-        )
-        copies.copy_(anchor.add_(step).expand_as(copies))
-        if since is not None:
-            copies.add_(since)
-
-    def _owe_the_rest(self, name: str, own: Tensor) -> None:
-        """e ← e + Δ − c of each copy held here."""
-        assert self.sparse is not None
-        anchor = self.get_buffer(f"anchor_{name}")
-        for e, copy_, message in zip(self.get_buffer(f"feedback_{name}"), self.get_parameter(name), own, strict=True):
-            e.add_(copy_.detach() - anchor).sub_(self.sparse.unpack(message, e))
-
-    def owed(self, name: str) -> Tensor:
-        """What no merge has taken yet of what this process's copies owe: feedback, and messages under way."""
-        assert self.sparse is not None
-        feedback = self.get_buffer(f"feedback_{name}")
-        if not self.under_way:
-            return feedback
-        said = [self.sparse.unpack(message, feedback[0]) for message in self.get_buffer(f"message_{name}")]
-        return feedback + torch.stack(said)
+        step = tree_sum(lambda h: sparse.unpack(messages[h], anchor), 0, len(messages)).div_(self.total_heads)
+        if self.config.outer:
+            velocity = dict(self.named_buffers(recurse=False)).get(f"velocity_{name}")
+            step = outer_step(step, velocity, self.config.outer_momentum, self.config.outer_lr)
+        anchor.add_(step)
+        for copy_, own in zip(copies, messages[self.first_head : self.first_head + self.heads], strict=True):
+            copy_.add_(step).sub_(sparse.unpack(own, anchor))
 
     @torch.no_grad()
     def take(self, means: dict[str, Tensor]) -> None:

@@ -77,13 +77,13 @@ class HeadShards:
     def alone(self, state: State) -> State:
         """A whole state from this process's alone, when others are lost: W and all that is not heads' own as it is
         here, which is the last merge; every head anew (or, where W telescopes, as it was merged), without moments;
-        the mean of this process's copies for every copy, or, with sparse merges, what they were merged to. Of what
-        sparse merges have not sent, or sent and not merged, what is owed by this process's heads.
+        the mean of this process's copies for every copy. With sparse merges this process's heads owe all that they have
+        learned and no merge has taken, its copies stay as they are, and the others' are what they were merged to.
         """
         if self._merger is not None:
             self._merger.settle()  # into the tensors that the state holds
             state = {**state, "others": {**state["others"], "merger": self._merger.state_dict()}}
-        model = dict(state["model"])
+        model, anchors = dict(state["model"]), self._anchors()
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         for path, layer in headed(self._model).items():
             A, B = (
@@ -99,22 +99,12 @@ class HeadShards:
                 if name.endswith(("_A", "_B")) and f"{path}.{name}" in model:
                     model[f"{path}.{name}"] = (A if name.endswith("A") else B).clone()
             _clear(model, f"{path}.sent_message", self.heads)
-        copies = replicas(self._model)
-        anchors = {  # tied copies have one
-            copy.get_parameter(name): copy.get_buffer(f"anchor_{name}")
-            for copy in copies.values()
-            for name in (copy.own_names() if copy.sparse is not None else ())
-        }
-        for path, copy in copies.items():
+        for path, copy in replicas(self._model).items():
             for name in copy.names():
-                anchor = anchors.get(copy.get_parameter(name))
+                stack, anchor = copy.get_parameter(name).detach(), anchors.get(copy.get_parameter(name))
                 mean = copy.own_sum(name).div_(copy.heads) if anchor is None else anchor
-                model[f"{path}.{name}"] = mean.expand(self.heads, *mean.shape).clone()
-            for name in copy.own_names() if copy.sparse is not None else ():
-                feedback = copy.owed(name)
-                owed = feedback.new_zeros(self.heads, *feedback.shape[1:])
-                model[f"{path}.feedback_{name}"] = _put(owed, feedback, copy.first_head)
-                _clear(model, f"{path}.sent_{name}", self.heads)
+                whole = mean.expand(self.heads, *mean.shape).clone()
+                model[f"{path}.{name}"] = whole if anchor is None else _put(whole, stack, copy.first_head)
                 _clear(model, f"{path}.message_{name}", self.heads)
         own = self._own_indices()
         moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
@@ -125,17 +115,27 @@ class HeadShards:
         return rescued
 
     def own_rows(self, state: State) -> tuple[int, Rows] | None:
-        """What sparse merges have not sent yet of this process's heads and copies, out of the state that :meth:`alone`
-        made: the other survivors' are not in the checkpoint of the one that saves. Its mark is the number of merges."""
+        """What this process's heads owe to sparse merges, and its copies, out of the state that :meth:`alone` made: the
+        other survivors' are not in the checkpoint of the one that saves. Its mark is the number of merges."""
         rows: Rows = {}
         for path, layer in headed(self._model).items():
             if layer.sparse is not None:
                 rows[f"{path}.feedback"] = (layer.first_head, layer.owed())
+        anchors = self._anchors()
         for path, copy in replicas(self._model).items():
-            for name in copy.own_names() if copy.sparse is not None else ():
-                rows[f"{path}.feedback_{name}"] = (copy.first_head, copy.owed(name))
+            for name in copy.names():
+                if copy.get_parameter(name) in anchors:
+                    rows[f"{path}.{name}"] = (copy.first_head, copy.get_parameter(name).detach().clone())
         merges = state.get("others", {}).get("merger", {}).get("merges", 0)
         return (merges, rows) if rows else None
+
+    def _anchors(self) -> dict[nn.Parameter, Tensor]:
+        """What sparse merges have made of every stack of copies; tied ones have one."""
+        return {
+            copy.get_parameter(name): copy.get_buffer(f"anchor_{name}")
+            for copy in replicas(self._model).values()
+            for name in (copy.own_names() if copy.sparse is not None else ())
+        }
 
     def _each(self, state: State, change: Any) -> State:
         """The state with ``change`` applied to each tensor that has a head a row."""

@@ -5,6 +5,8 @@ is kept by its sender and added to the next x, so that nothing is lost, only lat
 
     c = C(e + Δ),   e ← e + Δ − c
 
+Other than there, the sender computes with e meanwhile: see :mod:`lte.headed`.
+
 A message of n numbers, in chunks of 256 and blocks of 16 chunks:
 
     lo, hi     two bfloat16 a block: the least and the largest magnitude that is sent of it

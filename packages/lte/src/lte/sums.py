@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def sum_of_products(A: Tensor, B: Tensor) -> Tensor:
-    """Σ_h B_h A_h (m, n) for A (h, ρ, n), B (h, m, ρ), one head a leaf of the tree."""
+def sum_of_products(A: Tensor, B: Tensor, also: Tensor | None = None) -> Tensor:
+    """Σ_h B_h A_h (m, n) for A (h, ρ, n), B (h, m, ρ), one head a leaf of the tree; with ``also`` (h, m, n) added."""
     with torch.autocast(A.device.type, enabled=False):  # the difference of two products needs all digits
-        return tree_sum(lambda h: B[h] @ A[h], 0, len(A))
+        return tree_sum(lambda h: B[h] @ A[h] if also is None else torch.addmm(also[h], B[h], A[h]), 0, len(A))
 
 
 def tree_sum(leaf: Callable[[int], Tensor], first: int, last: int) -> Tensor:
