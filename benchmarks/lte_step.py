@@ -2,9 +2,9 @@
 
     uv run python benchmarks/lte_step.py
 
-Three blocks with the same weights do one forward and backward pass on the same batch, alternately: the dense block with
-all its linear layers trained, LTE's, and one whose linear layers loop over the heads in Python, each with its own
-products. Ratios are of neighbouring runs in one process.
+Blocks with the same weights do one forward and backward pass on the same batch, alternately: the dense block with all
+its linear layers trained, LTE's, one whose linear layers loop over the heads in Python, each with its own products, and
+LTE's with sparse merges, whose heads compute with what they owe. Ratios are of neighbouring runs in one process.
 """
 
 import argparse
@@ -45,21 +45,22 @@ class Loop(nn.Module):
         return torch.cat(out)
 
 
-def blocks(width: int, heads: int, rank: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The dense block, LTE's and the looping one."""
+def blocks(width: int, heads: int, rank: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """The dense block, LTE's, the looping one, and LTE's with sparse merges."""
     torch.manual_seed(0)
     dense = Block(GPTConfig(n_embd=width, n_head=width // 32, block_size=64))
     batched = inject(copy.deepcopy(dense), LTEConfig(heads=heads, rank=rank, trainable=()))
-    for layer in batched.modules():
+    owing = inject(copy.deepcopy(dense), LTEConfig(heads=heads, rank=rank, trainable=(), merge_density=0.03))
+    for layer in [*batched.modules(), *owing.modules()]:
         if isinstance(layer, LTELinear):  # as after some training and a merge
-            for t in (layer.lora_B.data, layer.merged_B):
+            for t in (layer.lora_B.data, layer.merged_B, *([] if layer.sparse is None else [layer.feedback])):
                 t.normal_(std=0.01)
     loop = copy.deepcopy(batched)
     for name, layer in list(loop.named_modules()):
         if isinstance(layer, LTELinear):
             parent, _, child = name.rpartition(".")
             setattr(loop.get_submodule(parent), child, Loop(layer))
-    return dense, batched, loop
+    return dense, batched, loop, owing
 
 
 def step(block: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -77,12 +78,13 @@ def main() -> None:
     rows = []
     for width in (128, 384):
         for heads in (4, 16):
-            dense, batched, loop = blocks(width, heads, 32)
+            dense, batched, loop, owing = blocks(width, heads, 32)
             x = torch.randn(BATCH, 64, width, requires_grad=True)
             torch.testing.assert_close(batched(x), loop(x), rtol=0, atol=1e-4)
             row: dict[str, Any] = {"width": width, "heads": heads, "rank": 32, "batch": BATCH, "tokens": BATCH * 64}
-            for name, other in (("over_dense", dense), ("loop_over_lte", loop)):
-                way, second = (batched, other) if name == "over_dense" else (other, batched)
+            for name, way, second in (
+                ("over_dense", batched, dense), ("loop_over_lte", loop, batched), ("owing_over_lte", owing, batched),
+            ):  # fmt: skip
                 ratio = pairwise(step(way, x), step(second, x), pairs=options.pairs)
                 row[name] = dataclasses.asdict(ratio)
                 print(f"width {width}, H = {heads}: {name} {ratio}", flush=True)

@@ -16,7 +16,15 @@ from memtrain_common.measuring.intervals import mean_and_ci
 RESULTS = Path(__file__).parent / "results"
 SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
 TABLES: dict[str, tuple[str, ...]] = {
-    "backrazor": ("minilm-sst2", "minilm-sst2-lengths", "efficientnet-cifar10", "dinov2-cifar10-56", "stories"),
+    "backrazor": (
+        "minilm-sst2",
+        "minilm-sst2-lengths",
+        "minilm-sst2-5000",
+        "efficientnet-cifar10",
+        "efficientnet-cifar10-frozen-norms",
+        "dinov2-cifar10-56",
+        "stories",
+    ),
     "lora_xs": ("minilm-sst2-lengths", "minilm-cola", "dinov2-cifar10-56", "stories"),
     "galore_vit": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
     "lte": ("dinov2-cifar10-56",),

@@ -596,12 +596,21 @@ def test_the_readme_has_what_waiting_for_a_slow_link_costs():
 def test_the_readme_has_what_sparse_merges_cost():
     """Each arm's bytes, mean loss and its mean, least and most against full training, seed by seed."""
     text = (ROOT / "packages" / "lte" / "README.md").read_text()
-    found = read_json(ROOT / "benchmarks" / "results" / "lte_sparse.json")
-    full = {r["seed"]: r["loss"] for r in found["runs"] if r["arm"] == "full"}
+    found, hidden = (read_json(ROOT / "benchmarks" / "results" / f"lte_sparse{n}.json") for n in ("", "_hidden"))
+    runs = [r for r in found["runs"] if r["use"] == "report"]
+    full = {r["seed"]: r["loss"] for r in runs if r["arm"] == "full, two rates"}
+
+    def gaps(arm, of):
+        mine = [r for r in of if r["arm"] == arm and r["use"] == "report"]
+        assert len(mine) == len(full) == 3
+        return [100 * (r["loss"] / full[r["seed"]] - 1) for r in mine], statistics.mean(r["loss"] for r in mine)
+
     for arm, sent in found["bytes_per_step"].items():
-        mine = [r for r in found["runs"] if r["arm"] == arm]
-        gaps = [100 * (r["loss"] / full[r["seed"]] - 1) for r in mine]
-        assert len(mine) == 3
-        end = f"{statistics.mean(gaps):+.1f} % ({min(gaps):+.1f} to {max(gaps):+.1f}) |"
-        assert f"| {statistics.mean(r['loss'] for r in mine):.3f} | {end}" in text, arm
+        apart, loss = gaps(arm, runs)
+        end = f"{statistics.mean(apart):+.1f} % ({min(apart):+.1f} to {max(apart):+.1f}) |"
+        assert f"| {loss:.3f} | {end}" in text, arm
         assert f"| {arm} | {sent:,} |" in text
+    before = [gaps(arm, hidden["runs"])[0] for arm in ("8 % in 2 bits", "3 % in 4 bits", "1 % in 2 bits")]
+    assert "end {:.1f}, {:.1f} and {:.0f} % above".format(*map(statistics.mean, before)) in text
+    (one,) = {round(gaps("full, one rate", runs)[1], 3)}
+    assert f"| full training, one rate | {found['ddp_bytes_per_step']:,} | 100 % | {one:.3f} |" in text
