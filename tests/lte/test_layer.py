@@ -11,9 +11,9 @@ from torch import nn
 SHAPES = [(3, 5, 7, 2), (1, 4, 4, 1), (4, 11, 6, 3), (2, 3, 9, 8)]  # heads, n, m, rank
 
 
-def layer_of(heads, n, m, rank, *, bias=True, dtype=torch.float64, alpha=3.0, moved=True):
+def layer_of(heads, n, m, rank, *, bias=True, dtype=torch.float64, alpha=3.0, moved=True, **more):
     """A layer whose factors and offsets are all random, as after some training and a merge."""
-    layer = LTELinear(nn.Linear(n, m, bias=bias, dtype=dtype), LTEConfig(heads=heads, rank=rank, alpha=alpha))
+    layer = LTELinear(nn.Linear(n, m, bias=bias, dtype=dtype), LTEConfig(heads=heads, rank=rank, alpha=alpha, **more))
     if moved:
         with torch.no_grad():
             for t in (layer.lora_B, layer.merged_A, layer.merged_B):
@@ -207,9 +207,10 @@ def test_refuses_a_wrong_configuration(wrong, words):
 
 
 @pytest.mark.slow
-def test_compiles_whole_and_a_merge_needs_no_recompilation():
+@pytest.mark.parametrize("more", [{}, {"merge_density": 0.05}])
+def test_compiles_whole_and_a_merge_needs_no_recompilation(more):
     """One graph without breaks, the eager result, and the same graph after merges (eager kernels, for speed)."""
-    layers = nn.Sequential(*(layer_of(2, 6, 6, 3, dtype=torch.float32) for _ in range(2)))
+    layers = nn.Sequential(*(layer_of(2, 6, 6, 3, dtype=torch.float32, **more) for _ in range(2)))
     compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 5, 6)
     torch._dynamo.utils.counters.clear()
@@ -226,4 +227,6 @@ def test_compiles_whole_and_a_merge_needs_no_recompilation():
             layer.merge()
             with torch.no_grad():
                 layer.lora_B += 0.01
+                if more:
+                    layer.feedback.normal_()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -271,6 +271,18 @@ def test_averaged_and_the_plain_model_have_what_is_owed():
     assert not torch.allclose(plain["transformer.wte.weight"], wte.anchor_weight)
 
 
+def test_a_layers_own_merge_leaves_nothing_owed():
+    layer = headed(small(POLICIES["frozen"]))["transformer.h.0.mlp.c_fc"]
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.feedback.normal_()
+    before = layer.effective_weight()
+    layer.merge()
+    torch.testing.assert_close(layer.effective_weight(), before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.master(), before, rtol=0, atol=1e-12)
+    assert float(layer.owed().abs().max()) < 1e-12
+
+
 def test_a_state_with_feedback_is_cut_put_together_and_grows_with_its_heads():
     model = small(POLICIES["copies"])
     move(model, 1)

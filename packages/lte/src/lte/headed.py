@@ -246,7 +246,8 @@ class Headed(nn.Module):
     def merge(self) -> None:
         """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once.
 
-        That is :func:`lte.merge` for one layer, without resets: those concern the optimizer, too.
+        That is :func:`lte.merge` for one layer, exact whatever ``merge_density`` is, so that nothing is owed any more,
+        and without resets: those concern the optimizer, too.
 
         Raises:
             RuntimeError: if messages of an earlier merge are under way (``LTEConfig.merge_delay``).
@@ -254,6 +255,8 @@ class Headed(nn.Module):
         if self.under_way:
             raise RuntimeError(f"{self.path} has messages under way: its Merger takes them before it is merged again")
         self.take(self.mean_delta(), self.lora_A, self.lora_B)
+        if self.sparse is not None:
+            self.feedback.zero_()
 
     @torch.no_grad()
     def take(self, delta: Tensor, all_A: Tensor | None = None, all_B: Tensor | None = None) -> None:
