@@ -137,6 +137,14 @@ def test_the_tables_of_real_models_are_those_of_their_results(package, table):
     assert made["table"](table) in (ROOT / "packages" / package / "README.md").read_text()
 
 
+def test_the_tables_of_smaller_models_are_those_of_their_results():
+    """If not: python benchmarks/real_table.py smaller and smaller_pruned, and paste what they print."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "real_table.py"))
+    text = (ROOT / "packages" / "backrazor" / "README.md").read_text()
+    assert made["smaller"]("low-bit") in text
+    assert made["smaller"]("pruned", "_pruned") in text
+
+
 def test_the_index_of_benchmarks_is_true():
     """Each row: a command as its result states it. The documentation lists all results by itself."""
     text = (ROOT / "benchmarks" / "README.md").read_text()

@@ -28,7 +28,7 @@ from memtrain_common.data.text.corpus import Corpus, Crops
 from memtrain_common.data.text.tokenizers import ByteTokenizer
 from memtrain_common.errors import LostRankError, Stopped, UserError
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
-from memtrain_common.runs.checkpoint import Checkpoints
+from memtrain_common.runs.checkpoint import Checkpoints, load
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch
 from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
@@ -217,8 +217,8 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
     for rank in (1, 2, 3):
         message = (out / f"stopped-{rank}").read_text()
         assert re.fullmatch(
-            r"stopped at step \d+: another process is lost \(.*\); .* the last merged weights, for new heads; "
-            rf"resume with --resume {out}",
+            r"stopped at step \d+: another process is lost \(.*\); .* the last merged weights, for new heads"
+            rf"{', and what heads owe' * bool(sparse)}; resume with --resume {out}",
             message,
         ), message
     train(until_merge, frozen, every=10, steps=40 if late else 30)  # where the others wait: at 40, after they sent
@@ -230,6 +230,8 @@ def test_when_a_process_is_lost_the_others_save_and_stop(tmp_path, lost, patienc
     assert not saved[f"{name}.lora_B"].any()
     if sparse:
         _, rescued = Checkpoints(out / "checkpoints").load_newest()
+        alone = load(newest_checkpoint(out))["model"]  # as sampling and exports read it
+        assert all(torch.equal(alone[n], t) for n, t in rescued["model"].items())
         owed = rescued["model"][f"{name}.feedback"]
         assert not owed[0].any()
         for rank in (1, 2, 3):  # some wait for the merge at 40, some see that the first is gone a step or two before

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from lte import HeadShards, LTEConfig, Merger, averaged, inject, merge, merged_state_dict, param_groups
+from lte import HeadShards, LTEConfig, Merger, averaged, inject, merge, merged_state_dict, param_groups, unload
 from lte.injection import headed, replicas
 from lte.sparse import Sparse
 from memtrain_common.files import read_json
@@ -212,6 +212,46 @@ def test_a_head_computes_with_what_it_owes(kind):
     torch.testing.assert_close(layer.effective_weight(), layer.in_own_shape(whole), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "4bit"])
+def test_what_is_owed_is_not_rounded_away(base):
+    """A thousandth of W, under autocast: W and what is owed are added before either is rounded to bfloat16."""
+    torch.manual_seed(0)
+    model = inject(
+        nn.Sequential(nn.Linear(64, 96, bias=False)), LTEConfig(4, 2, 4.0, trainable=(), base=base, **SPARSE)
+    )
+    layer, x = model[0], torch.eye(64).repeat(4, 1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        without = model(x).float()
+        layer.feedback.normal_(std=1e-3 * float(layer.master().std()) / layer.scale)
+        apart = (model(x).float() - without).view(4, 64, 96).mT
+    owed = layer.scale * layer.feedback
+    assert float((apart * owed).sum() / owed.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "sequential", "convolution", "convolution, sequential", "GPT-2's"])
+def test_nothing_more_is_saved_for_the_backward_pass(kind):
+    """The weights that heads compute with are made again; the model's own tensors are no matter."""
+    make, shape, options = KINDS[kind]
+    plain, x, saved = make(), torch.randn(shape, requires_grad=True), []
+    for more in ({}, SPARSE):
+        model = inject(
+            nn.Sequential(copy.deepcopy(plain)), LTEConfig(4, 2, 4.0, **{"trainable": (), **options, **more})
+        )
+        own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
+        kept = {}
+
+        def keep(t, own=own, kept=kept):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = model(x)
+        y.sum().backward()
+        saved.append(sum(n for n, _ in kept.values()))
+    assert saved[1] <= saved[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("later", [{}, {"merge_delay": 2}])
 @pytest.mark.parametrize("name", ["frozen", "copies", "in 4 bits"])
@@ -269,6 +309,10 @@ def test_averaged_and_the_plain_model_have_what_is_owed():
     torch.testing.assert_close(plain["transformer.wte.weight"], wte.weight.detach().mean(0))
     assert not torch.allclose(plain[f"{name}.weight"], layer.master())
     assert not torch.allclose(plain["transformer.wte.weight"], wte.anchor_weight)
+    assert plain["lm_head.weight"] is plain["transformer.wte.weight"]
+    unload(model)
+    for n, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain[n], rtol=0, atol=1e-12)
 
 
 def test_a_layers_own_merge_leaves_nothing_owed():

@@ -8,6 +8,7 @@ with A_h (r, c·kh·kw) and B_h (m, r), and everything else (offsets, merges, re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .chunks import ScaleGradient
 from .config import LTEConfig
@@ -52,12 +53,10 @@ class LTEConv2d(Headed, nn.Conv2d):
         rows = len(x) // chunks
         grouped = x.view(chunks, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # (rows, H·c, h, w)
         kernels = A.reshape(chunks * rho, self.in_channels, *self.kernel_size)
-        owed = self.owed_in_training()
-        if owed is None:
+        if self.sparse is None:
             y = self._convolved(x, self.weight, bias)
-        else:  # W + s e is a weight of each chunk's own
-            own = torch.add(self.weight, owed.view(chunks, *self.weight.shape), alpha=self.scale).flatten(0, 1)
-            y = self._convolved(grouped, own, None if bias is None else bias.repeat(chunks), chunks)
+        else:  # W + s e is a weight of each chunk's own, which is made again in the backward pass
+            y = checkpoint(self._with_owed, grouped, bias, chunks, use_reentrant=False, preserve_rng_state=False)
             y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)  # (rows, H·m, h', w') -> (N, m, h', w')
         u = self._convolved(grouped, kernels, None, chunks)
         u = u.view(rows, chunks, rho, -1)  # (rows, H, ρ, h'·w')
@@ -66,6 +65,11 @@ class LTEConv2d(Headed, nn.Conv2d):
         if biases is not None:
             y = y + biases.repeat_interleave(rows, 0)[..., None, None].to(y.dtype)  # (N, m, 1, 1)
         return y
+
+    def _with_owed(self, grouped: Tensor, bias: Tensor | None, chunks: int) -> Tensor:
+        owed = self.feedback if chunks == self.heads else self.feedback.mean(0, keepdim=True)
+        own = torch.add(self.weight, owed.view(chunks, *self.weight.shape), alpha=self.scale).flatten(0, 1)
+        return self._convolved(grouped, own, None if bias is None else bias.repeat(chunks), chunks)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         return F.conv2d(x, weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, groups)

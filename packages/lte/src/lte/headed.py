@@ -164,7 +164,10 @@ class Headed(nn.Module):
     # -- the frozen weight ------------------------------------------------------------------------------------------
 
     def kept(self) -> tuple[Tensor, ...]:
-        """What :func:`lte.bases.materialize` makes a 4-bit base's weight of; empty with other bases."""
+        """What :func:`lte.bases.materialize` makes a 4-bit base's weight of. Where heads owe something, both halves of
+        a bfloat16 base's; else empty."""
+        if self.base == "bfloat16" and self.sparse is not None:
+            return (self.weight, self.weight_low)
         if self.base != "4bit":
             return ()
         merged = (self.all_A, self.all_B) if self.telescopes else (self.weight_delta,)
@@ -226,12 +229,6 @@ class Headed(nn.Module):
                 "evaluate within lte.averaged(model, ranks)"
             )
         return self.own_sum().mul_(self.scale / self.total_heads)
-
-    def owed_in_training(self) -> Tensor | None:
-        """e (h, m, n), which each head's chunk of the batch meets beside W; their mean (1, m, n) in sequential mode."""
-        if self.sparse is None:
-            return None
-        return self.feedback.mean(0, keepdim=True) if self.config.mode == "sequential" else self.feedback
 
     def effective_weight(self) -> Tensor:
         """The weight that evaluation uses, in the layer's shape: W plus the mean of all unmerged deltas."""
@@ -327,7 +324,7 @@ class Headed(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, *, A: bool) -> None:
-        """B ← 0, and a new A if asked: after a merge, the function of every head is W's."""
+        """B ← 0, and a new A if asked: after a merge, the function of every head is W's, with what it owes."""
         self.lora_B.zero_()
         if A:
             for h, head in draw_A(self, self.lora_A, generator):

@@ -2,12 +2,14 @@
 
 In training, chunk h of the batch meets head h:  ``y_h = W x_h + b + s (B_h A_h − B'_h A'_h) x_h``, where A', B' are
 the factors at the last merge, whose product is in W already. Both products are one: with Ã = [A; A'] (2r×n) and
-B̃ = [B, −B'] (m×2r), ``y_h = W x_h + b + s B̃_h (Ã_h x_h)``, batched over the heads.
+B̃ = [B, −B'] (m×2r), ``y_h = W x_h + b + s B̃_h (Ã_h x_h)``, batched over the heads. With sparse merges head h has
+W + s e_h in the place of W, where e_h is what it owes.
 
 In sequential mode there are no chunks: ``y = W x + b + s·mean_h(B_h A_h − B'_h A'_h) x``, the heads side by side as one
 LoRA of rank H·r.
 
-In evaluation there is one defined weight: ``W + s·mean_h(B_h A_h − B'_h A'_h)``.
+In evaluation there is one defined weight: ``W + s·mean_h(B_h A_h − B'_h A'_h)``, or, with sparse merges, of what is
+owed, too: ``W + s·mean_h(B_h A_h − B'_h A'_h + e_h)``.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .bases import materialize
+from .bases import join_float32, materialize
 from .config import LTEConfig
 from .headed import Headed
 from .vectors import LTEVector
@@ -47,11 +49,15 @@ class LTELinear(Headed, nn.Linear):
             bias = bias if biases is None else biases[0]
             return F.linear(x, self.evaluation_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
         factors: list[Tensor | None] = [self.lora_A, self.lora_B, *self.offsets()]
-        weight: Tensor | None = self.weight
+        owed = None if self.sparse is None else self.feedback
+        # with what is owed W goes in with all its digits: rounded first, it would swallow what is small
+        weight: Tensor | None = self.weight if self.base == "float32" or owed is None else None
+        full = weight if owed is not None else None
         # W and the factors stay float32 where the rest of a model was made bfloat16, or computes in it
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         x, weight, bias, *factors = (None if t is None else t.to(dtype) for t in (x, weight, bias, *factors))  # type: ignore[assignment]
+        weight = weight if full is None else full
         scale = self.scale
         if self.config.mode == "sequential":
             factors, scale = (
@@ -60,7 +66,6 @@ class LTELinear(Headed, nn.Linear):
             )
         chunks = x.reshape(*self.cut(x), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads
-        owed = self.owed_in_training()
         y = HeadedLinear.apply(
             chunks, weight, bias, *factors, owed, scale, self.scale, float(self.heads), merged_scale, *self.kept()
         )
@@ -85,7 +90,8 @@ def _side_by_side(factor: Tensor | None, dim: int) -> Tensor | None:
 
 class HeadedLinear(torch.autograd.Function):
     """``y = x Wᵀ + b + s (x Ãᵀ) B̃ᵀ`` for x (H, t, n), with Ã = [A; A'], B̃ = [B, −B'] stacked over the heads. With what
-    is owed, e (H, m, n), W + s e takes the place of W: a weight of each head's own, made again in the backward pass.
+    is owed, e (H, m, n), W + s e takes the place of W: a weight of each head's own, added up in W's precision and made
+    again in the backward pass. Where all of x is one chunk (sequential mode), with the mean of e.
 
     Saved for the backward pass: x, the factors, and u = x Aᵀ (H, t, r); nothing of the offset's half. Of a 4-bit base
     (``weight`` None, ``kept`` as :func:`lte.bases.materialize` takes it) the codes: W is made again.
@@ -155,6 +161,11 @@ def _weight(
     x: Tensor, weight: Tensor | None, kept: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], scale: float,
     owed: Tensor | None, owed_scale: float,
 ) -> Tensor:  # fmt: skip
-    """W (m, n), or W + s e (H, m, n) where heads owe something."""
-    W = weight if weight is not None else materialize(tuple(kept), shape, scale).to(x.dtype)
-    return W if owed is None else torch.add(W, owed.to(x.dtype), alpha=owed_scale)
+    """W (m, n), or W + s e (H, m, n) where heads owe something, in x's precision."""
+    if weight is not None:
+        W = weight
+    else:
+        W = join_float32(*kept) if len(kept) == 2 else materialize(tuple(kept), shape, scale)
+    if owed is not None:
+        W = torch.add(W, owed if len(owed) == len(x) else owed.mean(0, keepdim=True), alpha=owed_scale)
+    return W.to(x.dtype)

@@ -9,7 +9,8 @@ How a layer's delta travels is decided by its size, the same for any number of p
     factors, each process's own to every other:            (N − 1)·(H/N)·ρ·(m + n) numbers sent by each
     dense, each adds up its 1/N of all sums, then shares:    2·(N − 1)/N·m·n
 
-so factors are sent where H·ρ·(m + n) < 2·m·n, with ρ = 2r where there is an offset and r elsewhere.
+so factors are sent where H·ρ·(m + n) < 2·m·n, with ρ = 2r where there is an offset and r elsewhere. With sparse merges
+each process's messages go to every other, and evaluation sends dense deltas, since what is owed has no factors.
 """
 
 from collections import Counter

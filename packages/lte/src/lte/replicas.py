@@ -20,7 +20,7 @@ class Replicas(nn.Module):
 
     Each parameter p of the layer is here, under its name, as (h, \\*p.shape), where h of the H heads are held by this
     process. In training, chunk h of the batch goes through copy h, whose gradient is that of its own chunk's mean
-    loss. In evaluation there is one layer with the mean of all copies, and a merge makes all copies that mean.
+    loss. In evaluation there is one layer with the mean of all copies, and an exact merge makes all copies that mean.
 
     A sparse merge moves every copy by what the mean of all messages c says beyond its own: p_h ← p_h + mean c − c_h. So
     the mean of all copies stays, and p_h less ``anchor_p`` is what copy h has learned and not said yet.

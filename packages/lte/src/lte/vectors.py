@@ -30,9 +30,8 @@ class LTEVector(Headed):
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:
             deltas = deltas - B0 @ A0
-        owed = self.owed_in_training()
-        if owed is not None:
-            deltas = deltas + owed
+        if self.sparse is not None:
+            deltas = deltas + self.feedback
         if self.config.mode == "sequential":
             deltas = deltas.mean(0, keepdim=True)
         return self.weight + self.scale * deltas[..., 0]

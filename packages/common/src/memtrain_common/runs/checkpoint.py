@@ -202,10 +202,7 @@ class Checkpoints:
             wrong = verify(path)
             if wrong is None:
                 try:
-                    state, mark = load(path), _mark(path)
-                    if mark is not None:
-                        put_rows(self.folder, mark, state["model"], say)
-                    return step, state
+                    return step, load(path, say)
                 except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
                     wrong = f"{STATE} or its tensors are not a checkpoint's"
             if wrong.startswith(_NEWER):
@@ -251,11 +248,20 @@ def _own_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder, on the CPU. :func:`verify` it first."""
+def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The state in a checkpoint folder, on the CPU, with the rows that lost processes' survivors wrote beside it.
+    :func:`verify` it first.
+
+    Args:
+        say: told which rows were passed over and why.
+    """
     tensors = load_file(path / TRAINING)
     tensors.update({f"model.{name}": t for name, t in load_file(path / MODEL).items()})
-    return decode(read_json(path / STATE), tensors)
+    state: dict[str, Any] = decode(read_json(path / STATE), tensors)
+    mark = _mark(path)
+    if mark is not None:
+        put_rows(path.parent, mark, state["model"], say)
+    return state
 
 
 def _mark(path: Path) -> int | None:

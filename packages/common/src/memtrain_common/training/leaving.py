@@ -86,6 +86,7 @@ def rescuing(keeper: Keeper, *, every: int, since: int = 0) -> Iterator[None]:
         failed = write_rows(run.checkpoints.folder, world().rank, Rows(*own)) if own else ""
         mark = own[0] if own else None
         saved = run.checkpoints.rescue(step, state, best=keeper.best_step, every=every, since=since, mark=mark)
+        owing = ", and what heads owe" if own else ""
         go_on = f"; what this process alone has could not be written ({failed})" * bool(failed) + go_on
         what = f"checkpoint {saved} holds" if saved else "another process saves"
-        raise LostRankError(f"{message}{what} the last merged weights, for new heads{go_on}") from None
+        raise LostRankError(f"{message}{what} the last merged weights, for new heads{owing}{go_on}") from None
