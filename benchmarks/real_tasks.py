@@ -143,7 +143,7 @@ def cifar10(
 def dino(size: int, *, n: int = 1000, steps: int = 40) -> RealTask:
     about = f"DINOv2-small to CIFAR-10 as JPEG files, {size} px, {n:,} pictures, {steps} steps of 25"
     return cifar10(
-        about, Dino, size, n=n, held_out=300, tested=500, batch_size=25, steps=steps, rates=(3e-5, 1e-4)
+        about, Dino, size, n=n, held_out=300, tested=500, batch_size=25, steps=steps, rates=(1e-5, 3e-5, 1e-4)
     )  # fmt: skip
 
 
