@@ -182,10 +182,11 @@ def test_killed_on_four_processes_gone_on_with_on_two_and_on_one(tmp_path, singl
 
 
 def end_all():
-    """SIGKILL for every process of the run at once, as when a machine goes down."""
-    for child in Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split():
-        if int(child) != os.getpid():
-            os.kill(int(child), signal.SIGKILL)
+    """SIGKILL for every process of the run at once, as when a machine goes down; not for what tests/fresh.py forked,
+    which is in a session of its own."""
+    for child in map(int, Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()):
+        if child != os.getpid() and os.getsid(child) == os.getsid(0):
+            os.kill(child, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
