@@ -64,7 +64,10 @@ def glue_rows(task: str, split: str) -> list[Row]:
     return list(zip(found.texts, found.labels.tolist(), strict=True))
 
 
-def sentences(glue: str, *, n: int, batch_size: int, steps: int, length: int = 128, grouped: bool = False) -> RealTask:
+def sentences(
+    glue: str, *, n: int, batch_size: int, steps: int, length: int = 128, grouped: bool = False,
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4),
+) -> RealTask:  # fmt: skip
     """MiniLM to a task of GLUE: ``n`` training rows, 500 held out, all dev rows.
 
     Args:
@@ -96,7 +99,7 @@ def sentences(glue: str, *, n: int, batch_size: int, steps: int, length: int = 1
     about = f"MiniLM-L6 to {GLUE[glue].folder}, {n:,} rows of at most {length} tokens, {steps} steps of {batch_size}"
     return RealTask(
         about + (" of about one length" if grouped else ""), minilm,
-        lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]), drawn, steps, score, metric, (5e-5, 1e-4, 2e-4, 4e-4),
+        lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]), drawn, steps, score, metric, rates,
     )  # fmt: skip
 
 
@@ -225,7 +228,9 @@ TASKS: dict[str, Callable[[], RealTask]] = {
     "minilm-sst2": partial(sentences, "sst2", n=960, batch_size=16, steps=60),
     "minilm-sst2-lengths": partial(sentences, "sst2", n=960, batch_size=16, steps=60, grouped=True),
     "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312, grouped=True),
-    "minilm-cola": partial(sentences, "cola", n=4000, batch_size=32, steps=375, grouped=True),
+    "minilm-cola": partial(
+        sentences, "cola", n=4000, batch_size=32, steps=375, grouped=True, rates=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
+    ),
     "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
     "dinov2-cifar10": partial(dino, 98),
     "dinov2-cifar10-56": partial(dino, 56),

@@ -233,7 +233,12 @@ def test_decay_shrinks_the_first_moment_at_a_refresh_and_not_at_the_first(build)
 
 
 @pytest.mark.parametrize(
-    ("name", "base"), [("galore_less_state", "AdamW"), ("galore_moments", "GaLoreAdamW r = 8, turned")]
+    ("name", "base"),
+    [
+        ("galore_less_state", "AdamW"),
+        ("galore_moments", "GaLoreAdamW r = 8, turned"),
+        ("galore_less_state_vit", "AdamW"),
+    ],
 )
 def test_the_readme_has_the_losses_that_were_measured(name, base):
     """Each way's mean loss, and its mean, least and most against the base, seed by seed."""
