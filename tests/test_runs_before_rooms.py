@@ -37,8 +37,8 @@ def checkpoints(run):
 def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
     """Rows and weights: what is left between them is far smaller than what the second half of training moved.
 
-    It is 1e-4 of that at most where this was written, but with GaLore: a gradient with close singular values has another basis on another
-    processor, and one weight of galore-vit ends 0.16 of its way elsewhere, all of them together 0.04.
+    Of most commands it is at most 1e-4 of that. With GaLore a gradient with close singular values may have another
+    basis on another processor: one weight of galore-vit then ends 0.16 of its way elsewhere, all together 0.04.
     """
     run = copied(here, name)
     middle, end = checkpoints(run)
