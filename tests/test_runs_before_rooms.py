@@ -15,6 +15,10 @@ from memtrain_common.runs import checkpoint
 from safetensors.torch import load_file
 from support import rows, run_command
 
+TURNED = {"galore-vit": [f"vit.layers.0.attention.{x}_proj.weight" for x in "qk"]}
+"""Their first gradients have singular values so close that another processor's rounding finds another basis for GaLore:
+they then end 0.08 and 0.11 of the way elsewhere. What a lost moment or another batch does is as long as the way."""
+
 
 @pytest.fixture
 def here(tmp_path):
@@ -37,8 +41,7 @@ def checkpoints(run):
 def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
     """Rows and weights: what is left between them is far smaller than what the second half of training moved.
 
-    Of most commands it is at most 1e-4 of that. With GaLore a gradient with close singular values may have another
-    basis on another processor: one weight of galore-vit then ends 0.16 of its way elsewhere, all together 0.04.
+    On another processor than the fixture's it is up to 0.01 of that, but for the weights of ``TURNED``.
     """
     run = copied(here, name)
     middle, end = checkpoints(run)
@@ -53,14 +56,11 @@ def test_a_run_of_then_goes_on_from_its_middle_to_the_same_end(name, here):
     assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in before], rel=1e-3)
     found = checkpoint.load(last)["model"]
     assert found.keys() == end.keys()
-    numbers = [n for n in end if end[n].is_floating_point()]
-    assert all(torch.equal(found[n], end[n]) for n in end if n not in numbers)
-    way, apart = (torch.cat([(end[n] - other[n]).flatten() for n in numbers]) for other in (middle, found))
-    assert way.norm() > 0
-    if "galore" in name:
-        assert apart.norm() < 0.1 * way.norm()
-    else:
-        assert apart.abs().max() < 0.02 * way.abs().max()
+    moved = max(float((end[n] - middle[n]).abs().max()) for n in end if end[n].is_floating_point())
+    assert moved > 0
+    for tensor in end:
+        of_move = 0.2 if tensor in TURNED.get(name, ()) else 0.02
+        torch.testing.assert_close(found[tensor], end[tensor], rtol=0, atol=of_move * moved)
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ class TrainConfig(RunFlags, StepFlags):
     lte_outer_momentum: float = 0.0
     """Nesterov momentum over merges (DiLoCo); 0 for none."""
     lte_merge_density: float = 1.0
-    """Share of each head's delta that a merge sends, its largest numbers; the head keeps the rest and adds it to the
-    next. 1 sends all, exactly."""
+    """Share of each head's delta that a merge sends, its largest numbers; the head keeps the rest, computes with it and
+    adds it to the next. 1 sends all, exactly."""
     lte_merge_bits: int = 4
     """Bits of each number that is sent of a share below 1."""
     lte_merge_delay: int = 0
