@@ -38,6 +38,7 @@ RESULT = Path(__file__).parent / "results" / "lte_sparse.json"
 STEPS, WARMUP, BATCH, BLOCK, T, N = 200, 20, 8, 32, 10, 4
 SEEDS, CHOOSE_SEED = (1, 2, 3), 1337
 Options = dict[str, Any]
+WIDE: Options = {"rank": 64, "alpha": 256.0}  # as wide as the model: a sparse merge's bytes do not depend on the rank
 ARMS: dict[str, Options] = {
     "exact": {},
     "exact, in turn": {"in_turn": True},
@@ -52,7 +53,14 @@ ARMS: dict[str, Options] = {
     "3 % in 4 bits, 3 steps late": {"merge_density": 0.03, "merge_delay": 3},
     "3 % in 4 bits, 9 steps late": {"merge_density": 0.03, "merge_delay": 9},
     "1 % in 2 bits": {"merge_density": 0.01, "merge_bits": 2},
-}
+    "exact, r = 64, T = 5": {**WIDE, "every": 5},
+    "11 % in 2 bits, r = 64, T = 4, μ = 0.3": {
+        **WIDE, "merge_density": 28 / 256, "merge_bits": 2, "every": 4, "outer_momentum": 0.3,
+    },
+    "2.7 % in 2 bits, r = 64, T = 4, μ = 0.3": {
+        **WIDE, "merge_density": 7 / 256, "merge_bits": 2, "every": 4, "outer_momentum": 0.3,
+    },
+}  # fmt: skip
 HIDDEN = ("8 % in 2 bits", "3 % in 4 bits", "1 % in 2 bits")
 Rates = tuple[float, float]  # of the heads, or of full training's matrices; of embeddings and norms
 REST_RATES = (1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256, 0.512)
@@ -69,7 +77,7 @@ def gpt() -> GPT:
 
 def with_heads(options: Options) -> torch.nn.Module:
     options = {key: value for key, value in options.items() if key not in ("in_turn", "every")}
-    return inject(gpt(), LTEConfig(heads=N, rank=32, alpha=128.0, **COPIES, **options))
+    return inject(gpt(), LTEConfig(heads=N, **{"rank": 32, "alpha": 128.0, **COPIES, **options}))
 
 
 COPIES: Options = {"replicas": ("embeddings", "norms")}

@@ -23,6 +23,7 @@ TASKS = {
     "minilm-sst2-lengths": "MiniLM-L6, SST-2, batches by length",
     "minilm-cola": "MiniLM-L6, CoLA",
     "dinov2-cifar10-56": "DINOv2-small, CIFAR-10 at 56 px",
+    "dinov2-breastmnist": "DINOv2-small, BreastMNIST at 56 px",
     "efficientnet-cifar10": "EfficientNet-Lite0, CIFAR-10 at 112 px",
     "stories": "stories260K, Tiny Shakespeare",
 }

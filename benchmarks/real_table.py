@@ -24,12 +24,15 @@ TABLES: dict[str, tuple[str, ...]] = {
         "efficientnet-cifar10",
         "efficientnet-cifar10-frozen-norms",
         "dinov2-cifar10-56",
+        "dinov2-cifar10",
+        "dinov2-cifar10-5000",
+        "dinov2-breastmnist",
         "stories",
     ),
     "lora_xs": ("minilm-sst2-lengths", "minilm-cola", "dinov2-cifar10-56", "stories"),
-    "galore_vit": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
+    "galore_vit": ("minilm-sst2-lengths", "dinov2-cifar10-56", "dinov2-breastmnist"),
     "lte": ("dinov2-cifar10-56",),
-    "under_backrazor": ("minilm-sst2-lengths", "dinov2-cifar10-56"),
+    "under_backrazor": ("minilm-sst2-lengths", "dinov2-cifar10-56", "dinov2-breastmnist"),
 }
 HEADS = {
     "backrazor": (
@@ -64,7 +67,7 @@ def table(package: str) -> str:
             found = json.loads(path.read_text())
             if package == "under_backrazor":
                 found["arms"] = _beside_the_same(task, found["arms"])
-            arms = {n: a for n, a in found["arms"].items() if a["seeds"] > 1 and _belongs(package, n)}
+            arms = {n: a for n, a in found["arms"].items() if a["seeds"] > 1 and _belongs(package, n, task)}
             for i, (name, arm) in enumerate(arms.items() if len(arms) > (package != "under_backrazor") else ()):
                 about = f"{found['about']}: {_metric(found['metric'])}" if i == 0 else ""
                 lines.append(
@@ -98,7 +101,12 @@ def smaller(mode: str, ending: str = "") -> str:
 
 
 def _with_ci(found: dict[str, float], digits: int, sign: str = "") -> str:
-    return f"{found['mean']:{sign}.{digits}f} ± {found['ci95']:.{digits}f}".replace("-", "−")
+    return f"{_rounded(found['mean'], digits, sign)} ± {found['ci95']:.{digits}f}"
+
+
+def _rounded(value: float, digits: int, sign: str = "") -> str:
+    """With a true minus; what rounds to nothing has no minus."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
 def _beside_the_same(task: str, arms: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def _runs(task: str, arm: str) -> dict[str, Any]:
     return dict(json.loads((RESULTS / "real" / task / f"{arm.replace(' ', '_')}.json").read_text())["runs"])
 
 
-def _belongs(package: str, arm: str) -> bool:
+def _belongs(package: str, arm: str, task: str) -> bool:
     kind = arm.split(" ")[0]
     if package == "under_backrazor":
         return True
@@ -129,7 +137,8 @@ def _belongs(package: str, arm: str) -> bool:
     if package == "lte":
         return kind in ("dense", "lora", "lte")
     if package == "galore_vit":
-        return kind in ("dense", "adamw8bit", "galore-adamw", "galore-scaled")
+        beside_melo = ("lora",) if task == "dinov2-breastmnist" else ()
+        return kind in ("dense", "adamw8bit", "galore-adamw", "galore-scaled", "melo", *beside_melo)
     if package == "backrazor":
         return arm in SAVING
     return kind in ("dense", "lora", "lte", "lora-xs", "bitfit", "head")
@@ -170,7 +179,7 @@ def _scores(found: dict[str, Any], arm: dict[str, Any]) -> str:
     cells = [str(arm["seeds"]), f"{arm['score']:.{digits}f}"]
     if "less_dense" not in arm:
         return " | ".join([*cells, ""])
-    change = f"{arm['less_dense']:+.{digits}f}".replace("-", "−")
+    change = _rounded(arm["less_dense"], digits, "+")
     return " | ".join([*cells, f"{change} ± {arm['less_dense_ci95']:.{digits}f}"])
 
 
