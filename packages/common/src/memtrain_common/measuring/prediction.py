@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +110,6 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
     with ExitStack() as stack:
         random = torch.get_rng_state()  # fake operations may draw from the real generator
         stack.callback(torch.set_rng_state, random)
-        if not gc.get_freeze_count():  # `restart` then looks for garbage among what is made inside, not among libraries
-            gc.freeze()
-            stack.callback(gc.unfreeze)
         live = live or LiveBytes()
         watched = any_torch_dispatch_mode_on_stack()
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -135,6 +132,20 @@ class LiveBytes(TorchDispatchMode):
         self._lines: dict[int, tuple[float, float, int]] = {}  # storages of ``linspace`` -> from, to, numbers
         self.mode: FakeTensorMode | None = None
         """The fake mode below, where operations may be remembered: no other mode is to see them."""
+        self._froze = False
+
+    def __enter__(self) -> Self:
+        if not gc.get_freeze_count():  # `restart` then looks for garbage among what is made inside, not among libraries
+            gc.freeze()
+            self._froze = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._froze:
+            gc.unfreeze()
+            self._froze = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
