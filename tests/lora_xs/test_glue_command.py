@@ -160,6 +160,27 @@ def test_two_processes_give_the_run_of_one(words, encoder, tmp_path):
     assert (tmp_path / "run" / "log.txt").read_text().count("development rows, in hundredths") == 1
 
 
+def in_a_process_of_several(words, folder):
+    from lora_xs.cli import dispatch
+
+    dispatch(words[1:])
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_bases_of_one_in_the_gradient(words, encoder, tmp_path):
+    """Each sees its half of the first batches; together they have one process's gradient, and so its subspaces."""
+    words = [*words, "--model", str(with_dropout(encoder, 0.0, tmp_path / "encoder"))]
+    words += ["--init", "gradient", "--init-batches", "2", "--first-step", "1e-3", "--max-iters", "3"]
+    assert run_command([*words, "--out", "one"], tmp_path).returncode == 0
+    run_ranks(2, in_a_process_of_several, [*words, "--out", str(tmp_path / "run")], tmp_path)
+    one, two = (load_file(tmp_path / run / "adapter" / "adapter.safetensors") for run in ("one", "run"))
+    assert one.keys() == two.keys()
+    for name in ("R", *(f"{side}.{i}" for side in "AB" for i in range(8))):
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-3, msg=name)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "run"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_the_best_weights_are_kept_on_request(words, tmp_path):
     done = run_command([*words, "--keep", "best", "--epochs", "3"], tmp_path)
