@@ -1,5 +1,6 @@
 """Fixtures for every package's tests."""
 
+import gc
 import json
 import os
 import re
@@ -42,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def libraries_frozen():
+    """For trainings by transformers' Trainer: accelerate ends each by Python's collector, which looks at what the test
+    has made, then, and not at every object of every library."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # -- a small encoder and a task for it ------------------------------------------------------------

@@ -17,6 +17,8 @@ from lora_xs.hf import LoRAXSCallback  # noqa: E402
 from memtrain_common.hf import MemoryLedgerCallback  # noqa: E402
 from trainer_runs import Kill, on_two, small_bert, token_rows, train_killed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("libraries_frozen")
+
 
 def trainer(folder, adapter, steps=6):
     """Back Razor with GaLore, or with LoRA-XS's adapters."""

@@ -13,6 +13,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from backrazor.hf import RazorMixin, RazorTrainer  # noqa: E402
 from trainer_runs import small_bert, token_rows, train_killed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("libraries_frozen")
+
 
 def arguments(folder, **words):
     words = {"max_steps": 6, "save_steps": 2, **words}

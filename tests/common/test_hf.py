@@ -12,6 +12,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from memtrain_common.hf import MemoryLedgerCallback, why_no_saving  # noqa: E402
 from memtrain_common.measuring.memory import SavedActivations, measure  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("libraries_frozen")
+
 
 class Net(nn.Module):
     def __init__(self, frozen=False):

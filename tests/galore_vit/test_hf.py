@@ -16,6 +16,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from galore_vit.hf import galore_cls_and_kwargs, galore_optimizer  # noqa: E402
 from trainer_runs import small_bert, token_rows, train_killed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("libraries_frozen")
+
 WORDS = dict(
     learning_rate=3e-3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7, optim="adamw_torch",
     optim_args=None, optim_target_modules=None,

@@ -24,6 +24,8 @@ pytest.importorskip("accelerate")
 from lora_xs.hf import LoRAXSCallback, write_checkpoint  # noqa: E402
 from trainer_runs import train_killed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("libraries_frozen")
+
 CONFIG = LoRAXSConfig(4, 16, ROBERTA_TARGETS)
 
 
