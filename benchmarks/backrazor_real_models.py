@@ -58,10 +58,10 @@ class Dino(nn.Module):
         self.vit = Dinov2Model.from_pretrained(
             data() / "weights" / "dinov2_small", attn_implementation=attention, dtype=torch.float32
         )
-        self.head = nn.Linear(384, classes)
+        self.classifier = nn.Linear(384, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.vit(x).last_hidden_state[:, 0])
+        out: Tensor = self.classifier(self.vit(x).last_hidden_state[:, 0])
         return out
 
 
@@ -154,7 +154,7 @@ DINO_KINDS = (
     ("fc2", r"fc2\.weight"),
     ("norms", "norm"),
     ("layer scale", "lambda1"),
-    ("head", r"head\.weight"),
+    ("head", r"classifier\.weight"),
 )
 LLAMA_KINDS = (
     ("embeddings, head", "embed_tokens|lm_head"),

@@ -4,12 +4,13 @@
 
 TASK is one of ``real_tasks.py``; ARMS is a study ("saving", "adapters", "optimizers", …, below) or names of arms with
 semicolons between them; SEEDS is how many, 5 if left out. Every finished run is written to results/real/TASK/ARM.json
-at once, and is not run again; results/real_TASK.json has every arm's mean and its difference from dense training,
-paired by seed.
+at once, and is not run again at the same rate; results/real_TASK.json has every arm's mean and its difference from
+dense training, paired by seed.
 
 The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
-with everything kept for the backward pass; it is then the same whatever is kept. Rates rise over 6 steps and fall
-linearly to 0; a fresh head has 1e-3; gradients are clipped at a norm of 1; weight decay is 0.01.
+with everything kept for the backward pass; it is then the same whatever is kept. While the best rate is the least or
+the largest of the grid, the grid goes on there: 1, 3, 10, … Rates rise over 6 steps and fall linearly to 0; a fresh
+head beside something else that is trained has 1e-3; gradients are clipped at a norm of 1; weight decay is 0.01.
 """
 
 import json
@@ -42,7 +43,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "bitfit": (1e-3, 3e-3),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     "melo": (5e-4, 1e-3, 3e-3),
-    "lora-xs": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "lora-xs": (1e-2, 3e-2, 1e-1),
     "lte": (5e-4, 1e-3, 3e-3),
     "galore": (3e-5, 1e-4, 2e-4, 5e-4, 1e-3),
 }
@@ -53,7 +54,7 @@ RATES: dict[str, tuple[float, ...]] = {
 class Arm:
     axes: Axes
     way: str
-    """The arms that share a learning rate: they differ in what is kept, or in the rank."""
+    """The arms that share a learning rate: they differ in what is kept, or in GaLore's rank."""
     grid: str = ""
     """Of ``RATES``; empty: the task's own."""
 
@@ -66,7 +67,7 @@ def _saving(**settings: Any) -> Arm:
 
 
 def _xs(way: str, rank: int, **settings: Any) -> Arm:
-    return Arm(Axes("lora-xs", rank=rank, **settings), f"lora-xs {way}", "lora-xs")
+    return Arm(Axes("lora-xs", rank=rank, **settings), f"lora-xs {way} {rank}", "lora-xs")
 
 
 SAVING = {
@@ -186,12 +187,13 @@ def cost(of: RealTask, arm: Arm) -> dict[str, int]:
     }
 
 
-def chosen_rate(name: str, of: RealTask, arm: Arm) -> tuple[float, dict[str, float]]:
-    """The best rate of the arm's way on held-out rows, and all that were tried: found once, and kept."""
+def chosen_rate(name: str, of: RealTask, arm: Arm) -> float:
+    """The best rate of the arm's way on held-out rows. All that were tried are kept, and not tried again."""
     path = RESULTS / name / f"rates {arm.way}.json".replace(" ", "_")
     tried: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
     dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
-    for rate in arm.rates(of):
+    asked = [*arm.rates(of)]
+    for rate in asked:  # which grows
         if str(rate) not in tried:
             tried[str(rate)] = one_run(of, dense, TUNING_SEED, rate, "held-out")["score"]
             print(name, arm.way, rate, tried[str(rate)], flush=True)
@@ -200,7 +202,18 @@ def chosen_rate(name: str, of: RealTask, arm: Arm) -> tuple[float, dict[str, flo
                 seeds=[TUNING_SEED], about=of.about, metric=of.metric, way=arm.way, axes=asdict(dense.axes),
                 held_out=tried,
             )  # fmt: skip
-    return float(of.best(tried, key=lambda rate: tried[rate])), tried
+        if rate == asked[-1]:
+            best = float(of.best(tried, key=lambda rate: tried[rate]))
+            asked += beyond(best, [float(r) for r in tried])
+    return best
+
+
+def beyond(best: float, tried: list[float]) -> list[float]:
+    """The next rate of 1, 3, 10, 30, … (times a power of ten) where the best is the least or the largest; else none."""
+    ladder = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
+    if best == max(tried):
+        return [next(r for r in ladder if r > best)]
+    return [next(r for r in reversed(ladder) if r < best)] if best == min(tried) else []
 
 
 def arm_path(name: str, arm: str) -> Path:
@@ -214,10 +227,10 @@ def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
         for label in arms:
             path, arm = arm_path(name, label), ARMS[label]
             before = json.loads(path.read_text()) if path.exists() else {}
-            runs: dict[str, dict[str, float]] = before.get("runs", {})
+            rate = chosen_rate(name, of, arm)
+            runs: dict[str, dict[str, float]] = before["runs"] if before.get("learning_rate") == rate else {}
             if str(seed) in runs:
                 continue
-            rate, _ = chosen_rate(name, of, arm)
             spent = before.get("cost") or cost(of, arm)
             runs[str(seed)] = one_run(of, arm, seed, rate, "test")
             print(name, label, seed, runs[str(seed)], flush=True)

@@ -162,7 +162,7 @@ def breast(size: int, *, steps: int) -> RealTask:
     about = f"DINOv2-small to BreastMNIST, {size} px, 546 pictures, {steps} steps of 26"
     return classes(
         about, partial(Dino, classes=2), part("train"), part("val"), part("test"), batch_size=26, steps=steps,
-        rates=(3e-5, 1e-4, 3e-4),
+        rates=(1e-5, 3e-5, 1e-4, 3e-4),
     )  # fmt: skip
 
 
@@ -233,6 +233,7 @@ TASKS: dict[str, Callable[[], RealTask]] = {
     ),
     "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
     "dinov2-cifar10": partial(dino, 98),
+    "dinov2-cifar10-5000": partial(dino, 98, n=5000, steps=200),
     "dinov2-cifar10-56": partial(dino, 56),
     "dinov2-breastmnist": partial(breast, 56, steps=84),
     "efficientnet-cifar10": lite0,
