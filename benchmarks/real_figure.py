@@ -30,6 +30,7 @@ TASKS = {
 GREY = "#888888"
 FAMILIES = {
     "low-bit": ("Back Razor", COLOURS[0], "o"),
+    "checkpoint": ("checkpointing", GREY, "h"),
     "pruned": ("Back Razor's older modes", COLOURS[0], "x"),
     "paper": ("Back Razor's older modes", COLOURS[0], "x"),
     "lora": ("LoRA, LTE, MeLo", COLOURS[2], "s"),

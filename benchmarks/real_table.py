@@ -15,7 +15,10 @@ from typing import Any
 from memtrain_common.measuring.intervals import mean_and_ci
 
 RESULTS = Path(__file__).parent / "results"
-SAVING = ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1", "paper 0.03")
+SAVING = (
+    "dense", "checkpoint", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "pruned 0.06", "paper 0.2", "paper 0.1",
+    "paper 0.03",
+)  # fmt: skip
 TABLES: dict[str, tuple[str, ...]] = {
     "backrazor": (
         "minilm-sst2",
@@ -152,7 +155,7 @@ def _name(package: str, arm: str) -> str:
         return f"{_name('lora_xs', plain)}; `{save.split(' ')[0]}` {save.split(' ')[1]}"
     kind, _, rest = arm.partition(" ")
     if package == "backrazor":
-        return f"`{kind}` {rest}"
+        return f"`{kind}` {rest}" if rest else "checkpointing"
     if kind == "lora-xs":
         bases, rank = rest.split(" ")
         kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
