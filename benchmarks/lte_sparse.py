@@ -243,7 +243,8 @@ def table() -> None:
         end = (
             "" if arm == "full, two rates" else f"{statistics.mean(gaps):+.1f} % ({min(gaps):+.1f} to {max(gaps):+.1f})"
         )
-        print(f"| {arm} | {sent:,} | {of} % | {statistics.mean(r['loss'] for r in mine):.3f} | {end} |")
+        name, loss = arm.replace("full,", "full training,"), statistics.mean(r["loss"] for r in mine)
+        print(f"| {name} | {sent:,} | {of} % | {loss:.3f} | {end.replace('-', '−')} |")
 
 
 if __name__ == "__main__":

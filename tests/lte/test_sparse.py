@@ -663,7 +663,7 @@ def test_the_readme_has_what_sparse_merges_cost():
 
     for arm, sent in found["bytes_per_step"].items():
         apart, loss = gaps(arm, runs)
-        end = f"{statistics.mean(apart):+.1f} % ({min(apart):+.1f} to {max(apart):+.1f}) |"
+        end = f"{statistics.mean(apart):+.1f} % ({min(apart):+.1f} to {max(apart):+.1f}) |".replace("-", "−")
         assert f"| {loss:.3f} | {end}" in text, arm
         assert f"| {arm} | {sent:,} |" in text
     before = [gaps(arm, hidden["runs"])[0] for arm in ("8 % in 2 bits", "3 % in 4 bits", "1 % in 2 bits")]
