@@ -1,5 +1,6 @@
 """The predicted ledger against the measured one, to the byte."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -266,3 +267,20 @@ def test_a_linspace_that_was_changed_reads_as_any_tensor():
 
     predict(build, lambda m: m(torch.empty(1, 2)).sum())
     assert read == [1.0] * 3
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen before"])
+def test_what_counts_finds_its_own_garbage_and_leaves_the_collector_as_it_was(frozen):
+    if frozen:
+        gc.freeze()
+    try:
+        with LiveBytes() as live, LiveBytes():
+            cycle = [torch.ones(1000)]
+            cycle.append(cycle)
+            del cycle
+            live.restart()
+            assert live.bytes == 0
+            assert gc.get_freeze_count() > 0
+        assert (gc.get_freeze_count() > 0) is frozen
+    finally:
+        gc.unfreeze()
