@@ -6,22 +6,28 @@ FOLDER holds weights/ and the data, as real_models.py and the data's own sources
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ablation_digits import CPU, RESULTS, ablate, kept_where_it_fails, photograph, row
-from backrazor_real_models import data
 from memtrain_apps.ablate.results import read_results, summarise
+from memtrain_common.commands.cli import run_command
+from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
+from real_data import data
 
 GRIDS = {"dinov2": ("weights/dinov2_small", "medmnist"), "minilm": ("weights/minilm_l6", "glue")}
 
 
-def main(grid: str) -> None:
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1 or argv[0] not in GRIDS:
+        raise UserError(f"give one grid, of {', '.join(GRIDS)}")
+    grid, held = argv[0], data()
     with kept_where_it_fails() as place:
         folder = Path(place) / grid
         model, rows = (Path(part).name for part in GRIDS[grid])
         for part in GRIDS[grid]:  # so that commands and report do not name this machine's folders
-            (Path(place) / Path(part).name).symlink_to(data() / part)
+            (Path(place) / Path(part).name).symlink_to(held / part)
         ablate(folder, grid, "--seeds", "1", after=("--", "--model", model, "--data-dir", rows))
         photograph(folder / "report.html", RESULTS / f"ablation_{grid}.png", height=1330)
         found = [s for s in summarise(read_results(folder)) if s.runs]
@@ -33,4 +39,4 @@ def main(grid: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(run_command(main, prog="python benchmarks/ablation_real.py"))

@@ -15,10 +15,9 @@ takes the learning rates that such a file holds already. The files that end in _
 
 import dataclasses
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from backrazor.tasks.train import Trained, make_model, train_one
 from backrazor.tasks.train_flags import TrainConfig
+from memtrain_common.commands.cli import run_command
 from memtrain_common.commands.session import Session
 from memtrain_common.data.images.batches import evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet
@@ -35,6 +35,7 @@ from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.models.classifiers import logits_of
+from real_data import data
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -213,14 +214,15 @@ def run(name: str, data: Path) -> None:
     say(f"{name}: {results}")
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(STUDIES)
-    if "MEMTRAIN_DATA" not in os.environ:
-        raise UserError("MEMTRAIN_DATA must name the folder of real data files")
+def main(argv: Sequence[str]) -> None:
+    names = argv or list(STUDIES)
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise UserError(f"no study {unknown[0]!r}: choose among {', '.join(STUDIES)}")
+    folder = data()
     torch.set_num_threads(1)
     for name in names:
-        run(name, Path(os.environ["MEMTRAIN_DATA"]))
+        run(name, folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/backrazor_accuracy.py"))

@@ -6,7 +6,8 @@ One batch of 8 for each model; the cosine is that of a kind's gradients (all lay
  Nothing is trained. Writes results/backrazor_gradients.json.
 """
 
-import os
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from backrazor import Razor
 from backrazor_real_models import PROBES, Probe
+from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.memory import SavedActivations
@@ -68,9 +70,9 @@ def measure(probe: Probe) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    if "MEMTRAIN_DATA" not in os.environ:
-        raise UserError("MEMTRAIN_DATA must name the folder of real data files")
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise UserError("this takes no arguments")
     torch.set_num_threads(1)
     results = {}
     for name, make in PROBES.items():
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/backrazor_gradients.py"))

@@ -5,25 +5,20 @@ with Tiny Shakespeare. All from the folder that MEMTRAIN_DATA names.
 """
 
 import io
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
+from real_data import data
 from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def data() -> Path:
-    return Path(os.environ["MEMTRAIN_DATA"])
 
 
 def sst2(split: str) -> list[tuple[str, int]]:

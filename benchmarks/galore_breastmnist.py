@@ -7,8 +7,9 @@ rate is the one of its grid with the best mean validation AUC over the seeds, an
 Writes benchmarks/results/galore_breastmnist.json.
 """
 
-import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from galore_vit.tasks.flags import Optim, TrainConfig
 from galore_vit.tasks.models import describe
 from galore_vit.tasks.train import Trial, train_one
+from memtrain_common.commands.cli import run_command
 from memtrain_common.commands.session import Session
 from memtrain_common.data.images.image_set import ImageSet
 from memtrain_common.data.images.sets import load_images
@@ -24,6 +26,7 @@ from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.runs.run_folder import RunFolder
+from real_data import data
 
 SEEDS = (0, 1, 2)
 CONFIG = TrainConfig(data="breastmnist", epochs=40, galore_rank=16, gap=50, galore_scale=1.0, batch_size=64)
@@ -70,11 +73,11 @@ def best(arms: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def main() -> None:
-    if "MEMTRAIN_DATA" not in os.environ:
-        raise UserError("MEMTRAIN_DATA must name the folder that holds medmnist/breastmnist.npz")
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise UserError("this takes no arguments")
     torch.set_num_threads(1)
-    images = load_images("breastmnist", str(Path(os.environ["MEMTRAIN_DATA"]) / "medmnist"))
+    images = load_images("breastmnist", str(data() / "medmnist"))
     write(images, {optim: [arm(images, optim, lr) for lr in lrs] for optim, lrs in GRIDS.items()})
 
 
@@ -95,4 +98,4 @@ def write(images: ImageSet, arms: dict[Optim, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/galore_breastmnist.py"))

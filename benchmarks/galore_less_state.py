@@ -20,14 +20,16 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from galore_vit import GaLoreAdamW, GaLoreScaled, Refresh, state_bytes
+from memtrain_common.commands.cli import run_command
 from memtrain_common.data.text.corpus import Crops, load_corpus
+from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.models.classifiers import build_classifier, classification_loss
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
@@ -212,20 +214,22 @@ def table(part: str) -> None:
         )
 
 
-def main() -> None:
-    if sys.argv[1:] == ["table"]:
+def main(argv: Sequence[str]) -> None:
+    if unknown := [word for word in argv if word not in FILES and argv != ["table"]]:
+        raise UserError(f"no part {unknown[0]!r}: choose among {', '.join(FILES)}, or table alone")
+    if argv == ["table"]:
         for part in FILES:
             table(part)
         return
     torch.set_num_threads(1)
-    for part in sys.argv[1:] or FILES:
-        data: Data = Pictures() if part == "vit" else Text()
+    for part in argv or FILES:
+        used: Data = Pictures() if part == "vit" else Text()
         rows = Rows(part)
         for name in WAYS[part]:
-            lr = chosen_rate(rows, data, name)
+            lr = chosen_rate(rows, used, name)
             for seed in SEEDS:
-                rows.loss(data, name, lr, seed, report=True)
+                rows.loss(used, name, lr, seed, report=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/galore_less_state.py"))

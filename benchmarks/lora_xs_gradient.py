@@ -9,10 +9,10 @@ the bases were made from, or of 8 others. "best" is the best subspace of that G 
 """
 
 import copy
-import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import lora_xs
 import torch
 from lora_xs.layer import layers
 from memtrain_apps.compose.families import matrices
+from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.prediction import LiveBytes
@@ -133,9 +134,9 @@ def costs(of: RealTask, plain: nn.Module, rank: int = 16, n: int = 8) -> dict[st
     }
 
 
-def main() -> None:
-    if "MEMTRAIN_DATA" not in os.environ:
-        raise UserError("MEMTRAIN_DATA must name the folder of real data files")
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise UserError("this takes no arguments")
     torch.set_num_threads(1)
     of = task("minilm-cola")
     torch.manual_seed(0)
@@ -149,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/lora_xs_gradient.py"))

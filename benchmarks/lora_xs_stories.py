@@ -9,7 +9,6 @@ reported is the loss on a third text, of runs with other seeds. Needs MEMTRAIN_D
 
 import copy
 import math
-import os
 import statistics
 import sys
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 import tyro
 from lora_xs import CAUSAL_LM_TARGETS, LoRAXSConfig, inject, trained
+from memtrain_common.commands.cli import run_command
 from memtrain_common.console import Console
 from memtrain_common.data.order import epoch_batch
 from memtrain_common.errors import DivergedError
@@ -27,6 +27,7 @@ from memtrain_common.models.llama2c import Llama2cTokenizer, load_llama2c
 from memtrain_common.training.loop import FitConfig, Task, fit
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import schedule
+from real_data import data
 from torch import Tensor, nn
 
 Init = Literal["svd", "random"]
@@ -92,11 +93,11 @@ def main(steps: int = 120, seeds: int = 3, characters: int = 160_000, out: Path 
         characters: of the text: eight tenths to train on, a tenth to choose rates on, a tenth to report.
         out: where the results go.
     """
-    data = Path(os.environ["MEMTRAIN_DATA"])
+    folder = data()
     torch.set_num_threads(1)
     console = Console()
-    base = load_llama2c(data / "weights/stories260K/stories260K.bin")
-    tokens = rows(data, characters)
+    base = load_llama2c(folder / "weights/stories260K/stories260K.bin")
+    tokens = rows(folder, characters)
     n = len(tokens)
     train, choosing, reported = tokens.split([n - 2 * (n // 10), n // 10, n // 10])
     before = validation_loss(base, reported)["loss"]
@@ -140,4 +141,4 @@ def main(steps: int = 120, seeds: int = 3, characters: int = 160_000, out: Path 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(run_command(lambda argv: tyro.cli(main, args=argv), prog="python benchmarks/lora_xs_stories.py"))

@@ -7,6 +7,7 @@ PyTorch alone, with Razor(keep=0.1), and with torch.utils.checkpoint around each
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from backrazor import Razor
 from backrazor_real_models import minilm_probe
+from memtrain_common.commands.cli import run_command
+from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.memory import SavedActivations
 
@@ -37,7 +40,9 @@ def forward(context: Any, checkpointed: bool = False) -> dict[str, float]:
     return {"loss": loss.item(), "bytes": held}
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise UserError("this takes no arguments")
     found = {
         "dense": forward(nullcontext()),
         "Razor(keep=0.1)": forward(Razor(keep=0.1)),
@@ -57,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/readme_example.py"))

@@ -7,16 +7,16 @@ semicolons between them; SEEDS is how many, 5 if left out. Every finished run is
 at once, and is not run again at the same rate; results/real_TASK.json has every arm's mean and its difference from
 dense training, paired by seed.
 
-The learning rate of each way of training is chosen from the grid below on held-out training rows, by a seed of its own,
-with everything kept for the backward pass; it is then the same whatever is kept. While the best rate is the least or
-the largest of the grid, the grid goes on there: 1, 3, 10, … Rates rise over 6 steps and fall linearly to 0; a fresh
-head beside something else that is trained has 1e-3; gradients are clipped at a norm of 1; weight decay is 0.01.
+The learning rates of each way of training are chosen on held-out training rows, by a seed of its own, with everything
+kept for the backward pass (``real_rates.py``); they are then the same whatever is kept. A fresh head beside an adapter
+has a rate of its own, found in the same search; beside training everything it has 1e-3. Rates rise over 6 steps and
+fall linearly to 0; gradients are clipped at a norm of 1; weight decay is 0.01.
 """
 
 import json
-import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ from memtrain_apps.compose.adamw8bit import AdamW8bit
 from memtrain_apps.compose.axes import Axes
 from memtrain_apps.compose.compose import compose
 from memtrain_apps.compose.families import head_name
+from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.measuring.memory import SavedActivations, measure
 from memtrain_common.training.task import Task
+from real_data import data
+from real_rates import HEAD_RATE, Rates, search
 from real_tasks import TASKS, RealTask, task
 
 RESULTS = Path(__file__).parent / "results" / "real"
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 WARMUP = 6
-HEAD_RATE = 1e-3
 RATES: dict[str, tuple[float, ...]] = {
     "head": (1e-3, 3e-3, 1e-2),
     "bitfit": (1e-3, 3e-3),
@@ -47,7 +49,9 @@ RATES: dict[str, tuple[float, ...]] = {
     "lte": (5e-4, 1e-3, 3e-3),
     "galore": (3e-5, 1e-4, 2e-4, 5e-4, 1e-3),
 }
-"""Of each way of training; training everything by AdamW has the task's own grid."""
+"""The first grid of each way of training; training everything by AdamW has the task's own."""
+ADAPTED = frozenset({"bitfit", "lora", "melo", "lora-xs", "lte"})
+"""Ways whose head is trained beside an adapter, at a rate that is searched with the adapter's."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ STUDIES = {
 }
 
 
-def composed(of: RealTask, arm: Arm, seed: int, rate: float) -> Task:
+def composed(of: RealTask, arm: Arm, seed: int, rates: Rates) -> Task:
     """The pretrained model as the arm trains it; the seed draws the fresh head and the adapters."""
     torch.manual_seed(seed)
     model = of.build().train()
@@ -135,13 +139,13 @@ def composed(of: RealTask, arm: Arm, seed: int, rate: float) -> Task:
         first = [(x[: len(y) // arm.axes.heads * arm.axes.heads], y[: len(y) // arm.axes.heads * arm.axes.heads])
                  for x, y in first]  # fmt: skip
     plain = Task(model, lambda i: first[i], of.loss)
-    head_rate = rate if arm.axes.train == "head" or head_name(model) is None else HEAD_RATE
-    return compose(plain, arm.axes, lr=rate, head_lr=head_rate, weight_decay=0.01)
+    head_rate = rates.rate if arm.axes.train == "head" or head_name(model) is None else rates.head
+    return compose(plain, arm.axes, lr=rates.rate, head_lr=head_rate, weight_decay=0.01)
 
 
-def one_run(of: RealTask, arm: Arm, seed: int, rate: float, split: str) -> dict[str, float]:
+def one_run(of: RealTask, arm: Arm, seed: int, rates: Rates, split: str) -> dict[str, float]:
     """The score after the last step, the mean training loss of the last ten, CPU seconds of the training."""
-    made = composed(of, arm, seed, rate)
+    made = composed(of, arm, seed, rates)
     model, optimizer = made.model, made.needed_optimizer()
     peaks = [group["lr"] for group in optimizer.param_groups]
     after = made.called_after_steps()
@@ -173,7 +177,7 @@ def one_run(of: RealTask, arm: Arm, seed: int, rate: float, split: str) -> dict[
 
 def cost(of: RealTask, arm: Arm) -> dict[str, int]:
     """Of the first step of seed 0: bytes saved for the backward pass, bytes of optimizer state, numbers trained."""
-    made = composed(of, arm, 0, 1e-9)
+    made = composed(of, arm, 0, Rates(1e-9))
     with SavedActivations(made.model) as saved, made.saving():
         loss = of.loss(made.model, made.batches(0))
     kept = saved.by_layer()
@@ -187,33 +191,24 @@ def cost(of: RealTask, arm: Arm) -> dict[str, int]:
     }
 
 
-def chosen_rate(name: str, of: RealTask, arm: Arm) -> float:
-    """The best rate of the arm's way on held-out rows. All that were tried are kept, and not tried again."""
+def chosen_rates(name: str, of: RealTask, arm: Arm) -> Rates:
+    """The best rates of the arm's way on held-out rows. All that were tried are kept, and not tried again."""
     path = RESULTS / name / f"rates {arm.way}.json".replace(" ", "_")
-    tried: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
+    found: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
+    tried = {Rates.read(key): score for key, score in found.items()}
     dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
-    asked = [*arm.rates(of)]
-    for rate in asked:  # which grows
-        if str(rate) not in tried:
-            tried[str(rate)] = one_run(of, dense, TUNING_SEED, rate, "held-out")["score"]
-            print(name, arm.way, rate, tried[str(rate)], flush=True)
-            write_results(
-                path, argv=["python", "benchmarks/real_study.py", name], device=torch.device("cpu"),
-                seeds=[TUNING_SEED], about=of.about, metric=of.metric, way=arm.way, axes=asdict(dense.axes),
-                held_out=tried,
-            )  # fmt: skip
-        if rate == asked[-1]:
-            best = float(of.best(tried, key=lambda rate: tried[rate]))
-            asked += beyond(best, [float(r) for r in tried])
-    return best
+    heads = arm.grid in ADAPTED and head_name(of.build()) is not None
 
+    def score(rates: Rates) -> float:
+        found[str(rates)] = one_run(of, dense, TUNING_SEED, rates, "held-out")["score"]
+        print(name, arm.way, rates, found[str(rates)], flush=True)
+        write_results(
+            path, argv=["python", "benchmarks/real_study.py", name], device=torch.device("cpu"), seeds=[TUNING_SEED],
+            about=of.about, metric=of.metric, way=arm.way, axes=asdict(dense.axes), held_out=found,
+        )  # fmt: skip
+        return found[str(rates)]
 
-def beyond(best: float, tried: list[float]) -> list[float]:
-    """The next rate of 1, 3, 10, 30, … (times a power of ten) where the best is the least or the largest; else none."""
-    ladder = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
-    if best == max(tried):
-        return [next(r for r in ladder if r > best)]
-    return [next(r for r in reversed(ladder) if r < best)] if best == min(tried) else []
+    return search(arm.rates(of), tried, score, heads, least=of.metric == "nats")
 
 
 def arm_path(name: str, arm: str) -> Path:
@@ -227,17 +222,18 @@ def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
         for label in arms:
             path, arm = arm_path(name, label), ARMS[label]
             before = json.loads(path.read_text()) if path.exists() else {}
-            rate = chosen_rate(name, of, arm)
-            runs: dict[str, dict[str, float]] = before["runs"] if before.get("learning_rate") == rate else {}
+            rates = chosen_rates(name, of, arm)
+            had = Rates(before["learning_rate"], before.get("head_learning_rate", HEAD_RATE)) if before else None
+            runs: dict[str, dict[str, float]] = before["runs"] if had == rates else {}
             if str(seed) in runs:
                 continue
             spent = before.get("cost") or cost(of, arm)
-            runs[str(seed)] = one_run(of, arm, seed, rate, "test")
+            runs[str(seed)] = one_run(of, arm, seed, rates, "test")
             print(name, label, seed, runs[str(seed)], flush=True)
             write_results(
                 path, argv=["python", "benchmarks/real_study.py", f"{name}:{label}"], device=torch.device("cpu"),
                 seeds=sorted(map(int, runs)), about=of.about, metric=of.metric, arm=label, way=arm.way,
-                axes=asdict(arm.axes), learning_rate=rate, cost=spent, runs=runs,
+                axes=asdict(arm.axes), **rates.written(), cost=spent, runs=runs,
             )  # fmt: skip
             summarise(name)
 
@@ -268,15 +264,15 @@ def _row(arm: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     if dense["cost"]["saved_bytes"]:
         row["times_less_saved"] = round(dense["cost"]["saved_bytes"] / arm["cost"]["saved_bytes"], 2)
     seconds = sorted(r["cpu_seconds"] for r in runs.values())[len(runs) // 2]
-    return {**row, **arm["cost"], "learning_rate": arm["learning_rate"], "cpu_seconds": seconds}
+    rates = {key: arm[key] for key in ("learning_rate", "head_learning_rate") if key in arm}
+    return {**row, **arm["cost"], **rates, "cpu_seconds": seconds}
 
 
-def main() -> None:
-    if "MEMTRAIN_DATA" not in os.environ:
-        raise UserError("MEMTRAIN_DATA must name the folder of real data files")
+def main(argv: Sequence[str]) -> None:
+    data()  # before anything is trained
     torch.set_num_threads(1)
     AdamW8bit.compiled_on_cpu = True  # 60 of its steps on MiniLM take eleven minutes otherwise
-    for asked in sys.argv[1:]:
+    for asked in argv:
         name, chosen, seeds, *_ = [*asked.split(":"), "", ""]
         arms = list(STUDIES.get(chosen, chosen.split(";")))
         unknown = [arm for arm in arms if arm not in ARMS]
@@ -288,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prog="python benchmarks/real_study.py"))

@@ -48,10 +48,6 @@ class RealTask:
     rates: tuple[float, ...]
     """Grid of learning rates for training everything."""
 
-    @property
-    def best(self) -> Callable[..., Any]:
-        return min if self.metric == "nats" else max
-
 
 # -- sentences -----------------------------------------------------------------------------------------------------
 
