@@ -8,9 +8,9 @@ at once, and is not run again at the same rate; results/real_TASK.json has every
 dense training, paired by seed.
 
 The learning rates of each way of training are chosen on held-out training rows, by a seed of its own, with everything
-kept for the backward pass (``real_rates.py``); they are then the same whatever is kept. A fresh head beside an adapter
-has a rate of its own, found in the same search; beside training everything it has 1e-3. Rates rise over 6 steps and
-fall linearly to 0; gradients are clipped at a norm of 1; weight decay is 0.01.
+kept for the backward pass (``real_rates.py``); they are then the same whatever is kept. A fresh head beside something
+else that is trained has 1e-3; on MiniLM, beside an adapter, a rate of its own that the same search finds. Rates rise
+over 6 steps and fall linearly to 0; gradients are clipped at a norm of 1; weight decay is 0.01.
 """
 
 import json
@@ -197,7 +197,7 @@ def chosen_rates(name: str, of: RealTask, arm: Arm) -> Rates:
     found: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
     tried = {Rates.read(key): score for key, score in found.items()}
     dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
-    heads = arm.grid in ADAPTED and head_name(of.build()) is not None
+    heads = of.head_rates and arm.grid in ADAPTED
 
     def score(rates: Rates) -> float:
         found[str(rates)] = one_run(of, dense, TUNING_SEED, rates, "held-out")["score"]

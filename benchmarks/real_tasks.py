@@ -47,6 +47,8 @@ class RealTask:
     metric: str
     rates: tuple[float, ...]
     """Grid of learning rates for training everything."""
+    head_rates: bool = False
+    """Whether the rate of a fresh head beside an adapter is searched too; else it is 1e-3."""
 
 
 # -- sentences -----------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def sentences(
     about = f"MiniLM-L6 to {GLUE[glue].folder}, {n:,} rows of at most {length} tokens, {steps} steps of {batch_size}"
     return RealTask(
         about + (" of about one length" if grouped else ""), minilm,
-        lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]), drawn, steps, score, metric, rates,
+        lambda m, b: F.cross_entropy(m(**b[0]).logits, b[1]), drawn, steps, score, metric, rates, head_rates=True,
     )  # fmt: skip
 
 
@@ -172,9 +174,9 @@ def with_frozen_batch_norms(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def lite0(frozen: bool = False) -> RealTask:
-    norms = "frozen" if frozen else "trained"
-    about = f"EfficientNet-Lite0 to CIFAR-10 as JPEG files, 112 px, 1,000 pictures, 80 steps of 25, batch norms {norms}"
+def lite0(frozen: bool = False, *, steps: int = 80) -> RealTask:
+    norms = f"{steps} steps of 25, batch norms {'frozen' if frozen else 'trained'}"
+    about = f"EfficientNet-Lite0 to CIFAR-10 as JPEG files, 112 px, 1,000 pictures, {norms}"
     build = partial(with_frozen_batch_norms, efficientnet) if frozen else efficientnet
     return cifar10(
         about,
@@ -184,7 +186,7 @@ def lite0(frozen: bool = False) -> RealTask:
         held_out=300,
         tested=1000,
         batch_size=25,
-        steps=80,
+        steps=steps,
         rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3) if frozen else (3e-4, 1e-3, 3e-3),
     )
 
@@ -223,6 +225,9 @@ def stories() -> RealTask:
 TASKS: dict[str, Callable[[], RealTask]] = {
     "minilm-sst2": partial(sentences, "sst2", n=960, batch_size=16, steps=60),
     "minilm-sst2-lengths": partial(sentences, "sst2", n=960, batch_size=16, steps=60, grouped=True),
+    "minilm-sst2-long": partial(
+        sentences, "sst2", n=960, batch_size=16, steps=300, grouped=True, rates=(3e-5, 5e-5, 1e-4, 2e-4)
+    ),
     "minilm-sst2-5000": partial(sentences, "sst2", n=5000, batch_size=16, steps=312, grouped=True),
     "minilm-cola": partial(
         sentences, "cola", n=4000, batch_size=32, steps=375, grouped=True, rates=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
@@ -231,9 +236,11 @@ TASKS: dict[str, Callable[[], RealTask]] = {
     "dinov2-cifar10": partial(dino, 98),
     "dinov2-cifar10-5000": partial(dino, 98, n=5000, steps=200),
     "dinov2-cifar10-56": partial(dino, 56),
+    "dinov2-cifar10-56-long": partial(dino, 56, steps=200),
     "dinov2-breastmnist": partial(breast, 56, steps=84),
     "efficientnet-cifar10": lite0,
     "efficientnet-cifar10-frozen-norms": partial(lite0, True),
+    "efficientnet-cifar10-frozen-norms-long": partial(lite0, True, steps=200),
     "stories": stories,
 }
 

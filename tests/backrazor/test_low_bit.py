@@ -25,10 +25,13 @@ SHAPES = (
     ((2, 3, 70, 8), {1, 3}),
     ((4, 5, 9, 8), {1}),
     ((2, 3, 400), {1}),
+    ((700, 16), {0}),
+    ((3, 5, 97), {0, 1}),
     ((150, 9), {1}),
     ((37, 20, 7), {2}),
 )
-"""Sizes in the order of memory, and which dimensions are channels: tokens, heads, pictures, short samples."""
+"""Sizes in the order of memory, and which dimensions are channels: tokens, heads, pictures, short samples, and channels
+whose rows stand side by side."""
 
 
 def uneven(shape, dtype=torch.float32):
@@ -61,6 +64,20 @@ def test_the_kernels_and_torch_give_the_same_bits(monkeypatch, shape, channels):
             m.setattr(cpu_kernels, "library", lambda: None)
             slow = lowbit.pack(x, cut)
         assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "channels"), SHAPES)
+def test_a_number_that_is_none_spoils_its_own_group_alone(shape, channels):
+    x, cut = uneven(shape), rows_of(shape, channels, 4)
+    expected = lowbit.unpack(*lowbit.pack(x, cut), cut, torch.float32).view(cut.blocks, cut.rows, cut.columns)
+    hit = [int(torch.randint(size, ())) for size in expected.shape]
+    x.view(expected.shape)[tuple(hit)] = torch.nan
+    made = lowbit.unpack(*lowbit.pack(x, cut), cut, torch.float32).view(expected.shape)
+    spoilt = torch.zeros(expected.shape, dtype=torch.bool)
+    first = hit[1] // cut.group * cut.group
+    spoilt[hit[0], first : first + cut.group, hit[2]] = True
+    assert torch.equal(made.isnan(), spoilt)
+    assert torch.equal(made[~spoilt], expected[~spoilt])
 
 
 @pytest.mark.parametrize("width", [3, 4, 8])

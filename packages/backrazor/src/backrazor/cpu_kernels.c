@@ -294,10 +294,10 @@ INLINE float downwards(float f) {
   return as_float((bits >> 31) && cut != bits ? cut + 0x10000u : cut);
 }
 
-/* Least and largest of `rows` rows, `count` columns side by side. A NaN stays. */
-INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low, float *high) {
-  for (i64 c = 0; c < count; c++) low[c] = high[c] = load(x, kind, start + c);
-  for (i64 r = 1; r < rows; r++)
+/* Least and largest of what is there and of `rows` rows, `count` columns side by side. A NaN stays. */
+INLINE void find_ends_further(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low,
+                              float *high) {
+  for (i64 r = 0; r < rows; r++)
     for (i64 c = 0; c < count; c++) {
       float v = load(x, kind, start + r * columns + c);
       low[c] = (v < low[c]) | (v != v) ? v : low[c];
@@ -305,22 +305,36 @@ INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows,
     }
 }
 
+INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low, float *high) {
+  for (i64 c = 0; c < count; c++) low[c] = high[c] = load(x, kind, start + c);
+  find_ends_further(x, kind, start + columns, columns, rows - 1, count, low, high);
+}
+
 #define LANES 16
-/* The same of one column, whose rows stand side by side: LANES at a time. */
+/* The same of one column, whose rows stand side by side, in LANES parts: what is left is to compare these. */
 INLINE void find_ends_alone(const void *x, int kind, i64 start, i64 rows, float *low, float *high) {
-  float lows[LANES], highs[LANES];
-  i64 lanes = least(LANES, rows), tall = rows / lanes;
-  find_ends(x, kind, start, lanes, tall, lanes, lows, highs);
-  for (i64 r = tall * lanes; r < rows; r++) {
-    float v = load(x, kind, start + r);
-    lows[0] = (v < lows[0]) | (v != v) ? v : lows[0];
-    highs[0] = (v > highs[0]) | (v != v) ? v : highs[0];
+  i64 tall = rows / LANES;
+  if (tall) {
+    find_ends(x, kind, start, LANES, tall, LANES, low, high);
+    find_ends_further(x, kind, start + tall * LANES, LANES, 1, rows % LANES, low, high);
+  } else {
+    for (i64 l = 0; l < LANES; l++) low[l] = high[l] = load(x, kind, start);
+    find_ends_further(x, kind, start, LANES, 1, rows, low, high);
   }
-  for (i64 l = 1; l < lanes; l++) {
-    lows[0] = (lows[l] < lows[0]) | (lows[l] != lows[l]) ? lows[l] : lows[0];
-    highs[0] = (highs[l] > highs[0]) | (highs[l] != highs[l]) ? highs[l] : highs[0];
+}
+
+/* Of `count` groups with these ends: the first level in `low`, 1/step in `inverse`, and both ends as they are kept. */
+INLINE void set_levels(i64 count, float shrink, float top, float *low, const float *high, float *inverse, u16 *first,
+                       u16 *step, i64 apart) {
+  for (i64 c = 0; c < count; c++) {
+    float inside = (high[c] - low[c]) * shrink, least_level = downwards(low[c] + inside);
+    u16 half = to_bf16((high[c] - inside - least_level) / top);
+    float distance = as_float((u32)half << 16);
+    first[c * apart] = (u16)(as_bits(least_level) >> 16);
+    step[c * apart] = half;
+    low[c] = least_level;
+    inverse[c] = distance > 0 ? 1 / distance : 0;
   }
-  *low = lows[0], *high = highs[0];
 }
 
 INLINE u8 lowbit_code(float x, float first, float inverse, float top) {
@@ -339,28 +353,43 @@ INLINE void lowbit_codes(const void *x, int kind, i64 blocks, i64 rows, i64 colu
     i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
     i64 start = (b * rows + g * group) * columns + c0;
     u16 *to = ends + (b * groups + g) * 2 * columns + c0;
-    if (columns == 1)
-      find_ends_alone(x, kind, start, here, low, high);
-    else
-      find_ends(x, kind, start, columns, here, count, low, high);
-    for (i64 c = 0; c < count; c++) {
-      float inside = (high[c] - low[c]) * shrink, first = downwards(low[c] + inside);
-      u16 half = to_bf16((high[c] - inside - first) / top);
-      float step = as_float((u32)half << 16);
-      to[c] = (u16)(as_bits(first) >> 16);
-      to[columns + c] = half;
-      low[c] = first;
-      inverse[c] = step > 0 ? 1 / step : 0;
+    find_ends(x, kind, start, columns, here, count, low, high);
+    set_levels(count, shrink, top, low, high, inverse, to, to + columns, 1);
+    for (i64 r = 0; r < here; r++)
+      for (i64 c = 0; c < count; c++) {
+        i64 at = start + r * columns + c;
+        codes[at] = lowbit_code(load(x, kind, at), low[c], inverse[c], top);
+      }
+  }
+}
+
+/* Of one column: W groups at a time. */
+INLINE void lowbit_codes_alone(const void *x, int kind, i64 blocks, i64 rows, i64 group, int width, float shrink,
+                               u16 *ends, u8 *codes) {
+  i64 groups = (rows + group - 1) / group, all = blocks * groups;
+  float top = (float)((1 << width) - 1);
+  PARALLEL for (i64 job = 0; job < all; job += W) {
+    float low[W], high[W], inverse[W], lows[W * LANES], highs[W * LANES];
+    i64 start[W], here[W], count = least(W, all - job), b = job / groups, g = job % groups;
+    for (i64 i = 0; i < count; i++) {
+      start[i] = b * rows + g * group;
+      here[i] = least(group, rows - g * group);
+      find_ends_alone(x, kind, start[i], here[i], lows + i * LANES, highs + i * LANES);
+      if (++g == groups) g = 0, b++;
     }
-    if (columns == 1)
-      for (i64 r = 0; r < here; r++)
-        codes[start + r] = lowbit_code(load(x, kind, start + r), low[0], inverse[0], top);
-    else
-      for (i64 r = 0; r < here; r++)
-        for (i64 c = 0; c < count; c++) {
-          i64 at = start + r * columns + c;
-          codes[at] = lowbit_code(load(x, kind, at), low[c], inverse[c], top);
-        }
+    for (i64 i = 0; i < count; i++) low[i] = lows[i * LANES], high[i] = highs[i * LANES];
+    for (i64 l = 1; l < LANES; l++)
+      for (i64 i = 0; i < count; i++) {
+        float u = lows[i * LANES + l], v = highs[i * LANES + l];
+        low[i] = (u < low[i]) | (u != u) ? u : low[i];
+        high[i] = (v > high[i]) | (v != v) ? v : high[i];
+      }
+    set_levels(count, shrink, top, low, high, inverse, ends + 2 * job, ends + 2 * job + 1, 2);
+    for (i64 i = 0; i < count; i++) {
+      float first = low[i], factor = inverse[i];
+      u8 *restrict to = codes + start[i];
+      for (i64 r = 0; r < here[i]; r++) to[r] = lowbit_code(load(x, kind, start[i] + r), first, factor, top);
+    }
   }
 }
 
@@ -370,7 +399,11 @@ int br_lowbit_pack(const void *x, int kind, i64 blocks, i64 rows, i64 columns, i
   i64 n = blocks * rows * columns;
   u8 *codes = width == 8 ? packed : malloc((size_t)n);
   if (!codes) return 1;
-  if (kind == F32)
+  if (columns == 1 && kind == F32)
+    lowbit_codes_alone(x, F32, blocks, rows, group, width, shrink, ends, codes);
+  else if (columns == 1)
+    lowbit_codes_alone(x, BF16, blocks, rows, group, width, shrink, ends, codes);
+  else if (kind == F32)
     lowbit_codes(x, F32, blocks, rows, columns, group, width, shrink, ends, codes);
   else
     lowbit_codes(x, BF16, blocks, rows, columns, group, width, shrink, ends, codes);
