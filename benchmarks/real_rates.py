@@ -2,7 +2,8 @@
 
 The first grid of a way of training is stated in ``real_study.py``, with a head at 1e-3. After it, the best rate found
 so far must have a greater and a smaller one beside it: the grid goes on by 1, 3, 10, 30, … Where the head has a rate of
-its own, the best pair must also have a head ten times faster and one ten times slower beside it, at the same rate.
+its own, the best pair must also have a head ten times faster and one ten times slower beside it, at the same rate; and
+of the three best pairs two more seeds decide, since a pair that serves one seed may fail another.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 
 HEAD_RATE = 1e-3
 """Of a fresh head beside something else that is trained, unless a search finds another."""
+
+
+FINALISTS = 3
+"""So many pairs are compared by so many seeds."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,23 @@ def search(
         best = best_of(tried, least)
         asked = beyond(best, list(tried), heads)
     return best
+
+
+def confirmed(
+    tried: dict[Rates, float], further: dict[Rates, list[float]], score: Callable[[Rates, int], float], least: bool
+) -> Rates:
+    """Of the best pairs that were tried the one with the best mean over seeds.
+
+    Args:
+        further: scores of further seeds; what is missing of them is scored and added.
+        score: of rates by a further seed, 1, 2, …
+    """
+    finalists = sorted(tried, key=lambda rates: tried[rates], reverse=not least)[:FINALISTS]
+    for rates in finalists:
+        scores = further.setdefault(rates, [])
+        while len(scores) < FINALISTS - 1:
+            scores.append(score(rates, len(scores) + 1))
+    return best_of({rates: (tried[rates] + sum(further[rates])) / FINALISTS for rates in finalists}, least)
 
 
 def best_of(tried: dict[Rates, float], least: bool) -> Rates:

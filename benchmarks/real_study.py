@@ -33,7 +33,7 @@ from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.measuring.memory import SavedActivations, measure
 from memtrain_common.training.task import Task
 from real_data import data
-from real_rates import HEAD_RATE, Rates, search
+from real_rates import FINALISTS, HEAD_RATE, Rates, confirmed, search
 from real_tasks import TASKS, RealTask, task
 
 RESULTS = Path(__file__).parent / "results" / "real"
@@ -194,21 +194,33 @@ def cost(of: RealTask, arm: Arm) -> dict[str, int]:
 def chosen_rates(name: str, of: RealTask, arm: Arm) -> Rates:
     """The best rates of the arm's way on held-out rows. All that were tried are kept, and not tried again."""
     path = RESULTS / name / f"rates {arm.way}.json".replace(" ", "_")
-    found: dict[str, float] = json.loads(path.read_text())["held_out"] if path.exists() else {}
-    tried = {Rates.read(key): score for key, score in found.items()}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, float] = before.get("held_out", {})
+    by_more_seeds: dict[str, list[float]] = before.get("held_out_of_further_seeds", {})
     dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
-    heads = of.head_rates and arm.grid in ADAPTED
+    heads, least = of.head_rates and arm.grid in ADAPTED, of.metric == "nats"
 
-    def score(rates: Rates) -> float:
-        found[str(rates)] = one_run(of, dense, TUNING_SEED, rates, "held-out")["score"]
-        print(name, arm.way, rates, found[str(rates)], flush=True)
+    def score(rates: Rates, further: int = 0) -> float:
+        seed = TUNING_SEED + further
+        points = one_run(of, dense, seed, rates, "held-out")["score"]
+        print(name, arm.way, rates, f"by seed {seed}:", points, flush=True)
+        if further:
+            by_more_seeds.setdefault(str(rates), []).append(points)
+        else:
+            found[str(rates)] = points
+        parts = {"held_out_of_further_seeds": by_more_seeds} if by_more_seeds else {}
         write_results(
-            path, argv=["python", "benchmarks/real_study.py", name], device=torch.device("cpu"), seeds=[TUNING_SEED],
-            about=of.about, metric=of.metric, way=arm.way, axes=asdict(dense.axes), held_out=found,
+            path, argv=["python", "benchmarks/real_study.py", name], device=torch.device("cpu"),
+            seeds=[TUNING_SEED + i for i in range(FINALISTS if parts else 1)], about=of.about, metric=of.metric,
+            way=arm.way, axes=asdict(dense.axes), held_out=found, **parts,
         )  # fmt: skip
-        return found[str(rates)]
+        return points
 
-    return search(arm.rates(of), tried, score, heads, least=of.metric == "nats")
+    tried = {Rates.read(key): points for key, points in found.items()}
+    best = search(arm.rates(of), tried, score, heads, least)
+    if not heads:
+        return best
+    return confirmed(tried, {Rates.read(key): [*scores] for key, scores in by_more_seeds.items()}, score, least)
 
 
 def arm_path(name: str, arm: str) -> Path:
@@ -241,7 +253,8 @@ def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
 def summarise(name: str) -> None:
     """All arms of a task as one table: means with half of a 95 % interval, and differences from dense by seed."""
     found = [json.loads(p.read_text()) for p in sorted((RESULTS / name).glob("*.json"))]
-    rates = {r["way"]: {"held_out": r["held_out"], "seed": TUNING_SEED} for r in found if "held_out" in r}
+    tried = ("held_out", "held_out_of_further_seeds", "seeds")
+    rates = {r["way"]: {key: r[key] for key in tried if key in r} for r in found if "held_out" in r}
     arms = {a["arm"]: a for a in found if "runs" in a}
     dense = arms.get("dense", {"runs": {}, "cost": {"saved_bytes": 0}})
     table = {label: _row(arms[label], dense) for label in ARMS if label in arms}

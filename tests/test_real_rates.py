@@ -54,6 +54,22 @@ def test_it_ends_on_any_landscape_and_the_best_has_neighbours_on_all_sides(rates
         assert {t.head for t in tried} == {rates.HEAD_RATE}
 
 
+def test_a_pair_that_served_one_seed_by_luck_is_not_taken(rates):
+    lucky, steady, third, poor = (rates.Rates(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2))
+    tried = {poor: 50.0, lucky: 79.0, steady: 77.0, third: 76.0}
+    by_seed = {lucky: (51.0, 52.0), steady: (76.0, 75.0), third: (77.0, 73.0)}
+    further, asked = {steady: [76.0]}, []
+
+    def score(of, seed):
+        asked.append((of, seed))
+        return by_seed[of][seed - 1]
+
+    assert rates.confirmed(tried, further, score, least=False) == steady
+    assert set(asked) == {(lucky, 1), (lucky, 2), (steady, 2), (third, 1), (third, 2)}
+    assert rates.confirmed(tried, further, score, least=False) == steady
+    assert len(asked) == 5, "nothing is tried twice"
+
+
 def test_what_was_tried_is_not_tried_again_and_of_equals_the_first_is_taken(rates):
     tried, asked = {rates.Rates(0.01): 61.2}, []
 
