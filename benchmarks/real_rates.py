@@ -49,13 +49,14 @@ def search(
         least: whether less is better.
     """
     asked = [Rates(rate) for rate in first]
-    while asked:
+    while True:
         for rates in asked:
             if rates not in tried:
                 tried[rates] = score(rates)
         best = best_of(tried, least)
         asked = beyond(best, list(tried), heads)
-    return best
+        if not asked:
+            return best
 
 
 def confirmed(
