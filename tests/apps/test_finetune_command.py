@@ -182,6 +182,7 @@ REFUSED = {
     ("--train", "bitfit", "--keep", "0.1"): ("--keep would do nothing with --save all", "backrazor"),
     ("--train", "lora-xs", "--init-batches", "4"): ("--init-batches would do nothing with --init svd", "gradient"),
     ("--train", "lora-xs", "--first-step", "1e-4"): ("--first-step would do nothing with --init svd", "gradient"),
+    ("--train", "head", "--learning-rate", "0.1", "--head-lr", "0.2"): ("--lr and --head-lr are one rate",),
     ("--train", "lora", "--init", "random"): ("--init would do nothing with --train lora", "lora-xs"),
     ("--save", "backrazor", "--keep", "0"): ("--keep must be above 0",),
     ("--save", "offload", "--device", "cpu"): ("offload would do nothing on the CPU",),

@@ -121,7 +121,25 @@ def test_flags_list_what_a_file_lists_and_words_after_the_dashes_go_to_finetune(
     assert shorter.pretrain == plain.pretrain
     other = configure([file, "--", "--data=folder", "--data-dir", "pets"]).grid
     assert (other.finetune, other.pretrain, other.lr) == ({"data": ["folder"], "data_dir": ["pets"]}, None, {})
+    elsewhere = configure([file, "--", "--model", "resnet18"]).grid
+    assert (elsewhere.finetune["model"], elsewhere.pretrain, elsewhere.lr) == (["resnet18"], None, {})
     with pytest.raises(UserError, match="unexpected word '3' after --"):
         configure([file, "--", "3"])
     with pytest.raises(UserError, match=r"rank in \[finetune\] is compared"):
         configure([file, "--", "--rank", "3"])
+
+
+@pytest.mark.parametrize("name", ["minilm", "dinov2"])
+def test_a_grid_that_comes_without_a_model_has_its_rates_for_the_one_that_is_named(name):
+    """They were searched for that model; a head alone has its own, not that of a head beside something else."""
+    grid = configure([name, "--", "--model", "FOLDER"]).grid
+    assert grid.lr
+    for combination in grid.combinations():
+        words = grid.words(combination)
+        rate = grid.lr.get(f"{combination.axes.train}+{combination.axes.optim}", grid.lr.get(combination.axes.train))
+        if not combination.lr_listed and rate:
+            assert words[words.index("--lr") + 1] == f"{rate:g}"
+        assert "--lr" in words, combination.name
+        assert ("--head-lr" in words) == (combination.axes.train != "head")
+    digits = configure(["digits", "--", "--model", "resnet18"]).grid
+    assert digits.lr == {}, "the file pretrains a model of its own, which its rates were for"

@@ -211,11 +211,13 @@ def _saved_grid(folder: Path, config: AblateConfig) -> Grid:
 def _with_words(grid: Grid, words: Sequence[str]) -> Grid:
     """The grid with flags of finetune from the command line, which go before the file's.
 
-    Another model leaves out [pretrain] and [lr], which were meant for the file's own; other data leave out [finetune]
-    too.
+    Another model than the file's own leaves out [pretrain] and [lr], which were meant for that one; other data leave
+    out [finetune] too. A file without [pretrain] that names no model has rates for the model that the words name.
     """
     given = flags_of(words)
     if "data" in given:
         return replace(grid, finetune=given, pretrain=None, lr={})
+    models = {"model", "weights"}
+    has_its_own = grid.pretrain is not None or bool(grid.finetune.keys() & models)
     grid = replace(grid, finetune={**grid.finetune, **given})
-    return replace(grid, pretrain=None, lr={}) if given.keys() & {"model", "weights"} else grid
+    return replace(grid, pretrain=None, lr={}) if has_its_own and given.keys() & models else grid

@@ -118,6 +118,17 @@ class Grid:
                 settings = dict(zip(read, values[:-1], strict=True))
                 yield Combination(Axes(**{**chosen, **settings}), values[-1], rates is not None)
 
+    def words(self, combination: Combination, more: Mapping[str, Any] | None = None) -> list[str]:
+        """finetune's flags for a combination: its own, and those of every arm.
+
+        Args:
+            more: flags of every arm that the grid may set otherwise.
+        """
+        flags = {**(more or {}), **self.finetune}
+        if combination.axes.train == "head" and combination.lr:
+            flags.pop("head_lr", None)  # the rate of a head beside something else
+        return [*combination.words, *flag_words(flags)]
+
     def arms(self) -> list[Arm]:
         """Every combination with the first seed, then with the second, …"""
         return [Arm(combination, seed) for seed in self.seeds for combination in self.combinations()]

@@ -114,7 +114,7 @@ class Runner:
             for seed in self.grid.seeds:
                 del self.arms[Arm(combination, seed).name]
             self.console.say(f"refused: {combination.name}: {why}")
-            words = [*combination.words, *flag_words(self.grid.finetune)]
+            words = self.grid.words(combination)
             if not self.result(arm).exists():
                 write_json(self.result(arm), _head_of(arm, words) | {"status": "refused", "why": why})
 
@@ -174,7 +174,7 @@ class Runner:
         return self.folder / "pretrained"
 
     def job(self, arm: Arm) -> Job:
-        words = [*arm.combination.words, *flag_words({**ON_ITS_OWN, **self.grid.finetune})]
+        words = self.grid.words(arm.combination, ON_ITS_OWN)
         if self.grid.pretrain is not None:
             words += ["--weights", str(self._pretrained / "model")]
         words += ["--seed", str(arm.seed)]
@@ -259,7 +259,7 @@ def meaningful_of(grid: Grid) -> list[Combination]:
         why = refusal(combination.axes)
         if why is None:
             check(combination.axes)
-            configure_finetune([*combination.words, *flag_words(grid.finetune)])  # raises as finetune itself would
+            configure_finetune(grid.words(combination))  # raises as finetune itself would
             found.append(combination)
         else:
             reasons.append(why)

@@ -93,7 +93,7 @@ class FinetuneConfig(RunConfig, ImageFlags):
     """Text: longest input in tokens."""
     # -- optimization
     head_lr: float = 0.0
-    """Peak learning rate of the task head; 0 takes --lr."""
+    """Peak learning rate of the task head beside something else; 0 takes --lr."""
     # -- run
     eval_epochs: float = 1.0
     """Epochs between evaluations."""
@@ -194,7 +194,10 @@ def configure(
     """Flags, presets and a resumed run's own configuration into a checked configuration."""
 
     def check_all(config: Config, before: Config) -> Config:
-        refuse_unused(config, _given(argv))
+        given = _given(argv)
+        refuse_unused(config, given & set(names()))
+        if config.train == "head" and "head_lr" in given and given & {"lr", "learning_rate"}:
+            raise UserError("--lr and --head-lr are one rate with --train head: leave one of the two out")
         return checked(config)
 
     return common.configure(
@@ -203,9 +206,8 @@ def configure(
 
 
 def _given(argv: Sequence[str]) -> set[str]:
-    """Names of the axes' settings that stand on the command line."""
-    words = {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
-    return words & set(names())
+    """Names of the settings that stand on the command line."""
+    return {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
 
 
 def checked(config: Config) -> Config:
