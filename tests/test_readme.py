@@ -69,10 +69,11 @@ def test_links_lead_somewhere(readme):
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_examples_run(readme, tmp_path, encoder):
+    """The blocks of a README are one program, from its top to its end."""
     shutil.copytree(encoder, tmp_path / "MiniLM")  # stands for the model that a reader has
-    for example in code_blocks(readme.read_text(), "python"):
-        done = run_script(example, tmp_path)
-        assert done.returncode == 0, f"{readme}\n{example}\n{done.stderr}"
+    examples = "\n".join(code_blocks(readme.read_text(), "python"))
+    done = run_script(examples, tmp_path)
+    assert done.returncode == 0, f"{readme}\n{examples}\n{done.stderr}"
 
 
 def test_committed_results_say_how_they_were_made():

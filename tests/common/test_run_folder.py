@@ -24,7 +24,34 @@ from memtrain_common.runs.run_folder import RunFolder, default_run_path
 from memtrain_common.runs.trackers import check_tracker, open_tracker
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.distributed import World
-from memtrain_common.training.loop import FitConfig
+from memtrain_common.training.loop import FitConfig, Task, fit
+
+
+def test_a_script_that_begins_in_the_same_way_each_time_goes_on_where_it_was(tmp_path):
+    """As the README says it: open_or_create, and resume=True, at the first start and after a kill."""
+
+    def start(folder, steps):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        batches = torch.randn(8, 5, 3, generator=torch.Generator().manual_seed(1))
+        task = Task(
+            model, lambda i: batches[i], lambda m, x: m(x).square().sum(), torch.optim.AdamW(model.parameters(), lr=0.1)
+        )
+        config = FitConfig(max_iters=steps)
+        fit(task, config, run=RunFolder.open_or_create(folder, config), resume=True)
+        return model.weight.detach()
+
+    whole = start(tmp_path / "whole", 8)
+    begun = start(tmp_path / "run", 5)
+    assert not torch.equal(begun, whole)
+    assert torch.equal(start(tmp_path / "run", 8), whole)
+    content = RunFolder.open(tmp_path / "run").read_config()
+    assert (content["config"]["max_iters"], len(content["resumed"])) == (8, 1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="is not empty"):
+        RunFolder.open_or_create(tmp_path / "other", FitConfig(max_iters=1))
+    assert [p.name for p in (tmp_path / "other").iterdir() if p.name != ".lock"] == ["mine.txt"]
 
 
 def test_config_json_repeats_the_run(tmp_path):

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from .lock import LOCK, lock_folder
 
 
 class RunFolder:
-    """A run's files. Make one with :meth:`create` or :meth:`open`."""
+    """A run's files. Make one with :meth:`create` or :meth:`open`; in a script with :meth:`open_or_create`."""
 
     def __init__(self, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> None:
         self.path, self.writes = path, writes
@@ -82,6 +83,25 @@ class RunFolder:
         if writes:
             lock_folder(path)
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
+
+    @classmethod
+    def open_or_create(cls, path: Path, config: Any, *, writes: bool = True, keep_checkpoints: int = 2) -> "RunFolder":
+        """The same at every start of a script: a new run's folder, or that of the run that was begun there before.
+
+        Args:
+            config: a dataclass of plain values, kept in ``config.json`` with the script's own words.
+
+        Raises:
+            UserError: if something else lies there.
+        """
+        prog, argv = Path(sys.argv[0]).name, sys.argv[1:]
+        if (path / "config.json").exists():
+            run = cls.open(path, writes=writes, keep_checkpoints=keep_checkpoints)
+            run.add_resume(config, prog=prog, argv=argv)
+            return run
+        run = cls.create(path, writes=writes, keep_checkpoints=keep_checkpoints)
+        run.write_config(config, prog=prog, argv=argv)
+        return run
 
     def write_config(self, config: Any, *, prog: str, argv: Sequence[str], **more: Any) -> None:
         """Write ``config.json``. ``config`` is a dataclass; ``more`` is kept beside it (device, data)."""
