@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "minilm-sst2",
         "minilm-sst2-lengths",
         "minilm-sst2-5000",
+        "minilm-sst2-long",
         "efficientnet-cifar10",
         "efficientnet-cifar10-frozen-norms",
         "dinov2-cifar10-56",
