@@ -105,6 +105,9 @@ def test_lr_decay_and_adams_numbers_come_from_the_arguments():
         ("all-linear", 12),
         (["attention"], 8),
         (["query", "value"], 4),
+        ([r".*.attention.*", r".*.intermediate.*"], 10),
+        (["intermediate", r"bert.encoder.layer.[01].attention.self.(query|key)"], 6),
+        ([r"encoder"], 12),
         (r"bert\.encoder\.layer\.0\.attention\.self\.(query|key)", 2),
     ],
 )
@@ -124,7 +127,8 @@ def test_trainers_own_words_for_galore(targets, chosen):
         ({}, {"optim": "sgd"}, "optim must be one of galore_adamw"),
         ({"optim": "galore_adamw", "optim_args": "rang=4"}, {}, "not 'rang=4'"),
         ({"optim": "galore_adamw", "optim_args": "rank=a"}, {}, "rank=a, whose value must be a whole number"),
-        ({}, {"targets": ["nowhere"]}, "no weight to project"),
+        ({}, {"targets": ["nowhere"]}, "has 'nowhere', which is in no module's name"),
+        ({}, {"targets": ["query", "*keys"]}, r"has '\*keys', which is in no module's name"),
         ({}, {"rank": 999}, "would project nothing"),
     ],
 )

@@ -251,3 +251,60 @@ def test_param_groups_are_an_optimizers_and_hold_all_that_is_trained(mixed):
     plain = inject(torch.nn.Sequential(nn.Linear(4, 4)), LoRAXSConfig(rank=2))
     optimizer = torch.optim.SGD(param_groups(plain), lr=0.7)  # no bases, no head: one group; no rate: the optimizer's
     assert [(g["name"], g["lr"]) for g in optimizer.param_groups] == [("R", 0.7)]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("active", ["default", "b"])
+@pytest.mark.parametrize("merged", ["default", "b", "c"])
+def test_a_merged_adapter_answers_with_its_own_head(mixed, inputs, train_r, merged, active, keep):
+    model = three(mixed.double().eval(), train_r)
+    inputs = (inputs[0], inputs[1].double())
+    set_active(model, merged)
+    expected = model(*inputs)
+    set_active(model, active)
+    before = model(*inputs)
+    merge(model, merged, keep=keep)
+    torch.testing.assert_close(model(*inputs), expected)
+    if keep:
+        assert torch.equal(unmerge(model)(*inputs), before)
+
+
+@pytest.mark.parametrize("end", [lambda m: merge(m, keep=False), remove])
+def test_a_model_that_was_adapted_trains_as_any_other(mixed, inputs, train_r, end):
+    inject(mixed, CONFIG)
+    train_r(mixed)
+    end(mixed)
+    mixed.requires_grad_(True)
+    mixed(*inputs).sum().backward()
+    assert all(p.grad is not None for p in mixed.parameters())
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "keys", "values", "get", "copy", "type", "training", "to"])
+def test_a_name_that_torchs_modules_have_is_refused_and_changes_nothing(mixed, inputs, name):
+    inject(mixed, CONFIG)
+    before = mixed(*inputs)
+    with pytest.raises(LoRAXSError, match=f"{name!r} is the name of an attribute"):
+        add(mixed, name)
+    set_active(mixed, "default")
+    assert torch.equal(mixed(*inputs), before)
+
+
+def test_a_head_that_holds_a_weight_of_the_base_is_refused(mixed):
+    mixed.decoder = nn.Linear(12, 31, bias=False)
+    mixed.decoder.weight = mixed.embed.weight
+    with pytest.raises(LoRAXSError, match=r"decoder.weight is also the model's embed.weight.*untie"):
+        inject(mixed, LoRAXSConfig(rank=3, targets=("up",), head=("decoder",)))
+    assert all(p.requires_grad for p in mixed.parameters())
+    inject(mixed, LoRAXSConfig(rank=3, targets=("up",), head=("classifier",)))
+
+
+def test_running_statistics_that_no_adapter_file_holds_are_said(mixed, inputs):
+    mixed.conv = nn.Sequential(mixed.conv, nn.BatchNorm2d(5))
+    config = LoRAXSConfig(rank=3, targets=("up",))
+    inject(mixed, config)
+    with pytest.warns(UserWarning, match=r"conv.1 \(1 such modules\) updates its running statistics"):
+        mixed(*inputs).sum().backward()
+    remove(mixed)
+    mixed.conv[1].eval()
+    inject(mixed, config)
+    mixed(*inputs).sum().backward()  # a warning would be an error

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lora_xs import (
     LoRAXSConfig,
     LoRAXSError,
@@ -15,6 +16,7 @@ from lora_xs import (
 )
 from lora_xs.gradient import first_step
 from lora_xs.layer import layers
+from torch import nn
 
 TARGETS = ("embed", "conv", "up", "down")
 
@@ -163,6 +165,39 @@ def test_a_first_step_is_in_the_file_only_where_there_is_one():
     some = LoRAXSConfig(2, init="gradient", first_step=1e-4)
     assert LoRAXSConfig.from_json(some.to_json()) == some
     assert "first_step" not in LoRAXSConfig(2, init="gradient").to_json()
+
+
+def test_modules_that_share_a_weight_and_sparse_gradients():
+    class Tied(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.read = nn.Embedding(31, 12, sparse=sparse)
+            self.again = nn.Embedding(31, 12, sparse=sparse)
+            self.again.weight = self.read.weight
+            self.classifier = nn.Linear(12, 6)
+
+        def forward(self, ids):
+            return self.classifier((self.read(ids) + self.again(ids.flip(1))).mean(1))
+
+    bases = []
+    for sparse in (False, True):
+        torch.manual_seed(3)
+        model = Tied(sparse)
+        ids, y = torch.randint(0, 31, (16, 5)), torch.randint(0, 6, (16,))
+        config = LoRAXSConfig(rank=2, targets=("read", "again"), init="gradient")
+        inject(model, config, losses=lambda model=model, ids=ids, y=y: [F.cross_entropy(model(ids), y)])
+        bases.append([t for _, layer in layers(model) for t in (layer.A, layer.B)])
+    assert len(bases[0]) == 4
+    for dense, sparse in zip(*bases, strict=True):
+        torch.testing.assert_close(dense, sparse)
+
+
+def test_running_statistics_are_as_they_were(mixed):
+    mixed.conv = nn.Sequential(mixed.conv, nn.BatchNorm2d(5))
+    before = {key: value.clone() for key, value in mixed.named_buffers()}
+    inject(mixed, LoRAXSConfig(rank=2, targets=("up", "down"), init="gradient"), losses=losses_of(mixed))
+    assert len(before) == 3
+    assert all(torch.equal(value, before[key]) for key, value in mixed.named_buffers() if key in before)
 
 
 def test_refusals(mixed):

@@ -13,13 +13,15 @@ from .store import Held, Rebuilt, seen_as
 def made(
     recipe: Recipe, rebuilt: Rebuilt | None, tensors: tuple[Tensor, ...], dtype: torch.dtype
 ) -> tuple[Tensor, bool]:
-    """A recipe's tensor, and whether the caller alone has it. Others that need it too find it in ``rebuilt``."""
-    if isinstance(recipe, Affine) and not isinstance(recipe.base, Dense):
+    """A recipe's tensor, and whether the caller alone has it. Others that need it too find it in ``rebuilt``, and what
+    makes a derived tensor may need it again."""
+    if isinstance(recipe, Affine):
         x, alone = made(recipe.base, rebuilt, tensors[: recipe.base_tensors], dtype)
-        return recipe.apply(x, tensors, alone), True
-    if isinstance(recipe, Dense | Affine):
-        return recipe.rebuild(tensors, dtype), isinstance(recipe, Affine)
-    return rebuilt.get(recipe, tensors, dtype) if rebuilt is not None else (recipe.rebuild(tensors, dtype), True)
+        return recipe.apply(x, tensors, alone), alone or recipe.has_weight or recipe.has_bias
+    if isinstance(recipe, Dense):
+        return recipe.rebuild(tensors, dtype), tensors[0].dtype != dtype
+    x, alone = rebuilt.get(recipe, tensors, dtype) if rebuilt is not None else (recipe.rebuild(tensors, dtype), True)
+    return x, alone and not isinstance(recipe, Derived)
 
 
 @dataclass(frozen=True)

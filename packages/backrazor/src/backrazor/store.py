@@ -122,7 +122,7 @@ def _key(x: Tensor, kind: str) -> tuple[tuple[Any, ...], Geometry | None]:
     """A key that all shapes of the same stretch of memory share, and the geometry that tells them apart."""
     geometry = Geometry.of(x)
     fills = geometry.stride == tuple(x.stride())
-    memory = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.dtype, kind)
+    memory = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.dtype, x.is_neg(), kind)
     if fills:
         return (*memory, x.numel()), geometry
     return (*memory, tuple(x.shape), tuple(x.stride())), None

@@ -46,8 +46,8 @@ def galore_optimizer(model: nn.Module, args: Any = None, **settings: Any) -> Opt
             ``optim``, ``optim_args`` and ``optim_target_modules`` where ``optim`` is one of GaLore's.
         settings: what is given here counts before ``args``: ``optim`` (one of ``KINDS``), ``rank``,
             ``update_proj_gap``, ``scale``, ``proj_type``, ``targets`` (module names as in ``optim_target_modules``: a
-            list of parts of names, or one regular expression for whole names), ``lr``, ``weight_decay``, and any
-            option of the optimizer (``refresh``, ``residual``, ``paper``, …).
+            list of parts of names or of regular expressions for their beginnings, or one for whole names), ``lr``,
+            ``weight_decay``, and any option of the optimizer (``refresh``, ``residual``, ``paper``, …).
 
     Raises:
         ValueError: where a word is unknown, or nothing would be projected.
@@ -78,7 +78,7 @@ def galore_cls_and_kwargs(
     defaults = {**GROUP_KEYS, "scale": 1.0} if optim == "galore_scaled" else GROUP_KEYS
     keys = {key: words.pop(key, default) for key, default in defaults.items()}
     paper = bool(words.get("paper"))
-    groups = param_groups(model, **keys, targets=None if targets is None else _pattern(targets), paper=paper)
+    groups = param_groups(model, **keys, targets=None if targets is None else _pattern(model, targets), paper=paper)
     return KINDS[optim], {"params": _decayed_apart(groups, decay), **words}
 
 
@@ -111,11 +111,26 @@ def _words_of(args: Any) -> dict[str, Any]:
     return words
 
 
-def _pattern(targets: str | Sequence[str]) -> str | None:
+def _pattern(model: nn.Module, targets: str | Sequence[str]) -> str | None:
     """Trainer's target modules as a regular expression for parameters' names; None for "all-linear"."""
     if isinstance(targets, str):
         return None if targets.replace("_", "-") == "all-linear" else rf"^(?:{targets})\.weight$"
-    return rf"(?:{'|'.join(map(re.escape, targets))}).*\.weight$"
+    names = [name for name, _ in model.named_modules() if name]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name in names if target in name or _begins_with(target, name)]
+        if not found:
+            raise ValueError(f"optim_target_modules has {target!r}, which is in no module's name and matches none")
+        chosen.update(dict.fromkeys(found))
+    return rf"^(?:{'|'.join(map(re.escape, chosen))})\.weight$"
+
+
+def _begins_with(expression: str, name: str) -> bool:
+    """Whether a regular expression matches the beginning of a name, as Trainer asks of a list's words."""
+    try:
+        return re.match(expression, name) is not None
+    except re.error:
+        return False
 
 
 def _decayed_apart(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:

@@ -44,11 +44,9 @@ class _Sketch:
     """(out×k) once the first pass is over."""
     total: Tensor | None = None
 
-    def add(self, parameter: Tensor) -> None:
-        """Project a gradient that the backward pass has just made, and drop it."""
-        assert parameter.grad is not None
-        G = self.request.target.kind.to_matrix(parameter.grad.detach()).float()
-        parameter.grad = None
+    def add(self, gradient: Tensor) -> None:
+        """Project a gradient that the backward pass has just made."""
+        G = self.request.target.kind.to_matrix(gradient).float()
         part = G @ self.omega if self.Q is None else self.Q.mT @ G
         self.total = part if self.total is None else self.total.add_(part)
 
@@ -94,14 +92,24 @@ def gradient_bases(
 def _pass(model: nn.Module, sketches: list[_Sketch], config: LoRAXSConfig, losses: Losses) -> None:
     """One pass over the batches: each weight's gradient goes to its sketch."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]  # running statistics
     handles = []
+    of_weight: dict[Tensor, list[_Sketch]] = {}  # several modules may share one
+    for sketch in sketches:
+        of_weight.setdefault(sketch.request.weight, []).append(sketch)
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.detach(), None
+        for sketch in of_weight[parameter]:
+            sketch.add(gradient.to_dense() if gradient.is_sparse else gradient)
+
     try:
         model.requires_grad_(False)
         for parameter, _, _ in before:
             parameter.grad = None
-        for sketch in sketches:
-            weight = sketch.request.weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(sketch.add))
+        for weight in of_weight:
+            handles.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(gather))
         # The same dropout in both passes, and the caller's random numbers as they were.
         devices = sorted({p.device.index or 0 for p, _, _ in before if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):
@@ -114,6 +122,9 @@ def _pass(model: nn.Module, sketches: list[_Sketch], config: LoRAXSConfig, losse
         for parameter, wanted, grad in before:
             parameter.requires_grad_(wanted)
             parameter.grad = grad
+        with torch.no_grad():
+            for buffer, was in buffers:
+                buffer.copy_(was)
 
 
 def _bases(sketch: _Sketch, config: LoRAXSConfig) -> tuple[Tensor, Tensor, Tensor]:

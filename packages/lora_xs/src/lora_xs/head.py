@@ -29,6 +29,7 @@ class XSHead(nn.Module):
         self.copies = nn.ModuleDict()
         self.active: str | None = first
         self.rows: tuple[str | None, ...] | None = None
+        self.before_merge: list[str | None] = []  # the active adapter, while one is merged
         # What a new adapter starts from: the head as it was, not as the first adapter has trained it.
         self.start = {key: value.detach().clone() for key, value in module.state_dict().items()}
 
@@ -61,6 +62,14 @@ class XSHead(nn.Module):
         for key in (self.first, *self.copies):
             for _, parameter in self.parameters_of(module, key):
                 parameter.requires_grad_(key == name)
+
+    @torch.no_grad()
+    def settle(self, module: nn.Module, name: str) -> None:
+        """Make the head of adapter `name` the module's own."""
+        if name != self.first:
+            own = dict(self.parameters_of(module, self.first)) | dict(module.named_buffers())
+            for key, value in self.copies[name].state_dict().items():
+                own[key].copy_(value)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: the answer of the head that is asked for."""

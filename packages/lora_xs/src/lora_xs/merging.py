@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import chosen
 from .errors import LoRAXSError
+from .head import heads
 from .injection import remove
 from .kinds import dense
 from .layer import XSLayer, layers
@@ -24,7 +25,7 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once. A quantised weight becomes
     an ordinary one. A weight that several modules share is left to the others: the adapted module gets its
-    own.
+    own. The adapter's own task head answers from then on.
 
     Args:
         name: of the adapter; None is the active one.
@@ -50,6 +51,12 @@ def merge(model: Model, name: str | None = None, *, keep: bool = True) -> Model:
             layer.original = [old]
             layer.merged = name
         setattr(module, layer.parameter, parameter)
+    for module, head in heads(model):
+        if keep:
+            head.before_merge = [head.active]
+            head.activate(module, name)
+        else:
+            head.settle(module, name)
     return model if keep else remove(model)
 
 
@@ -70,4 +77,8 @@ def unmerge(model: Model) -> Model:
         (original,) = layer.original
         setattr(module, layer.parameter, original)
         layer.original, layer.merged = [], None
+    for module, head in heads(model):
+        (active,) = head.before_merge
+        head.activate(module, active)
+        head.before_merge = []
     return model

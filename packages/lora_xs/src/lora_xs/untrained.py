@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
 from .head import heads
-from .layer import XSLayer, XSMatrices, layers
+from .layer import XSLayer, XSMatrices, is_adapted, layers
 from .targets import find_heads, looks_like_experts, numberless, parameters_to_adapt
 
 WORTH_SAYING = 0.01
@@ -103,6 +103,16 @@ def uncalled(model: nn.Module) -> list[str]:
     return [layer.name for _, layer in pairs if numberless(layer.name) not in reached]
 
 
+def updated(model: nn.Module) -> list[str]:
+    """Names of modules outside the task heads whose running statistics change with each batch, in the model's order."""
+    inside = {id(part) for module, _ in heads(model) for part in module.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training and getattr(module, "running_mean", None) is not None and id(module) not in inside
+    ]
+
+
 def check_called(model: nn.Module) -> None:
     """For after the first step.
 
@@ -143,5 +153,13 @@ class _Look:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if not is_adapted(self.model):  # they were removed, or merged for good
+            return
         if names := uncalled(self.model):
             warnings.warn(advice(names), stacklevel=2)
+        if names := updated(self.model):
+            warnings.warn(
+                f"{names[0]} ({len(names)} such modules) updates its running statistics in training, and an adapter "
+                "file does not hold them: put these modules into eval(), or save the whole model",
+                stacklevel=2,
+            )

@@ -55,7 +55,7 @@ def finish(razor: Keeper, a: Tensor, b: Tensor) -> Any:
     """The product a · b as one operation, if it completes a known chain; otherwise None."""
     for left, right in ((a, b), (b, a)):
         known = razor.chains.of(right)
-        if known is None:
+        if known is None or _observed(left) or _observed(right):
             continue
         x, expression = known
         if expression[0] == "rsqrt" and left is x and expression[1][0] == "add" and expression[1][1] == MEAN_SQUARE:
@@ -74,6 +74,11 @@ def finish(razor: Keeper, a: Tensor, b: Tensor) -> Any:
             call, settings = expression[1:]
             return Gated.apply(x, left, a.detach() * b.detach(), call, dict(settings), razor)
     return None
+
+
+def _observed(x: Tensor) -> bool:
+    """Whether somebody wants the gradient of a link, which the whole operation would not make."""
+    return bool(x._backward_hooks) or x.retains_grad
 
 
 def link(name: str, call: Any) -> Any:

@@ -60,6 +60,8 @@ class Linear(Function):
 def linear(razor: Keeper, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``. Where the weight is frozen PyTorch itself keeps nothing of x."""
     razor.chains.forget(input)
+    if bias is not None and bias.dim() != 1:
+        return NotImplemented  # one for each row, or in a shape of its own: broadcast as PyTorch does
     if razor.fuses_loss and weight.dim() == 2 and input.numel() and is_head(input, weight):
         return Logits.of(input, weight, bias, functools.partial(_pruned, razor))
     if weight.dim() != 2 or input.numel() == 0:

@@ -28,7 +28,9 @@ NORMAL = Levels(4, -7.5 * 0.3352, 0.3352)
 
 
 def _share(razor: Keeper, held: Held, weight: Any, bias: Any, y: Tensor) -> Held:
-    """What y's next user saves is made from x̂ too."""
+    """What y's next user saves is made from x̂ too, if x̂ lies in memory as y does."""
+    if not razor.same_geometry(held, y):
+        return held
     base = held.saved
     recipe = Affine(base.recipe.geometry, base.recipe, len(base.tensors), weight is not None, bias is not None)
     razor.share(y, Saved((*base.tensors, *(t.detach() for t in (weight, bias) if t is not None)), recipe), held)
@@ -152,7 +154,8 @@ class BatchNorm(Function):
         if training or ctx.needs_input_grad[1]:
             at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
             gamma, beta = (t.view(shape) if t is not None else None for t in (weight, bias))
-            held = _share(razor, _hold_channels(razor, (x - at[0]).mul_(at[1])), gamma, beta, y)
+            normal = torch.empty_like(y, dtype=x.dtype).copy_(x).sub_(at[0]).mul_(at[1])  # y's strides are its own
+            held = _share(razor, _hold_channels(razor, normal), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
         return y
 

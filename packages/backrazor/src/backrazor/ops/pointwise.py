@@ -185,6 +185,10 @@ SETTINGS: dict[Any, tuple[str, ...]] = {
 """What an activation function takes beside its input; of the others "inplace"."""
 
 
+LEVELLING = frozenset({torch.sigmoid, torch.tanh, F.softplus, F.hardswish})
+"""Those whose gradient at ±∞ is a number, in dense training too."""
+
+
 def activation(call: Any) -> Any:
     """The rule of one activation function."""
 
@@ -196,7 +200,7 @@ def activation(call: Any) -> Any:
         inplace = settings.pop("inplace", False)
         if not input.requires_grad or not input.is_floating_point():
             return NotImplemented
-        if call is torch.sigmoid and razor.mode == "low-bit" and not is_fake(input) and not input.isfinite().all():
+        if call in LEVELLING and razor.mode == "low-bit" and not is_fake(input) and not input.isfinite().all():
             return NotImplemented  # a router's scores, −∞ where an expert is not chosen: no end of a range of codes
         if inplace:
             if input._is_view() or input.is_leaf or razor.keep == 1:
