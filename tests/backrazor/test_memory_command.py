@@ -143,7 +143,11 @@ REFUSED = {
     "pixels of tokens": (["gpt2", "--image-size", "9"], "gpt2 sees tokens"),
     "too long": (["gpt2", "--sequence-length", "2000"], "beyond the 1024 positions of gpt2"),
     "flag": (["resnet20", "--batchsize", "3"], "did you mean --batch-size?"),
-}
+    "picture": (["resnet20", "--out", "saved.xyz"], "--out saved.xyz must end in one of .png"),
+    "one value a channel": (
+        ["resnet20", "--image-size", "1", "--batch-size", "1"], "resnet20 cannot take a training step as it was asked",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)

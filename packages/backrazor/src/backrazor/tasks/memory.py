@@ -54,8 +54,14 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
 
         transformers.utils.logging.set_verbosity_error()  # it remarks on configurations that are plain defaults
     razor = razor_of(config)
-    model = shaped(config)
-    dense, order = saved(config, model, nullcontext)
+    try:
+        model = shaped(config)
+        dense, order = saved(config, model, nullcontext)
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # without a Razor yet: the model itself cannot, or not with this input
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{config.model} cannot take a training step as it was asked: {why}") from error
     if not sum(dense.values()):
         raise UserError(
             f"{config.model} has nothing to save: no operation of it keeps an activation for the backward pass"

@@ -55,6 +55,10 @@ class MemoryConfig(RazorFlags):
     """Write over files that exist."""
 
 
+PICTURES = (".png", ".svg", ".pdf")
+"""What --out may end in."""
+
+
 def check(config: MemoryConfig) -> MemoryConfig:
     """The configuration itself.
 
@@ -65,6 +69,8 @@ def check(config: MemoryConfig) -> MemoryConfig:
         raise UserError(f"MODEL is missing: give one of {', '.join(KNOWN)}, or a folder of transformers")
     at_least(config, batch_size=1, image_size=0, sequence_length=1, classes=2)
     fraction(config, "keep")
+    if config.out and Path(config.out).suffix not in PICTURES:
+        raise UserError(f"--out {config.out} must end in one of {', '.join(PICTURES)}")
     for name in ("out", "json"):
         if (path := getattr(config, name)) and Path(path).exists() and not config.overwrite:
             raise UserError(f"--{name} {path} exists: choose another file, or write over it with --overwrite")

@@ -108,5 +108,9 @@ def load_skeleton(name: str) -> nn.Module:
     config = from_pretrained(transformers.AutoConfig, name, "configuration")
     architecture = (config.architectures or ["AutoModel"])[0]
     cls: Any = getattr(transformers, architecture, transformers.AutoModel)
-    with torch.device("meta"):
-        return cls(config) if cls is not transformers.AutoModel else cls.from_config(config)
+    try:
+        with torch.device("meta"):
+            return cls(config) if cls is not transformers.AutoModel else cls.from_config(config)
+    except Exception as error:  # a model's class may raise anything at a configuration that it cannot be built by
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"{name} is no {config.model_type} that transformers builds: {reason}") from error
