@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from memtrain_apps.ablate.arm_jobs import configure_finetune
 from memtrain_apps.ablate.config import GRIDS, configure
-from memtrain_apps.ablate.grid import AXES, flag_words
+from memtrain_apps.ablate.grid import AXES
 from memtrain_apps.ablate.grid_file import read_grid
 from memtrain_apps.compose.axes import refusal
 from memtrain_common.errors import UserError
@@ -250,8 +250,7 @@ def test_every_grid_that_ships_is_one(path):
         if why is not None:
             assert path.stem == "digits", (combination.name, why)
             continue
-        words = [*combination.words, *flag_words(grid.finetune)]
-        parsed = configure_finetune(words)
+        parsed = configure_finetune(grid.words(combination))
         assert (parsed.train, parsed.save, parsed.optim) == tuple(getattr(combination.axes, a) for a in AXES)
 
 
