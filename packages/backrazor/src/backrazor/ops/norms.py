@@ -154,7 +154,7 @@ class BatchNorm(Function):
         if training or ctx.needs_input_grad[1]:
             at = (batch_mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype))
             gamma, beta = (t.view(shape) if t is not None else None for t in (weight, bias))
-            normal = torch.empty_like(y, dtype=x.dtype).copy_(x).sub_(at[0]).mul_(at[1])  # y's strides are its own
+            normal = torch.sub(x, at[0], out=torch.empty_like(y, dtype=x.dtype)).mul_(at[1])  # in y's strides
             held = _share(razor, _hold_channels(razor, normal), gamma, beta, y)
         save(ctx, x=held, rstd=rstd, weight=weight)
         return y
