@@ -77,14 +77,14 @@ def less_dense(s: Summary, among: list[Summary]) -> dict[str, float] | None:
     return None
 
 
-def photograph(report: Path, picture: Path, height: int = 1050) -> None:
+def photograph(report: Path, picture: Path) -> None:
     """The report's beginning, 1280 pixels wide."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         print("no Chromium: no picture")
         return
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
-    place = [f"--window-size=1280,{height}", f"--screenshot={picture}", report.as_uri()]
+    place = ["--window-size=1280,1050", f"--screenshot={picture}", report.as_uri()]
     subprocess.run([browser, *words, *place], check=True, capture_output=True)
 
 

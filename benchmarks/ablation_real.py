@@ -1,4 +1,4 @@
-"""The grids of real models that come with ablate, one seed: what each arm ends at, its memory, the report's picture.
+"""The grids of real models that come with ablate, one seed: what each arm ends at, and its memory.
 
     MEMTRAIN_DATA=FOLDER python benchmarks/ablation_real.py dinov2|minilm
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablation_digits import CPU, RESULTS, ablate, kept_where_it_fails, photograph, row
+from ablation_digits import CPU, RESULTS, ablate, kept_where_it_fails, row
 from memtrain_apps.ablate.results import read_results, summarise
 from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
@@ -29,7 +29,6 @@ def main(argv: Sequence[str]) -> None:
         for part in GRIDS[grid]:  # so that commands and report do not name this machine's folders
             (Path(place) / Path(part).name).symlink_to(held / part)
         ablate(folder, grid, "--seeds", "1", after=("--", "--model", model, "--data-dir", rows))
-        photograph(folder / "report.html", RESULTS / f"ablation_{grid}.png", height=1330)
         found = [s for s in summarise(read_results(folder)) if s.runs]
     arms = [row(s) for s in sorted(found, key=lambda s: s.rank)]
     write_results(

@@ -152,10 +152,8 @@ def test_every_rate_of_a_study_is_what_its_search_ends_with(monkeypatch):
         if "runs" in arm:
             grid = json.loads((path.parent / f"rates_{arm['way'].replace(' ', '_')}.json").read_text())
             tried = {Rates.read(key): score for key, score in grid["held_out"].items()}
-            heads, least = (
-                ARMS[arm["arm"]].grid in ADAPTED and path.parent.name.startswith("minilm"),
-                arm["metric"] == "nats",
-            )
+            least = arm["metric"] == "nats"
+            heads = ARMS[arm["arm"]].grid in ADAPTED and path.parent.name.startswith("minilm")
             best = search([], tried, missing, heads, least)
             if heads:
                 further = {Rates.read(key): scores for key, scores in grid["held_out_of_further_seeds"].items()}

@@ -70,9 +70,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Tables that a written page asks for."""
-    markdown = markdown.replace("<!-- generated: real models -->", real_models())
-    return markdown.replace("<!-- generated: choices -->", choices())
+    """Tables that a written page asks for, in place of what it says to who reads it without them."""
+    for name, make in (("real models", real_models), ("choices", choices)):
+        before, asked, rest = markdown.partition(f"<!-- generated: {name} -->\n")
+        if asked:
+            _, after = rest.split("<!-- end -->", 1)
+            markdown = before + make() + after
+    return markdown
 
 
 def pages() -> dict[str, str]:

@@ -294,6 +294,12 @@ def test_a_head_that_holds_a_weight_of_the_base_is_refused(mixed):
     mixed.decoder.weight = mixed.embed.weight
     with pytest.raises(LoRAXSError, match=r"decoder.weight is also the model's embed.weight.*untie"):
         inject(mixed, LoRAXSConfig(rank=3, targets=("up",), head=("decoder",)))
+    with pytest.raises(LoRAXSError, match="untie"):  # before anything is computed
+        inject(
+            mixed,
+            LoRAXSConfig(rank=3, targets=("up",), head=("decoder",), init="gradient"),
+            losses=lambda: pytest.fail("asked for losses"),
+        )
     assert all(p.requires_grad for p in mixed.parameters())
     inject(mixed, LoRAXSConfig(rank=3, targets=("up",), head=("classifier",)))
 

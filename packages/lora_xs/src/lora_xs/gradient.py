@@ -92,7 +92,8 @@ def gradient_bases(
 def _pass(model: nn.Module, sketches: list[_Sketch], config: LoRAXSConfig, losses: Losses) -> None:
     """One pass over the batches: each weight's gradient goes to its sketch."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers()]  # running statistics
+    # Running statistics; whole numbers are a quantised weight's, or indices.
+    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.dim() == 0]
     handles = []
     of_weight: dict[Tensor, list[_Sketch]] = {}  # several modules may share one
     for sketch in sketches:

@@ -83,8 +83,6 @@ def attach(
         starts: what each R (r×r) starts at, but for its small random numbers; None is zero.
     """
     check_name(name)
-    found_heads = find_heads(model, config)
-    check_own(model, found_heads)
     model.requires_grad_(False)
     for i, (target, A, B) in enumerate(bases):
         module, kind = target.module, target.kind
@@ -109,31 +107,12 @@ def attach(
             layer.attach(module, target.reader)
         else:
             module.register_forward_hook(layer.hook, with_kwargs=True)
-    for key, module in found_heads.items():
+    for key, module in find_heads(model, config).items():
         head = XSHead(key, name, module)
         head.activate(module, name)
         module.add_module(heads_.ATTRIBUTE, head)
         module.register_forward_hook(head.hook, with_kwargs=True)
     watch(model)
-
-
-def check_own(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    """Refuse a head that holds a weight of the base: it would be trained there too, and the file would fit no base."""
-    inside = {id(part) for module in found.values() for part in module.modules()}
-    outside = {
-        id(parameter): f"{name}.{key}"
-        for name, module in model.named_modules()
-        if id(module) not in inside
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    for key, module in found.items():
-        for name, parameter in module.named_parameters():
-            if id(parameter) in outside:
-                raise LoRAXSError(
-                    f"the head's {key}.{name} is also the model's {outside[id(parameter)]}, which would be trained "
-                    "with it: untie them first, or leave it out of `head`"
-                )
 
 
 def remove(model: Model) -> Model:

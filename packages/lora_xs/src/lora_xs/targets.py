@@ -194,7 +194,28 @@ def find_heads(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
     for name in outermost:
         if not any(True for _ in named[name].parameters()):
             raise LoRAXSError(f"the head {name} has no parameters to train; name another one in `head`")
-    return dict(part for name in outermost for part in _parts(name, named[name]))
+    heads = dict(part for name in outermost for part in _parts(name, named[name]))
+    _check_own(model, heads)
+    return heads
+
+
+def _check_own(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Refuse a head that holds a weight of the base: it would be trained there too, and the file would fit no base."""
+    inside = {id(part) for module in found.values() for part in module.modules()}
+    outside = {
+        id(parameter): f"{name}.{key}"
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    for key, module in found.items():
+        for name, parameter in module.named_parameters():
+            if id(parameter) in outside:
+                raise LoRAXSError(
+                    f"the head's {key}.{name} is also the model's {outside[id(parameter)]}, which would be trained "
+                    "with it: untie them first, or leave it out of `head`"
+                )
 
 
 def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
