@@ -3,9 +3,10 @@
     uv run python benchmarks/ablation_digits.py            # the grid with 5 seeds: table, differences, picture
     uv run python benchmarks/ablation_digits.py rates      # the grid by which digits.toml's learning rates were chosen
 
-The first runs the command as a person does, keeps a row a combination, and photographs the report's beginning where a
-Chromium is found. Where a combination saves activations otherwise, its accuracies are held, seed by seed, to those of
-the same training that saves everything. A second run, of the first seed alone, must have the first's accuracies.
+The first runs the command as a person does, keeps a row a combination, and photographs the report's beginning where
+PyQt6-WebEngine is installed (``uv run --with PyQt6-WebEngine``). Where a combination saves activations otherwise, its
+accuracies are held, seed by seed, to those of the same training that saves everything. A second run, of the first seed
+alone, must have the first's accuracies.
 The command "rates" reads validation accuracy alone.
 """
 
@@ -26,6 +27,7 @@ from memtrain_apps.ablate.results import Summary, read_results, summarise
 from memtrain_apps.compose.axes import Axes
 from memtrain_common.measuring.bench import write_results
 from memtrain_common.measuring.intervals import mean_and_ci
+from photograph import photograph
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = Path(sys.executable).parent / "ablate"
@@ -75,17 +77,6 @@ def less_dense(s: Summary, among: list[Summary]) -> dict[str, float] | None:
             mean, half = mean_and_ci([100 * (a - b) for a, b in zip(s.scores, dense.scores, strict=True)])
             return {"mean": round(mean, 2), "ci95": round(half, 2)}
     return None
-
-
-def photograph(report: Path, picture: Path) -> None:
-    """The report's beginning, 1280 pixels wide."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        print("no Chromium: no picture")
-        return
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
-    place = ["--window-size=1280,1050", f"--screenshot={picture}", report.as_uri()]
-    subprocess.run([browser, *words, *place], check=True, capture_output=True)
 
 
 def table() -> None:

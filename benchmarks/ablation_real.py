@@ -1,6 +1,6 @@
-"""The grids of real models that come with ablate, one seed: what each arm ends at, and its memory.
+"""The grids of real models that come with ablate, one seed: what each arm ends at, its memory, a picture.
 
-    MEMTRAIN_DATA=FOLDER python benchmarks/ablation_real.py dinov2|minilm
+    MEMTRAIN_DATA=FOLDER uv run --with PyQt6-WebEngine python benchmarks/ablation_real.py dinov2|minilm
 
 FOLDER holds weights/ and the data, as real_models.py and the data's own sources give them.
 """
@@ -14,6 +14,7 @@ from memtrain_apps.ablate.results import read_results, summarise
 from memtrain_common.commands.cli import run_command
 from memtrain_common.errors import UserError
 from memtrain_common.measuring.bench import write_results
+from photograph import photograph
 from real_data import data
 
 GRIDS = {"dinov2": ("weights/dinov2_small", "medmnist"), "minilm": ("weights/minilm_l6", "glue")}
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
             (Path(place) / Path(part).name).symlink_to(held / part)
         ablate(folder, grid, "--seeds", "1", after=("--", "--model", model, "--data-dir", rows))
         found = [s for s in summarise(read_results(folder)) if s.runs]
+        photograph(folder / "report.html", RESULTS / f"ablation_{grid}.png")
     arms = [row(s) for s in sorted(found, key=lambda s: s.rank)]
     write_results(
         RESULTS / f"ablation_{grid}.json", argv=["python", "benchmarks/ablation_real.py", grid], device=CPU,
