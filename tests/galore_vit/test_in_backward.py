@@ -165,6 +165,7 @@ def test_a_scaler_scales_and_skips():
     assert scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of schedules that step before their optimizer
 def test_a_schedule_moves_the_optimizers_rate():
     a, plain, b, inner = pair()
     in_backward = InBackward(inner)

@@ -35,7 +35,7 @@ from galore_vit import sharding
 from galore_vit.counters import count
 from galore_vit.factored import FactoredLinear, Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
-from galore_vit.internals import backward_pass
+from galore_vit.internals import backward_pass, schedulers_see_a_step
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
 
@@ -222,6 +222,7 @@ class InBackward:
                 elif (R := self._compact[p].grad) is not None:
                     items.append(self.optimizer.compact_item(p, R, self._new_bases.get(p)))
         self.optimizer.apply(items)
+        schedulers_see_a_step(self.optimizer)
         return loss
 
     # -- inside the backward pass ----------------------------------------------------------------------------
