@@ -95,9 +95,12 @@ ADAPTERS = {
     "melo 8": Arm(Axes("melo", rank=8), "melo", "melo"),
     "lte 4x8": Arm(Axes("lte", rank=8, heads=4), "lte", "lte"),
     **{f"lora-xs {way} {r}": _xs(way, r, **settings) for r in (4, 8, 16, 25) for way, settings in XS_WAYS.items()},
+    "bitfit, low-bit 0.1": Arm(Axes("bitfit", save="backrazor"), "bitfit", "bitfit"),
     "lora 8, low-bit 0.1": Arm(Axes("lora", rank=8, save="backrazor"), "lora", "lora"),
-    "lora-xs svd 25, low-bit 0.1": _xs("svd", 25, save="backrazor"),
-    "lora-xs gradient 16, low-bit 0.1": _xs("gradient", 16, init="gradient", save="backrazor"),
+    **{
+        f"lora-xs {way} {r}, low-bit 0.1": _xs(way, r, save="backrazor", **XS_WAYS[way])
+        for way, r in (("svd", 4), ("svd", 25), ("random", 16), ("gradient", 4), ("gradient", 16))
+    },
     "melo 8, low-bit 0.1": Arm(Axes("melo", rank=8, save="backrazor"), "melo", "melo"),
 }
 OPTIMIZERS = {
@@ -115,16 +118,14 @@ XS_ARMS = tuple(a for a in ADAPTERS if a.startswith("lora-xs"))
 STUDIES = {
     "default": ("dense", "low-bit 0.1", "low-bit 0.05"),
     "saving": ("dense", "low-bit 0.1", "low-bit 0.05", "pruned 0.12", "paper 0.2", "paper 0.1", "paper 0.03"),
-    "bases": ("dense", "lora 8", *(a for a in XS_ARMS if not a.endswith(" 25"))),
+    "bases": ("dense", "lora 8", *(a for a in XS_ARMS if "," not in a and not a.endswith(" 25"))),
     "adapters": (
         "dense",
         "head",
         "bitfit",
         "lora 8",
-        *(a for a in XS_ARMS if "step" not in a and not a.endswith(" 8")),
-        "lora 8, low-bit 0.1",
-        "lora-xs svd 25, low-bit 0.1",
-        "lora-xs gradient 16, low-bit 0.1",
+        *(a for a in XS_ARMS if "step" not in a and "," not in a),
+        *(a for a in ADAPTERS if a.endswith(", low-bit 0.1") and "melo" not in a),
     ),
     "optimizers": ("dense", "adamw8bit", *(a for a in OPTIMIZERS if not a.startswith("galore-adamw8bit"))),
 }

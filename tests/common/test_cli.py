@@ -102,6 +102,18 @@ def raising(error):
         (UserError("no such thing"), 2, "prog: error: no such thing"),
         (DivergedError("loss is nan"), 1, "prog: error: loss is nan"),
         (Stopped(15, "stopped at step 3"), 143, "prog: stopped at step 3"),
+        (MemoryError(), 1, "prog: error: memory ran out: take a smaller --batch-size or model, or keep less for the"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes."),
+            1,
+            "prog: error: memory ran out (400 bytes more were asked for): take a smaller --batch-size",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"),
+            1,
+            "prog: error: memory ran out (2.50 GiB more were asked for)",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "prog: error: memory ran out: take a smaller"),
         (KeyboardInterrupt(), 130, "prog: stopped by SIGINT while nothing was being trained: nothing was lost"),
         (KeyboardInterrupt(15), 143, "prog: stopped by SIGTERM while nothing was being trained: nothing was lost"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/metrics.jsonl"), 2,

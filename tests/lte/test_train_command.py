@@ -365,6 +365,13 @@ def test_wrong_flags_are_one_sentence(words, expected):
 @pytest.mark.slow
 def test_wrong_flags_leave_nothing_behind(tmp_path):
     assert_refused(run_command(["lte-train", "--batch-size", "10"], tmp_path), "lte-train: error:", "divisible")
+    frozen = ["lte-train", "--method", "full", "--n-layer", "1", "--freeze-n", "9"]
+    assert_refused(run_command(frozen, tmp_path), "--freeze-n 9 is more than the model's 1 blocks")
+    assert_refused(run_command(["lte-train", "--epochs", "inf"], tmp_path), "--epochs must be finite")
+    untraced = ["lte-bench", "--profile", "nowhere/trace.json"]
+    assert_refused(run_command(untraced, tmp_path), "--profile nowhere/trace.json has no folder to be in")
+    assert_refused(run_command(["lte-sample", "x", "--temperature", "1e-40"], tmp_path), "must be at least 1e-6")
+    assert_refused(run_command(["lte-sample", "x", "--seed", str(2**63)], tmp_path), "--seed must be at most")
     assert_refused(run_command(["lte-train", "--data-dir", "nowhere"], tmp_path), "nowhere does not exist")
     (tmp_path / "empty").mkdir()
     assert_refused(run_command(["lte-train", "--data-dir", "empty"], tmp_path), "holds nothing")

@@ -27,7 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from memtrain_common.errors import DivergedError, Stopped, UserError
+from memtrain_common.errors import DivergedError, Stopped, UserError, ran_out_of_memory
 from memtrain_common.files import read_json, write_json
 from tqdm import tqdm
 
@@ -268,10 +268,7 @@ def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
         limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit, and a
             kernel of oneDNN that cannot run is one whose buffers do not: it says no more.
     """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    texts = ["can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory"]
-    return _any_of([*texts, *NO_THREAD, *NO_KERNEL] if limited else texts, error)
+    return ran_out_of_memory(error) or (limited and _any_of([*NO_THREAD, *NO_KERNEL], error))
 
 
 def _any_of(texts: Collection[str], error: BaseException) -> bool:

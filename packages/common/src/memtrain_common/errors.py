@@ -24,6 +24,14 @@ class LostRankError(UserError):
     exit_code = 1
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says so: Python's, torch's on CUDA, or torch's on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
+
+
 def lost_rank(error: BaseException) -> str:
     """Why a collective call that raised this lost another process; "" for what is another mistake.
 

@@ -1,5 +1,7 @@
 """What LTE is asked to do. No torch here: the command builds its flags from these names."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,12 +61,22 @@ class LTEConfig:
     waits for them. The :class:`lte.Merger` counts the steps."""
 
     def __post_init__(self) -> None:
+        for name in ("heads", "rank", "merge_bits", "merge_delay"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("alpha", "outer_momentum", "outer_lr", "merge_density"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("targets", "exclude", "trainable", "replicas", "vectors"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"{name} must be a tuple of words, such as ('lm_head',), got {value!r}")
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive (0 would multiply every head by 0), got {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite (0 would multiply every head by 0), got {self.alpha}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = " or ".join(repr(c) for c in choices)
@@ -81,8 +93,8 @@ class LTEConfig:
             raise ValueError(f"vectors and replicas take what is trainable: add {', '.join(sorted(frozen))} to it")
         if not 0 <= self.outer_momentum < 1:
             raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
-        if not self.outer_lr > 0:
-            raise ValueError(f"outer_lr must be positive, got {self.outer_lr}")
+        if not 0 < self.outer_lr < math.inf:
+            raise ValueError(f"outer_lr must be positive and finite, got {self.outer_lr}")
         if not 0 < self.merge_density <= 1:
             raise ValueError(f"merge_density must be above 0 and at most 1, got {self.merge_density}")
         if not 2 <= self.merge_bits <= 8:

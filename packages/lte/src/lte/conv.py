@@ -42,6 +42,8 @@ class LTEConv2d(Headed, nn.Conv2d):
         bias = None if bias is None else bias.to(x.dtype)
         if not self.training:
             return self._convolved(x, self.effective_weight(), bias)
+        if x.dim() != 4:
+            raise ValueError(f"{self.path} needs (batch, channels, height, width) to share out, got {tuple(x.shape)}")
         A, B = (ScaleGradient.apply(p, float(self.heads)).to(x.dtype) for p in (self.lora_A, self.lora_B))
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:

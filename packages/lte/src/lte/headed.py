@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import join_float32, materialize, quantize_4bit, split_float32
-from .chunks import BatchSize
+from .chunks import BatchSize, equal_chunks
 from .config import LTEConfig
 from .sparse import Sparse
 from .sums import outer_step, sum_of_products, tree_sum
@@ -150,15 +150,7 @@ class Headed(nn.Module):
         """
         if self.config.mode == "sequential":
             return 1, -1
-        rows, batch = x.shape[0], 0 if self.batch is None or torch.compiler.is_compiling() else self.batch.rows
-        if batch and rows % batch:
-            raise ValueError(
-                f"{self.path} meets {rows} rows, no multiple of the batch of {batch}: it is fed by a table (of "
-                "positions), by routed tokens or by a sequence, which heads cannot share out; add it to exclude, or "
-                "use mode='sequential'"
-            )
-        if rows % self.heads:
-            raise ValueError(f"a batch of {rows} cannot be cut into {self.heads} equal chunks, one a head")
+        equal_chunks(self.path, x.shape[0], self.heads, self.batch)
         return self.heads, -1
 
     # -- the frozen weight ------------------------------------------------------------------------------------------
@@ -179,7 +171,7 @@ class Headed(nn.Module):
             return join_float32(self.weight, self.weight_low).flatten(1)
         if self.base == "4bit":
             return materialize(self.kept(), self.matrix_shape, self.scale / self.total_heads)
-        return self.weight.view(self.matrix_shape)
+        return self.weight.reshape(self.matrix_shape)  # a view, but for a convolution in channels_last
 
     def _add_to_master(self, delta: Tensor) -> None:
         if self.base == "bfloat16":
@@ -189,7 +181,7 @@ class Headed(nn.Module):
         elif self.base == "4bit":
             self.weight_delta.add_(delta)
         else:
-            self.weight.view(self.matrix_shape).add_(delta)
+            self.weight.add_(delta.view_as(self.weight))
 
     # -- deltas and merges ------------------------------------------------------------------------------------------
 

@@ -5,16 +5,18 @@ from collections import OrderedDict
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .chunks import BatchSize
 from .config import LTEConfig
 from .conv import LTEConv2d
 from .headed import OWN_TENSORS, Headed
+from .hooks import hand_over, without_numbers
 from .layer import LTELinear
 from .ranks import Ranks
 from .replicas import Replicas, stacked
 from .survey import layer_for, say_what_has_no_heads, take_slow_paths, targets
-from .vectors import LTENorm, has_vectors
+from .vectors import LTENorm, LTEVector, has_vectors
 
 
 def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> nn.Module:
@@ -37,10 +39,17 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
     Raises:
         ValueError: if no layer matches, or only the task's head; a layer shares its weight with another module, or
             has none of its own (weight_norm); its input is sequence-first; heads are there already, the heads cannot
-            be shared equally, or a layer cannot have what the configuration gives it.
+            be shared equally, or a layer cannot have what the configuration gives it. The model is then as it was.
+        TypeError: if it is no model, or no configuration.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, LTEConfig):
+        given = f"{type(model).__name__} and {type(config).__name__}"
+        raise TypeError(f"inject takes a torch.nn.Module and an LTEConfig, got {given}")
     if headed(model) or any(isinstance(m, Replicas) for m in model.modules()):
         raise ValueError("the model has LTE heads already: inject them once, into a plain model")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} has no size yet: run one batch through the model first")
     share = None
     if ranks is not None and ranks.size > 1:
         share = ranks.share(config.heads)
@@ -56,22 +65,35 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
         if len(owned) > 1:
             others = ", ".join(o for o in owned if o != f"{name}.weight")
             raise ValueError(f"{name} shares its weight with {others} and cannot have heads: add it to exclude")
-    for name, layer in chosen.items():
-        try:
-            kind_with_heads = layer_for(layer)
-            assert kind_with_heads is not None
-            _exchange(model, name, kind_with_heads(layer, config, share))  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if "norms" in config.vectors:
-        for name, module in list(model.named_modules()):
-            if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
-                if not has_vectors(module):
-                    raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
-                _exchange(model, name, LTENorm(module, config, share))
-    _replicate(model, config, share)
+    if "" in chosen:
+        raise ValueError(
+            f"the model is one {type(model).__name__}, and has no layer whose place another could take: put it into "
+            "nn.Sequential(…)"
+        )
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    exchanged: list[tuple[nn.Module, nn.Module]] = []
+    try:
+        for name, layer in chosen.items():
+            try:
+                kind_with_heads = layer_for(layer)
+                assert kind_with_heads is not None
+                exchanged.append(_exchange(model, name, kind_with_heads(layer, config, share)))  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if "norms" in config.vectors:
+            for name, module in list(model.named_modules()):
+                if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
+                    if not has_vectors(module):
+                        raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
+                    exchanged.append(_exchange(model, name, LTENorm(module, config, share)))
+        for name, copies in _copies(model, config, share):
+            exchanged.append(_exchange(model, name, copies))
+    except ValueError:
+        for plain, with_heads in exchanged:
+            _replace(model, with_heads, plain)
+        raise
     _freeze(model, config, frozen)
-    _watch(model)
+    _watch(model, trained)
     take_slow_paths(model)
     say_what_has_no_heads(model, config)
     return model
@@ -98,7 +120,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The model itself is left as it is. Shared parameters stay shared. Where several processes hold the heads, call it
     within :func:`lte.averaged`.
     """
-    layers, copies = headed(model), replicas(model)
+    everywhere = dict(model.named_modules(remove_duplicate=False))  # a layer that has two names answers to both
+    layers = {name: m for name, m in everywhere.items() if isinstance(m, Headed)}
+    copies = {name: m for name, m in everywhere.items() if isinstance(m, Replicas)}
+    effective: dict[Headed, Tensor] = {}
     means: dict[tuple[int, ...], Tensor] = {}  # of the copies that tied layers share
     state = model.state_dict(keep_vars=True)
     plain: dict[str, Tensor] = OrderedDict()
@@ -111,8 +136,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         parent, _, leaf = name.rpartition(".")
         if parent in layers and (leaf in OWN_TENSORS or leaf == "weight"):
             if leaf == "lora_A":  # once a layer
-                effective = layers[parent].effective_weight().detach()
-                plain[parent if parent.rpartition(".")[2] in ("weight", "bias") else f"{parent}.weight"] = effective
+                layer = layers[parent]
+                if layer not in effective:
+                    effective[layer] = layer.effective_weight().detach()
+                plain[parent if isinstance(layer, LTEVector) else f"{parent}.weight"] = effective[layer]
         elif parent in copies:
             if leaf in copies[parent].names():
                 key = (id(value),)
@@ -120,12 +147,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                     means[key] = copies[parent].means()[leaf].detach()
                 plain[name] = means[key]
         else:
-            plain[name] = value.detach()
+            plain[name] = value.detach() if isinstance(value, Tensor) else value  # get_extra_state may be anything
     return plain
 
 
-def _replicate(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> None:
-    """Give every head a copy of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
+def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> list[tuple[str, Replicas]]:
+    """A copy for every head of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
     modules = {name: m for name, m in model.named_modules() if not isinstance(m, Headed | LTENorm)}
     inside = {id(p) for m in model.modules() if isinstance(m, Headed | LTENorm) for p in m.parameters()}
     wanted = {
@@ -136,6 +163,7 @@ def _replicate(model: nn.Module, config: LTEConfig, share: tuple[int, int] | Non
         if id(p) not in inside
     }
     stacks: dict[Tensor, nn.Parameter] = {}
+    found = []
     for name, module in modules.items():
         own = [p for p in module.parameters(recurse=False) if p in wanted]
         if not own:
@@ -147,17 +175,20 @@ def _replicate(model: nn.Module, config: LTEConfig, share: tuple[int, int] | Non
         named = dict(module.named_parameters(recurse=False))
         tied = frozenset(leaf for leaf in fresh if named[leaf] in stacks)
         shared = {leaf: stacks.setdefault(named[leaf], parameter) for leaf, parameter in fresh.items()}
-        _exchange(model, name, Replicas(module, shared, config, share, tied))
+        found.append((name, Replicas(module, shared, config, share, tied)))
+    return found
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Put the plain layers back, in place, with the weights that evaluation sees; their dtypes are those from before.
+    """Put the plain layers back, in place, with the weights that evaluation sees. Their dtypes are those from before,
+    and what was trained before :func:`inject` is trained again.
 
     Where several processes hold the heads, call it within :func:`lte.averaged`.
     """
     state = merged_state_dict(model)
     tied: dict[nn.Parameter, nn.Parameter] = {}
-    for name, module in list(model.named_modules()):
+    trained: dict[str, bool] = {}
+    for module in list(model.modules()):
         if not hasattr(module, "plain_layer"):
             continue
         (kept,) = cast(tuple[nn.Module], module.plain_layer)
@@ -165,25 +196,41 @@ def unload(model: nn.Module) -> nn.Module:
         plain = copy.deepcopy(kept).to_empty(device=device).train(module.training)
         for leaf in module.names() if isinstance(module, Replicas) else ():
             setattr(plain, leaf, tied.setdefault(module.get_parameter(leaf), plain.get_parameter(leaf)))
-        _replace(model, name, plain)
+        _replace(model, module, plain)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, BatchSize):
+            trained = hook.trained
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, after in list(model._forward_hooks.items()):
+        if isinstance(getattr(after, "__self__", None), BatchSize):
+            del model._forward_hooks[key]
     take_slow_paths(model)
     model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     return model
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever the model has ``old``, which may have several names; others' hooks on it go along."""
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
+    hand_over(old, new)
 
 
-def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of a plain layer, which it remembers without its numbers, for :func:`unload`."""
-    module.plain_layer = (copy.deepcopy(model.get_submodule(name)).to("meta"),)  # type: ignore[assignment]
-    _replace(model, name, module)
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Put ``module`` in the place of a plain layer, which it remembers without its numbers, for :func:`unload`.
+
+    Returns:
+        the layer, and what has its place.
+    """
+    plain = model.get_submodule(name)
+    module.plain_layer = (without_numbers(plain),)  # type: ignore[assignment]
+    _replace(model, plain, module)
+    return plain, module
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
@@ -224,9 +271,10 @@ def kind(module: nn.Module) -> str:
     return "skipped"
 
 
-def _watch(model: nn.Module) -> None:
+def _watch(model: nn.Module, trained: dict[str, bool]) -> None:
     """Let each layer know its name and the size of the batch, to refuse an input that has another dim 0."""
-    batch = BatchSize()
+    batch = BatchSize(trained)
     model.register_forward_pre_hook(batch, with_kwargs=True)
-    for name, layer in headed(model).items():
+    model.register_forward_hook(batch.forget)
+    for name, layer in (headed(model) | replicas(model)).items():
         layer.path, layer.batch = name, batch

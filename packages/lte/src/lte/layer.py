@@ -54,7 +54,7 @@ class LTELinear(Headed, nn.Linear):
         weight: Tensor | None = self.weight if self.base == "float32" or owed is None else None
         full = weight if owed is not None else None
         # W and the factors stay float32 where the rest of a model was made bfloat16, or computes in it
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which it leaves alone
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         x, weight, bias, *factors = (None if t is None else t.to(dtype) for t in (x, weight, bias, *factors))  # type: ignore[assignment]
         weight = weight if full is None else full
@@ -64,6 +64,8 @@ class LTELinear(Headed, nn.Linear):
                 [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)],
                 scale / self.heads,
             )
+        if x.dim() < 2:
+            raise ValueError(f"{self.path} needs (batch, …, {self.in_features}) to share out, got {tuple(x.shape)}")
         chunks = x.reshape(*self.cut(x), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads
         y = HeadedLinear.apply(

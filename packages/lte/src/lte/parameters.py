@@ -61,6 +61,8 @@ def clip_grad_norm_per_head(model: nn.Module, max_norm: float, ranks: Ranks | No
     """
     own = [*head_parameters(model), *copied_parameters(model)]
     heads = [p.grad for p in own if p.grad is not None]  # each (H, …)
+    if not heads:
+        return torch.nn.utils.clip_grad_norm_(shared_parameters(model), max_norm)
     rest = [p.grad for p in shared_parameters(model) if p.grad is not None]
     # (H, layers), summed along its rows: the order of additions over layers is then the same for any number of heads
     head_squares = torch.stack([g.flatten(1).square().sum(1) for g in heads], dim=1).sum(1)  # (H,)

@@ -21,15 +21,17 @@ class Reached:
 
     def __init__(self, model: nn.Module, tell: Callable[[str], None] | None = None) -> None:
         self._tell = tell
-        self._missing = set(headed(model))
-        self._hooks = [
-            layer.lora_B.register_hook(partial(self._mark, name))
-            for name, layer in headed(model).items()
-            if layer.lora_B.requires_grad
-        ]
+        trained = {name: layer.lora_B for name, layer in headed(model).items() if layer.lora_B.requires_grad}
+        own = {p for layer in headed(model).values() for p in layer.parameters()}
+        rest = [p for p in model.parameters() if p.requires_grad and p not in own]
+        self._missing, self._all, self._ran = set(trained), len(trained), False
+        self._hooks = [lora_B.register_hook(partial(self._mark, name)) for name, lora_B in trained.items()]
+        self._hooks += [p.register_hook(partial(self._mark, None)) for p in rest]
 
-    def _mark(self, name: str, grad: Tensor) -> None:
-        self._missing.discard(name)
+    def _mark(self, name: str | None, grad: Tensor) -> None:
+        self._ran = True
+        if name is not None:
+            self._missing.discard(name)
 
     def say(self) -> None:
         """After a step: name, once, the layers whose heads got no gradient, and look no more."""
@@ -37,9 +39,15 @@ class Reached:
             return
         for hook in self._hooks:
             hook.remove()
-        reached = len(self._hooks) > len(self._missing)  # else nothing has run backwards at all
         self._hooks = []
-        if reached and self._missing:
+        if not self._ran or not self._missing:
+            return
+        if len(self._missing) == self._all:
+            sentence = (
+                "the first backward pass reached no head: heads train in training mode alone, so call model.train() "
+                "before it"
+            )
+        else:
             names = sorted(self._missing)
             more = f" and {len(names) - 4} more layers" if len(names) > 4 else ""
             sentence = (
@@ -47,7 +55,7 @@ class Reached:
                 "the layer around reads their weight and never calls them, or the loss does not depend on them; add "
                 "them to exclude"
             )
-            if self._tell is not None:
-                self._tell(sentence)
-            else:
-                warnings.warn(sentence, UserWarning, stacklevel=3)
+        if self._tell is not None:
+            self._tell(sentence)
+        else:
+            warnings.warn(sentence, UserWarning, stacklevel=3)

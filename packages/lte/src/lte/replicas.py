@@ -2,15 +2,15 @@
 else is trained besides the heads.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .chunks import ScaleGradient
+from .chunks import BatchSize, ScaleGradient, equal_chunks
 from .config import LTEConfig
+from .hooks import without_numbers
 from .sparse import Sparse
 from .sums import outer_step, tree_sum
 
@@ -31,6 +31,10 @@ class Replicas(nn.Module):
 
     under_way = False
     """Whether messages have been sent that are not merged yet."""
+    path = ""
+    """The layer's name in the model."""
+    batch: BatchSize | None = None
+    """What the model's input says of the batch."""
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class Replicas(nn.Module):
         super().__init__()
         self.config, self.total_heads = config, config.heads
         self.first_head, self.heads = share or (0, config.heads)
-        self._layer = [copy.deepcopy(layer).to("meta")]  # in a list: its parameters are not this module's
+        self._layer = [without_numbers(layer)]  # in a list: its parameters are not this module's
         self._tied, self.sparse = tied, Sparse.of(config)
         self.evaluated: dict[str, Tensor] | None = None  # the means, while lte.averaged() holds them ready
         for name, parameter in parameters.items():
@@ -70,11 +74,12 @@ class Replicas(nn.Module):
             raise ValueError(
                 "the copies of an embedding need indices (batch, …): these have no batch to cut into chunks"
             )
-        if x.shape[0] % H:
-            raise ValueError(f"a batch of {x.shape[0]} cannot be cut into {H} equal chunks, one a head")
+        equal_chunks(self.path, x.shape[0], H, self.batch)
         own = {name: ScaleGradient.apply(p, float(H)) for name, p in self.named_parameters(recurse=False)}
         chunks = x.reshape(H, -1, *x.shape[1:])
         y = torch.vmap(lambda p, chunk: functional_call(layer, p, (chunk,)), randomness="different")(own, chunks)
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:  # vmap knows the first copy's alone
+            y = torch.where((chunks == layer.padding_idx)[..., None], y.detach(), y)
         return y.flatten(0, 1)
 
     def own_sum(self, name: str) -> Tensor:
@@ -157,12 +162,22 @@ def stacked(layer: nn.Module, held: int) -> dict[str, nn.Parameter]:
     """The layer's own parameters, each in ``held`` copies.
 
     Raises:
-        ValueError: if the layer has buffers or children, whose copies would have to be kept as well.
+        ValueError: if the layer has buffers or children, whose copies would have to be kept as well, or is an
+            embedding whose lookup is more than rows of a weight.
     """
     if next(layer.buffers(), None) is not None or next(layer.children(), None) is not None:
         raise ValueError(
             f"{type(layer).__name__} has buffers or parts of its own and cannot have copies for heads: leave its kind "
             "out of replicas"
+        )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"{type(layer).__name__} with max_norm changes its weight in the forward pass and cannot have copies for "
+            "heads: leave its kind out of replicas"
+        )
+    if isinstance(layer, nn.EmbeddingBag) and layer.padding_idx is not None:
+        raise ValueError(
+            "an EmbeddingBag with padding_idx cannot have copies for heads: leave its kind out of replicas"
         )
     return {
         name: nn.Parameter(p.detach().expand(held, *p.shape).clone())

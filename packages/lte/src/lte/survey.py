@@ -98,14 +98,16 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
         exclude: name suffixes of what is not counted.
 
     Returns:
-        (their share of all weights in numbered blocks, their names with "*" for a number).
+        (their share of all weights in numbered blocks, or in the whole model where none are numbered, their names with
+        "*" for a number).
     """
     left: dict[str, int] = {}
     total = 0
+    has_blocks = any(_in_a_block(name) for name, _ in model.named_parameters())
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}"
-            if not _in_a_block(full):
+            if has_blocks and not _in_a_block(full):
                 continue
             if isinstance(module, LTELinear | LTEConv2d) and leaf == "lora_A":
                 total += math.prod(module.matrix_shape)

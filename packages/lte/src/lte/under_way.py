@@ -19,6 +19,9 @@ def parts(model: nn.Module, only: Collection[str] | None) -> tuple[Layers, Copie
     layers, copies = headed(model), replicas(model)
     if only is None:
         return layers, copies
+    if unknown := set(only) - {*layers, *copies}:
+        there = ", ".join([*layers, *copies][:6])
+        raise ValueError(f"only names {sorted(unknown)[0]!r}, which has no heads; there are {there}, …")
     return {n: m for n, m in layers.items() if n in only}, {n: m for n, m in copies.items() if n in only}
 
 

@@ -26,10 +26,10 @@ class LTEVector(Headed):
         if not self.training:
             return self.effective_weight()[None]
         A, B = (ScaleGradient.apply(p, float(self.heads)) for p in (self.lora_A, self.lora_B))
-        deltas = B @ A  # (H, C, 1)
+        deltas = B * A  # (H, C, 1); A is one number a head, and autocast would round a product of matrices
         A0, B0 = self.offsets()
         if A0 is not None and B0 is not None:
-            deltas = deltas - B0 @ A0
+            deltas = deltas - B0 * A0
         if self.sparse is not None:
             deltas = deltas + self.feedback
         if self.config.mode == "sequential":

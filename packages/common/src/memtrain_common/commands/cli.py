@@ -9,6 +9,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..console import printable
-from ..errors import LostRankError, Stopped, UserError, lost_rank
+from ..errors import LostRankError, Stopped, UserError, lost_rank, ran_out_of_memory
 from ..interrupts import leaving, nothing_lost
 from ..optional import package_of
 from .flag_help import help_text
@@ -133,7 +134,9 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, line = 128 + signum, nothing_lost(signal.Signals(signum).name)
-    except (ConnectionAbortedError, RuntimeError) as error:  # before or after a training, which says more
+    except (ConnectionAbortedError, MemoryError, RuntimeError) as error:  # before or after a training, which says more
+        if ran_out_of_memory(error):
+            return 1, _memory_ran_out(error)
         why = str(error) if isinstance(error, ConnectionAbortedError) else lost_rank(error)
         if not why:
             raise
@@ -142,6 +145,8 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if ran_out_of_memory(error):
+            return 1, _memory_ran_out(error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if error.filename is None:
                 raise
@@ -154,6 +159,12 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
         code = UserError.exit_code
         line = f"error: could not write {where} ({error.strerror}): free some space, or choose another place with --out"
     return code, line
+
+
+def _memory_ran_out(error: BaseException) -> str:
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+    asked = f" ({wanted[1]} more were asked for)" if wanted else ""
+    return f"error: memory ran out{asked}: take a smaller --batch-size or model, or keep less for the backward pass"
 
 
 def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

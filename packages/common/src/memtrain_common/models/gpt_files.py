@@ -139,7 +139,8 @@ def write_nanogpt(
     }
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, partial)
+    with open(partial, "wb") as file:  # torch's own error of a place that cannot be written names nothing
+        torch.save(content, file)
     os.replace(partial, path)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtrain_common.commands.cli import parse
@@ -62,6 +63,8 @@ def configure(argv: Sequence[str]) -> BenchConfig:
     config, notes = settle(config, presets[name], asked(argv), nanogpts=name in NANOGPTS)
     for note in notes:
         print(note)
+    if config.profile and not (folder := Path(config.profile).absolute().parent).is_dir():
+        raise UserError(f"--profile {config.profile} has no folder to be in: make {folder} first")
     return check(config)  # type: ignore[return-value]
 
 

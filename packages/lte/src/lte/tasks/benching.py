@@ -20,6 +20,7 @@ from memtrain_common.training.distributed import launch
 from memtrain_common.training.rng import seed_all
 
 from .bench_flags import BenchConfig, flops_per_token, peak_flops, plain_train_config
+from .heads import check_world
 from .starting import gpt_config, with_architecture
 from .train import Trained, train_one
 from .train_config import TrainConfig
@@ -52,6 +53,7 @@ class Clock:
 def measure_training(config: BenchConfig) -> None:
     """Time it and say so: LTE (or full training), and with ``--compare-full`` both."""
     world, device = launch(config.device)
+    check_world(config, world)
     if device.type == "cpu" and config.dtype == "bfloat16":
         avoid_broken_amx()
     console = Console(quiet=not world.is_main)

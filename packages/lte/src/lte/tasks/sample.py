@@ -69,8 +69,13 @@ def configure(argv: Sequence[str]) -> SampleConfig:
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0), ("seed", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"--temperature must be positive and finite, got {config.temperature}")
+    if not 1e-6 <= config.temperature < float("inf"):
+        raise UserError(
+            f"--temperature must be at least 1e-6 (which always takes the most likely token) and finite, got "
+            f"{config.temperature}"
+        )
+    if config.seed + config.num_samples > 2**63:
+        raise UserError(f"--seed must be at most 2^63 − --num-samples, got {config.seed}")
     return config
 
 

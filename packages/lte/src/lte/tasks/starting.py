@@ -150,6 +150,8 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
         )
     if config.method == "lte" and config.freeze_n >= theirs.n_layer:
         raise UserError(f"--freeze-n {config.freeze_n} leaves none of the {theirs.n_layer} blocks for heads")
+    if config.freeze_n > theirs.n_layer:
+        raise UserError(f"--freeze-n {config.freeze_n} is more than the {theirs.n_layer} blocks of {config.init_from}")
     shape = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
     return replace(config, **shape)
 

@@ -217,7 +217,7 @@ def check(config: TrainConfig) -> TrainConfig:
     for name in ("learning_rate", "rest_learning_rate", "full_learning_rate", "lora_alpha", "lte_outer_lr"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{_flag(name)} must be positive and finite, got {getattr(config, name)}")
-    for name in ("weight_decay", "grad_clip"):
+    for name in ("weight_decay", "grad_clip", "epochs"):
         if getattr(config, name) == math.inf:
             raise UserError(f"{_flag(name)} must be finite, got inf")
     if config.min_lr_ratio > 1:
@@ -226,6 +226,8 @@ def check(config: TrainConfig) -> TrainConfig:
         raise UserError("--method full is the full training that --compare-full would add: drop one of them")
     if config.method == "lte" and config.init_from == "scratch" and config.freeze_n >= config.n_layer:
         raise UserError(f"--freeze-n {config.freeze_n} leaves none of the {config.n_layer} blocks for heads")
+    if config.init_from == "scratch" and config.freeze_n > config.n_layer:
+        raise UserError(f"--freeze-n {config.freeze_n} is more than the model's {config.n_layer} blocks")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2^63 − 1, got {config.seed}")
     if config.tokenizer_dir and config.tokenizer != "gpt2":

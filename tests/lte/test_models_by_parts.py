@@ -1,0 +1,272 @@
+"""Heads on models that are put together otherwise than blocks of linear layers: layers with two names, padded
+embeddings, other memory formats, hooks, and what a refused or unloaded model is afterwards."""
+
+import copy
+
+import lte
+import pytest
+import torch
+from lte import LTEConfig, Merger, clip_grad_norm_per_head, inject, merge, merged_state_dict, param_groups, unload
+from torch import nn
+
+TWO = LTEConfig(heads=2, rank=2, alpha=4.0)
+
+
+def trained(model, steps, batch, every=1):
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, rest_lr=1e-2, weight_decay=0.0))
+    merger = Merger(model, every)
+    for _ in range(steps):
+        model(batch).sub(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        merger.step()
+    return model
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_padding_row_of_every_copy_stays(padding):
+    plain = nn.Sequential(nn.Embedding(5, 4, padding_idx=padding), nn.Linear(4, 2))
+    config = LTEConfig(heads=4, rank=2, replicas=("embeddings",))
+    model = inject(copy.deepcopy(plain), config)
+    batch = torch.tensor([[1, 2, padding, padding]] * 8)
+    model(batch).sub(1).square().mean().backward()
+    assert not model[0].weight.grad[:, padding].any()
+    assert model[0].weight.grad[:, 1].all()  # every copy's, of a row that is looked up
+    trained(model, 5, batch)
+    assert torch.equal(merged_state_dict(model)["0.weight"][padding], plain[0].weight[padding])
+
+
+class Shared(nn.Module):
+    """An embedding and a norm that answer to two names, and a head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 4)
+        self.encoder = nn.Module()
+        self.encoder.words, self.encoder.linear = self.words, nn.Linear(4, 4)
+        self.first, self.lm_head = nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+        self.second, self.lm_head.weight = self.first, self.words.weight
+
+    def forward(self, x):
+        return self.lm_head(self.second(self.encoder.linear(self.first(self.encoder.words(x)))))
+
+
+@pytest.mark.parametrize("how", [{"vectors": ("norms",)}, {"replicas": ("embeddings", "norms", "skipped")}])
+def test_a_layer_with_two_names_has_its_heads_under_both(how):
+    model = inject(Shared(), LTEConfig(heads=2, rank=2, **how))
+    assert model.first is model.second
+    assert model.words is model.encoder.words
+    assert type(model.first) is not nn.LayerNorm
+    x = torch.randint(0, 7, (4, 3))
+    trained(model, 5, x, every=2)  # something is unmerged at the end
+    state, answer = merged_state_dict(model), model.eval()(x)
+    assert set(state) == set(Shared().state_dict())
+    assert torch.equal(state["words.weight"], state["encoder.words.weight"])
+    fresh = Shared().eval()
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(fresh(x), answer, rtol=1e-5, atol=1e-6)
+    unload(model)
+    assert model.first is model.second
+    assert type(model.first) is nn.LayerNorm
+    assert model.words.weight is model.lm_head.weight is model.encoder.words.weight
+    torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-6)
+
+
+def test_unload_trains_what_was_trained_before():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model[1].bias.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    inject(model, LTEConfig(heads=2, rank=2, trainable=()))
+    assert not model[0].weight.requires_grad
+    unload(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("sparse", [{}, {"merge_density": 0.5}, {"outer_momentum": 0.5}])
+def test_convolutions_in_channels_last(sparse):
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 2, 1))
+    config = LTEConfig(heads=2, rank=2, **sparse)
+    torch.manual_seed(2)
+    model = inject(copy.deepcopy(plain), config)
+    torch.manual_seed(2)
+    last = inject(copy.deepcopy(plain).to(memory_format=torch.channels_last), config)
+    x = torch.randn(4, 3, 6, 6)
+    for m, batch in ((model, x), (last, x.to(memory_format=torch.channels_last))):
+        trained(m, 3, batch, every=2)
+        merge(m)
+    later = model.to(memory_format=torch.channels_last)  # cast after inject
+    torch.testing.assert_close(last.eval()(x), later.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "said"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)), TWO, "1: a convolution with groups=8"),
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+            LTEConfig(heads=2, rank=2, vectors=("norms",)),
+            "BatchNorm2d",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)),
+            LTEConfig(heads=2, rank=2, replicas=("norms",)),
+            "BatchNorm1d has buffers",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 8), nn.Embedding(4, 3, max_norm=1.0)),
+            LTEConfig(heads=2, rank=2, replicas=("embeddings",)),
+            "Embedding with max_norm",
+        ),
+    ],
+)
+def test_a_refused_model_is_as_it_was(model, config, said):
+    before, state = [*model.named_modules()], copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=said):
+        inject(model, config)
+    assert [*model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    inject(model, LTEConfig(heads=2, rank=2, exclude=("1",)))  # what the sentence advises can be followed
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: inject(nn.Linear(4, 4), TWO), "the model is one Linear"),
+        (lambda: inject(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), TWO), "1.weight has no size yet"),
+        (lambda: LTEConfig(exclude="lm_head"), "exclude must be a tuple of words"),
+        (lambda: LTEConfig(trainable=None), "trainable must be a tuple of words"),
+        (lambda: LTEConfig(heads=2.0), "heads must be a whole number"),
+        (lambda: LTEConfig(merge_bits=2.5, merge_density=0.5), "merge_bits must be a whole number"),
+        (lambda: LTEConfig(alpha="8"), "alpha must be a number"),
+        (lambda: LTEConfig(alpha=float("inf")), "alpha must be positive and finite"),
+        (lambda: merge(inject(nn.Sequential(nn.Linear(4, 4)), TWO), only=["1"]), "only names '1', which has no heads"),
+        (lambda: inject(nn.Sequential(nn.Linear(4, 4)), TWO)(torch.randn(4)), r"0 needs \(batch"),
+        (lambda: inject(nn.Sequential(nn.Conv2d(3, 4, 1)), TWO)(torch.randn(3, 4, 4)), r"0 needs \(batch"),
+    ],
+)
+def test_refused_in_a_sentence(build, said):
+    with pytest.raises(ValueError, match=said):
+        build()
+
+
+def test_no_model_is_refused():
+    with pytest.raises(TypeError, match="and an LTEConfig, got Linear and dict"):
+        inject(nn.Linear(2, 2), {"heads": 2})
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_another_method_than_forward_has_a_batch_of_its_own():
+    model = inject(Encoder(), TWO)
+    model(torch.randn(8, 4))
+    assert model.last(model.first(torch.randn(4, 4))).shape == (4, 4)
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+def test_hooks_of_others_are_called_before_and_after(kind):
+    model, calls = Encoder(), []
+    register = {
+        "forward": model.first.register_forward_hook,
+        "pre": model.first.register_forward_pre_hook,
+        "backward": model.first.register_full_backward_hook,
+    }[kind]
+    handle = register(lambda *_: calls.append(1))
+    x = torch.randn(4, 4, requires_grad=True)
+    for change in (lambda m: inject(m, TWO), unload, lambda m: handle.remove()):
+        change(model)
+        calls.clear()
+        model(x).sum().backward()
+        assert len(calls) == (change.__name__ != "<lambda>" or type(model.first) is not nn.Linear)
+
+
+def test_of_frozen_heads_nothing_is_missed_and_of_evaluation_it_is_said(recwarn):
+    model = inject(Encoder(), TWO)
+    model.first.requires_grad_(False)
+    trained(model, 2, torch.randn(4, 4))
+    assert not [w for w in recwarn if "first backward pass" in str(w.message)]
+    model = inject(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), TWO).eval()
+    with pytest.warns(UserWarning, match="reached no head: heads train in training mode alone"):
+        trained(model, 1, torch.randn(4, 4))
+
+
+def test_vectors_keep_their_digits_under_autocast():
+    model = inject(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), LTEConfig(heads=2, rank=4, vectors=("norms",)))
+    vector = model[1].weight
+    vector.lora_B.data.normal_()
+    vector.merge()
+    vector.lora_B.data.add_(1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = vector()
+    assert torch.equal(cast, vector())
+
+
+def test_a_double_stays_one_under_autocast():
+    model = inject(nn.Sequential(nn.Linear(4, 4)).double(), TWO)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+class OddNames(nn.Module):
+    """Layers that are called as parameters are, and a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.bias(self.weight(x))
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_layers_named_as_parameters_and_a_state_that_is_no_tensor():
+    model = inject(OddNames(), TWO)
+    x = torch.randn(4, 4)
+    trained(model, 3, x, every=2)
+    answer = model.eval()(x)
+    assert set(merged_state_dict(model)) == set(OddNames().state_dict())
+    torch.testing.assert_close(unload(model)(x), answer)
+
+
+def test_clipping_without_gradients_is_a_norm_of_zero():
+    model = inject(nn.Sequential(nn.Linear(4, 4)), TWO)
+    assert clip_grad_norm_per_head(model, 1.0) == 0
+    plain = nn.Linear(4, 4)
+    plain(torch.ones(1, 4)).sum().backward()
+    assert clip_grad_norm_per_head(plain, 1e-3) > 1
+    assert lte.clip_grad_norm_per_head(plain, 1.0) < 1.1e-3
+
+
+def test_weights_without_heads_are_told_of_models_without_numbered_blocks_too():
+    model = nn.Module()
+    model.conv, model.fc = nn.Conv1d(3, 64, 3), nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="have no heads: conv.weight"):
+        inject(model, TWO)
+
+
+def test_copies_are_not_cut_along_a_table():
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+            self.table = nn.Parameter(torch.randn(12, 4))
+
+        def forward(self, x):
+            return self.linear(x) + self.norm(self.table).mean(0)
+
+    model = inject(Tables(), LTEConfig(heads=4, rank=2, replicas=("norms",)))
+    with pytest.raises(ValueError, match="norm meets 12 rows, no multiple of the batch of 8"):
+        model(torch.randn(8, 4))
