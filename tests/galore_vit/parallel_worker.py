@@ -72,7 +72,6 @@ def in_backward(rank: int, proj_type: str, norm: str = "sketch", factored: bool 
     norms = []
     for step in range(STEPS):
         loss_of(model, step, rank).backward()
-        optimizer.reduce()
         norms.append(torch.nn.utils.clip_grad_norm_(optimizer.parameters(), 1e9))
         optimizer.step()
         optimizer.zero_grad()
@@ -135,6 +134,7 @@ class ScaledByGradient(GaLoreScaled):
         super().__init__(params, refresh=Refresh())
 
 
+ONE_ROW = (GaLoreAdamW, GaLoreAdafactor, GaLoreScaled)
 WIDE = (GaLoreAdamW8bit, GaLoreAdafactor, GaLoreScaled, ScaledByGradient)
 
 
@@ -165,6 +165,36 @@ def wide(optimizer_type: type[GaLore], rank: int | None, *, stops: bool = True) 
         "local_bytes": sum(t.nbytes for t in (getattr(v, "to_local", lambda v=v: v)() for v in tensors)),
         "keys": [sorted(s) for s in optimizer.state.values()],
     }
+
+
+class OneRow(torch.nn.Module):
+    """Weights whose first dimension is 1, as a ViT's class token: one process has all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token = torch.nn.Parameter(torch.randn(1, 1, 20, dtype=torch.float64))
+        self.layer, self.head = torch.nn.Linear(20, 20).double(), torch.nn.Linear(20, 1).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x[:, None] + self.token).tanh())
+
+
+def one_row(optimizer_type: type[GaLore], rank: int | None) -> list[torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = OneRow()
+    if rank is not None:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    beta1 = {"beta1": 0.9} if optimizer_type is GaLoreAdafactor else {}
+    optimizer = optimizer_type([{"params": list(model.parameters())}], **beta1)
+    for step in range(3):
+        x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step)).double()
+        model(x if rank is None else x[4 * rank : 4 * rank + 4]).sub(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
 
 
 def uneven_shards() -> list[str]:
@@ -218,6 +248,8 @@ def both_modes_and_kinds(meeting: str, folder: str) -> None:
     for optimizer_type in WIDE:
         found[f"wide {optimizer_type.__name__}"] = wide(optimizer_type, rank)
         found[f"wide {optimizer_type.__name__}, undisturbed"] = wide(optimizer_type, rank, stops=False)
+    for optimizer_type in ONE_ROW:
+        found[f"one row {optimizer_type.__name__}"] = one_row(optimizer_type, rank)
     found["uneven"] = uneven_shards()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()

@@ -1,5 +1,6 @@
 """MeLo adapters: what is trained, the scale, the file, merging, several tasks."""
 
+import json
 import warnings
 
 import pytest
@@ -9,14 +10,15 @@ pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from galore_vit.melo import MeLo, adapted, add_melo, add_task, projections  # noqa: E402
-from galore_vit.melo_file import read_melo, write_melo  # noqa: E402
+from galore_vit.melo_file import _checksum, read_melo, write_melo  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 
-def vit(labels=3, seed=0):
+def vit(labels=3, seed=0, blocks=2):
     torch.manual_seed(seed)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+        hidden_size=16, num_hidden_layers=blocks, num_attention_heads=2, intermediate_size=32, image_size=8,
         patch_size=4,        num_channels=1, num_labels=labels,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config).eval()
@@ -27,9 +29,9 @@ def images():
     return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def trained(config, labels=3):
+def trained(config, labels=3, blocks=2):
     """A model whose adapter and head moved away from their start."""
-    model = add_melo(vit(labels), config)
+    model = add_melo(vit(labels, blocks=blocks), config)
     torch.manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -87,6 +89,64 @@ def test_a_file_brings_back_adapter_and_whole_head(tmp_path, images, layers):
     }
     assert keys["w_a_000"].shape == (3, 16)
     assert keys["w_b_000"].shape == (16, 3)
+
+
+@pytest.mark.parametrize("layers", [None, (3, 11), tuple(range(10))])
+def test_a_file_of_many_blocks(tmp_path, images, layers):
+    """From twenty adapted layers on PEFT's configuration names their suffixes alone, in which no block is left."""
+    model = trained(MeLo(2, 4.0, layers), blocks=12)
+    path = tmp_path / "t.safetensors"
+    write_melo(model, path)
+    assert torch.equal(read_melo(vit(blocks=12), path).eval()(images).logits, model(images).logits)
+    written = json.loads(safe_open(path, "pt").metadata()["melo"])["layers"]
+    assert written == list(layers or range(12))
+    if layers is None:  # a file as earlier versions wrote it
+        settings = json.dumps({"rank": 2, "alpha": 4.0, "layers": []})
+        save_file(load_file(path), path, metadata={"melo": settings, "sha256": _checksum(load_file(path), settings)})
+        assert torch.equal(read_melo(vit(blocks=12), path).eval()(images).logits, model(images).logits)
+
+
+def test_a_file_read_into_a_model_of_other_classes_and_precision(tmp_path, images):
+    write_melo(trained(MeLo(2), labels=5), tmp_path / "t.safetensors")
+    model = read_melo(vit(labels=2).bfloat16(), tmp_path / "t.safetensors")
+    assert model(images.bfloat16()).logits.shape == (4, 5)
+    model = read_melo(vit(labels=2), tmp_path / "t.safetensors")
+    assert model(pixel_values=images, labels=torch.tensor([0, 4, 2, 1])).loss.isfinite()
+
+
+def test_a_head_without_bias(tmp_path, images):
+    def build():
+        model = vit()
+        model.classifier = torch.nn.Linear(16, 3, bias=False)
+        return model
+
+    model = add_melo(build(), MeLo(2)).eval()
+    write_melo(model, tmp_path / "t.safetensors")
+    assert torch.equal(read_melo(build(), tmp_path / "t.safetensors").eval()(images).logits, model(images).logits)
+    with pytest.raises(ValueError, match="holds a head with no bias, and the model's has one"):
+        read_melo(vit(), tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: add_melo(vit(), MeLo(2), "v1.0"), "a word without dots, not 'v1.0'"),
+        (lambda: add_melo(trained(MeLo(2)), MeLo(2)), "has adapters already"),
+        (lambda: add_task(vit(), MeLo(2), "b", 3), "has no MeLo yet"),
+        (lambda: add_task(trained(MeLo(2)), MeLo(2), "b", 0), "classes must be a whole number of at least 1"),
+        (lambda: read_melo(vit(), "."), "is a folder"),
+        (lambda: add_melo(Unnumbered(), MeLo(2)), "query lies in no numbered block"),
+    ],
+)
+def test_refused_in_a_sentence(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+class Unnumbered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.value, self.classifier = (torch.nn.Linear(4, 4) for _ in range(3))
 
 
 def test_order_is_query_then_value_block_by_block(tmp_path):

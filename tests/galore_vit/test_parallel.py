@@ -96,6 +96,14 @@ def test_8_bit_and_factored_moments_are_sharded_too(two, optimizer_type):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer_type", parallel_worker.ONE_ROW)
+def test_weights_of_one_row_are_sharded_too(two, optimizer_type):
+    alone = parallel_worker.one_row(optimizer_type, None)
+    for found in two:
+        assert problems.same(found[f"one row {optimizer_type.__name__}"], alone, rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_moments_that_do_not_shard_in_blocks_stay_fp32_and_say_so(two):
     (warning,) = two[0]["uneven"]
     assert "130×32" in warning

@@ -81,8 +81,9 @@ class GaLoreAdafactor(GaLore):
             raise ValueError(f"beta1 must lie in [0, 1) or be None, not {beta1!r}")
         if not (group["clip_threshold"] > 0.0 and group["decay_rate"] < 0.0 and group["weight_decay"] >= 0.0):
             raise ValueError("clip_threshold must be above 0, decay_rate below 0 and weight_decay at least 0")
-        if not (len(group["eps"]) == 2 and min(group["eps"]) >= 0.0):
-            raise ValueError(f"eps must be two numbers of at least 0, not {group['eps']!r}")
+        eps = group["eps"]
+        if not (isinstance(eps, tuple | list) and len(eps) == 2 and eps[0] > 0.0 and eps[1] >= 0.0):
+            raise ValueError(f"eps must be two numbers, the first above 0 and the second at least 0, not {eps!r}")
 
     def _fresh_moments(
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device
@@ -121,16 +122,17 @@ class GaLoreAdafactor(GaLore):
     def _update(self, group: dict[str, Any], items: list[Item]) -> None:
         for item in items:
             p, state, R, t = item.param, item.state, item.grad.float(), item.step
-            W = p.float()  # p itself where it is fp32
+            W = p if p.dtype in (torch.float32, torch.float64) else p.float()
             lr = _rate(group, t, _rms(W))
             beta2 = 1.0 - math.pow(t, group["decay_rate"])
-            U = _normalised(R, state, beta2, group["eps"][0])
+            U = sharding.placed_as(_normalised(R, state, beta2, group["eps"][0]), R)
             U.div_((_rms(U) / group["clip_threshold"]).clamp_(min=1.0)).mul_(lr)
             if group["beta1"] is not None:
                 U = state["exp_avg"].mul_(group["beta1"]).add_(U, alpha=1 - group["beta1"])
             if item.layout is not None:
                 bases = tuple(None if b is None else b.float() for b in self.bases(p))
                 U = (project_back(U, bases) * group["scale"]).reshape(p.shape)
+            U = sharding.placed_as(U, W)
             if group["weight_decay"] != 0:
                 W.add_(W * (-group["weight_decay"] * lr))
             W.add_(-U)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -240,12 +241,23 @@ def check_kernels(foreach: bool | None, fused: bool | None, correct_bias: bool) 
         raise ValueError("the fused kernel corrects the bias: leave out fused, or set correct_bias=True")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
 def check_adam(group: dict[str, Any]) -> None:
     """Raises ValueError where Adam's numbers are outside their range."""
-    beta1, beta2 = group["betas"]
-    if isinstance(group["lr"], Tensor) or not group["lr"] >= 0.0:
+    for key in ("eps", "weight_decay"):
+        if not _is_number(group[key]):
+            raise ValueError(f"{key} must be a number, not {group[key]!r}")
+    try:
+        beta1, beta2 = group["betas"]
+        in_range = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0
+    except TypeError:
+        raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']!r}") from None
+    if not _is_number(group["lr"]) or not group["lr"] >= 0.0:
         raise ValueError(f"lr must be a number of at least 0, not {group['lr']!r}")
-    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+    if not in_range:
         raise ValueError(f"betas must lie in [0, 1), not {group['betas']!r}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"eps must be at least 0, not {group['eps']!r}")

@@ -22,6 +22,8 @@ def projected_all_reduce(
     weight in `update_proj_gap` per step. `.grad` then holds only what lies in the subspace, and a norm taken
     from it (for clipping) is that of the projected gradient.
     """
+    if not isinstance(optimizer, GaLore):
+        raise TypeError(f"projected_all_reduce is for a GaLore optimizer, not {type(optimizer).__name__}")
     if optimizer.whole_gradients:
         raise ValueError(
             f"{type(optimizer).__name__} moves weights by full gradients, and projected ones alone would be sent: use "
@@ -31,7 +33,8 @@ def projected_all_reduce(
         if group.get("residual"):
             raise ValueError("the residual is not reduced with projected gradients: set residual=False")
     group_in_use = process_group or dist.group.WORLD
-    assert group_in_use is not None
+    if group_in_use is None:
+        raise RuntimeError("there are no processes to reduce over yet: call torch.distributed.init_process_group first")
     optimizer.process_group = group_in_use
 
     # DistributedDataParallel reads these annotations as types, so this file must not make strings of them.

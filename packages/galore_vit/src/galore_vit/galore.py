@@ -29,7 +29,15 @@ from galore_vit.finite import all_finite
 from galore_vit.item import Item, Record
 from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
-from galore_vit.settings import AS_PUBLISHED, GALORE_DEFAULTS, LAZY_LIMIT, Refresh, check_group, check_refresh
+from galore_vit.settings import (
+    AS_PUBLISHED,
+    GALORE_DEFAULTS,
+    LAZY_LIMIT,
+    Refresh,
+    check_group,
+    check_refresh,
+    refresh_of,
+)
 from galore_vit.tensors import TensorLayout
 
 
@@ -42,6 +50,10 @@ class GaLore(Optimizer):
     """Whether bases may be random ones, which it must not project back by."""
     whole_gradients = False
     """Whether a projected weight moves by its whole gradient."""
+    _made = True
+    """Whether groups that are added now come after those of the construction."""
+    _gradients: Callable[[], list[Item]] | None = None
+    """What the next step moves the weights by, where it is not their `.grad`."""
     later: frozenset[str] = frozenset()
     """Settings that states saved by earlier versions lack; the optimizer's own then hold."""
 
@@ -58,6 +70,8 @@ class GaLore(Optimizer):
             raise ValueError("paper=True fixes how bases are refreshed: leave refresh out, or leave paper out")
         if refresh is None:
             refresh = AS_PUBLISHED if paper else Refresh()
+        if not isinstance(refresh, Refresh):
+            raise ValueError(f"refresh must be a Refresh, such as Refresh(method='svd'), not {refresh!r}")
         check_refresh(refresh, draws=self.draws)
         self.skipped_steps = 0
         """Steps that were skipped because a gradient was NaN or Inf, since this optimizer was made. Not saved."""
@@ -66,8 +80,10 @@ class GaLore(Optimizer):
         # A plain dict, so that a saved state holds nothing but tensors, numbers and strings.
         defaults = {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize}
         self._keys = frozenset(defaults)  # torch adds keys of its own to self.defaults when a state is loaded
+        self._made = False
         super().__init__(params, defaults)
-        self._say_what_is_plain()
+        self._made = True
+        self._say_what_is_plain(stacklevel=4)
 
     # -- construction and loading -----------------------------------------------------------------------
 
@@ -79,25 +95,39 @@ class GaLore(Optimizer):
         elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all
             raise ValueError(f"a parameter group has {', '.join(stray)} but no rank: add rank, or drop them")
         check_group({"residual": self.defaults.get("residual"), **group})
+        if isinstance(own := group.get("refresh"), Refresh):
+            group["refresh"] = own = asdict(own)
+        if own is not None:
+            check_refresh(refresh_of(own), draws=self.draws)
         super().add_param_group(group)
-        group = self.param_groups[-1]
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()  # as before the call: the group can be added again, mended
+            raise
+        self._index()
+        if self._made:
+            self._say_what_is_plain(stacklevel=3)
+
+    def _check(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
+        small = []
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError("GaLore takes real parameters, and one is complex")
             if "rank" in group and group["dim"] > 2 and p.ndim != group["dim"]:
                 raise ValueError(f"a group with dim {group['dim']} has a weight of {p.ndim} dimensions: group it apart")
             if p.ndim >= 2 and "rank" in group and layout_of(p.shape, group) is None:
-                self._too_small.append(tuple(p.shape))
-        self._index()
+                small.append(tuple(p.shape))
+        self._too_small += small
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _say_what_is_plain(self) -> None:
+    def _say_what_is_plain(self, stacklevel: int) -> None:
         said = said_of_plain(self, self._too_small, projected=self._projected)
         if said:
-            warnings.warn(said, UserWarning, stacklevel=4)
+            warnings.warn(said, UserWarning, stacklevel=stacklevel)
         self._too_small = []
 
     def _index(self) -> None:
@@ -110,6 +140,17 @@ class GaLore(Optimizer):
                 self._records[p] = Record(p, i, layout, projected, sharding.is_sharded(p))
                 projected += layout is not None
         self._projected = projected
+
+    def _record(self, p: Tensor) -> Record:
+        if p not in self._records:
+            self._index()
+        return self._records[p]
+
+    def _check_index(self) -> None:
+        """Index anew where others have replaced the groups' parameters, as accelerate does for FSDP2."""
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) != len(self._records) or any(a is not b for a, b in zip(now, self._records, strict=True)):
+            self._index()
 
     def __getstate__(self) -> dict[str, Any]:
         # what a copy has beside torch's own part; a group of processes is not copied
@@ -125,32 +166,62 @@ class GaLore(Optimizer):
 
         torch's own rule casts everything to the parameter's dtype, which would spoil 8-bit codes and
         counters. Nothing is aliased: the tensors given stay the caller's.
+
+        Raises:
+            ValueError: if it does not fit this optimizer, which is then as it was.
         """
-        for saved_group in state_dict["param_groups"]:
-            if missing := sorted(self._keys - saved_group.keys() - self.later):
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            self._check_saved_groups(given)
+            loaded.update(self._in_own_dtypes(given))
+
+        def put(_: Optimizer) -> None:
+            for group in self.param_groups:
+                group.update(self._with_what_is_later(group))
+            self.state.update(loaded)
+
+        # between the hooks of others: what theirs give is what is checked, and what is loaded is what theirs are shown
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(put, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _check_saved_groups(self, given: dict[str, Any]) -> None:
+        for saved in given["param_groups"]:
+            if missing := sorted(self._keys - saved.keys() - self.later):
                 raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for key in self.later:
-                group.setdefault(key, self.defaults[key])
-            if "rank" in group:
-                group.setdefault("dim", GALORE_DEFAULTS["dim"])
-        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        own = [(p, g) for g in self.param_groups for p in g["params"]]
-        for i, (p, group) in zip(saved_ids, own, strict=True):
-            saved = state_dict["state"].get(i)
+            check_refresh(refresh_of(saved["refresh"]), draws=self.draws)
+
+    def _with_what_is_later(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A saved group with the settings that states of earlier versions lack."""
+        later = {key: self.defaults[key] for key in self.later}
+        return {**later, **({"dim": GALORE_DEFAULTS["dim"]} if "rank" in group else {}), **group}
+
+    def _in_own_dtypes(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """The saved state of each parameter in the dtypes and on the devices of this optimizer, copied."""
+        own = [p for group in self.param_groups for p in group["params"]]
+        saved_of = [(i, group) for group in given["param_groups"] for i in group["params"]]
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for p, (i, saved_group) in zip(own, saved_of, strict=False):  # torch says where their numbers differ
+            saved = given["state"].get(i)
             if saved is None:
                 continue
-            fresh = self._fresh_state(p, group, self.layout(p), device=torch.device("meta"))
+            group = self._with_what_is_later(saved_group)
+            fresh = self._fresh_state(p, group, layout_of(p.shape, group), device=torch.device("meta"))
             if saved.keys() != fresh.keys() or any(saved[k].shape != fresh[k].shape for k in fresh):
                 raise ValueError(
                     f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved "
                     "by another optimizer or for another model"
                 )
-            self.state[p] = {
+            found[p] = {
                 k: v.to(device="cpu" if k in COUNTERS else p.device, dtype=fresh[k].dtype, copy=True)
                 for k, v in saved.items()
             }
+        return found
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -158,16 +229,16 @@ class GaLore(Optimizer):
         self, p: Tensor, group: dict[str, Any], layout: Layout | TensorLayout | None, device: torch.device
     ) -> dict[str, Tensor]:
         """The state of a weight that has taken no step: zeros on `device`, counters on the CPU."""
-        state = {"step": torch.zeros(())}
+        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}  # whatever torch's defaults are
         if layout is None:
             state.update(self._fresh_moments(p, group, tuple(p.shape), True, device))
         else:
-            state["refresh_at"] = torch.zeros((), dtype=torch.int64)
+            state["refresh_at"] = torch.zeros((), dtype=torch.int64, device="cpu")
             if group["refresh"]["lazy"] is not None:
-                state["gap"] = torch.tensor(group["update_proj_gap"])
+                state["gap"] = torch.tensor(group["update_proj_gap"], device="cpu")
             shapes = layout.basis_shapes
             if group["refresh"]["method"] == "random":
-                shapes, state["drawn_at"] = {}, torch.zeros((), dtype=torch.int64)
+                shapes, state["drawn_at"] = {}, torch.zeros((), dtype=torch.int64, device="cpu")
             for key, shape in shapes.items():
                 state[key] = sharding.zeros(p, shape, rows=key == "P", dtype=p.dtype, device=device)
             rows = not layout.left  # R keeps the weight's rows, and with them its sharding
@@ -182,6 +253,7 @@ class GaLore(Optimizer):
 
     def init_state(self) -> None:
         """Allocates the state of every parameter now; on the meta device this costs no memory."""
+        self._check_index()
         for group in self.param_groups:
             for p in group["params"]:
                 self._state_of(p, group)
@@ -199,7 +271,7 @@ class GaLore(Optimizer):
 
     def bases(self, p: Tensor) -> Bases:
         """(P, Q) of a projected weight as they stand; of a tensor one basis a mode."""
-        return self._bases_in(self._records[p], self.state[p])
+        return self._bases_in(self._record(p), self.state[p])
 
     def _bases_in(self, record: Record, state: dict[str, Tensor]) -> Bases:
         layout = record.layout
@@ -217,11 +289,11 @@ class GaLore(Optimizer):
 
     def layout(self, p: Tensor) -> Layout | TensorLayout | None:
         """How p is projected; None where it is not."""
-        return self._records[p].layout
+        return self._record(p).layout
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group that holds p."""
-        return self.param_groups[self._records[p].group]
+        return self.param_groups[self._record(p).group]
 
     def refresh_due(self, p: Tensor) -> bool:
         """Whether the next step will replace the basis of a projected weight."""
@@ -244,11 +316,20 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.apply(self._items())
+        self.apply((self._gradients or self._items)())
         return loss
+
+    def step_by(self, gradients: Callable[[], list[Item]]) -> None:
+        """A step from other gradients than those in `.grad`, as any other step to schedulers and hooks."""
+        self._gradients = gradients
+        try:
+            self.step()
+        finally:
+            self._gradients = None
 
     def _items(self) -> list[Item]:
         """An item for every parameter that has a gradient."""
+        self._check_index()
         having = [(r, r.param.grad) for r in self._records.values() if r.param.grad is not None]
         states = [self._state_of(r.param, self.param_groups[r.group]) for r, _ in having]
         projected = [s for s in states if "refresh_at" in s]
@@ -264,11 +345,11 @@ class GaLore(Optimizer):
         """p's gradient, projected where p is; changes no state but fresh zeros."""
         assert p.grad is not None
         state = self._state_of(p, self.group_of(p))
-        return self._item(self._records[p], p.grad, state, "refresh_at" in state and self.refresh_due(p))
+        return self._item(self._record(p), p.grad, state, "refresh_at" in state and self.refresh_due(p))
 
     def compact_item(self, p: Tensor, R: Tensor, new_bases: Bases | None) -> Item:
         """An item of a weight whose gradient was projected before, by `new_bases` or the present ones."""
-        record, group = self._records[p], self.group_of(p)
+        record, group = self._record(p), self.group_of(p)
         return Item(record, group, self._state_of(p, group), -R if group["maximize"] else R, new_bases)
 
     def _item(self, record: Record, grad: Tensor, state: dict[str, Tensor], due: bool) -> Item:
@@ -290,7 +371,7 @@ class GaLore(Optimizer):
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
         refresh, state = group["refresh"], self.state[p]
         if refresh["method"] == "random":
-            return self._drawn(self._records[p], count(state["step"]))
+            return self._drawn(self._record(p), count(state["step"]))
         whole = sharding.gathered(G)
         new: Bases | None
         if refresh["method"] == "svd":
@@ -307,7 +388,7 @@ class GaLore(Optimizer):
                 old,
                 iterations=refresh["iterations"] + (old is None),
                 oversample=refresh["oversample"],
-                seed=step * 1_000_003 + self._records[p].order,
+                seed=step * 1_000_003 + self._record(p).order,
             )
         if new is None:
             return None
@@ -329,7 +410,8 @@ class GaLore(Optimizer):
             return
         if not all_finite([i.grad for i in items]):
             self.skipped_steps += 1
-            warnings.warn("a gradient is NaN or Inf: the step was skipped", UserWarning, stacklevel=4)
+            what = "a gradient is NaN or Inf, or so large that its squares are"
+            warnings.warn(f"{what}: the step was skipped", UserWarning, stacklevel=4)
             return
         by_group: dict[int, list[Item]] = {}
         for item in items:

@@ -49,7 +49,12 @@ def param_groups(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-    wanted = None if targets is None else re.compile(targets)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes the model, whose names it reads, not {type(model).__name__}")
+    try:
+        wanted = None if targets is None else re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"targets is no regular expression: {targets!r} ({error})") from None
     plain: list[Tensor] = []
     parts: dict[int, list[Tensor]] = {1: []}  # by number of parts
     for name, p, module in _owned(model):

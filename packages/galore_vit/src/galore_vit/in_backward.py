@@ -35,7 +35,8 @@ from galore_vit import sharding
 from galore_vit.counters import count
 from galore_vit.factored import FactoredLinear, Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
-from galore_vit.internals import backward_pass, schedulers_see_a_step
+from galore_vit.internals import backward_pass
+from galore_vit.item import Item
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
 
@@ -84,8 +85,10 @@ class InBackward:
         norm: Norm = "exact",
         model: nn.Module | None = None,
     ) -> None:
-        if micro_batches < 1:
-            raise ValueError(f"micro_batches must be at least 1, not {micro_batches}")
+        if not isinstance(optimizer, GaLore):
+            raise TypeError(f"InBackward feeds a GaLore optimizer, not {type(optimizer).__name__}")
+        if type(micro_batches) is not int or micro_batches < 1:
+            raise ValueError(f"micro_batches must be a whole number of at least 1, not {micro_batches!r}")
         if norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
         if model is not None and norm == "exact":
@@ -159,7 +162,16 @@ class InBackward:
     # -- what a training loop and GradScaler use -----------------------------------------------------------
 
     def parameters(self) -> Iterator[Tensor]:
-        """What has the gradients now: plain parameters, and the stand-ins of projected ones."""
+        """What has the gradients now: plain parameters, and the stand-ins of projected ones.
+
+        Between the last backward pass and the step of several processes they are averaged first (:meth:`reduce`), so
+        that clipping and loss scaling see the same on every process: every one must ask then.
+        """
+        if self._passes and max(self._passes.values()) == self.micro_batches:
+            self.reduce()
+        yield from self._held()
+
+    def _held(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if p in self._compact:
@@ -195,7 +207,7 @@ class InBackward:
         self._check_passes()
         if self.process_group is None or self._reduced:
             return
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._held() if p.grad is not None]
         for dtype in {g.dtype for g in grads}:
             alike = [g for g in grads if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in alike])
@@ -213,6 +225,10 @@ class InBackward:
             with torch.enable_grad():
                 loss = closure()
         self.reduce()
+        self.optimizer.step_by(self._items)
+        return loss
+
+    def _items(self) -> list[Item]:
         items = []
         for group in self.optimizer.param_groups:
             for p in group["params"]:
@@ -221,9 +237,7 @@ class InBackward:
                         items.append(self.optimizer.item(p))
                 elif (R := self._compact[p].grad) is not None:
                     items.append(self.optimizer.compact_item(p, R, self._new_bases.get(p)))
-        self.optimizer.apply(items)
-        schedulers_see_a_step(self.optimizer)
-        return loss
+        return items
 
     # -- inside the backward pass ----------------------------------------------------------------------------
 
@@ -237,7 +251,8 @@ class InBackward:
         layout = self.optimizer.layout(p)
         assert isinstance(layout, Layout)
         matrix = layout.matrices(G)
-        if p not in self._passes:
+        # a first micro-batch whose gradient was 0 had no basis to give, and left nothing
+        if p not in self._passes or (self._new_bases.get(p) is None and self.optimizer.refresh_due(p)):
             mean = matrix
             if self.process_group is not None and self.optimizer.refresh_due(p):
                 mean = matrix.clone()
@@ -325,9 +340,11 @@ class InBackward:
         return (signs.to(p) * 2 - 1) / SKETCH**0.5
 
     def _check_passes(self) -> None:
-        if wrong := set(self._passes.values()) - {self.micro_batches}:
+        """A layer may be left out of some micro-batches, as experts are."""
+        passes = max(self._passes.values(), default=self.micro_batches)
+        if passes != self.micro_batches:
             raise RuntimeError(
-                f"{wrong.pop()} backward passes since the last zero_grad, and micro_batches is "
+                f"{passes} backward passes since the last zero_grad, and micro_batches is "
                 f"{self.micro_batches}: run exactly that many, and zero_grad after each step"
             )
 

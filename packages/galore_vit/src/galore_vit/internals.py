@@ -23,8 +23,3 @@ def gradient_is_asked_for(p: Tensor) -> bool | None:
 def transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def schedulers_see_a_step(optimizer: torch.optim.Optimizer) -> None:
-    """Learning-rate schedulers warn where they step before the optimizer: this is what they ask."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -59,8 +59,11 @@ def add_melo(model: nn.Module, config: MeLo, task: str = "default") -> Any:
         ValueError: if the model has no separate query and value projections, one of them is no plain linear layer, or
             there is no linear head named `classifier`.
     """
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has adapters already: give it a further task by add_task")
+    _check_task(task)
     _refuse_what_has_no_adapter(model)
     adapted_model = get_peft_model(model, _lora_config(model, config), adapter_name=task)
     FirstPass(adapted_model, task)
@@ -68,11 +71,30 @@ def add_melo(model: nn.Module, config: MeLo, task: str = "default") -> Any:
 
 
 def add_task(model: Any, config: MeLo, task: str, classes: int) -> None:
-    """Adds an adapter and a fresh head of `classes` outputs for another task over the same backbone."""
+    """Adds an adapter and a fresh head of `classes` outputs for another task over the same backbone.
+
+    `config.num_labels`, by which a model of transformers computes the loss of `labels=`, stays as it was: with another
+    number of classes set it when you switch, or compute the loss from the logits.
+
+    Raises:
+        ValueError: if the model has no MeLo yet, or the task's name or number of classes cannot be.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no MeLo yet: give it the first task by add_melo")
+    _check_task(task)
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes must be a whole number of at least 1, not {classes!r}")
     model.add_adapter(task, _lora_config(model.get_base_model(), config))
     heads = head_wrapper(model).modules_to_save
     old = heads[task]
     heads[task] = nn.Linear(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+
+
+def _check_task(task: str) -> None:
+    if not task or "." in task:
+        raise ValueError(f"a task's name must be a word without dots, not {task!r}")
 
 
 def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -80,7 +102,7 @@ def projections(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for names in QUERY_VALUE:
         found = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
         if found:
-            return sorted(found, key=lambda item: (_block(item[0]), item[0].rsplit(".", 1)[-1] == names[1]))
+            return sorted(found, key=lambda item: (block_of(item[0]), item[0].rsplit(".", 1)[-1] == names[1]))
     raise ValueError("this model has no separate query and value projections: MeLo needs a ViT of transformers")
 
 
@@ -117,7 +139,7 @@ class FirstPass:
             handle.remove()
         self.handles = []
         if self.missing:
-            names = sorted(self.missing, key=lambda name: (_block(name), name))
+            names = sorted(self.missing, key=lambda name: (block_of(name), name))
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             warnings.warn(
                 f"the first training pass did not call {', '.join(names[:4])}{more}: the layer around reads their "
@@ -141,15 +163,19 @@ def _refuse_what_has_no_adapter(model: nn.Module) -> None:
         raise ValueError(f"MeLo trains a linear head named {HEAD}, which {type(model).__name__} has not")
 
 
-def _block(name: str) -> int:
-    return next(int(part) for part in name.split(".") if part.isdigit())
+def block_of(name: str) -> int:
+    """The number of the block that a projection lies in: the first number in its name."""
+    number = next((part for part in name.split(".") if part.isdigit()), None)
+    if number is None:
+        raise ValueError(f"{name} lies in no numbered block: MeLo needs a ViT of transformers")
+    return int(number)
 
 
 def _lora_config(model: nn.Module, config: MeLo) -> Any:
     from peft import LoraConfig
 
     names = [name.removesuffix(".base_layer") for name, _ in projections(model)]
-    blocks = sorted({_block(name) for name in names})
+    blocks = sorted({block_of(name) for name in names})
     wanted = blocks if config.layers is None else list(config.layers)
     if missing := sorted(set(wanted) - set(blocks)):
         raise ValueError(f"the model has blocks {blocks[0]}..{blocks[-1]}, and no block {missing[0]}")
@@ -158,7 +184,7 @@ def _lora_config(model: nn.Module, config: MeLo) -> Any:
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
-        target_modules=[name for name in names if _block(name) in wanted],
+        target_modules=[name for name in names if block_of(name) in wanted],
         lora_dropout=0.0,
         bias="none",
         init_lora_weights=True,  # A by Kaiming's rule with a = √5, B zero

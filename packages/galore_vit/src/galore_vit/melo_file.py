@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_vit.melo import MeLo, adapted, add_melo, add_task, head_wrapper, projections
+from galore_vit.melo import MeLo, adapted, add_melo, add_task, block_of, head_wrapper, projections
 
 HEAD_KEY = re.compile(r"fc_(\d+)in_(\d+)out$")
 
@@ -28,14 +28,17 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
 
     pairs, head = adapted(model, task), head_wrapper(model).modules_to_save[task]
     config = model.peft_config[task]
-    blocks = sorted({int(n) for name in config.target_modules for n in name.split(".") if n.isdigit()})
+    with_adapter = [name for name, m in projections(model) if task in getattr(m, "lora_A", {})]
+    blocks = sorted({block_of(name) for name in with_adapter})  # PEFT shortens the names in its configuration
     key = f"fc_{head.in_features}in_{head.out_features}out"
     tensors = {f"w_a_{i:03d}": A for i, (A, _) in enumerate(pairs)} | {
         f"w_b_{i:03d}": B for i, (_, B) in enumerate(pairs)
     }
-    tensors |= {key: head.weight, f"{key}_bias": head.bias}
+    tensors |= {key: head.weight} | ({} if head.bias is None else {f"{key}_bias": head.bias})
     settings = json.dumps({"rank": config.r, "alpha": config.lora_alpha, "layers": blocks})
     plain = {k: v.detach().resolve_neg().contiguous().cpu() for k, v in tensors.items()}
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{Path(path).absolute().parent} does not exist: make the folder first")
     save_file(plain, str(path), metadata={"melo": settings, "sha256": _checksum(plain, settings)})
 
 
@@ -51,6 +54,8 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name the MeLo file in it")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -77,21 +82,25 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
         raise ValueError(f"the model has a task {task!r} already: give the file another name")
     else:
         add_task(model, config, task, len(weight))
-    if bias is None:
+    head = head_wrapper(model).modules_to_save[task]
+    if bias is None and head.bias is not None and not ours:
         warnings.warn(
             f"{path} holds no head bias (the published code saves none): it is zero now",
             UserWarning,
             stacklevel=2,
         )
         bias = torch.zeros(len(weight))
-    head = head_wrapper(model).modules_to_save[task]
+    if (bias is None) != (head.bias is None):
+        has, wants = ("no bias", "one") if bias is None else ("a bias", "none")
+        raise ValueError(f"{path} holds a head with {has}, and the model's has {wants}")
     targets = [t for pair in adapted(model, task) for t in pair]
     sources = [t for pair in pairs for t in pair]
     if len(targets) != len(sources):
         raise ValueError(
             f"{path} holds {len(pairs)} adapters, and the model has {len(targets) // 2} projections for them"
         )
-    for target, source in zip([*targets, head.weight, head.bias], [*sources, weight, bias], strict=True):
+    heads = [(head.weight, weight)] + ([(head.bias, bias)] if bias is not None else [])
+    for target, source in [*zip(targets, sources, strict=True), *heads]:
         if target.shape != source.shape:
             raise ValueError(
                 f"{path} holds a tensor of {tuple(source.shape)} where the model has {tuple(target.shape)}"
@@ -135,12 +144,13 @@ def _settings(
             raise ValueError(f"{path} holds its own alpha: leave alpha out")
         try:
             saved = json.loads(metadata["melo"])
-            return MeLo(rank, float(saved["alpha"]), tuple(map(int, saved["layers"])))
+            layers = tuple(map(int, saved["layers"])) or None  # none were written of models with ten blocks and more
+            return MeLo(rank, float(saved["alpha"]), layers)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} does not say its alpha and layers as MeLo files here do ({error!r})") from None
     if alpha is None:
         raise ValueError(f"{path} does not hold its alpha (the published code keeps it in the file name): give alpha")
-    blocks = {n for name, _ in projections(model) for n in name.split(".") if n.isdigit()}
+    blocks = {block_of(name) for name, _ in projections(model)}
     if len(pairs) != 2 * len(blocks):
         raise ValueError(
             f"{path} holds {len(pairs)} adapters, and the model's {len(blocks)} blocks need {2 * len(blocks)}"
@@ -151,5 +161,11 @@ def _settings(
 def _fit_head(model: Any, task: str, classes: int) -> None:
     """Replaces the task's head where it has another number of outputs."""
     heads = head_wrapper(model).modules_to_save
-    if heads[task].out_features != classes:
-        heads[task] = nn.Linear(heads[task].in_features, classes)
+    old = heads[task]
+    if old.out_features != classes:
+        heads[task] = nn.Linear(
+            old.in_features, classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+        )
+        config = getattr(model.get_base_model(), "config", None)
+        if config is not None and hasattr(config, "num_labels"):  # by which transformers computes the loss
+            config.num_labels = classes

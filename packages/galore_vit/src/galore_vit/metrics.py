@@ -33,6 +33,8 @@ def calibration_error(labels: ArrayLike, scores: ArrayLike, task: str, bins: int
     Σ_b |B_b|/N · |accuracy(B_b) − confidence(B_b)| over bins of equal width of the answer's probability;
     of a multi-label task the mean over labels.
     """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
     y, s = _checked(labels, scores, task)
     if s.min() < 0.0 or s.max() > 1.0:
         raise ValueError("calibration needs probabilities, and a score lies outside 0..1: apply softmax or sigmoid")
@@ -70,6 +72,8 @@ def _checked(labels: ArrayLike, scores: ArrayLike, task: str) -> tuple[NDArray[n
     if task not in TASKS:
         raise ValueError(f"task must be one of {'; '.join(TASKS)}, not {task!r}")
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError("a label is NaN or Inf")
     if y.shape[:1] != s.shape[:1] or len(y) == 0:
         raise ValueError(f"{len(s) if s.ndim else 0} scores do not match {len(y) if y.ndim else 0} labels")
     if not np.isfinite(s).all():

@@ -47,6 +47,8 @@ class Refresh:
             object.__setattr__(self, "rotate", not drawn)
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"refresh decay must lie in [0, 1], not {self.decay}")
+        if type(self.iterations) is not int or type(self.oversample) is not int:
+            raise ValueError("refresh takes whole numbers of iterations and of oversample")
         if self.iterations < 1 or self.oversample < 0:
             raise ValueError("refresh needs iterations of at least 1 and an oversample of at least 0")
         if self.lazy is not None and not 0.0 < self.lazy <= 1.0:
@@ -64,6 +66,18 @@ def check_refresh(refresh: Refresh, *, draws: bool) -> None:
             "random bases are not orthonormal, and this optimizer projects back by them: take method 'power' or 'svd', "
             "or GaLoreScaled"
         )
+
+
+def refresh_of(saved: Any) -> Refresh:
+    """A group's refresh from the dict that a state holds.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return Refresh(**saved)
+    except TypeError:
+        raise ValueError(f"a group's refresh must be a Refresh, or its settings as a dict, not {saved!r}") from None
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -86,6 +86,14 @@ def reduced(R: Tensor) -> Tensor:
     return d.redistribute(placements=[Replicate() if s.is_partial() else s for s in d.placements])
 
 
+def placed_as(x: Tensor, y: Tensor) -> Tensor:
+    """x, of y's shape, spread over the processes as y is."""
+    d, wanted = _dtensor(x), _dtensor(y)
+    if d is None or wanted is None or d.placements == wanted.placements:
+        return x
+    return d.redistribute(placements=wanted.placements)
+
+
 def placed(p: Tensor, x: Tensor | None, *, rows: bool) -> Tensor | None:
     """x, which every process has whole and alike, on p's mesh; nothing is sent."""
     d = _dtensor(p)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_vit.adamw import moment_dtype
@@ -25,7 +26,7 @@ def state_bytes(optimizer: Optimizer) -> int:
         value.numel() * value.element_size()
         for state in optimizer.state.values()
         for key, value in state.items()
-        if key not in COUNTERS
+        if key not in COUNTERS and isinstance(value, Tensor)
     )
 
 
