@@ -17,6 +17,7 @@ from memtrain_apps.ablate.grid import AXES
 from memtrain_apps.ablate.grid_file import read_grid
 from memtrain_apps.compose.axes import refusal
 from memtrain_common.errors import UserError
+from PIL import Image
 from support import Command, assert_refused, forked_arms, run_command
 
 ARM = ["--", "--data", "digits", "--labels", "5", "6", "--epochs", "1", "--batch-size", "64", "--log-interval", "1"]
@@ -164,6 +165,35 @@ def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
     assert sum(by_train["full"]["predicted"].values()) > 100 << 20
     assert by_train["head"]["status"] == "done"
     assert "out of memory" in (tmp_path / "abl" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_data_that_are_not_there_end_it_at_once_and_a_refused_arm_is_tried_again(tmp_path):
+    (tmp_path / "g.toml").write_text(
+        'seeds = 1\ntrain = ["full", "head"]\n[finetune]\ndata = "folder"\ndata_dir = "later"\nimage_size = 16\nmax_iters = 1\n'
+    )
+    words = ["ablate", "g.toml", "--devices", "cpu", "--memory-limit", "4GiB", "--out", "abl"]
+    assert_refused(ablate(words, tmp_path), "later is not a folder")
+    assert not (tmp_path / "abl").exists()
+    for c in "ab":
+        (tmp_path / "later" / c).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(tmp_path / "later" / c / f"{i}.png")
+    assert ablate(words, tmp_path).returncode == 0
+    (tmp_path / "later").rename(tmp_path / "away")
+    for path in (tmp_path / "abl" / "results").glob("*.json"):
+        path.unlink()
+    gone = ablate(["ablate", "--resume", "abl", "--devices", "cpu"], tmp_path)
+    assert gone.returncode == 2
+    assert {r["status"] for r in results(tmp_path / "abl").values()} == {"refused"}
+    (tmp_path / "away").rename(tmp_path / "later")
+    again = ablate(["ablate", "--resume", "abl", "--devices", "cpu"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = results(tmp_path / "abl").values()
+    assert {r["status"] for r in found} == {"done"}
+    assert {r["memory_limit_bytes"] for r in found} == {4 << 30}  # the one that it was begun with
+    collected = ablate(["ablate", "--collect", "abl"], tmp_path)
+    assert "2 of 2 arms have a result" in collected.stdout
 
 
 @pytest.mark.slow

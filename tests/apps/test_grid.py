@@ -143,3 +143,13 @@ def test_a_grid_that_comes_without_a_model_has_its_rates_for_the_one_that_is_nam
         assert ("--head-lr" in words) == (combination.axes.train != "head")
     digits = configure(["digits", "--", "--model", "resnet18"]).grid
     assert digits.lr == {}, "the file pretrains a model of its own, which its rates were for"
+
+
+def test_blocks_and_close_learning_rates_are_arms_of_their_own():
+    grid = grid_of({"save": "checkpoint", "checkpoint_blocks": ["2", "0-1"], "train": "full"})
+    assert [c.axes.checkpoint_blocks for c in grid.combinations()] == ["2", "0-1"]
+    with pytest.raises(UserError, match="checkpoint_blocks must be words"):
+        grid_of({"save": "checkpoint", "checkpoint_blocks": [0.5]})
+    close = grid_of({"lr": [1.2345678e-4, 1.2345679e-4], "seeds": 1})
+    assert len({arm.name for arm in close.arms()}) == 2
+    assert [float(c.words[-1]) for c in close.combinations()] == [1.2345678e-4, 1.2345679e-4]

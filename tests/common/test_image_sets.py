@@ -8,7 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 from image_files import image_folder, random_file
-from memtrain_common.data.images.image_set import fold
+from memtrain_common.data.images.folders import picture_folder
+from memtrain_common.data.images.image_set import decode, fold
 from memtrain_common.data.images.sets import NAMES, fetch, load_images
 from memtrain_common.errors import UserError
 from PIL import Image
@@ -385,7 +386,7 @@ def test_refused_folders(tmp_path):
         load_images("folder")
     with pytest.raises(UserError, match="not a folder"):
         load_images("folder", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="two at least"):
+    with pytest.raises(UserError, match="no two folders of pictures side by side"):
         load_images("folder", str(tmp_path))
     lacking = image_folder(tmp_path / "lacking", 2)
     (lacking / "val" / "dog").rename(lacking / "val" / "wolf")
@@ -422,3 +423,49 @@ def test_folds_validate_on_everything_once():
     )
     with pytest.raises(UserError, match="2000 folds"):
         fold(images, 0, 2000)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_grey_of_16_bits_is_scaled_and_not_cut_off(ending):
+    grey = DRAW.integers(0, 65536, (9, 7)).astype(np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(grey).save(content, ending)
+    found = decode(content.getvalue(), "x")
+    assert np.array_equal(found, np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, -1))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(np.float32, "floating-point numbers"), (np.int32, "numbers of 32 bits")])
+def test_pictures_whose_range_nothing_says_are_refused(kind, said):
+    content = io.BytesIO()
+    Image.fromarray(DRAW.integers(0, 2, (9, 7)).astype(kind)).save(content, "tiff")
+    with pytest.raises(UserError, match=said):
+        decode(content.getvalue(), "x")
+
+
+def pictures_in(folder, splits, classes="ab", each=3):
+    for split in splits:
+        for c in classes:
+            (folder / split / c).mkdir(parents=True)
+            for i in range(each):
+                Image.new("RGB", (4, 4), (i, 0, 0)).save(folder / split / c / f"{i}.png")
+
+
+@pytest.mark.parametrize("word", ["valid", "validation", "dev", "Val"])
+def test_a_split_has_any_usual_name(tmp_path, word):
+    pictures_in(tmp_path, ("train", word, "test"))
+    assert {k: len(s) for k, s in picture_folder(tmp_path).splits.items()} == {"train": 6, "val": 6, "test": 6}
+    pictures_in(tmp_path, ("eval", "dev2", "VALID" if word != "Val" else "dev"))
+    with pytest.raises(UserError, match="which mean the same split"):
+        picture_folder(tmp_path)
+
+
+def test_too_few_pictures_to_cut_are_refused(tmp_path):
+    pictures_in(tmp_path, [""], each=1)
+    with pytest.raises(UserError, match="has too few pictures for"):
+        picture_folder(tmp_path)
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    pictures_in(tmp_path, [""], classes="a")
+    with pytest.raises(UserError, match="no two folders of pictures side by side"):
+        picture_folder(tmp_path)

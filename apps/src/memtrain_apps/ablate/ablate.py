@@ -26,12 +26,7 @@ from memtrain_common.interrupts import say_from_now_on, unwinding
 from .arms import server
 from .config import PROG, Ablation, saved_request
 from .results import Summary, read_results, summarise
-from .runner import Runner, meaningful_of
-
-FINISHED = ("done", "refused", "diverged", "out of memory")
-"""Ends that another try would find again; an arm that was killed or failed is tried again by --resume."""
-ON_ITS_OWN = {"tracker": "none", "save_model": False}
-"""Flags of an arm that the grid may change."""
+from .runner import Runner, meaningful_of, refuse_data_that_is_not_there
 
 
 class ArmsFailedError(UserError):
@@ -65,13 +60,16 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
     places = find_places(config.devices, arms=len(meaningful) * len(grid.seeds))
     if config.resume:
         run = RunFolder.open(Path(config.resume))
-        run.add_resume(grid, prog=PROG, argv=argv)
+        run.add_resume(grid, prog=PROG, argv=argv, memory_limit_bytes=request.limit_bytes)
     else:
         import torch
 
+        if config.launcher == "processes" and grid.pretrain is None:
+            refuse_data_that_is_not_there(grid, meaningful[0])
         run = RunFolder.create(Path(config.out) if config.out else default_run_path(PROG))
         device = device_name(torch.device(places[0]))
-        run.write_config(grid, prog=PROG, argv=argv, device=device, places=places)
+        limit = {"memory_limit_bytes": request.limit_bytes}
+        run.write_config(grid, prog=PROG, argv=argv, device=device, places=places, **limit)
     console = Console(run.path / "log.txt")
     if config.launcher != "processes":
         from .cluster import launch

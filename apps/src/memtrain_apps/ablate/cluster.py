@@ -102,7 +102,7 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
             if runner.needs_pretraining:
                 console.say("pretraining")
                 _watch(runner, launcher, {PRETRAINED: base}, 1)
-            arms = runner.left()
+            arms = runner.left(again=("refused",))
             needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
             most = len(places) if config.launcher == "local" else len(arms)
             at_once = "as many at a time as there is room for" if most == len(arms) else f"{most} at a time"

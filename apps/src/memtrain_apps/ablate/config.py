@@ -131,7 +131,7 @@ def configure(argv: Sequence[str]) -> Ablation:
     if config.report or config.collect:
         return Ablation(config, Grid(), limit)
     if config.resume:
-        return Ablation(config, _saved_grid(Path(config.resume), config), limit)
+        return Ablation(config, *_saved(Path(config.resume), config, limit))
     grid = _named_grid(named, presets)
     listed = {n: list(getattr(config, n)) for n in LISTED if getattr(config, n)}
     if listed:
@@ -187,14 +187,16 @@ def _named_grid(named: str, presets: Sequence[str]) -> Grid:
 def saved_request(folder: Path) -> Ablation:
     """What a begun ablation was asked, as its own folder says."""
     config = AblateConfig(resume=str(folder))
-    return Ablation(config, _saved_grid(folder, config), 0)
+    return Ablation(config, *_saved(folder, config, 0))
 
 
-def _saved_grid(folder: Path, config: AblateConfig) -> Grid:
-    """The grid of a begun ablation, which may only get more seeds."""
+def _saved(folder: Path, config: AblateConfig, limit: int) -> tuple[Grid, int]:
+    """The grid of a begun ablation, which may only get more seeds, and the limit of an arm's memory: its own where
+    none is given now."""
     from memtrain_common.runs.run_folder import RunFolder
 
-    content = RunFolder.open(folder, writes=False).read_config()["config"]
+    saved = RunFolder.open(folder, writes=False).read_config()
+    content, limit = saved["config"], limit or saved.get("memory_limit_bytes", 0)
     try:
         grid = Grid(**{f.name: content[f.name] for f in fields(Grid)})
         grid = replace(grid, products=tuple(grid.products), seeds=tuple(grid.seeds))
@@ -205,7 +207,7 @@ def _saved_grid(folder: Path, config: AblateConfig) -> Grid:
     if config.seeds > len(grid.seeds):
         more = [s for s in range(config.seeds + len(grid.seeds)) if s not in grid.seeds]
         grid = replace(grid, seeds=(*grid.seeds, *more[: config.seeds - len(grid.seeds)]))
-    return grid
+    return grid, limit
 
 
 def _with_words(grid: Grid, words: Sequence[str]) -> Grid:

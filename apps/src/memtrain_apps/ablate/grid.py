@@ -40,6 +40,11 @@ OWN_FLAGS = {"seed", "out", "resume", "device", "explain_memory", "budget"}
 """Flags of finetune that ablate gives each arm itself; budget would choose what the arms compare."""
 
 
+def _short(number: float) -> str:
+    """With six digits where they say all of it."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
 @dataclass(frozen=True)
 class Combination:
     """One choice on each axis with its settings: the arms of all seeds are its repetitions."""
@@ -64,14 +69,14 @@ class Combination:
         for axis in AXES:
             own = [f"{n.replace('_', '-')}{v}" for n, v in self.settings.items() if USED_BY[n][0] == axis]
             parts.append("-".join([getattr(self.axes, axis), *own]))
-        return "+".join(parts) + (f"+lr{self.lr:g}" if self.lr_listed else "")
+        return "+".join(parts) + (f"+lr{_short(self.lr)}" if self.lr_listed else "")
 
     @property
     def words(self) -> list[str]:
         """finetune's flags for it."""
         words = [w for axis in AXES for w in (flag(axis), getattr(self.axes, axis))]
         words += [w for n, v in self.settings.items() for w in (flag(n), str(v))]
-        return words + (["--lr", f"{self.lr:g}"] if self.lr else [])
+        return words + (["--lr", _short(self.lr)] if self.lr else [])
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ def _setting(name: str, value: Any, where: str) -> Any:
         if value not in get_args(kind):
             raise UserError(f"{name}{where} {value!r} is unknown: choose from {', '.join(get_args(kind))}")
         return value
+    if kind is str:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UserError(f"{name}{where} must be words such as '0-3', got {value!r}")
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{name}{where} must be {what}, got {value!r}")

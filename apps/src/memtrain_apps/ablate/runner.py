@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from .grid import Arm, Combination, Grid, flag_words
 from .results import curve, last_step, read_arm
 
 FINISHED = ("done", "refused", "diverged", "out of memory")
-"""Ends that another try would find again; an arm that was killed or failed is tried again by --resume."""
+"""Ends that are a result; an arm that was killed or failed is tried again by --resume, and so is one that was refused:
+the folder, file or package that it lacked may be there now."""
 PRETRAINED = "pretrained"
 """Name of the run before all arms."""
 ON_ITS_OWN = {"tracker": "none", "save_model": False}
@@ -38,7 +39,7 @@ class Runner:
     def run(self) -> None:
         self.prepare()
         self._pretrain()
-        left = self.left()
+        left = self.left(again=("refused",))
         done = len(self.arms) - len(left)
         self.written = done
         self._head(done)
@@ -83,11 +84,15 @@ class Runner:
             (self.folder / sub).mkdir(exist_ok=True)
         self.refuse()
 
-    def left(self) -> list[Arm]:
-        """Arms without a final result."""
-        return [arm for arm in self.arms.values() if not self.finished(arm)]
+    def left(self, again: Collection[str] = ()) -> list[Arm]:
+        """Arms without a result.
 
-    def finished(self, arm: Arm) -> bool:
+        Args:
+            again: results that are sought once more.
+        """
+        return [arm for arm in self.arms.values() if not self.finished(arm, again)]
+
+    def finished(self, arm: Arm, again: Collection[str] = ()) -> bool:
         path = self.result(arm)
         if not path.exists():
             return False
@@ -99,7 +104,7 @@ class Runner:
             return False
         if record["status"] == "out of memory" and record.get("memory_limit_bytes") != self.request.limit_bytes:
             return False
-        return record["status"] in FINISHED
+        return record["status"] in FINISHED and record["status"] not in again
 
     def result(self, arm: Arm) -> Path:
         return self.folder / "results" / f"{arm.name}.json"
@@ -268,3 +273,16 @@ def meaningful_of(grid: Grid) -> list[Combination]:
     if grid.pretrain is not None:
         configure_finetune(flag_words(grid.pretrain))
     return found
+
+
+def refuse_data_that_is_not_there(grid: Grid, first: Combination) -> None:
+    """Read what the first arm trains on, before there is a folder: every arm would be refused for what it lacks.
+
+    Raises:
+        UserError: as finetune itself would.
+    """
+    from memtrain_common.training.distributed import World
+
+    from ..run.finetune import workload_of
+
+    workload_of(configure_finetune(grid.words(first)), World())

@@ -1,8 +1,10 @@
 """Gradient checkpointing as a context: PyTorch's own, around each block of a model that need not know of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,10 +21,32 @@ class CheckpointBlocks:
 
     def __enter__(self) -> None:
         for block in self._blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            counting = [m for m in block.modules() if m._buffers.get("running_mean") is not None]
+            once = {"context_fn": partial(_statistics_once, counting)} if counting else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **once)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for block in self._blocks:
             del block.forward  # the class's own shows again
+
+
+def _statistics_once(
+    modules: list[nn.Module],
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of the forward pass and of its repetition, in which running statistics have moved already."""
+    return nullcontext(), _spared(modules)
+
+
+@contextmanager
+def _spared(modules: list[nn.Module]) -> Iterator[None]:
+    """What the modules count goes to copies of their buffers, which are forgotten."""
+    own = [dict(m._buffers) for m in modules]
+    for module, buffers in zip(modules, own, strict=True):
+        module._buffers.update({n: b if b is None else b.clone() for n, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, own, strict=True):
+            module._buffers.update(buffers)

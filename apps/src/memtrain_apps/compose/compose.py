@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .axes import Axes, check
 from .checkpointing import CheckpointBlocks
-from .families import blocks, head_name, matrices
+from .families import blocks, head_name, heads_of, inside, matrices
 from .first_step import first_step_check, refuse
 from .partial import numbers_of
 
@@ -54,9 +54,11 @@ def compose(
     """
     check(axes)
     keeps = saving(task.model, axes)  # before adapters: a block is found by the plain model's names
-    model = inject(task.model, axes, predicting=predicting, losses=task.losses)
+    model = inject(task.model, axes, predicting=predicting, losses=task.losses, fresh=task.fresh)
     wrapped = wrap(model)
-    optimizer = build_optimizer(model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say)
+    optimizer = build_optimizer(
+        model, axes, lr=lr, head_lr=head_lr or lr, weight_decay=weight_decay, say=say, fresh=task.fresh
+    )
     task = replace(task, model=wrapped, optimizer=optimizer, saving=keeps)
     if axes.train != "lte":
         return replace(task, after_first_step=first_step_check(model, axes.train))
@@ -71,24 +73,30 @@ def compose(
 
 
 def inject(
-    model: nn.Module, axes: Axes, *, losses: Callable[[int], Iterable[Tensor]], predicting: bool = False
+    model: nn.Module,
+    axes: Axes,
+    *,
+    losses: Callable[[int], Iterable[Tensor]],
+    predicting: bool = False,
+    fresh: Sequence[str] = (),
 ) -> nn.Module:
     """The model with adapters where ``axes.train`` has some, and ``requires_grad`` set on what is trained.
 
     Args:
         losses: n -> the losses of the first n micro-batches, for bases from the gradient.
+        fresh: modules besides the task head that begin at random, and are trained whole as it is.
     """
-    head = head_name(model)
+    head, heads = head_name(model), heads_of(model, fresh)
     alpha = axes.alpha or float(axes.rank)
     if axes.train == "full":
         return model.requires_grad_(True)
     if axes.train in ("head", "bitfit"):
-        if axes.train == "head" and head is None:
+        if axes.train == "head" and not heads:
             raise UserError(f"train head needs a task head, and {type(model).__name__} has none: choose another train")
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             bias = axes.train == "bitfit" and name.endswith("bias")
-            parameter.requires_grad_(bias or name.split(".")[0] == head)
+            parameter.requires_grad_(bias or inside(name, heads))
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"train bitfit finds no bias in {type(model).__name__}: build it with biases")
         return model
@@ -99,8 +107,8 @@ def inject(
             r=axes.rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it as a float
             lora_dropout=axes.dropout,
-            target_modules=matrices(model, axes.adapt),
-            modules_to_save=[head] if head else None,
+            target_modules=matrices(model, axes.adapt, heads),
+            modules_to_save=list(heads) or None,
         )
         return get_peft_model(model, settings)
     if axes.train == "melo":
@@ -111,7 +119,10 @@ def inject(
                 f"train melo is LoRA on q and v of a classifier, which {type(model).__name__} is not: choose train lora"
             )
         try:
-            return add_melo(model, MeLo(axes.rank, alpha))
+            adapted = add_melo(model, MeLo(axes.rank, alpha))
+            for name in heads[1:]:
+                adapted.get_base_model().get_submodule(name).requires_grad_(True)
+            return adapted
         except ValueError as error:
             raise UserError(f"train melo: {error}; or choose train lora") from None
     if axes.train == "lora-xs":
@@ -121,10 +132,10 @@ def inject(
         config = lora_xs.LoRAXSConfig(
             axes.rank,
             alpha,
-            tuple(matrices(model, axes.adapt)),
+            tuple(matrices(model, axes.adapt, heads)),
             init=init,
             first_step=axes.first_step if init == "gradient" else 0.0,
-            head=(head,) if head else (),
+            head=heads,
         )
         first = partial(losses, axes.init_batches) if init == "gradient" else None
         try:
@@ -134,7 +145,7 @@ def inject(
     import lte
     from lte.config import REST
 
-    rest = axes.lte_rest == "trained" or (axes.lte_rest == "auto" and not head)
+    rest = axes.lte_rest == "trained" or (axes.lte_rest == "auto" and not heads)
     try:
         lte.inject(
             model,
@@ -142,16 +153,16 @@ def inject(
                 heads=axes.heads,
                 rank=axes.rank,
                 alpha=alpha,
-                targets=tuple(matrices(model, axes.adapt)),
-                exclude=(head or "lm_head",),
+                targets=tuple(matrices(model, axes.adapt, heads)),
+                exclude=heads or ("lm_head",),
                 # a pretrained model's norms and positions do not bear the heads' rate
-                trainable=tuple(w for w in REST if w != "embeddings" or not head) if rest else (),
+                trainable=tuple(w for w in REST if w != "embeddings" or not heads) if rest else (),
             ),
         )
     except ValueError as error:
         raise UserError(f"train lte: {error}") from None
-    if head:
-        model.get_submodule(head).requires_grad_(True)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 
@@ -216,14 +227,22 @@ def _both(checkpointed: CheckpointBlocks, razor: Callable[[], AbstractContextMan
 
 
 def build_optimizer(
-    model: nn.Module, axes: Axes, *, lr: float, head_lr: float, weight_decay: float, say: Callable[[str], None]
+    model: nn.Module,
+    axes: Axes,
+    *,
+    lr: float,
+    head_lr: float,
+    weight_decay: float,
+    say: Callable[[str], None],
+    fresh: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters: matrices decayed, vectors not, the task head at its own rate."""
+    """The optimizer over the trainable parameters: matrices decayed, vectors not, what begins at random (the task head,
+    and ``fresh``) at its own rate."""
     if axes.optim.startswith("galore"):
         groups = _galore_groups(model, axes)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    groups = _split(groups, _head_parameters(model), lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+    groups = _split(groups, _head_parameters(model, fresh), lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if axes.optim == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     if axes.optim == "adamw":
@@ -265,13 +284,12 @@ def _galore_groups(model: nn.Module, axes: Axes) -> list[dict[str, Any]]:
         raise UserError(f"optim {axes.optim} with train {axes.train}: {error}") from None
 
 
-def _head_parameters(model: nn.Module) -> set[Tensor]:
-    """The task head's, under the names that PEFT's and LoRA-XS's wrappers give it too."""
+def _head_parameters(model: nn.Module, fresh: Sequence[str]) -> set[Tensor]:
+    """Those of what begins at random, under the names that PEFT's and LoRA-XS's wrappers give it too."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
-    head = head_name(inner)
-    return set(getattr(inner, head).parameters()) if head else set()
+    return {p for name in heads_of(inner, fresh) for p in inner.get_submodule(name).parameters()}
 
 
 def _split(

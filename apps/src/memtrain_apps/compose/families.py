@@ -23,6 +23,18 @@ def head_name(model: nn.Module) -> str | None:
     return next((n for n in HEADS if isinstance(getattr(model, n, None), nn.Module)), None)
 
 
+def heads_of(model: nn.Module, fresh: Sequence[str] = ()) -> tuple[str, ...]:
+    """The task head and whatever else begins at random, each once: what is trained whole, whatever is trained else."""
+    head = head_name(model)
+    names = list(dict.fromkeys([*([head] if head else []), *fresh]))
+    return tuple(n for n in names if not any(n.startswith(f"{other}.") for other in names))
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a name is one of the modules or lies in one."""
+    return any(name == m or name.startswith(f"{m}.") for m in modules)
+
+
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated parts, by name: the outermost numbered modules with parameters ("vit.layers.0", "layer1.0").
 
@@ -43,27 +55,28 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def matrices(model: nn.Module, which: str) -> list[str]:
+def matrices(model: nn.Module, which: str, heads: Sequence[str] | None = None) -> list[str]:
     """Names of the layers that get adapters.
 
     Args:
         which: "attention", or "all": the MLP's and convolutions inside blocks too.
+        heads: what is trained whole and gets none; the task head if None.
 
     Raises:
         UserError: if there are none.
     """
-    head = head_name(model)
+    heads = heads_of(model) if heads is None else heads
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d) if which == "all" else (nn.Linear,)
     layers = [
         (n, m)
         for n, m in model.named_modules()
-        if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and n.split(".")[0] != head
+        if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and not inside(n, heads)
     ]
     suffixes = ATTENTION if which == "attention" else (*ATTENTION, *MLP)
     chosen = [n for n, _ in layers if ends_in(n, suffixes)]
     if which == "all" and not chosen:  # a CNN: what lies in its blocks
-        inside = tuple(f"{b}." for b in blocks(model))
-        chosen = [n for n, m in layers if n.startswith(inside) and getattr(m, "groups", 1) == 1]
+        of_blocks = tuple(f"{b}." for b in blocks(model))
+        chosen = [n for n, m in layers if n.startswith(of_blocks) and getattr(m, "groups", 1) == 1]
     if not chosen:
         there = ", ".join(sorted({n.rpartition(".")[2] for n, _ in layers})) or "none of this kind"
         raise UserError(f"{type(model).__name__} has no matrices of {which} to adapt; its layers are called {there}")

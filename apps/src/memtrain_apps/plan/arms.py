@@ -16,6 +16,8 @@ class Remedy:
     peak: int
     time: float
     """Relative to full training, everything saved, AdamW; without what a bus takes."""
+    measured: bool
+    """Whether the time was measured, and not estimated."""
 
 
 @dataclass

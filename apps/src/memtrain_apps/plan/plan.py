@@ -70,7 +70,7 @@ def _remedies(arm: Arm, plan: Plan, counts: PlanCounts) -> Iterator[Remedy]:
         rows, parts, peak = split
         steps = parts * config.gradient_accumulation_steps
         flags = f"--batch {rows * config.gpus} --gradient-accumulation-steps {steps}"
-        yield Remedy(flags, peak, arm.time)
+        yield Remedy(flags, peak, arm.time, measured=False)
     others = plan.fitting
     same = lambda a, *names: all(getattr(a.axes, n) == getattr(arm.axes, n) for n in names)  # noqa: E731
     kinds = [
@@ -83,7 +83,8 @@ def _remedies(arm: Arm, plan: Plan, counts: PlanCounts) -> Iterator[Remedy]:
         best = min(found, key=lambda a: _order(a, "best"), default=None)
         if best is not None:
             word = save_words(best.axes) if name == "save" else getattr(best.axes, name)
-            yield Remedy(f"--{name} {word}", best.predicted.peak, best.time)
+            time = best.time if best.timing is None else best.timing.factor
+            yield Remedy(f"--{name} {word}", best.predicted.peak, time, measured=best.timing is not None)
 
 
 def _refuse_all(plan: Plan, counts: PlanCounts) -> None:

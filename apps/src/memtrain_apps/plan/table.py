@@ -102,7 +102,9 @@ def _lack(arm: Arm, unit: Unit) -> tuple[str, ...]:
 
 
 def _remedies(arm: Arm) -> str:
-    remedies = [f"{r.flags} ({format_bytes(r.peak)}, {r.time:.2f}×)" for r in arm.remedies[:2]]
+    remedies = [
+        f"{r.flags} ({format_bytes(r.peak)}, {'' if r.measured else '~'}{r.time:.2f}×)" for r in arm.remedies[:2]
+    ]
     return "; or ".join(remedies) or "no single change; a smaller model, or more GPUs"
 
 

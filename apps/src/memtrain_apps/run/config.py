@@ -81,6 +81,8 @@ class FinetuneConfig(RunConfig, ImageFlags):
     glue:TASK (glue:rte); metamathqa, commonsense or a JSON(L) file of instructions."""
     data_dir: str = ""
     """Folder (or zip) with the data in its public form."""
+    bad_images: Literal["refuse", "skip", "unchecked"] = "refuse"
+    """Damaged pictures: refuse the set, leave them out and say which, or do not look until they are used."""
     labels: tuple[int, ...] = ()
     """Classes to use, in this order; empty takes all."""
     model: str = ""
@@ -173,7 +175,7 @@ PRETRAIN_PRESETS = {
 }  # fmt: skip
 
 # What a resumed run may do otherwise than it began. The data's hash is compared besides.
-MAY_CHANGE = {*common.MAY_CHANGE, "workers", "save_model", "log_interval"}
+MAY_CHANGE = {*common.MAY_CHANGE, "workers", "save_model", "log_interval", "bad_images"}
 
 # Usual peak learning rates: with Adam's state, and with sgd.
 LEARNING_RATES = {
@@ -195,7 +197,8 @@ def configure(
 
     def check_all(config: Config, before: Config) -> Config:
         given = _given(argv)
-        refuse_unused(config, given & set(names()))
+        of_budget = {"keep", "razor_mode", "recompute"} if config.budget else set()  # Back Razor is one of its choices
+        refuse_unused(config, (given & set(names())) - of_budget)
         if config.train == "head" and "head_lr" in given and given & {"lr", "learning_rate"}:
             raise UserError("--lr and --head-lr are one rate with --train head: leave one of the two out")
         return checked(config)

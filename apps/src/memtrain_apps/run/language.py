@@ -33,7 +33,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
     _need_model(config)
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_glue(task, config.data_dir, tokenizer, max_length=config.max_length)
-    model, _ = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
+    model, whole = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
     rows = len(prepared.ids["train"])
     parts = {**prepared.parts, **model_parts(config.model)}
 
@@ -45,7 +45,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
         return evaluation(task, prepared, m, config.batch_size)
 
     return Workload(
-        task=Task(model, batches, model_loss),
+        task=Task(model, batches, model_loss, fresh=whole),
         evaluate=evaluate,
         metric=TASKS[task].metrics[0],
         higher_is_better=True,
@@ -66,6 +66,8 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
         raise UserError(
             f"{config.data} has {len(kept)} rows with a response within --max-length {config.max_length} tokens"
         )
+    place = f"within --max-length {config.max_length} tokens"
+    left_out = f"left out {len(found) - len(kept):,} of {len(found):,} rows, which have no response {place}"
     held = min(HELD_OUT, max(1, len(kept) // 10))
     places = {round((i + 0.5) * len(kept) / held) for i in range(held)}
     validation = [kept[i] for i in sorted(places) if i < len(kept)]
@@ -104,6 +106,7 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
             "parts": {"tokens": digest, **model_parts(config.model)},
         },
         splits=("val",),
+        notes=(left_out,) if len(kept) < len(found) else (),
         extra={"tokenizer": tokenizer},
         **_lengths(config, len(train)),
     )

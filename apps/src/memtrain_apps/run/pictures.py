@@ -23,7 +23,8 @@ from .workload import Workload
 def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     """The set and the classifier that the flags name; fresh weights come from torch's generator."""
     pictures = with_labels(
-        load_images(config.data, config.data_dir, size=config.size, verify=config.verify), config.labels
+        load_images(config.data, config.data_dir, size=config.size, verify=config.verify, bad=config.bad_images),
+        config.labels,
     )
     name = config.model or "vit-mini"
     brings = config.weights or name not in MODELS
@@ -45,7 +46,7 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         world_size=world.size,
     )
     return Workload(
-        task=Task(classifier.model, batches, classification_loss),
+        task=Task(classifier.model, batches, classification_loss, fresh=classifier.fresh),
         evaluate=partial(_evaluate, pictures, classifier, config),
         metric="accuracy",
         higher_is_better=True,

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from memtrain_common.errors import UserError
 from memtrain_common.measuring.flops import Flops
 from memtrain_common.measuring.prediction import LiveBytes, Prediction, fake_copy, fake_step, predict
 from memtrain_common.training.fit_config import DTYPES
 from memtrain_common.training.task import Task
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..compose.axes import Axes
@@ -20,12 +22,19 @@ from .config import RunConfig
 from .workload import Workload
 
 
+class NotPredictedError(UserError):
+    """A step that cannot be followed without numbers. A run needs no prediction, and says so and goes on."""
+
+
 def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> Prediction:
     """The ledger of a step by ``axes`` on the workload, before anything is allocated for it.
 
     Args:
         axes: may differ from the run's own, for a comparison.
         device: where the workload's model is. Nothing is allocated there.
+
+    Raises:
+        NotPredictedError: if the model's step depends on numbers, which fake tensors do not have.
     """
     load_libraries(axes.train, axes.optim)
     made: list[Task] = []
@@ -34,13 +43,19 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
         made.append(_composed(workload, fake_copy(workload.task.model), axes))
         return made[0].model
 
-    return predict(
-        build,
-        _fake_loss(workload, config, device),
-        lambda _: made[0].needed_optimizer(),
-        saving=lambda: made[0].saving(),
-        micro_batches=config.gradient_accumulation_steps,
-    )
+    try:
+        return predict(
+            build,
+            _fake_loss(workload, config, device),
+            lambda _: made[0].needed_optimizer(),
+            saving=lambda: made[0].saving(),
+            micro_batches=config.gradient_accumulation_steps,
+        )
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        name = type(workload.task.model).__name__
+        raise NotPredictedError(
+            f"the memory of {name} cannot be predicted: what it computes depends on numbers ({error.func})"
+        ) from None
 
 
 def predict_moments(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> StepMoments:

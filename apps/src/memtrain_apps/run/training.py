@@ -25,7 +25,7 @@ from ..compose.first_step import as_errors
 from .choosing import choose_saving
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .explain import explain
-from .predicting import predict_run
+from .predicting import NotPredictedError, predict_run
 from .workload import Workload
 
 
@@ -50,11 +50,18 @@ def run(
     session.open(workload.about)
     config, say = replace(session.config, **choice), session.console.say
     say(f"{session.folder.path}: {workload.about['name']}, {config.name}")
+    for note in workload.notes:
+        say(note)
     lr = config.lr or usual_lr(config)
     if not config.lr:
         say(f"learning rate {lr:g}, the usual one of train {config.train} with {config.optim}")
     # what every process would predict alike is for the first one to write down
-    predicted = predict_run(workload, config, config, device=device) if session.place.is_main else None
+    predicted = None
+    if session.place.is_main:
+        try:
+            predicted = predict_run(workload, config, config, device=device)
+        except NotPredictedError as error:
+            say(str(error))
 
     plain: list[nn.Module] = []  # what the whole model is gathered into where its parts lie on several processes
 

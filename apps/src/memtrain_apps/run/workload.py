@@ -29,5 +29,7 @@ class Workload:
     """Those that are judged at the end; the first one chooses the checkpoint."""
     unit: str = "samples"
     units_per_step: int = 0
+    notes: tuple[str, ...] = ()
+    """Sentences about the data that a person should read."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What is saved beside the model (a tokenizer)."""

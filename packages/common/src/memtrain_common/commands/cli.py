@@ -75,6 +75,9 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(_sentence(complaints.getvalue())) from None
+    seed = getattr(config, "seed", 0)
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed must be below 2^63, got {seed}")
     if unknown:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):

@@ -79,7 +79,7 @@ class StepFlags:
             rows: of the training split.
             per_step: rows that an optimizer step uses, over all processes.
         """
-        return self.max_iters or max(1, math.ceil(self.epochs * rows / per_step))
+        return self.max_iters or max(1, math.ceil(round(self.epochs * rows / per_step, 6)))
 
 
 @dataclass(frozen=True)

@@ -19,3 +19,5 @@ class Classifier:
     normalize: Normalize
     head_kept: bool = False
     """Whether the head is the weights' own."""
+    fresh: tuple[str, ...] = ()
+    """Paths of other parts that the weights lack, and that begin at random."""

@@ -58,6 +58,7 @@ def load_other(name: str, classes: int, *, weights: str = "", image_size: int = 
         UserError: if there is no such model, its weights are not of it, or it takes no pictures of this size.
     """
     size = image_size or other_size(name)
+    fresh: tuple[str, ...] = ()
     if name.startswith(BY_NAME):
         model, kept = _timm(name, classes, weights, size)
         settings = _timm_settings(name)
@@ -65,17 +66,18 @@ def load_other(name: str, classes: int, *, weights: str = "", image_size: int = 
     else:
         if weights:
             raise UserError(f"the folder {name} brings its weights: leave {weights} out, or name the model alone")
-        model, kept = _transformers(name, classes)
+        model, kept, fresh = _transformers(name, classes)
         found = _preprocessing(Path(name))
         normalize = _normalize(found.get("image_mean"), found.get("image_std"))
     _try(model, name, size)
-    return Classifier(model, size, _head(model, name, classes), normalize, kept)
+    return Classifier(model, size, _head(model, name, classes), normalize, kept, fresh)
 
 
 # -- transformers --------------------------------------------------------------------------------------------------
 
 
-def _transformers(name: str, classes: int) -> tuple[nn.Module, bool]:
+def _transformers(name: str, classes: int) -> tuple[nn.Module, bool, tuple[str, ...]]:
+    """-> the model, whether its head is the folder's own, and what else begins at random."""
     import transformers
 
     from .encoders import from_pretrained
@@ -96,7 +98,9 @@ def _transformers(name: str, classes: int) -> tuple[nn.Module, bool]:
     if missing is not None:
         raise UserError(f"{name} has no {missing}: its weights are not those of its config.json")
     resized = any(str(key[0]).startswith(f"{head}.") for key in loading["mismatched_keys"])
-    return model.train(), not resized and not any(key.startswith(f"{head}.") for key in fresh)
+    outside = {key.rpartition(".")[0] for key in fresh if ".pooler." in f".{key}"}
+    kept = not resized and not any(key.startswith(f"{head}.") for key in fresh)
+    return model.train(), kept, tuple(sorted(outside))
 
 
 def _may_be_fresh(key: str, head: str) -> bool:

@@ -41,6 +41,8 @@ class Task:
     """Called with ``grad_clip`` instead of clipping by the norm of all gradients; returns the norm."""
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
     """Further states to keep in checkpoints, by name."""
+    fresh: tuple[str, ...] = ()
+    """Modules of the plain model, besides the task head, that begin at random: whatever a method trains, these too."""
     parts: Parts | None = None
     """On several processes, where each holds a part of the model that no wrapper looks after (LTE's heads): how to
     share gradients, and how checkpoints are put together and cut. ``clip`` then returns this process's part of the

@@ -34,7 +34,7 @@ def without_damaged(found: ImageSet, bad: Bad, say: Callable[[str], None] = prin
             continue
         reasons = damaged(split.images, f"checking {name}")
         complaints += [r for r in reasons if r]
-        splits[name] = split.take(np.array([r is None for r in reasons]))
+        splits[name] = split.take(np.array([r is None for r in reasons], bool))
     if not complaints:
         return found
     if bad == "refuse":

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..order import stratified
+from ..splits import SPLIT_WORDS
 from .image_set import SPLITS, FileImages, ImageSet, ImageSplit
 from .tree import PICTURES, Tree
 
@@ -13,18 +14,21 @@ from .tree import PICTURES, Tree
 def picture_folder(path: Path) -> ImageSet:
     """``path/train/CLASS/*.png``, likewise val and test; or ``path/CLASS/*.png``, cut 8 : 1 : 1.
 
-    Where there is train and test but no val, a tenth of train validates. In a zip the same; folders around the
-    whole are passed over.
+    A split may have another usual name (valid, validation or dev for val). Where there is train and test but no val, a
+    tenth of train validates. In a zip the same; folders around the whole are passed over.
 
     Raises:
         UserError: if the folders are not so, naming which.
     """
     tree = Tree(path)
     top = ""
-    while len(inside := tree.folders(top)) == 1 and inside[0] not in SPLITS:
+    while len(inside := tree.folders(top)) == 1 and inside[0].lower() not in SPLIT_WORDS:
         top = f"{top}/{inside[0]}" if top else inside[0]
     at = f"{top}/" if top else ""
-    roots = {split: at + split for split in SPLITS if split in inside}
+    named = {split: [n for n in inside if SPLIT_WORDS.get(n.lower()) == split] for split in SPLITS}
+    if twice := next((found for found in named.values() if len(found) > 1), None):
+        raise UserError(f"{path} has {' and '.join(twice)}, which mean the same split: leave one of them")
+    roots = {split: at + found[0] for split, found in named.items() if found}
     if not roots:
         roots = {"all": top}
     elif not {"train", "test"} <= roots.keys():
@@ -39,7 +43,7 @@ def picture_folder(path: Path) -> ImageSet:
                 f"{other[0]!r}"
             )
     if len(classes) < 2:
-        raise UserError(f"{path} holds {len(classes)} folders of pictures, and a class each, two at least, is needed")
+        raise UserError(f"{path} has no two folders of pictures side by side, and there must be one for each class")
     splits = {split: _split(tree, root, classes) for split, root in roots.items()}
     if "all" in splits:
         parts = stratified(splits["all"].labels, 10, seed=0)
@@ -47,6 +51,8 @@ def picture_folder(path: Path) -> ImageSet:
         splits = {"train": whole.take(parts > 1), "val": whole.take(parts == 0), "test": whole.take(parts == 1)}
     elif "val" not in splits:
         splits |= tenth(splits["train"])
+    if empty := next((name for name, split in splits.items() if not len(split)), None):
+        raise UserError(f"{path} has too few pictures for {empty}: give ten a class, or folders train, val, test")
     task = "binary-class" if len(classes) == 2 else "multi-class"
     return ImageSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
 

@@ -105,7 +105,7 @@ class FileImages:
 
 
 def decode(content: bytes, where: str, *, scale: int = 1) -> Pixels:
-    """A picture's file as (H, W, 3) bytes.
+    """A picture's file as (H, W, 3) bytes; grey of 16 bits is scaled to 8.
 
     Args:
         content: the file.
@@ -113,7 +113,7 @@ def decode(content: bytes, where: str, *, scale: int = 1) -> Pixels:
         scale: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster and reads every byte still.
 
     Raises:
-        UserError: if it is no picture, or is cut short.
+        UserError: if it is no picture, is cut short, or has numbers whose range is not known.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -121,10 +121,21 @@ def decode(content: bytes, where: str, *, scale: int = 1) -> Pixels:
         with Image.open(io.BytesIO(content)) as picture:
             if scale > 1:
                 picture.draft("RGB", (picture.width // scale, picture.height // scale))
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+                return _from_16_bits(np.asarray(picture))  # which Pillow would cut off at 255
+            if picture.mode in ("I", "F"):
+                kind = "floating-point numbers" if picture.mode == "F" else "numbers of 32 bits"
+                raise ValueError(f"it holds {kind}, whose range nothing says; write it in 8 or 16 bits")
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{where} is not a picture that can be read: {reason}") from None
+
+
+def _from_16_bits(grey: NDArray[Any]) -> Pixels:
+    """Grey of 0 to 65,535 (H, W) as (H, W, 3) bytes of 0 to 255."""
+    eight = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.repeat(eight[..., None], 3, axis=-1)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,10 @@ from typing import Any, BinaryIO
 from ...errors import UserError
 from ...files import MOST_LINE, lines_of, parse_json, visible_files
 from ..fingerprint import file_digests
+from ..splits import SPLIT_WORDS
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".html")
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "test": "test",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-}  # fmt: skip
 _SAMPLE = 2**20
 
 
