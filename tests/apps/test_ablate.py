@@ -170,7 +170,8 @@ def test_an_arm_without_memory_is_recorded_and_the_others_finish(tmp_path):
 @pytest.mark.slow
 def test_data_that_are_not_there_end_it_at_once_and_a_refused_arm_is_tried_again(tmp_path):
     (tmp_path / "g.toml").write_text(
-        'seeds = 1\ntrain = ["full", "head"]\n[finetune]\ndata = "folder"\ndata_dir = "later"\nimage_size = 16\nmax_iters = 1\n'
+        'seeds = 1\ntrain = ["full", "head"]\n'
+        '[finetune]\ndata = "folder"\ndata_dir = "later"\nimage_size = 16\nmax_iters = 1\n'
     )
     words = ["ablate", "g.toml", "--devices", "cpu", "--memory-limit", "4GiB", "--out", "abl"]
     assert_refused(ablate(words, tmp_path), "later is not a folder")

@@ -9,7 +9,14 @@ import pytest
 import torch
 from memtrain_apps.compose.axes import USED_BY, Axes
 from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
+from memtrain_apps.run.finetune import workload_of
+from memtrain_apps.run.predicting import NotPredictedError, predict_run
+from memtrain_apps.run.workload import Workload
+from memtrain_common.commands.run_flags import StepFlags
 from memtrain_common.models.vit import load_vit
+from memtrain_common.training.distributed import World
+from memtrain_common.training.task import Task
+from PIL import Image
 from safetensors.torch import load_file
 from support import (
     Command,
@@ -332,3 +339,61 @@ def test_a_model_in_shards_is_trained_stopped_resumed_and_written_whole(tmp_path
     model, kept = load_vit(two / "run" / "model", image_size=0, classes=3)
     assert kept
     assert model.classifier.out_features == 3
+
+
+def test_fractions_of_epochs_are_not_rounded_up_twice():
+    assert StepFlags(epochs=1.1).total_steps(100, 10) == 11
+    assert StepFlags(epochs=1.11).total_steps(100, 10) == 12
+    assert StepFlags(epochs=1e-9).total_steps(100, 10) == 1
+
+
+@pytest.mark.slow
+def test_a_budget_takes_back_razors_settings(tmp_path):
+    words = [*DIGITS, "--max-iters", "1", "--budget", "12MiB", "--keep", "0.2", "--out", "run", "--no-save-model"]
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["keep"] == 0.2
+
+
+@pytest.mark.slow
+def test_damaged_pictures_may_be_left_out(tmp_path):
+    for c in "ab":
+        (tmp_path / "set" / c).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(tmp_path / "set" / c / f"{i}.png")
+    (tmp_path / "set" / "a" / "3.png").write_bytes(b"no picture")
+    words = ["finetune", "--data", "folder", "--data-dir", "set", "--image-size", "16", "--max-iters", "1", *FAST]
+    assert_refused(run_command(words, tmp_path), "3.png is not a picture", "--bad-images skip")
+    done = run_command([*words, "--bad-images", "skip"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "left out 1 damaged picture" in done.stdout
+
+
+def test_rows_without_a_response_are_counted(language_model, tmp_path):
+    rows = [{"instruction": "1 plus 2?", "output": "3"}] * 4 + [{"instruction": "1 plus " * 40, "output": "3"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = FinetuneConfig(data=str(tmp_path / "rows.json"), model=language_model, max_length=100)
+    assert workload_of(config, World()).notes == (
+        "left out 1 of 5 rows, which have no response within --max-length 100 tokens",
+    )
+
+
+class Counting(torch.nn.Module):
+    """Of as many rows as there are different numbers, which fake tensors do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.layer(x)[: len(x.unique(dim=0))]
+
+
+def test_a_step_that_depends_on_numbers_is_not_predicted_and_said_so():
+    workload = Workload(
+        Task(Counting(), lambda i: torch.randn(3, 4), lambda m, b: m(b).square().mean()),
+        lambda m, split: {}, "loss", False, 1, 1, {},
+    )  # fmt: skip
+    with pytest.raises(NotPredictedError, match="memory of Counting cannot be predicted"):
+        predict_run(workload, FinetuneConfig(), Axes(), device=torch.device("cpu"))

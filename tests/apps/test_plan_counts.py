@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from memtrain_apps.compose.axes import GALORE, Axes
-from memtrain_apps.compose.compose import build_optimizer
+from memtrain_apps.compose.optimizers import build_optimizer
 from memtrain_apps.plan import command, counted, counting, known, picture, reserved, ship
 from memtrain_apps.plan.config import configure
 from memtrain_apps.plan.counted import MissingError, Store, code_hash, count_law, step_key, unit_of

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from ..compose.axes import Axes, Optim
-from ..compose.compose import build_optimizer, compose, load_libraries
+from ..compose.compose import compose, load_libraries
 from ..compose.families import blocks
+from ..compose.optimizers import build_optimizer
 from .cuda_choices import CudaChoices
 from .lines import Pass
 from .shape_models import build_model, loss_of, make_batch, plain_task

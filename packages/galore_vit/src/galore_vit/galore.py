@@ -24,20 +24,13 @@ from torch.optim import Optimizer
 
 from galore_vit import sharding
 from galore_vit.basis import drawn_bases, exact_bases, iterated_bases, overlap
-from galore_vit.counters import COUNTERS, count, counts, has_no_numbers
+from galore_vit.counters import count, counts, has_no_numbers
 from galore_vit.finite import all_finite
 from galore_vit.item import Item, Record
+from galore_vit.loading import in_own_dtypes
 from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
-from galore_vit.settings import (
-    AS_PUBLISHED,
-    GALORE_DEFAULTS,
-    LAZY_LIMIT,
-    Refresh,
-    check_group,
-    check_refresh,
-    refresh_of,
-)
+from galore_vit.settings import AS_PUBLISHED, LAZY_LIMIT, Refresh, check_refresh, check_weights, completed
 from galore_vit.tensors import TensorLayout
 
 
@@ -89,37 +82,17 @@ class GaLore(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; with `rank` in it, its matrices are projected (its other keys have defaults)."""
-        group = dict(param_group)
-        if "rank" in group:
-            group = {**GALORE_DEFAULTS, **group}
-        elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all
-            raise ValueError(f"a parameter group has {', '.join(stray)} but no rank: add rank, or drop them")
-        check_group({"residual": self.defaults.get("residual"), **group})
-        if isinstance(own := group.get("refresh"), Refresh):
-            group["refresh"] = own = asdict(own)
-        if own is not None:
-            check_refresh(refresh_of(own), draws=self.draws)
+        group = completed(param_group, residual=self.defaults.get("residual"), draws=self.draws)
         super().add_param_group(group)
         try:
-            self._check(self.param_groups[-1])
+            self._check_hyperparameters(self.param_groups[-1])
+            self._too_small += check_weights(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()  # as before the call: the group can be added again, mended
             raise
         self._index()
         if self._made:
             self._say_what_is_plain(stacklevel=3)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        self._check_hyperparameters(group)
-        small = []
-        for p in group["params"]:
-            if p.is_complex():
-                raise ValueError("GaLore takes real parameters, and one is complex")
-            if "rank" in group and group["dim"] > 2 and p.ndim != group["dim"]:
-                raise ValueError(f"a group with dim {group['dim']} has a weight of {p.ndim} dimensions: group it apart")
-            if p.ndim >= 2 and "rank" in group and layout_of(p.shape, group) is None:
-                small.append(tuple(p.shape))
-        self._too_small += small
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -162,66 +135,14 @@ class GaLore(Optimizer):
         self._index()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, casting each tensor to the dtype and device that this optimizer would give it.
-
-        torch's own rule casts everything to the parameter's dtype, which would spoil 8-bit codes and
-        counters. Nothing is aliased: the tensors given stay the caller's.
+        """Loads a state, casting each tensor to the dtype and device that this optimizer would give it, not to the
+        parameter's, which would spoil 8-bit codes and counters. The tensors given stay the caller's.
 
         Raises:
             ValueError: if it does not fit this optimizer, which is then as it was.
         """
-        loaded: dict[Tensor, dict[str, Tensor]] = {}
-
-        def check(_: Optimizer, given: dict[str, Any]) -> None:
-            self._check_saved_groups(given)
-            loaded.update(self._in_own_dtypes(given))
-
-        def put(_: Optimizer) -> None:
-            for group in self.param_groups:
-                group.update(self._with_what_is_later(group))
-            self.state.update(loaded)
-
-        # between the hooks of others: what theirs give is what is checked, and what is loaded is what theirs are shown
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(put, prepend=True)
-        try:
+        with in_own_dtypes(self):
             super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _check_saved_groups(self, given: dict[str, Any]) -> None:
-        for saved in given["param_groups"]:
-            if missing := sorted(self._keys - saved.keys() - self.later):
-                raise ValueError(f"this state was saved by another optimizer: its groups have no {', '.join(missing)}")
-            check_refresh(refresh_of(saved["refresh"]), draws=self.draws)
-
-    def _with_what_is_later(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A saved group with the settings that states of earlier versions lack."""
-        later = {key: self.defaults[key] for key in self.later}
-        return {**later, **({"dim": GALORE_DEFAULTS["dim"]} if "rank" in group else {}), **group}
-
-    def _in_own_dtypes(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The saved state of each parameter in the dtypes and on the devices of this optimizer, copied."""
-        own = [p for group in self.param_groups for p in group["params"]]
-        saved_of = [(i, group) for group in given["param_groups"] for i in group["params"]]
-        found: dict[Tensor, dict[str, Tensor]] = {}
-        for p, (i, saved_group) in zip(own, saved_of, strict=False):  # torch says where their numbers differ
-            saved = given["state"].get(i)
-            if saved is None:
-                continue
-            group = self._with_what_is_later(saved_group)
-            fresh = self._fresh_state(p, group, layout_of(p.shape, group), device=torch.device("meta"))
-            if saved.keys() != fresh.keys() or any(saved[k].shape != fresh[k].shape for k in fresh):
-                raise ValueError(
-                    f"the saved state of parameter {i} does not fit its shape {tuple(p.shape)}: it was saved "
-                    "by another optimizer or for another model"
-                )
-            found[p] = {
-                k: v.to(device="cpu" if k in COUNTERS else p.device, dtype=fresh[k].dtype, copy=True)
-                for k, v in saved.items()
-            }
-        return found
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -410,8 +331,7 @@ class GaLore(Optimizer):
             return
         if not all_finite([i.grad for i in items]):
             self.skipped_steps += 1
-            what = "a gradient is NaN or Inf, or so large that its squares are"
-            warnings.warn(f"{what}: the step was skipped", UserWarning, stacklevel=4)
+            warnings.warn("a gradient, or its square, is NaN or Inf: the step was skipped", UserWarning, stacklevel=4)
             return
         by_group: dict[int, list[Item]] = {}
         for item in items:

@@ -24,7 +24,6 @@ Of a linear layer, R follows from the layer's inputs and the gradient of its out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,7 +34,7 @@ from galore_vit import sharding
 from galore_vit.counters import count
 from galore_vit.factored import FactoredLinear, Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
-from galore_vit.internals import backward_pass
+from galore_vit.internals import backward_pass, without_autocast
 from galore_vit.item import Item
 from galore_vit.projection import Bases, Layout, project, project_back
 from galore_vit.tensors import TensorLayout
@@ -260,7 +259,7 @@ class InBackward:
                 mean /= self.process_group.size()
             self._new_bases[p] = self.optimizer.due_bases(p, mean)
         self._count_pass(p)
-        with _without_autocast(p):
+        with without_autocast(p):
             bases = self._bases_now(p)
             R = project(matrix, bases)
             _add(self._compact[p], R)
@@ -301,7 +300,7 @@ class InBackward:
                 "and now a basis is due: run the forward pass again"
             )
         self._count_pass(p)
-        with _without_autocast(p):
+        with without_autocast(p):
             if projected:
                 _add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
                 return
@@ -361,14 +360,6 @@ def _linears(model: nn.Module, projected: Mapping[Tensor, Any]) -> list[nn.Linea
     if any(isinstance(m, FactoredLinear) and m.receiver.projector is not None for m in found):
         raise ValueError("another InBackward has this model's layers: close() it first")
     return found
-
-
-def _without_autocast(p: Tensor) -> AbstractContextManager[Any]:
-    """Projections have the weights' precision, also where the backward pass runs inside of autocast."""
-    kind = p.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 def _stand_in(p: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

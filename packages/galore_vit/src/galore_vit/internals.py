@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
@@ -23,3 +26,11 @@ def gradient_is_asked_for(p: Tensor) -> bool | None:
 def transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def without_autocast(p: Tensor) -> AbstractContextManager[Any]:
+    """Projections have the weights' precision, also where the backward pass runs inside of autocast."""
+    kind = p.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from galore_vit.projection import PROJ_TYPES
+from galore_vit.projection import PROJ_TYPES, layout_of
 from galore_vit.tensors import check_rank
 
 GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1, "dim": 2}
@@ -101,3 +101,43 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError("a group with dim above 2 takes neither split nor residual: leave them out")
     if group["proj_type"] not in PROJ_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, not {group['proj_type']!r}")
+
+
+def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -> dict[str, Any]:
+    """A group with the defaults of those that are projected.
+
+    Args:
+        residual: the optimizer's own.
+        draws: whether its bases may be random.
+
+    Raises:
+        ValueError: where its keys are outside their range, or have no meaning together.
+    """
+    group = dict(given)
+    if "rank" in group:
+        group = {**GALORE_DEFAULTS, **group}
+    elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all
+        raise ValueError(f"a parameter group has {', '.join(stray)} but no rank: add rank, or drop them")
+    check_group({"residual": residual, **group})
+    if isinstance(own := group.get("refresh"), Refresh):
+        group["refresh"] = own = asdict(own)
+    if own is not None:
+        check_refresh(refresh_of(own), draws=draws)
+    return group
+
+
+def check_weights(group: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of a group's weights that are too small to be projected.
+
+    Raises:
+        ValueError: for weights that cannot be in it.
+    """
+    small = []
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("GaLore takes real parameters, and one is complex")
+        if "rank" in group and group["dim"] > 2 and p.ndim != group["dim"]:
+            raise ValueError(f"a group with dim {group['dim']} has a weight of {p.ndim} dimensions: group it apart")
+        if p.ndim >= 2 and "rank" in group and layout_of(p.shape, group) is None:
+            small.append(tuple(p.shape))
+    return small
