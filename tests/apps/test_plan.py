@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -630,3 +631,13 @@ def test_input_flags_reach_the_shape():
     shape, tokens = planned_shape(config)
     assert (shape.image_size, shape.config["num_labels"], tokens) == (384, 7, 0)
     assert planned_shape(configure(["--model", "roberta-base", "--budget", "8GiB"]))[1] == 128
+
+
+@pytest.mark.slow
+def test_the_readmes_example_is_what_plan_prints(tmp_path):
+    text = (ROOT / "apps" / "README.md").read_text()
+    (block,) = re.findall(r"```\n\$ (plan .*?)```", text, re.S)
+    command, shown = block.replace("\\\n", " ").split("\n", 1)
+    done = run_command(command.split(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(shown)
