@@ -119,6 +119,7 @@ REAL = {
     "minilm-sst2-lengths": "text",
     "minilm-sst2-5000": "text",
     "minilm-sst2-long": "text",
+    "minilm-cola": "text",
     "dinov2-cifar10": "pictures",
     "dinov2-cifar10-5000": "pictures",
     "dinov2-cifar10-56": "pictures",
