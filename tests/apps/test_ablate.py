@@ -195,6 +195,10 @@ def test_data_that_are_not_there_end_it_at_once_and_a_refused_arm_is_tried_again
     assert {r["memory_limit_bytes"] for r in found} == {4 << 30}  # the one that it was begun with
     collected = ablate(["ablate", "--collect", "abl"], tmp_path)
     assert "2 of 2 arms have a result" in collected.stdout
+    for path in (tmp_path / "abl" / "results").glob("*.json"):
+        path.unlink()
+    assert ablate(["ablate", "--resume", "abl", "--devices", "cpu", "--memory-limit", "none"], tmp_path).returncode == 0
+    assert {r["memory_limit_bytes"] for r in results(tmp_path / "abl").values()} == {0}
 
 
 @pytest.mark.slow

@@ -103,3 +103,23 @@ def test_running_statistics_are_counted_once(passes):
     assert buffers.keys() == buffers_again.keys()
     assert all(torch.equal(value, buffers_again[name]) for name, value in buffers.items())
     assert buffers["layers.0.1.num_batches_tracked"] == 3 * passes
+
+
+def test_a_graph_that_is_kept_is_run_backward_twice():
+    model = network()
+    with CheckpointBlocks(blocks(model).values()):
+        loss = model.forward(torch.randn(3, 4, 5, 5)).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    assert all(torch.allclose(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+    assert model.layers[0][1].num_batches_tracked == 1
+
+
+def test_full_training_at_one_rate_has_the_groups_of_before(glue_task):
+    """So that runs of before, which knew no part but the head, go on."""
+    own = copy.deepcopy(glue_task.model)
+    task = type(glue_task)(own, glue_task.batches, glue_task.loss, fresh=glue_task.fresh)
+    groups = compose(task, Axes("full"), lr=1e-3).needed_optimizer().param_groups
+    of_head = [g for g in groups if any(p is own.classifier.weight for p in g["params"])]
+    assert [len(g["params"]) for g in of_head] == [1]

@@ -434,7 +434,7 @@ def test_grey_of_16_bits_is_scaled_and_not_cut_off(ending):
     assert np.array_equal(found, np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, -1))
 
 
-@pytest.mark.parametrize(("kind", "said"), [(np.float32, "floating-point numbers"), (np.int32, "numbers of 32 bits")])
+@pytest.mark.parametrize(("kind", "said"), [(np.float32, "floating-point numbers"), (np.int32, "ones of 32 bits")])
 def test_pictures_whose_range_nothing_says_are_refused(kind, said):
     content = io.BytesIO()
     Image.fromarray(DRAW.integers(0, 2, (9, 7)).astype(kind)).save(content, "tiff")
@@ -454,9 +454,27 @@ def pictures_in(folder, splits, classes="ab", each=3):
 def test_a_split_has_any_usual_name(tmp_path, word):
     pictures_in(tmp_path, ("train", word, "test"))
     assert {k: len(s) for k, s in picture_folder(tmp_path).splits.items()} == {"train": 6, "val": 6, "test": 6}
-    pictures_in(tmp_path, ("eval", "dev2", "VALID" if word != "Val" else "dev"))
+    pictures_in(tmp_path, ("eval", "VALID" if word != "Val" else "dev"))
     with pytest.raises(UserError, match="which mean the same split"):
         picture_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "classes", [("training", "swimming"), ("dev", "ops"), ("validation", "other"), ("Test", "Control")]
+)
+def test_classes_may_be_called_as_splits_are(tmp_path, classes):
+    for folder in (tmp_path / "bare", tmp_path / "wrapped" / "Training"):
+        pictures_in(folder, [""], classes=classes, each=10)
+    for folder in ("bare", "wrapped"):
+        found = picture_folder(tmp_path / folder)
+        assert found.classes == tuple(sorted(classes))
+        assert {k: len(s) for k, s in found.splits.items()} == {"train": 16, "val": 2, "test": 2}
+
+
+def test_val_itself_goes_before_other_names(tmp_path):
+    pictures_in(tmp_path, ("train", "test", "val"))
+    pictures_in(tmp_path, ("dev",), each=5)
+    assert len(picture_folder(tmp_path).splits["val"]) == 6
 
 
 def test_too_few_pictures_to_cut_are_refused(tmp_path):

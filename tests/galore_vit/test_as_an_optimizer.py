@@ -164,6 +164,21 @@ def test_a_layer_may_be_left_out_of_a_micro_batch(first):
         in_backward.step()
 
 
+def test_over_several_processes_every_weight_is_in_every_micro_batch(tmp_path):
+    """Their sums would not belong together: refused as soon as what is held is asked for."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        model = Experts()
+        inner = build(GaLoreAdamW, list(model.parameters()))
+        in_backward = InBackward(inner, micro_batches=2, process_group=torch.distributed.group.WORLD)
+        for which in ((0,), (0, 1)):
+            model(torch.randn(20, 12), which).square().mean().backward()
+        with pytest.raises(RuntimeError, match="1 backward passes"):
+            list(in_backward.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_first_micro_batch_without_a_gradient_gives_no_basis_and_the_second_does():
     (weight,) = problems.weights((16, 12))
     in_backward = InBackward(build(GaLoreAdamW, [weight]), micro_batches=2)

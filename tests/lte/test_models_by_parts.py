@@ -270,3 +270,31 @@ def test_copies_are_not_cut_along_a_table():
     model = inject(Tables(), LTEConfig(heads=4, rank=2, replicas=("norms",)))
     with pytest.raises(ValueError, match="norm meets 12 rows, no multiple of the batch of 8"):
         model(torch.randn(8, 4))
+
+
+def test_a_part_that_was_injected_is_unloaded_from_the_whole():
+    whole = nn.ModuleDict({"frozen": nn.Linear(4, 4), "codes": nn.Module(), "inner": Encoder()})
+    whole["frozen"].requires_grad_(False)
+    whole["codes"].table = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    before = {n: p.requires_grad for n, p in whole.named_parameters()}
+    inject(whole["inner"], TWO)
+    unload(whole)
+    assert {n: p.requires_grad for n, p in whole.named_parameters()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in whole.modules())
+
+
+def test_sequential_heads_take_a_single_vector():
+    model = inject(nn.Sequential(nn.Linear(8, 4)), LTEConfig(heads=2, rank=2, mode="sequential"))
+    assert model(torch.randn(8)).shape == (4,)
+
+
+def test_weights_that_are_read_in_training_are_not_said_to_be_evaluated():
+    class Reads(Encoder):
+        def forward(self, x):
+            return nn.functional.linear(x, self.first.weight + self.scale) + self.last.weight.sum()
+
+    model = Reads()
+    model.scale = nn.Parameter(torch.zeros(()))
+    inject(model, TWO)
+    with pytest.warns(UserWarning, match="did not reach heads of first, last"):
+        trained(model, 1, torch.randn(4, 4))

@@ -26,6 +26,7 @@ from memtrain_common.interrupts import unwinding
 
 from .arms import Job, live, outcome_of, wait_until_free
 from .config import Ablation, saved_request
+from .grid import Arm
 from .launchers import Launcher, Needs, launcher_of
 from .runner import PRETRAINED, Runner
 
@@ -103,7 +104,9 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
                 console.say("pretraining")
                 _watch(runner, launcher, {PRETRAINED: base}, 1)
             arms = runner.left(again=("refused",))
-            needs = {arm.name: _needs(runner, replace(runner.job(arm), device=device), base) for arm in arms}
+            for arm in arms:
+                runner.result(arm).unlink(missing_ok=True)  # a refusal, which no job would try again
+            needs = _needs_of(runner, arms, device, base)
             most = len(places) if config.launcher == "local" else len(arms)
             at_once = "as many at a time as there is room for" if most == len(arms) else f"{most} at a time"
             console.say(f"{len(arms)} arms by {config.launcher}, {at_once}")
@@ -117,6 +120,20 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
 
 
 _peaks: dict[tuple[str, ...], int] = {}
+
+
+def _needs_of(runner: Runner, arms: list[Arm], device: str, base: Needs) -> dict[str, Needs]:
+    """By the arm's name; one that cannot be begun is refused here, and the others are submitted."""
+    found = {}
+    for arm in arms:
+        job = replace(runner.job(arm), device=device)
+        try:
+            found[arm.name] = _needs(runner, job, base)
+        except UserError as error:
+            record = runner.record(arm, job, {"status": "refused", "why": str(error)})
+            write_json(runner.result(arm), record)
+            runner.row(record)
+    return found
 
 
 def _needs(runner: Runner, job: Job, base: Needs) -> Needs:

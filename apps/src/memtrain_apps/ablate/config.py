@@ -89,7 +89,8 @@ class AblateConfig:
     devices: tuple[str, ...] = ("auto",)
     """Places for one arm at a time each: cuda:0 cuda:1, or cpu cpu for two at once. auto: every GPU, or one a core."""
     memory_limit: str = ""
-    """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory."""
+    """What an arm may allocate beyond its libraries (64MiB, 8GiB); one that wants more is recorded as out of memory. A
+    resumed ablation keeps its limit; none lifts it."""
     launcher: Literal["processes", "local", "slurm", "ray"] = "processes"
     """What runs the arms: processes of this command; submitit's jobs on this machine (local); Slurm's; or Ray's."""
     time_limit: int = 60
@@ -127,11 +128,12 @@ def configure(argv: Sequence[str]) -> Ablation:
     presets = sorted(p.stem for p in GRIDS.glob("*.toml"))
     config = parse(AblateConfig, words, prog=PROG, description=DESCRIPTION.format(grids=", ".join(presets)))
     _check(config, named, arms_words)
-    limit = parse_bytes(config.memory_limit, "--memory-limit") if config.memory_limit else 0
+    given = config.memory_limit not in ("", "none")
+    limit = parse_bytes(config.memory_limit, "--memory-limit") if given else 0
     if config.report or config.collect:
         return Ablation(config, Grid(), limit)
     if config.resume:
-        return Ablation(config, *_saved(Path(config.resume), config, limit))
+        return Ablation(config, *_saved(Path(config.resume), config, limit if config.memory_limit else None))
     grid = _named_grid(named, presets)
     listed = {n: list(getattr(config, n)) for n in LISTED if getattr(config, n)}
     if listed:
@@ -187,16 +189,16 @@ def _named_grid(named: str, presets: Sequence[str]) -> Grid:
 def saved_request(folder: Path) -> Ablation:
     """What a begun ablation was asked, as its own folder says."""
     config = AblateConfig(resume=str(folder))
-    return Ablation(config, *_saved(folder, config, 0))
+    return Ablation(config, *_saved(folder, config, None))
 
 
-def _saved(folder: Path, config: AblateConfig, limit: int) -> tuple[Grid, int]:
+def _saved(folder: Path, config: AblateConfig, limit: int | None) -> tuple[Grid, int]:
     """The grid of a begun ablation, which may only get more seeds, and the limit of an arm's memory: its own where
-    none is given now."""
+    nothing is said of it now."""
     from memtrain_common.runs.run_folder import RunFolder
 
     saved = RunFolder.open(folder, writes=False).read_config()
-    content, limit = saved["config"], limit or saved.get("memory_limit_bytes", 0)
+    content, limit = saved["config"], saved.get("memory_limit_bytes", 0) if limit is None else limit
     try:
         grid = Grid(**{f.name: content[f.name] for f in fields(Grid)})
         grid = replace(grid, products=tuple(grid.products), seeds=tuple(grid.seeds))

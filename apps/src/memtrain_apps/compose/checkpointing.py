@@ -1,7 +1,7 @@
 """Gradient checkpointing as a context: PyTorch's own, around each block of a model that need not know of it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -36,17 +36,21 @@ def _statistics_once(
     modules: list[nn.Module],
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of the forward pass and of its repetition, in which running statistics have moved already."""
-    return nullcontext(), _spared(modules)
+    return nullcontext(), _Spared(modules)
 
 
-@contextmanager
-def _spared(modules: list[nn.Module]) -> Iterator[None]:
-    """What the modules count goes to copies of their buffers, which are forgotten."""
-    own = [dict(m._buffers) for m in modules]
-    for module, buffers in zip(modules, own, strict=True):
-        module._buffers.update({n: b if b is None else b.clone() for n, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, buffers in zip(modules, own, strict=True):
+class _Spared:
+    """What the modules count while it is open goes to copies of their buffers, which are forgotten. A graph that is run
+    backward twice opens it twice."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+
+    def __enter__(self) -> None:
+        self._own = [dict(m._buffers) for m in self._modules]
+        for module, buffers in zip(self._modules, self._own, strict=True):
+            module._buffers.update({n: b if b is None else b.clone() for n, b in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for module, buffers in zip(self._modules, self._own, strict=True):
             module._buffers.update(buffers)

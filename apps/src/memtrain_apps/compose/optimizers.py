@@ -28,6 +28,8 @@ def build_optimizer(
         groups = _galore_groups(model, axes)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if axes.train == "full" and head_lr == lr:
+        fresh = ()  # nothing tells it apart
     groups = _split(groups, _head_parameters(model, fresh), lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if axes.optim == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)

@@ -1,5 +1,6 @@
 """The two ways in which a command ends early: the user can mend something, or the user stopped it."""
 
+import errno
 import signal
 
 
@@ -28,8 +29,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says so: Python's, torch's on CUDA, or torch's on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = (
+        "DefaultCPUAllocator: can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
+        "CUDA error: out of memory", "CUDA out of memory", "MPS backend out of memory",
+    )  # fmt: skip
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def lost_rank(error: BaseException) -> str:

@@ -248,7 +248,7 @@ def _is_number(value: Any) -> bool:
 def check_adam(group: dict[str, Any]) -> None:
     """Raises ValueError where Adam's numbers are outside their range."""
     for key in ("eps", "weight_decay"):
-        if not _is_number(group[key]):
+        if not _is_number(group[key]) and not isinstance(group[key], Tensor):
             raise ValueError(f"{key} must be a number, not {group[key]!r}")
     try:
         beta1, beta2 = group["betas"]

@@ -57,7 +57,8 @@ class InBackward:
 
     Args:
         optimizer: a GaLore optimizer without residual (which needs the full gradient).
-        micro_batches: backward passes per step; more or fewer are refused at the step.
+        micro_batches: backward passes per step; more or fewer are refused at the step. In one process a weight may be
+            left out of some of them.
         process_group: average gradients over these processes, compact ones where projected. The model
             must then not be wrapped in DistributedDataParallel. `dist.group.WORLD` for all processes.
         norm: which norm `clip_grad_norm_(in_backward.parameters())` finds. "exact": the full gradients'; with
@@ -339,8 +340,11 @@ class InBackward:
         return (signs.to(p) * 2 - 1) / SKETCH**0.5
 
     def _check_passes(self) -> None:
-        """A layer may be left out of some micro-batches, as experts are."""
-        passes = max(self._passes.values(), default=self.micro_batches)
+        """In one process a layer may be left out of some micro-batches, as experts are; several would then send to each
+        other what does not belong together."""
+        found = set(self._passes.values()) or {self.micro_batches}
+        wrong = found - {self.micro_batches}
+        passes = max(found) if self.process_group is None or not wrong else wrong.pop()
         if passes != self.micro_batches:
             raise RuntimeError(
                 f"{passes} backward passes since the last zero_grad, and micro_batches is "

@@ -71,13 +71,14 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             "nn.Sequential(…)"
         )
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    places = _places(model)
     exchanged: list[tuple[nn.Module, nn.Module]] = []
     try:
         for name, layer in chosen.items():
             try:
                 kind_with_heads = layer_for(layer)
                 assert kind_with_heads is not None
-                exchanged.append(_exchange(model, name, kind_with_heads(layer, config, share)))  # type: ignore[arg-type]
+                exchanged.append(_exchange(places, layer, kind_with_heads(layer, config, share)))  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if "norms" in config.vectors:
@@ -85,12 +86,12 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
                 if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
                     if not has_vectors(module):
                         raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
-                    exchanged.append(_exchange(model, name, LTENorm(module, config, share)))
-        for name, copies in _copies(model, config, share):
-            exchanged.append(_exchange(model, name, copies))
+                    exchanged.append(_exchange(places, module, LTENorm(module, config, share)))
+        for layer, copies in _copies(model, config, share):
+            exchanged.append(_exchange(places, layer, copies))
     except ValueError:
         for plain, with_heads in exchanged:
-            _replace(model, with_heads, plain)
+            _replace(places, with_heads, plain)
         raise
     _freeze(model, config, frozen)
     _watch(model, trained)
@@ -151,7 +152,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return plain
 
 
-def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> list[tuple[str, Replicas]]:
+def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> list[tuple[nn.Module, Replicas]]:
     """A copy for every head of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
     modules = {name: m for name, m in model.named_modules() if not isinstance(m, Headed | LTENorm)}
     inside = {id(p) for m in model.modules() if isinstance(m, Headed | LTENorm) for p in m.parameters()}
@@ -175,7 +176,7 @@ def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) 
         named = dict(module.named_parameters(recurse=False))
         tied = frozenset(leaf for leaf in fresh if named[leaf] in stacks)
         shared = {leaf: stacks.setdefault(named[leaf], parameter) for leaf, parameter in fresh.items()}
-        found.append((name, Replicas(module, shared, config, share, tied)))
+        found.append((module, Replicas(module, shared, config, share, tied)))
     return found
 
 
@@ -185,9 +186,11 @@ def unload(model: nn.Module) -> nn.Module:
 
     Where several processes hold the heads, call it within :func:`lte.averaged`.
     """
-    state = merged_state_dict(model)
+    state, places = merged_state_dict(model), _places(model)
     tied: dict[nn.Parameter, nn.Parameter] = {}
     trained: dict[str, bool] = {}
+    for name, injected in model.named_modules():  # the model itself, or a part of it
+        trained |= {f"{name}.{n}" if name else n: value for n, value in _forget_batch(injected).items()}
     for module in list(model.modules()):
         if not hasattr(module, "plain_layer"):
             continue
@@ -196,40 +199,58 @@ def unload(model: nn.Module) -> nn.Module:
         plain = copy.deepcopy(kept).to_empty(device=device).train(module.training)
         for leaf in module.names() if isinstance(module, Replicas) else ():
             setattr(plain, leaf, tied.setdefault(module.get_parameter(leaf), plain.get_parameter(leaf)))
-        _replace(model, module, plain)
+        _replace(places, module, plain)
+    take_slow_paths(model)
+    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(trained[name])
+    return model
+
+
+def _forget_batch(model: nn.Module) -> dict[str, bool]:
+    """Remove what :func:`_watch` has registered; -> which parameters were trained before, by name."""
+    trained: dict[str, bool] = {}
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, BatchSize):
-            trained = hook.trained
+            trained = getattr(hook, "trained", {})  # models pickled by earlier versions do not know
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
     for key, after in list(model._forward_hooks.items()):
         if isinstance(getattr(after, "__self__", None), BatchSize):
             del model._forward_hooks[key]
-    take_slow_paths(model)
-    model.load_state_dict(state)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained.get(name, True))
-    return model
+    return trained
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+"""A module -> the modules that have it, each with its name there."""
+
+
+def _places(model: nn.Module) -> Places:
+    found: Places = {}
+    for parent in model.modules():
+        for name, module in parent._modules.items():
+            if module is not None:
+                found.setdefault(module, []).append((parent, name))
+    return found
+
+
+def _replace(places: Places, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever the model has ``old``, which may have several names; others' hooks on it go along."""
-    for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):
-            if module is old:
-                setattr(parent, child, new)
+    places[new] = places.pop(old)
+    for parent, name in places[new]:
+        setattr(parent, name, new)
     hand_over(old, new)
 
 
-def _exchange(model: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _exchange(places: Places, plain: nn.Module, module: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Put ``module`` in the place of a plain layer, which it remembers without its numbers, for :func:`unload`.
 
     Returns:
         the layer, and what has its place.
     """
-    plain = model.get_submodule(name)
     module.plain_layer = (without_numbers(plain),)  # type: ignore[assignment]
-    _replace(model, plain, module)
+    _replace(places, plain, module)
     return plain, module
 
 

@@ -64,7 +64,7 @@ class LTELinear(Headed, nn.Linear):
                 [_side_by_side(f, dim) for f, dim in zip(factors, (1, 2, 1, 2), strict=True)],
                 scale / self.heads,
             )
-        if x.dim() < 2:
+        if x.dim() < 2 and self.config.mode == "parallel":
             raise ValueError(f"{self.path} needs (batch, …, {self.in_features}) to share out, got {tuple(x.shape)}")
         chunks = x.reshape(*self.cut(x), x.shape[-1])  # (H, t, n): dim 0 of the batch is cut, in order
         merged_scale = self.scale / self.total_heads

@@ -20,7 +20,7 @@ class Reached:
     """
 
     def __init__(self, model: nn.Module, tell: Callable[[str], None] | None = None) -> None:
-        self._tell = tell
+        self._tell, self._model, self._training = tell, model, False
         trained = {name: layer.lora_B for name, layer in headed(model).items() if layer.lora_B.requires_grad}
         own = {p for layer in headed(model).values() for p in layer.parameters()}
         rest = [p for p in model.parameters() if p.requires_grad and p not in own]
@@ -29,7 +29,7 @@ class Reached:
         self._hooks += [p.register_hook(partial(self._mark, None)) for p in rest]
 
     def _mark(self, name: str | None, grad: Tensor) -> None:
-        self._ran = True
+        self._ran, self._training = True, self._model.training
         if name is not None:
             self._missing.discard(name)
 
@@ -42,7 +42,7 @@ class Reached:
         self._hooks = []
         if not self._ran or not self._missing:
             return
-        if len(self._missing) == self._all:
+        if len(self._missing) == self._all and not self._training:
             sentence = (
                 "the first backward pass reached no head: heads train in training mode alone, so call model.train() "
                 "before it"

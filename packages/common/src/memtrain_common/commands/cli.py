@@ -9,7 +9,6 @@ import difflib
 import errno
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -165,9 +164,9 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
 
 
 def _memory_ran_out(error: BaseException) -> str:
-    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
-    asked = f" ({wanted[1]} more were asked for)" if wanted else ""
-    return f"error: memory ran out{asked}: take a smaller --batch-size or model, or keep less for the backward pass"
+    said = str(error).strip().split("\n")[0]
+    why = f" ({said})" if said else ""
+    return f"error: memory ran out{why}: take a smaller batch or model, or keep less for the backward pass"
 
 
 def changed_fields(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -22,13 +22,10 @@ def picture_folder(path: Path) -> ImageSet:
     """
     tree = Tree(path)
     top = ""
-    while len(inside := tree.folders(top)) == 1 and inside[0].lower() not in SPLIT_WORDS:
+    while len(inside := tree.folders(top)) == 1 and inside[0] not in SPLITS:
         top = f"{top}/{inside[0]}" if top else inside[0]
     at = f"{top}/" if top else ""
-    named = {split: [n for n in inside if SPLIT_WORDS.get(n.lower()) == split] for split in SPLITS}
-    if twice := next((found for found in named.values() if len(found) > 1), None):
-        raise UserError(f"{path} has {' and '.join(twice)}, which mean the same split: leave one of them")
-    roots = {split: at + found[0] for split, found in named.items() if found}
+    roots = {split: at + name for split, name in _named_splits(inside, path).items()}
     if not roots:
         roots = {"all": top}
     elif not {"train", "test"} <= roots.keys():
@@ -55,6 +52,19 @@ def picture_folder(path: Path) -> ImageSet:
         raise UserError(f"{path} has too few pictures for {empty}: give ten a class, or folders train, val, test")
     task = "binary-class" if len(classes) == 2 else "multi-class"
     return ImageSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
+
+
+def _named_splits(inside: list[str], path: Path) -> dict[str, str]:
+    """The folders that are splits: train, val and test, and others of a usual name where train and test are there; else
+    they may be classes."""
+    found = {split: split for split in SPLITS if split in inside}
+    usual = {split: [n for n in inside if SPLIT_WORDS.get(n.lower()) == split] for split in SPLITS}
+    for split, names in usual.items() if usual["train"] and usual["test"] else ():
+        if split not in found and len(names) > 1:
+            raise UserError(f"{path} has {' and '.join(names)}, which mean the same split: leave one of them")
+        if names:
+            found.setdefault(split, names[0])
+    return found
 
 
 def tenth(train: ImageSplit) -> dict[str, ImageSplit]:

@@ -121,11 +121,11 @@ def decode(content: bytes, where: str, *, scale: int = 1) -> Pixels:
         with Image.open(io.BytesIO(content)) as picture:
             if scale > 1:
                 picture.draft("RGB", (picture.width // scale, picture.height // scale))
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
                 return _from_16_bits(np.asarray(picture))  # which Pillow would cut off at 255
             if picture.mode in ("I", "F"):
-                kind = "floating-point numbers" if picture.mode == "F" else "numbers of 32 bits"
-                raise ValueError(f"it holds {kind}, whose range nothing says; write it in 8 or 16 bits")
+                kind = "floating-point numbers" if picture.mode == "F" else "signed numbers or ones of 32 bits"
+                raise ValueError(f"it holds {kind}, whose range nothing says; write it in 8 or 16 bits without sign")
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
