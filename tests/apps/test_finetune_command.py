@@ -207,7 +207,7 @@ REFUSED = {
     ("--data", "glue:wnli", "--model", "x"): ("glue:wnli", "glue:rte"),
     ("--weights", "nowhere"): ("nowhere",),
     ("--resume", "nowhere"): ("nowhere is not a run",),
-    ("--seed", "99999999999999999999"): ("--seed must be below 2^63",),
+    ("--seed", "99999999999999999999"): ("--seed must be from 0 to 2^63",),
 }
 
 

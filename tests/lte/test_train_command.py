@@ -370,8 +370,8 @@ def test_wrong_flags_leave_nothing_behind(tmp_path):
     assert_refused(run_command(["lte-train", "--epochs", "inf"], tmp_path), "--epochs must be finite")
     untraced = ["lte-bench", "--profile", "nowhere/trace.json"]
     assert_refused(run_command(untraced, tmp_path), "--profile nowhere/trace.json has no folder to be in")
-    assert_refused(run_command(["lte-sample", "x", "--temperature", "1e-40"], tmp_path), "must be at least 1e-6")
-    assert_refused(run_command(["lte-sample", "x", "--seed", str(2**63)], tmp_path), "--seed must be at most")
+    assert_refused(run_command(["lte-sample", "x", "--temperature", "1e-40"], tmp_path), "at least 1e-6")
+    assert_refused(run_command(["lte-sample", "x", "--seed", str(2**63 - 1)], tmp_path), "--seed must be at most")
     assert_refused(run_command(["lte-train", "--data-dir", "nowhere"], tmp_path), "nowhere does not exist")
     (tmp_path / "empty").mkdir()
     assert_refused(run_command(["lte-train", "--data-dir", "empty"], tmp_path), "holds nothing")

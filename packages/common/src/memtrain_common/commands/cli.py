@@ -76,7 +76,7 @@ def parse(
         raise UserError(_sentence(complaints.getvalue())) from None
     seed = getattr(config, "seed", 0)
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise UserError(f"--seed must be below 2^63, got {seed}")
+        raise UserError(f"--seed must be from 0 to 2^63 − 1, got {seed}")
     if unknown:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):

@@ -71,7 +71,7 @@ def configure(argv: Sequence[str]) -> SampleConfig:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     if not 1e-6 <= config.temperature < float("inf"):
         raise UserError(
-            f"--temperature must be at least 1e-6 (which always takes the most likely token) and finite, got "
+            f"--temperature must be positive, finite and at least 1e-6, where the likeliest token is always taken; got "
             f"{config.temperature}"
         )
     if config.seed + config.num_samples > 2**63:
