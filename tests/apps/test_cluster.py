@@ -14,7 +14,8 @@ import pytest
 from memtrain_apps.ablate import cluster
 from memtrain_apps.ablate.ablate import collect
 from memtrain_apps.ablate.cluster import RETRIES, _watch
-from memtrain_apps.ablate.config import AblateConfig, configure, saved_request
+from memtrain_apps.ablate.config import AblateConfig, Ablation, configure, saved_request
+from memtrain_apps.ablate.grid_file import grid_of
 from memtrain_apps.ablate.launchers import ArmCall, Needs, Ray, Submitit, launcher_of
 from memtrain_apps.ablate.runner import Runner
 from memtrain_common.console import Console
@@ -304,3 +305,24 @@ def wait_for(look, driver=None, seconds=900):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return found
+
+
+def test_an_arm_that_cannot_be_begun_is_refused_and_the_others_are_submitted(tmp_path, monkeypatch):
+    """What a job needs is predicted here: an arm whose data are missing must not end the others."""
+    grid = grid_of({"train": ["full", "lora"], "seeds": 1, "finetune": {"data": "digits"}})
+    runner = Runner(Ablation(AblateConfig(), grid, 0), tmp_path, Console(quiet=True), ["cpu"], None)
+    runner.prepare()
+
+    def needs(_, job, base):
+        if "lora" in job.name:
+            raise UserError("later is not a folder")
+        return base
+
+    monkeypatch.setattr(cluster, "_needs", needs)
+    base = Needs(0, 0, 1, 1)
+    found = cluster._needs_of(runner, runner.left(), "cpu", base)
+    assert found == {"full+all+adamw-seed0": base}
+    record = json.loads((tmp_path / "results" / "lora-rank8+all+adamw-seed0.json").read_text())
+    assert (record["status"], record["why"]) == ("refused", "later is not a folder")
+    assert [arm.name for arm in runner.left()] == ["full+all+adamw-seed0"]
+    assert len(runner.left(again=("refused",))) == 2

@@ -107,9 +107,9 @@ def launch(request: Ablation, folder: Path, console: Console, places: list[str])
             for arm in arms:
                 runner.result(arm).unlink(missing_ok=True)  # a refusal, which no job would try again
             needs = _needs_of(runner, arms, device, base)
-            most = len(places) if config.launcher == "local" else len(arms)
-            at_once = "as many at a time as there is room for" if most == len(arms) else f"{most} at a time"
-            console.say(f"{len(arms)} arms by {config.launcher}, {at_once}")
+            most = len(places) if config.launcher == "local" else len(needs)
+            at_once = "as many at a time as there is room for" if most == len(needs) else f"{most} at a time"
+            console.say(f"{len(needs)} arms by {config.launcher}, {at_once}")
             _watch(runner, launcher, needs, most)
     except KeyboardInterrupt as interrupt:
         signum = interrupt.args[0] if interrupt.args else signal.SIGINT
@@ -132,7 +132,7 @@ def _needs_of(runner: Runner, arms: list[Arm], device: str, base: Needs) -> dict
         except UserError as error:
             record = runner.record(arm, job, {"status": "refused", "why": str(error)})
             write_json(runner.result(arm), record)
-            runner.row(record)
+            runner.console.say(f"{arm.name} refused: {error}")
     return found
 
 
