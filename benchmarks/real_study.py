@@ -99,7 +99,8 @@ ADAPTERS = {
     "lora 8, low-bit 0.1": Arm(Axes("lora", rank=8, save="backrazor"), "lora", "lora"),
     **{
         f"lora-xs {way} {r}, low-bit 0.1": _xs(way, r, save="backrazor", **XS_WAYS[way])
-        for way, r in (("svd", 4), ("svd", 25), ("random", 16), ("gradient", 4), ("gradient", 16))
+        for r in (4, 8, 16, 25)
+        for way in ("svd", "random", "gradient")
     },
     "melo 8, low-bit 0.1": Arm(Axes("melo", rank=8, save="backrazor"), "melo", "melo"),
 }
