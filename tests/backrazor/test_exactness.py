@@ -41,6 +41,10 @@ def close(pair, tolerance=1e-12):
     return bool((got - plain).norm() <= tolerance * plain.norm())
 
 
+def triangle(rows, columns):
+    return torch.ones(rows, columns, dtype=torch.bool).tril()
+
+
 def running(channels):
     return torch.zeros(channels, dtype=D), torch.ones(channels, dtype=D)
 
@@ -129,6 +133,14 @@ CLAIMS = {
     "link: rsqrt": [
         (lambda x: (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt(), lambda: (activation(30, 50),), {"all": 0})
     ],
+    **{
+        f"scores: {name}": [(call, lambda: (activation(30, 50),), {"all": 0})]
+        for name, call in {
+            "masked_fill": lambda s: s.masked_fill(triangle(30, 50), -1.0), "add_": lambda s: (s * 1).add_(0.1),
+            "masked_fill_": lambda s: (s * 1).masked_fill_(triangle(30, 50), -1.0), "mul_": lambda s: (s * 1).mul_(3),
+            "where": lambda s: torch.where(triangle(30, 50), s, -1.0), "div_": lambda s: (s * 1).div_(3),
+        }.items()
+    },
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from lora_xs import (
     trained,
 )
 from lora_xs.layer import layers
+from torch import nn
 
 TARGETS = ("embed", "conv", "up", "down")
 CONFIG = LoRAXSConfig(rank=3, alpha=5, targets=TARGETS, rank_pattern={"down": 2})
@@ -267,3 +268,48 @@ def test_a_file_holds_values_and_not_flags_on_memory(tmp_path):
         with pytest.raises(LoRAXSError, match=r"layer\.R cannot be written: it is "):
             files.write(tmp_path / "b", {"layer.R": odd}, {}, "test")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_save_that_fails_leaves_the_older_pair_of_files(mixed, inputs, tmp_path, monkeypatch):
+    base = copy.deepcopy(mixed)
+    inject(mixed, CONFIG)
+    save_adapter(mixed, tmp_path)
+    want, before = mixed(*inputs), {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for p in (p for ps in trained(mixed).values() for p in ps):
+        p.data.add_(1)
+    real = files._write
+
+    def full(path, tensors, header):
+        real(path, tensors, header)
+        if "adapter" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(mixed, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert torch.equal(load_adapter(base, tmp_path)(*inputs), want)
+
+
+def test_a_head_that_was_saved_with_other_numbers_is_refused(mixed, tmp_path):
+    base = copy.deepcopy(mixed)
+    inject(mixed, CONFIG)
+    save_adapter(mixed, tmp_path)
+    old = (tmp_path / "adapter.safetensors").read_bytes()
+    for p in (p for ps in trained(mixed).values() for p in ps):
+        p.data.add_(1)
+    save_adapter(mixed, tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(old)  # as a kill between two renames leaves them
+    with pytest.raises(LoRAXSError, match=r"head\.safetensors belongs to another adapter"):
+        load_adapter(base, tmp_path)
+    load_adapter(base, tmp_path, head=False)
+
+
+def test_a_head_with_fewer_numbers_than_the_models_is_refused(mixed, tmp_path):
+    wider = copy.deepcopy(mixed)
+    mixed.classifier = nn.Linear(14, 4, bias=False)
+    inject(mixed, CONFIG)
+    save_adapter(mixed, tmp_path)
+    with pytest.raises(LoRAXSError, match=r"lacks classifier\.bias, which this model's head has; head=False"):
+        load_adapter(wider, tmp_path)
+    assert not any("lora_xs" in name for name, _ in wider.named_modules())

@@ -314,3 +314,108 @@ def test_running_statistics_that_no_adapter_file_holds_are_said(mixed, inputs):
     mixed.conv[1].eval()
     inject(mixed, config)
     mixed(*inputs).sum().backward()  # a warning would be an error
+
+
+def test_what_was_trained_before_is_trained_again_when_the_adapter_is_off(mixed, inputs):
+    mixed.conv.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in mixed.named_parameters()}
+    twin = copy.deepcopy(mixed)
+    inject(mixed, CONFIG)
+    assert sum(p.requires_grad for p in mixed.embed.parameters(recurse=False)) == 0
+    assert {n: p.requires_grad for n, p in remove(mixed).named_parameters()} == before
+    merge(inject(twin, CONFIG), keep=False)
+    assert {n: p.requires_grad for n, p in twin.named_parameters()} == before
+
+
+def test_a_merged_model_moves_to_another_type_with_the_weights_that_come_back(mixed, inputs, train_r):
+    model = train_r(inject(mixed, CONFIG))
+    tied = nn.Linear(17, 9, bias=False)
+    tied.weight = model.down.weight
+    model.tied = tied
+    ids, image = inputs
+    want = model(*inputs)
+    merge(model)
+    model.double()
+    merged = model(ids, image.double())
+    unmerge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model.down.weight is model.tied.weight
+    torch.testing.assert_close(model(ids, image.double()), want.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, want.double(), rtol=1e-4, atol=1e-5)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.classifier = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
+def test_training_one_adapter_leaves_the_statistics_of_anothers_head():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.out(self.norm(x))
+
+    model = Normed()
+    model.classifier = Head()
+    inject(model, LoRAXSConfig(2, targets=("body",)))
+    model(torch.randn(7, 6)).sum().backward()  # the first one's own
+    add(model, "b")
+    before = {k: v.clone() for k, v in model.classifier.norm.state_dict().items()}
+    set_active(model, "b")
+    refused = pytest.raises(LoRAXSError, match="classifier has running statistics, and training 'b' would change those")
+    with refused:
+        model(torch.randn(7, 6))
+    with refused, rows(model, [None, "b"]):
+        model(torch.randn(2, 6))
+    for key, value in model.classifier.norm.state_dict().items():
+        assert torch.equal(value, before[key])
+    model.eval()(torch.randn(7, 6)).sum().backward()
+    assert model.classifier.lora_xs_head.copies["b"].out.weight.grad is not None
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_pass_that_is_repeated_outside_of_rows_is_refused(use_reentrant, train_r):
+    model = Normed()
+    inject(model, LoRAXSConfig(2, targets=("body",), head=()))
+    add(model, "b")
+    for name in ("default", "b"):
+        train_r(model, name)
+    x, names = torch.randn(3, 6, requires_grad=True), ["b", None, "default"]
+    R = [R for _, layer in layers(model) for R in layer.R.values()]
+
+    def loss():
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant).square().sum()
+
+    with rows(model, names):
+        found = [model(x).square().sum(), loss()]
+        wanted = torch.autograd.grad(found[0], [p for p in R if p.requires_grad])
+        found[1].backward()
+    torch.testing.assert_close([p.grad for p in R if p.requires_grad], list(wanted))
+    with rows(model, names):
+        late = loss()
+    with pytest.raises(LoRAXSError, match="body is checkpointed, and other adapters are in use in the backward pass"):
+        late.backward()
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_the_numbers_that_are_drawn_do_not_follow_torchs_default_type(init, mixed):
+    twin = copy.deepcopy(mixed)
+    config = LoRAXSConfig(rank=3, targets=TARGETS, init=init)
+    inject(mixed, config)
+    torch.set_default_dtype(torch.float64)
+    try:
+        inject(twin, config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (_, a), (_, b) in zip(layers(mixed), layers(twin), strict=True):
+        assert torch.equal(a.A, b.A)
+        assert torch.equal(a.B, b.B)
+        assert torch.equal(a.R["default"], b.R["default"])

@@ -127,6 +127,24 @@ def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
     assert_refused(other, "other predictions")
 
 
+@pytest.mark.slow
+def test_eval_goes_on_with_questions_that_hold_unicodes_own_line_ends(tuned, tmp_path):
+    run, _ = tuned
+    asked = [{"question": f"Add 1{end}and {i}.", "answer": f"#### {i + 1}"} for i, end in enumerate("\u2028\u2029\x85")]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
+    (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
+    words = ["lora-xs", "eval", "--adapter", str(run / "adapter"), "--data", "q.jsonl", "--max-new-tokens", "4",
+             "--batch-size", "1", "--out", "p.jsonl"]  # fmt: skip
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "p.jsonl").read_bytes()
+    assert whole.count(b"\n") == 3
+    (tmp_path / "p.jsonl").write_bytes(whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 1])
+    again = run_command([*words, "--resume"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "p.jsonl").read_bytes() == whole
+
+
 def test_the_interval_of_a_share():
     """Against the definition: the shares p whose z-test does not reject what was seen."""
     for right, n in ((0, 100), (7, 16), (16, 16)):

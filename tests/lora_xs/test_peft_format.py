@@ -184,6 +184,12 @@ def test_what_cannot_be_imported_is_refused(exported, llama):
         import_peft(base, folder, bases="qr")
     for changes, message in (
         ({"use_dora": True}, "uses use_dora"),
+        ({"alora_invocation_tokens": [3, 4]}, "uses alora_invocation_tokens, which is more than B·A"),
+        ({"use_qalora": True}, "uses use_qalora"),
+        ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4', which changes the base weights too: save it with"),
+        ({"init_lora_weights": "olora"}, "olora', which changes the base weights"),
+        ({"a_setting_of_tomorrow": 3}, "uses a_setting_of_tomorrow"),
         ({"bias": "all"}, "trains biases"),
         ({"peft_type": "VERA"}, "holds a VERA adapter"),
     ):

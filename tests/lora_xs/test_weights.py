@@ -195,7 +195,7 @@ def test_files_adapters_and_taking_off(model, x, train_r, tmp_path):
     remove(again)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in again.modules())
     with torch.no_grad():
-        assert torch.equal(again(x), plain.requires_grad_(False)(x))
+        assert torch.equal(again(x), plain(x))
     assert torch.equal(twin(x), want)
     other = copy.deepcopy(plain)
     other.layers[1].experts.down_proj.data[2] += 1e-9
@@ -281,6 +281,27 @@ def test_a_weight_read_by_its_parent_is_named_once_after_the_first_backward_pass
         check_called(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        model(x).sum().backward()  # once
+
+
+@pytest.mark.parametrize("way", ["loaded", "a second one", "loaded beside another"])
+def test_it_is_named_for_adapters_that_were_loaded_or_added_too(model, x, tmp_path, way):
+    plain = copy.deepcopy(model)
+    inject(model, LoRAXSConfig(2))
+    if way == "a second one":
+        add(model, "b")
+        set_active(model, "b")
+    else:
+        save_adapter(model, tmp_path)
+        if way == "loaded":
+            model = plain
+        load_adapter(model, tmp_path, name="b")
+        set_active(model, "b")
+    with pytest.warns(UserWarning, match=r"nothing at layers\.\*\.reader\.qkv \(2\)"):
+        model(x).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_active(model, "b")
         model(x).sum().backward()  # once
 
 

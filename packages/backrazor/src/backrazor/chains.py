@@ -97,20 +97,29 @@ class Chains:
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention's scores as written out: Q Kᵀ, then products with numbers and sums with masks, in their order."""
+    """Attention's scores as written out: Q Kᵀ, then products with numbers, sums with masks, and entries that masks
+    replace, in their order."""
 
     q: Held
     k: Held
     """As the second factor of the product."""
     steps: tuple[tuple[str, float], ...]
-    """("mul", c), ("div", c), or ("add", 0) for the next of the masks."""
+    """("mul", c), ("div", c), ("add", 0) for the next of the masks, ("fill", c) where the next one is true, ("pick", 0)
+    for the next one's choice of the scores where it is true and of the one after it elsewhere."""
     masks: tuple[Tensor, ...]
 
     def make(self, q: Tensor, k: Tensor, *masks: Tensor) -> Tensor:
         """The scores, from Q and K again."""
         s, left = torch.matmul(q, k), list(masks)
         for step, number in self.steps:
-            s = s.mul_(number) if step == "mul" else s.div_(number) if step == "div" else s + left.pop(0)
+            if step in ("mul", "div"):
+                s = s.mul_(number) if step == "mul" else s.div_(number)
+            elif step == "fill":
+                s = s.masked_fill_(left.pop(0), number)
+            elif step == "pick":
+                s = torch.where(left.pop(0), s, left.pop(0))
+            else:
+                s = s + left.pop(0)
         return s
 
 
@@ -145,6 +154,21 @@ class ScoresInSight:
         if name in ("mul", "div") and isinstance(other, int | float):
             return replace(before, steps=(*before.steps, (name, float(other))))
         return None
+
+    def masked(self, s: Any, mask: Any, other: Any, true: bool) -> Scores | None:
+        """The scores after ``other`` replaces them where the mask is ``true``, if ``s`` are scores."""
+        before = self.get(s)
+        if before is None or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            return None
+        if isinstance(other, Tensor) and (other.requires_grad or other.dtype != s.dtype):
+            return None
+        shapes = (mask.shape, other.shape) if isinstance(other, Tensor) else (mask.shape,)
+        if torch.broadcast_shapes(s.shape, *shapes) != s.shape:
+            return None
+        kept = mask.logical_not() if true == isinstance(other, Tensor) else mask
+        if isinstance(other, Tensor):
+            return replace(before, steps=(*before.steps, ("pick", 0.0)), masks=(*before.masks, kept, other))
+        return replace(before, steps=(*before.steps, ("fill", float(other))), masks=(*before.masks, kept))
 
 
 def _begins_known(expression: Expression) -> bool:

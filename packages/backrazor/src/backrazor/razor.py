@@ -37,8 +37,9 @@ class Razor(Keeper, TorchFunctionMode):
     each operation keeps.
 
     Args:
-        keep: fraction that is kept, in (0, 1]; 1 keeps all, and is plain autograd. In the mode "low-bit" of the 32 bits
-            of an element (0.1 means some 3 bits, 2 are the least), in the other modes of the elements.
+        keep: fraction that is kept, in (0, 1]; 1 keeps all, and gives plain autograd's gradients but for rounding. In
+            the mode "low-bit" of the 32 bits of an element (0.1 means some 3 bits, 2 are the least), in the other modes
+            of the elements.
         mode: "low-bit"; "pruned", the largest elements of small groups; "paper", the official code's threshold a
             sample, float16 values, bitmask, activation functions' inputs dense in float16, a norm that shares nothing.
         attention: "pruned": as the mode keeps it; "exact" leaves softmax, products of activations and

@@ -281,6 +281,25 @@ OPERATIONS: tuple[Operation, ...] = (
             "div": (torch.div, *_methods("div", "__truediv__")),
         }.items()
     ),
+    *(
+        Operation(
+            f"scores: {name}",
+            calls,
+            chains.scores_step(step, calls[0]),
+            "all",
+            "nothing",
+            "what PyTorch keeps; P is made from Q̂ and K̂ through this step too",
+            "attention as nanoGPT, GPT-J and T5 write it out",
+        )
+        for name, step, calls in (
+            ("masked_fill", "fill", (torch.masked_fill, *_methods("masked_fill"))),
+            ("masked_fill_", "fill", _methods("masked_fill_")),
+            ("where", "where", (torch.where, *_methods("where"))),
+            ("add_", "add", _methods("add_", "__iadd__")),
+            ("mul_", "mul", _methods("mul_", "__imul__")),
+            ("div_", "div", _methods("div_", "__itruediv__")),
+        )
+    ),
 )
 
 DENSE: dict[str, str] = {

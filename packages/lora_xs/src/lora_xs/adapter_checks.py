@@ -12,6 +12,7 @@ from . import files
 from .adapter_header import ADAPTER, HEAD_FILE, HEAD_FORMAT, AdaptedModule, AdapterInfo
 from .digest import weight_digests
 from .errors import LoRAXSError
+from .head import ATTRIBUTE as HEAD
 from .head import head_of
 from .kinds import matrix_of, matrix_shape
 from .layer import ATTRIBUTE, XSLayer, is_adapted, layers
@@ -110,11 +111,19 @@ def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[Ta
     return found
 
 
-def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path) -> dict[str, Tensor]:
+def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path, adapter_sha256: str) -> dict[str, Tensor]:
+    """The task heads of the adapter file with that SHA-256, if they fit the model."""
     state, header = files.read(folder / HEAD_FILE, HEAD_FORMAT)
-    if header.get("base_sha256") != info.base_sha256:
+    adapter = header.get("adapter_sha256", adapter_sha256)  # files did not say it before 2026-11-30
+    if header.get("base_sha256") != info.base_sha256 or adapter != adapter_sha256:
         raise LoRAXSError(f"{folder / HEAD_FILE} belongs to another adapter than {folder / ADAPTER}")
     known = model.state_dict()
+    own = tuple(f"{name}." for name in find_heads(model, info.config) if name in info.heads)
+    for key in known:
+        if key.startswith(own) and key not in state and f".{HEAD}." not in key:
+            raise LoRAXSError(
+                f"the task head in {folder} lacks {key}, which this model's head has; head=False leaves it out"
+            )
     for key, value in state.items():
         if key not in known:
             raise LoRAXSError(f"the task head in {folder} has {key}, which this model lacks; head=False leaves it out")

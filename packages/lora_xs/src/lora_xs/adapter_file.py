@@ -64,7 +64,7 @@ def save_adapter(
     named: bool = False,
 ) -> Path:
     """Write adapter `name` (None: the active one) into the folder `path`; each file replaces an older one
-    whole.
+    whole, and none does before all are complete.
 
     Args:
         bases: store A and B too. None stores them where they cannot be made again from the base weights:
@@ -103,6 +103,8 @@ def save_adapter(
         "heads": json.dumps([head.name for _, head in head_modules]),
     }
     folder = Path(path)
+    adapter = files.sealed(tensors, header, ADAPTER_FORMAT)
+    written = {}
     if head_modules:
         state = {
             f"{head.name}.{key}": value
@@ -110,8 +112,9 @@ def save_adapter(
             for key, value in head.of(module, name).state_dict().items()
             if not key.startswith(HEAD + ".")
         }
-        files.write(folder / HEAD_FILE, state, {"base_sha256": sha256}, HEAD_FORMAT)
-    files.write(folder / ADAPTER, tensors, header, ADAPTER_FORMAT)
+        belongs = {"base_sha256": sha256, "adapter_sha256": adapter[1]["sha256"]}
+        written[folder / HEAD_FILE] = files.sealed(state, belongs, HEAD_FORMAT)
+    files.write_together({**written, folder / ADAPTER: adapter})
     return folder
 
 
@@ -149,7 +152,7 @@ def load_adapter(
     if not check_base and not info.stored_bases:
         raise LoRAXSError(f"{file} stores no bases, so its base weights must be checked: they are what it is made of")
     found = matching_modules(model, info, file)
-    head_state = matching_heads(model, info, Path(path)) if head and info.heads else {}
+    head_state = matching_heads(model, info, Path(path), header["sha256"]) if head and info.heads else {}
     if check_base:
         check_base_weights(model, info, tensors["digests"], file)
     Rs = [r.view(m.r_shape) for r, m in zip(_each_r(tensors, info, found), info.modules, strict=True)]

@@ -14,6 +14,7 @@ from .errors import LoRAXSError
 from .head import XSHead, heads
 from .injection import check_name, initial_r
 from .layer import XSLayer, XSWeight, layers
+from .untrained import watch
 
 
 def add(model: nn.Module, name: str, *, alpha: float | None = None, seed: int = 0) -> None:
@@ -37,7 +38,10 @@ def add(model: nn.Module, name: str, *, alpha: float | None = None, seed: int = 
 
 
 def set_active(model: nn.Module, name: str | None) -> None:
-    """Use adapter `name`, and train its R and its head alone. None uses the base model and trains nothing."""
+    """Use adapter `name`, and train its R and its head alone. None uses the base model and trains nothing.
+
+    Run the backward pass of an adapter before another one is chosen: PyTorch gives gradients to what is trained then.
+    """
     if name is not None:
         check_known(model, name)
     check_not_merged(model, "set_active")
@@ -45,6 +49,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
         layer.activate(name)
     for module, head in heads(model):
         head.activate(module, name)
+    watch(model)
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -72,7 +77,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within this context row i of every batch goes through adapter names[i] and its head; None is the base
     model.
 
-    Every adapted module must see the batch as its first dimension.
+    Every adapted module must see the batch as its first dimension. Where modules are checkpointed the backward pass
+    belongs inside: it runs them again.
     """
     for name in set(names) - {None}:
         assert name is not None

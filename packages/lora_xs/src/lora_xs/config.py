@@ -153,8 +153,8 @@ class LoRAXSConfig:
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for what, alpha in alphas.items():
             # α = 0 would train nothing without a word.
-            if alpha is not None and not alpha > 0:
-                raise LoRAXSError(f"{what} must be greater than 0, not {alpha!r}")
+            if alpha is not None and not 0 < alpha < math.inf:
+                raise LoRAXSError(f"{what} must be greater than 0 and finite, not {alpha!r}")
         if not self.targets:
             raise LoRAXSError('targets is empty; name modules by suffix, or give "all-linear"')
         if self.init not in ("svd", "random", "gradient"):

@@ -30,17 +30,45 @@ MOST_HEADER = 64 << 20
 """Bytes of a file's header."""
 
 
-def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> None:
-    """Write `tensors` and `header` to `path`, by way of a file beside it that is renamed when it is
-    complete."""
+Contents = tuple[dict[str, Tensor], dict[str, str]]
+"""Tensors and header of a file."""
+
+
+def sealed(tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> Contents:
+    """What is to be written, with the SHA-256 of all of it in its header."""
     tensors = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     header = {"format": kind, **header}
-    write_safetensors(path, tensors, {**header, "sha256": _checksum(tensors, header)})
+    return tensors, {**header, "sha256": _checksum(tensors, header)}
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], kind: str) -> None:
+    """Write `tensors` and `header` to `path`, whole or not at all."""
+    write_together({path: sealed(tensors, header, kind)})
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file. The same tensors give the same bytes, which the safetensors package does
-    not promise (its metadata come in any order), and numpy is not needed."""
+    """Write a plain safetensors file, whole or not at all."""
+    write_together({path: (tensors, metadata)})
+
+
+def write_together(files: dict[Path, Contents]) -> None:
+    """Write files that belong together, by way of files beside them: all are complete before the first is renamed."""
+    partial: dict[Path, Path] = {}
+    try:
+        for path, contents in files.items():
+            partial[path] = path.with_name(f".{path.name}.{os.getpid()}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(partial[path], *contents)
+        for path, complete in partial.items():
+            os.replace(complete, path)
+    finally:
+        for left in partial.values():
+            left.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file. The same tensors give the same bytes, which the safetensors package does not promise (its
+    metadata come in any order), and numpy is not needed."""
     tensors = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -55,18 +83,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         }
     head = json.dumps(entries, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for name in order:
-                file.write(memory_of(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in order:
+            file.write(memory_of(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class XSHead(nn.Module):
         self.copies = nn.ModuleDict()
         self.active: str | None = first
         self.rows: tuple[str | None, ...] | None = None
+        self.statistics = any(getattr(m, "running_mean", None) is not None for m in module.modules())
         self.before_merge: list[str | None] = []  # the active adapter, while one is merged
         # What a new adapter starts from: the head as it was, not as the first adapter has trained it.
         self.start = {key: value.detach().clone() for key, value in module.state_dict().items()}
@@ -70,6 +71,15 @@ class XSHead(nn.Module):
             own = dict(self.parameters_of(module, self.first)) | dict(module.named_buffers())
             for key, value in self.copies[name].state_dict().items():
                 own[key].copy_(value)
+
+    def check(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook: the module's own head runs first, whichever one answers."""
+        other = next((name for name in self.rows or (self.active,) if name is not None and name in self.copies), None)
+        if other is not None and self.statistics and module.training:
+            raise LoRAXSError(
+                f"the head {self.name} has running statistics, and training {other!r} would change those of "
+                f"{self.first!r} too: train a model with one adapter, or put the head into eval()"
+            )
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: the answer of the head that is asked for."""

@@ -62,6 +62,7 @@ def inject(
         pairs = make_bases(requests, config, folder, progress)
     bases = [(r.target, A, B) for r, (A, B) in zip(requests, pairs, strict=True)]
     attach(model, config, name, bases, given=losses is not None, starts=starts)
+    watch(model)
     if config.init == "svd":
         say_which_bases_are_zero(model)
     say_what_has_no_adapter(model, config)
@@ -83,6 +84,7 @@ def attach(
         starts: what each R (r×r) starts at, but for its small random numbers; None is zero.
     """
     check_name(name)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     for i, (target, A, B) in enumerate(bases):
         module, kind = target.module, target.kind
@@ -107,18 +109,20 @@ def attach(
             layer.attach(module, target.reader)
         else:
             module.register_forward_hook(layer.hook, with_kwargs=True)
+    layers(model)[0][1].trained_before = trained
     for key, module in find_heads(model, config).items():
         head = XSHead(key, name, module)
         head.activate(module, name)
         module.add_module(heads_.ATTRIBUTE, head)
+        module.register_forward_pre_hook(head.check)
         module.register_forward_hook(head.hook, with_kwargs=True)
-    watch(model)
 
 
 def remove(model: Model) -> Model:
     """Take all adapters off again: the model is what it was before `inject`, but for the trained task
-    head."""
+    head. What was trained then is trained again."""
     pairs, owned = layers(model), heads(model)
+    trained = pairs[0][1].trained_before
     if any(layer.merged is not None for _, layer in pairs):
         raise LoRAXSError("the adapter is merged; call unmerge before remove")
     _unhook(model, {layer for _, layer in pairs} | {head for _, head in owned})
@@ -126,6 +130,8 @@ def remove(model: Model) -> Model:
         module._modules.pop(ATTRIBUTE, None)
     for module, _ in owned:
         delattr(module, heads_.ATTRIBUTE)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or key in trained)
     return model
 
 
@@ -145,7 +151,8 @@ def initial_r(layer: XSLayer, config: LoRAXSConfig) -> Tensor:
     """R ~ N(0, r_std²) (r×r, or n×r×r), from a stream of the module's own."""
     if layer.A.is_meta:
         return torch.empty(layer.r_shape, device="meta")
-    return torch.randn(layer.r_shape, generator=generator(config.seed, "R", layer.name)) * config.r_std
+    draw = generator(config.seed, "R", layer.name)
+    return torch.randn(layer.r_shape, generator=draw, dtype=torch.float32) * config.r_std
 
 
 def check_name(name: str) -> None:

@@ -71,6 +71,9 @@ class XSLayer(nn.Module):
         self.kind = kind
         self.parameter = parameter
         self.called = False  # whether a forward pass has come here yet
+        self.trained_before: set[str] = set()  # names of what the model trained before; of the model's first layer
+        self.watched: set[str] = set()  # adapters whose first backward pass is looked at; the model's first layer's
+        self.answered: tuple[Any, ...] = (None, None)  # the adapters of the last one
         self.bases_config = config
         self.regenerable = regenerable and not config.train_bases
         # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
@@ -95,6 +98,7 @@ class XSLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XSLayer:
         before = self.A.dtype
         super()._apply(fn, recurse)
+        self.original = [_moved(weight, fn) for weight in self.original]
         if self.A.dtype != before:  # the weights were rounded too: their own bases would be others
             self.regenerable = False
         return self
@@ -124,7 +128,7 @@ class XSLayer(nn.Module):
         """The forward hook: W x + b → W x + b + (α/r)·B R A x."""
         if self.merged is not None or (self.active is None and self.rows is None):
             return None  # the output stays as it is
-        self.called = True
+        self.seen()
         x = args[0] if args else next(iter(kwargs.values()))
         z = self.project(module, x)
         z = F.dropout(z, self.dropout, self.training)
@@ -134,6 +138,20 @@ class XSLayer(nn.Module):
         else:
             u = self.mix_rows(z, self.row_matrices(z))
         return self.expand(out, u)
+
+    def seen(self) -> None:
+        """Note a forward pass. One within a backward pass repeats it, by checkpointing, and must find what it found."""
+        self.called = True
+        if torch.compiler.is_compiling():
+            return
+        now = (self.active, self.rows)
+        if torch._C._current_graph_task_id() == -1:
+            self.answered = now
+        elif now != self.answered:
+            raise LoRAXSError(
+                f"{self.name} is checkpointed, and other adapters are in use in the backward pass than in the forward "
+                "pass: run it before set_active, and inside of rows and disable"
+            )
 
     @property
     def dropout(self) -> float:
@@ -183,6 +201,16 @@ class XSLayer(nn.Module):
         return f"r={self.rank}, adapters={list(self.R)}, active={self.active!r}"
 
 
+def _moved(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """The weight that a merged one will give its place back to; the same object, which other modules may share."""
+    with torch.no_grad():
+        moved = fn(weight)
+    if moved.is_meta != weight.is_meta:
+        return nn.Parameter(moved, requires_grad=weight.requires_grad)
+    weight.data = moved
+    return weight
+
+
 class XSEmbedding(XSLayer):
     """W (width×vocabulary) is the transposed weight, x a one-hot column: z = A x is a column of A."""
 
@@ -228,7 +256,7 @@ class XSWeight(XSLayer):
         """The forward pre-hook. An attribute goes before a parameter of the same name; the parameter stays."""
         if self.merged is not None or self.active is None:
             return
-        self.called = True
+        self.seen()
         (module,) = self.holder
         object.__setattr__(module, self.parameter, self.adapted(module.get_parameter(self.parameter)))
 

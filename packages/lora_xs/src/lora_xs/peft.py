@@ -133,7 +133,8 @@ class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
         ((A, B),) = make_bases([request], ours, default_cache(), None)
         self.bases_A[adapter_name], self.bases_B[adapter_name] = A, B
         self.lora_xs_probe[adapter_name] = probe(A, B).to(A.device)
-        start = torch.randn(ours.rank, ours.rank, generator=generator(ours.seed, "R", self.name)) * ours.r_std
+        draw = generator(ours.seed, "R", self.name)
+        start = torch.randn(ours.rank, ours.rank, generator=draw, dtype=torch.float32) * ours.r_std
         dtype = torch.promote_types(A.dtype, torch.float32)
         self.lora_xs_R[adapter_name] = nn.Parameter(start.to(A.device, dtype))
         self.r[adapter_name] = ours.rank

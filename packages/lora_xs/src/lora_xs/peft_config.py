@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 # Read below, or without a meaning for what is adapted (LoRA-XS draws its own R, and knows Conv1D's layout by itself).
-_KNOWN = {
+KNOWN = {
     *("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "lora_dropout", "use_rslora"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters", "task_type"),
     *("fan_in_fan_out", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_type"),
@@ -75,7 +75,7 @@ def _refuse_what_has_no_counterpart(config: LoraConfig) -> None:
         raise LoRAXSError(f"init_lora_weights={initial!r} changes the base weights or the bases; LoRA-XS has its own")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _KNOWN or field.name == "init_lora_weights" or value == getattr(defaults, field.name):
+        if field.name in KNOWN or field.name == "init_lora_weights" or value == getattr(defaults, field.name):
             continue
         raise LoRAXSError(f"this LoraConfig has {field.name}={value!r}, for which LoRA-XS has no counterpart")
 

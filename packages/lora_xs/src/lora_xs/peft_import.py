@@ -28,6 +28,7 @@ from .errors import LoRAXSError
 from .injection import attach
 from .kinds import matrix_shape
 from .layer import is_adapted, layers
+from .peft_config import KNOWN
 from .peft_export import PREFIX
 from .targets import resolve
 
@@ -202,12 +203,33 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise LoRAXSError(f"{folder / 'adapter_config.json'} is no object with named settings")
     if settings.get("peft_type") != "LORA":
         raise LoRAXSError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA can be imported")
-    for option in ("use_dora", "lora_bias"):
-        if settings.get(option):
-            raise LoRAXSError(f"{folder} uses {option}, which is more than B·A; it cannot be imported")
     if settings.get("bias", "none") != "none":
         raise LoRAXSError(f"{folder} trains biases (bias={settings['bias']!r}); it cannot be imported")
+    initial = settings.get("init_lora_weights", True)
+    if not isinstance(initial, bool) and initial not in _STARTS:
+        raise LoRAXSError(
+            f"{folder} was begun with init_lora_weights={initial!r}, which changes the base weights too: save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which writes a plain LoRA"
+        )
+    for option, value in settings.items():
+        if value and option not in _PLAIN and value != _default_of(option):
+            raise LoRAXSError(f"{folder} uses {option}, which is more than B·A; it cannot be imported")
     return settings
+
+
+_PLAIN = KNOWN | {"bias", "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "loftq_config"}
+"""Settings that leave the update B·A, or mean nothing without another one that does not."""
+_STARTS = ("gaussian", "orthogonal", "eva")
+"""How A and B may begin, besides True and False, without a change of the base weights."""
+
+
+def _default_of(option: str) -> Any:
+    """Of a setting that only newer versions of PEFT write."""
+    if find_spec("peft") is None:
+        return None
+    from peft import LoraConfig
+
+    return getattr(LoraConfig(), option, None)
 
 
 def read_factors(folder: Path) -> tuple[dict[str, _Factors], dict[str, Tensor]]:

@@ -75,8 +75,8 @@ def random_bases(shape: tuple[int, int], rank: int, seed: int, name: str) -> tup
     them."""
     out, width = shape
     draw = generator(seed, "bases", name)
-    A = (torch.rand(rank, width, generator=draw) * 2 - 1) / math.sqrt(rank)
-    B = (torch.rand(out, rank, generator=draw) * 2 - 1) / math.sqrt(out)
+    A = (torch.rand(rank, width, generator=draw, dtype=torch.float32) * 2 - 1) / math.sqrt(rank)
+    B = (torch.rand(out, rank, generator=draw, dtype=torch.float32) * 2 - 1) / math.sqrt(out)
     return A, B
 
 

@@ -135,7 +135,12 @@ def advice(names: list[str]) -> str:
 
 
 def watch(model: nn.Module) -> None:
-    """Look once, in the first backward pass, whether all adapters were reached; warn of those that were not."""
+    """Look once, in the first backward pass of the active adapter, whether its modules were all reached; warn of those
+    that were not."""
+    _, first = layers(model)[0]
+    if first.active is None or first.active in first.watched:
+        return
+    first.watched.add(first.active)
     look = _Look(model)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:

@@ -102,3 +102,25 @@ def link(name: str, call: Any) -> Any:
         return razor.chains.label(call(*args, **kwargs), *found)
 
     return rule
+
+
+def scores_step(name: str, call: Any) -> Any:
+    """The rule of what attention's scores may go through besides: an operation in place, or a mask that replaces
+    entries. Scores stay scores; everything else is left to PyTorch."""
+
+    def rule(razor: Keeper, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != (2 if name in ("add", "mul", "div") else 3):
+            return NotImplemented
+        if name == "where":
+            if isinstance(args[1], Tensor) and args[1].dtype == torch.bool:  # a.where(mask, b)
+                args = (args[1], args[0], args[2])
+            mask, a, b = args
+            scores = razor.scores.masked(a, mask, b, False) or razor.scores.masked(b, mask, a, True)
+        elif name == "fill":
+            s, mask, value = args
+            scores = razor.scores.masked(s, mask, value, True)
+        else:
+            scores = razor.scores.step(name, *args) if razor.scores.get(args[0]) is not None else None
+        return NotImplemented if scores is None else razor.scores.put(call(*args), scores)
+
+    return rule

@@ -87,11 +87,10 @@ def again(razor: Keeper, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _pruned(razor: Keeper, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A head's output, when something else than the loss uses it."""
-    if not weight.requires_grad:
-        return F.linear(x, weight, bias)
-    y: Tensor = Linear.apply(x, weight, bias, False, razor)
-    return y
+    """A head's output, when something else than the loss uses it: an activation function too, where a wide layer of an
+    MLP was taken for a head."""
+    y: Tensor = Linear.apply(x, weight, bias, False, razor) if weight.requires_grad else F.linear(x, weight, bias)
+    return again(razor, y, x, weight, bias, False)
 
 
 def addmm(razor: Keeper, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """What commands' flags have in common: a resumed run's own configuration, and checks that name the flag. No torch."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -103,12 +104,19 @@ def at_least(config: Any, **least: float) -> None:
     for name, value in least.items():
         if not getattr(config, name) >= value:
             raise UserError(f"{flag(name)} must be at least {value}, got {getattr(config, name)}")
+        _finite(config, name)
 
 
 def positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise UserError(f"{flag(name)} must be positive, got {getattr(config, name)}")
+        _finite(config, name)
+
+
+def _finite(config: Any, name: str) -> None:
+    if getattr(config, name) == math.inf:
+        raise UserError(f"{flag(name)} must be finite, got inf")
 
 
 def below_one(config: Any, *names: str) -> None:

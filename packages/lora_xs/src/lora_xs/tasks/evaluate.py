@@ -135,7 +135,7 @@ def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[
         raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
     text = out.read_text(errors="replace")
     try:
-        rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
         same = len(rows) <= len(asked) and all(
             row["prompt"] == q.prompt and row["official_metric"] == config.official_metric
             for row, q in zip(rows, asked, strict=False)
