@@ -205,7 +205,9 @@ def test_data_that_are_not_there_end_it_at_once_and_a_refused_arm_is_tried_again
 def test_a_limit_too_small_for_the_threads_is_out_of_memory_too(tmp_path):
     words = ["ablate", "--train", "head", "--seeds", "1", "--memory-limit", "2MiB", "--devices", "cpu", "--out", "abl"]
     done = ablate([*words, "--", "--data", "digits", "--labels", "5", "6", "--epochs", "1"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "no arm has a result (head+all+adamw-seed0: out of memory" in done.stderr
+    assert "with --memory-limit 2.0 MiB" in done.stderr
     (record,) = results(tmp_path / "abl").values()
     assert record["status"] == "out of memory", record["why"]
     assert sum(record["predicted"].values()) > 0

@@ -5,6 +5,7 @@ import shutil
 import signal
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from memtrain_apps.compose.axes import USED_BY, Axes
@@ -13,6 +14,10 @@ from memtrain_apps.run.finetune import workload_of
 from memtrain_apps.run.predicting import NotPredictedError, predict_run
 from memtrain_apps.run.workload import Workload
 from memtrain_common.commands.run_flags import StepFlags
+from memtrain_common.data.images.batches import Normalize, evaluation_batches
+from memtrain_common.data.images.sets import load_images
+from memtrain_common.data.text.glue_batches import prepare_glue
+from memtrain_common.errors import UserError
 from memtrain_common.models.vit import load_vit
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
@@ -208,7 +213,17 @@ REFUSED = {
     ("--weights", "nowhere"): ("nowhere",),
     ("--resume", "nowhere"): ("nowhere is not a run",),
     ("--seed", "99999999999999999999"): ("--seed must be from 0 to 2^63",),
-}
+    # flags that only other data read
+    ("--max-length", "7"): ("--max-length is for text, and --data digits are pictures: leave it out",),
+    ("--size", "64"): ("--size is the size of MedMNIST's files, and --data digits has none",),
+    ("--no-verify",): ("--verify compares MedMNIST's files with their MD5",),
+    ("--data", "cifar10", "--data-dir", ".", "--bad-images", "skip"): ("--bad-images is for files of pictures",),
+    **{
+        ("--data", "glue:sst2", "--model", "x", *words): (f"{words[0].replace('no-', '')} is for pictures",)
+        for words in (("--augment", "flip"), ("--size", "64"), ("--no-verify",), ("--bad-images", "skip"),
+                      ("--labels", "1", "2"), ("--image-size", "32"), ("--weights", "w"))
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", REFUSED, ids=" ".join)
@@ -225,6 +240,12 @@ def test_the_model_decides_what_pretraining_can_do(tmp_path):
         (("--train", "bitfit"), "no bias"),
     ):
         assert_refused(run_command(["pretrain", *words, "--out", words[1], *FAST], tmp_path), expected)
+        assert not (tmp_path / words[1]).exists()  # the name is free for what can be trained
+    (tmp_path / "mine").mkdir()
+    assert_refused(run_command(["pretrain", "--train", "head", "--out", "mine", *FAST], tmp_path), "has none")
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert_refused(run_command(["pretrain", "--train", "head", *FAST], tmp_path), "has none")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("save", ["checkpoint:9", "backrazor:1-9"])
@@ -354,6 +375,8 @@ def test_a_budget_takes_back_razors_settings(tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["keep"] == 0.2
+    assert "--budget 12MiB: --save" in done.stdout
+    assert done.stdout == (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -365,9 +388,10 @@ def test_damaged_pictures_may_be_left_out(tmp_path):
     (tmp_path / "set" / "a" / "3.png").write_bytes(b"no picture")
     words = ["finetune", "--data", "folder", "--data-dir", "set", "--image-size", "16", "--max-iters", "1", *FAST]
     assert_refused(run_command(words, tmp_path), "3.png is not a picture", "--bad-images skip")
-    done = run_command([*words, "--bad-images", "skip"], tmp_path)
+    done = run_command([*words, "--bad-images", "skip", "--out", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "left out 1 damaged picture" in done.stdout
+    assert done.stdout == (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_rows_without_a_response_are_counted(language_model, tmp_path):
@@ -397,3 +421,114 @@ def test_a_step_that_depends_on_numbers_is_not_predicted_and_said_so():
     )  # fmt: skip
     with pytest.raises(NotPredictedError, match="memory of Counting cannot be predicted"):
         predict_run(workload, FinetuneConfig(), Axes(), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--n-embd", "128", "--n-head", "3"], "--n-embd 128 must be a multiple of --n-head 3"),
+        (["--model", "llama", "--n-embd", "12", "--n-head", "4"], "--n-embd 12 must be a multiple of twice --n-head 4"),
+    ],
+)
+def test_heads_share_a_models_width(words, expected, tmp_path):
+    assert_refused(run_command(["pretrain", *words, "--out", "run", *FAST], tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_a_run_that_had_ended_keeps_what_was_measured(whole, tmp_path):
+    run, _ = whole
+    shutil.copytree(run, tmp_path / "run")
+    before = json.loads((run / "result.json").read_text())
+    assert before["peak_bytes"]["training"] > 0
+    done = run_command(["finetune", "--resume", "run"], tmp_path, pictures=True)
+    assert done.returncode == 0, done.stderr
+    assert "unavailable" not in next(line for line in done.stdout.splitlines() if "peak memory" in line)
+    after = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {k: (before[k], after[k]) for k in before if before[k] != after[k] and k != "sha256_of_the_rest"} == {}
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_model_of_pictures_holds_what_it_must_be_given(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for i, c in enumerate(("cat", "dog")):
+        (tmp_path / "set" / c).mkdir(parents=True)
+        for j in range(12):
+            noise = np.random.default_rng(12 * i + j).integers(0, 256, (20, 26, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "set" / c / f"{j}.png")
+    torch.manual_seed(0)
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "size": {"shortest_edge": 28}}
+    small = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7, num_labels=3
+    )
+    transformers.Dinov2ForImageClassification(small).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings))
+    words = ["finetune", "--data", "folder", "--data-dir", "set", "--model", "base", "--image-size", "24",
+             "--train", "head", "--max-iters", "2", "--batch-size", "4", "--out", "run", *FAST]  # fmt: skip
+    done = run_command(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "patches of 7 pixels fill 21 of a picture's 24: its edge is not seen; give --image-size 21 or 28" in done.stdout
+    )
+    saved = tmp_path / "run" / "model"
+    model = transformers.AutoModelForImageClassification.from_pretrained(saved).eval()
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    processor = transformers.AutoImageProcessor.from_pretrained(saved, use_fast=False)
+    split = load_images("folder", str(tmp_path / "set")).splits["test"]
+    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    ((pixels, labels),) = evaluation_batches(split, 24, normalize=normalize, batch=99)
+    theirs = processor([Image.fromarray(split.images[i]) for i in range(len(split))], return_tensors="pt")
+    torch.testing.assert_close(theirs["pixel_values"], pixels, atol=2 / 255 / 0.2, rtol=0)  # both round to bytes
+    right = (model(pixels).logits.argmax(-1) == labels).float().mean().item()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert right == pytest.approx(result["scores"]["test"]["accuracy"], abs=1e-6)
+
+
+def test_words_that_a_row_needs(encoder, glue_dir, language_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    def refused(words, *expected):
+        assert_refused(run_command(["finetune", *words, "--out", "run", *FAST], tmp_path), *expected)
+
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad")
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+    for task, most, what in (("sst2", 2, "a sentence beside the tokenizer's 2"), ("stsb", 4, "each sentence beside")):
+        with pytest.raises(UserError, match=f"--max-length {most} leaves no word of {what}.* at least {most + 1}"):
+            prepare_glue(task, glue_dir, tokenizer, max_length=most)
+        assert prepare_glue(task, glue_dir, tokenizer, max_length=most + 1).longest == most + 1
+    (tmp_path / "one.json").write_text(json.dumps([{"instruction": "1 plus 2?", "output": "3"}]))
+    few = ["--data", "one.json", "--model", language_model, "--max-length", "100"]
+    refused(
+        few, "one.json has 1 rows with a response within --max-length 100 tokens, and at least 2 are needed", "takes"
+    )
+    (tmp_path / "glue" / "SST-2").mkdir(parents=True)
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / "SST-2" / f"{split}.tsv").write_text("")
+    empty = ["--data", "glue:sst2", "--data-dir", "glue", "--model", encoder]
+    refused(empty, "train.tsv is empty: its first row must name the columns sentence")
+
+
+@pytest.mark.slow
+def test_a_row_longer_than_the_positions_is_refused_before_training(encoder, tmp_path):
+    for split in ("train", "dev"):
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        rows = [f"{'good ' * 90}\t1", "bad\t0"]
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    common = ["--model", encoder, "--data-dir", ".", "--max-length", "128", "--max-iters", "1", "--tracker", "none"]
+    for words in (
+        ["finetune", "--data", "glue:sst2", "--train", "head", *common],
+        ["lora-xs", "glue", "--task", "sst2", "--rank", "4", *common],
+        ["backrazor-glue", "--task", "sst2", *common],
+    ):
+        done = run_command([*words, "--out", "run"], tmp_path)
+        assert_refused(done, "--max-length 128 lets a row of", "more than the 64 positions of", "give at most 64")
+
+
+def test_text_is_not_read_by_a_model_of_pictures(tmp_path, glue_dir):
+    transformers = pytest.importorskip("transformers")
+    small = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    transformers.Dinov2ForImageClassification(small).save_pretrained(tmp_path / "base")
+    words = ["finetune", "--data", "glue:sst2", "--data-dir", glue_dir, "--model", "base", "--out", "run"]
+    assert_refused(
+        run_command(words, tmp_path), "base holds a 'dinov2' model, which looks at pictures: choose a --model"
+    )

@@ -86,7 +86,7 @@ def test_learning_rates_of_a_train_of_a_pair_and_as_arms():
         ("[lr]\nlora = 'x'", "lr lora must be numbers"),
         ("[finetune]\nepoch = 3", r"unknown key 'epoch' in \[finetune\] \(did you mean epochs\?\)"),
         ("[finetune]\nrank = 3", r"rank in \[finetune\] is compared, not fixed"),
-        ("[finetune]\nseed = 3", r"unknown key 'seed' in \[finetune\]"),
+        ("[finetune]\nseed = 3", r"seed in \[finetune\] is ablate's own: it sets that flag"),
         ("[finetune.data]\nx = 3", r"data in \[finetune\] must be a value, not a table"),
         ("train = ", "is not TOML"),
     ],

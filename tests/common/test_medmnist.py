@@ -94,3 +94,10 @@ def test_classes_have_the_published_names():
     assert class_names("breastmnist", ("0", "1")) == ("malignant", "normal, benign")
     assert class_names("breastmnist", ("0",)) == ("0",)  # another file of that form
     assert class_names("pets", ("cat", "dog")) == ("cat", "dog")
+
+
+def test_a_split_without_pictures_is_refused(tmp_path):
+    empty = {"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}
+    rewritten(tmp_path, **empty)
+    with pytest.raises(UserError, match="has no pictures in val: a set needs some in each of train, val, test"):
+        read_medmnist("breastmnist", tmp_path, verify=False)

@@ -147,6 +147,9 @@ def _end(folder: Path, results: Sequence[dict[str, Any]]) -> None:
         )
     if all(r["status"] == "refused" for r in results):
         raise UserError(f"every arm was refused: {results[0]['why']}")
+    if not any(r["status"] == "done" for r in results):
+        first = next(r for r in results if r["status"] != "refused")
+        raise ArmsFailedError(f"no arm has a result ({first['name']}: {first['status']}, {first['why']})")
 
 
 def table(found: Sequence[Summary]) -> str:

@@ -27,6 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.console import format_bytes
 from memtrain_common.errors import DivergedError, Stopped, UserError, ran_out_of_memory
 from memtrain_common.files import read_json, write_json
 from tqdm import tqdm
@@ -169,9 +170,10 @@ def live(job: Job) -> None:
         if is_out_of_memory(error, limited=job.limit_bytes > 0):
             place = "for a thread's stack" if _any_of(NO_THREAD, error) else "within oneDNN"
             said = _first_line(error)
+            limited = f", with --memory-limit {format_bytes(job.limit_bytes)}" if job.limit_bytes else ""
             outcome = {
                 "status": "out of memory",
-                "why": said if is_out_of_memory(error) else f"no memory {place} ({said})",
+                "why": (said if is_out_of_memory(error) else f"no memory {place} ({said})") + limited,
             }
         else:
             outcome = {"status": "failed", "why": f"{type(error).__name__}: {_first_line(error)}"}

@@ -154,6 +154,8 @@ def _flags(content: Mapping[str, Any], table: str) -> dict[str, Any] | None:
                     f"{name} in [finetune] is compared, not fixed: list it above the tables, or in [[grid]]"
                 )
     for name in given:
+        if name in OWN_FLAGS:
+            raise UserError(f"{name} in [{table}] is ablate's own: it sets that flag of finetune for each arm")
         if name not in known:
             near = nearest(name, sorted(known))
             raise UserError(f"unknown key {name!r} in [{table}]{near}: it holds flags of finetune, which --help lists")
@@ -166,7 +168,8 @@ def _flags(content: Mapping[str, Any], table: str) -> dict[str, Any] | None:
 def _known(given: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     for name in given:
         if name not in names:
-            raise UserError(f"unknown key {name!r}{where}{nearest(name, names)}; the keys are {', '.join(names)}")
+            known = ", ".join(dict.fromkeys(names))
+            raise UserError(f"unknown key {name!r}{where}{nearest(name, names)}; the keys are {known}")
 
 
 def nearest(word: str, names: Sequence[str]) -> str:

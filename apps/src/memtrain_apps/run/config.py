@@ -199,6 +199,8 @@ def configure(
         given = _given(argv)
         of_budget = {"keep", "razor_mode", "recompute"} if config.budget else set()  # Back Razor is one of its choices
         refuse_unused(config, (given & set(names())) - of_budget)
+        if isinstance(config, FinetuneConfig):
+            _refuse_what_the_data_have_not(config, given)
         if config.train == "head" and "head_lr" in given and given & {"lr", "learning_rate"}:
             raise UserError("--lr and --head-lr are one rate with --train head: leave one of the two out")
         return checked(config)
@@ -211,6 +213,27 @@ def configure(
 def _given(argv: Sequence[str]) -> set[str]:
     """Names of the settings that stand on the command line."""
     return {w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")}
+
+
+def _refuse_what_the_data_have_not(config: FinetuneConfig, given: set[str]) -> None:
+    """Flags on the command line that are for other data."""
+    from memtrain_common.data.images.medmnist_sets import SETS
+    from memtrain_common.data.images.sets import CIFAR, NAMES
+
+    unused: dict[str, str] = {}
+    if config.data not in NAMES:
+        for name in ("labels", "weights", "image_size", "augment", "size", "verify", "bad_images"):
+            unused[name] = f"is for pictures, and --data {config.data} has none"
+    else:
+        unused["max_length"] = f"is for text, and --data {config.data} are pictures"
+        if config.data not in SETS:
+            unused["size"] = f"is the size of MedMNIST's files, and --data {config.data} has none of them"
+            unused["verify"] = f"compares MedMNIST's files with their MD5, and --data {config.data} has none of them"
+        if config.data in ("digits", *CIFAR, *SETS):
+            unused["bad_images"] = f"is for files of pictures, and those of --data {config.data} lie in one file"
+    for name, why in unused.items():
+        if name in given or f"no_{name}" in given:
+            raise UserError(f"{common.flag(name)} {why}: leave it out")
 
 
 def checked(config: Config) -> Config:
@@ -246,6 +269,12 @@ def checked(config: Config) -> Config:
         raise UserError("--eval-epochs must be above 0, got 0")
     if not config.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be below 1, got {config.warmup_ratio}")
+    if "n_embd" in own:
+        width, heads = getattr(config, "n_embd", 0), getattr(config, "n_head", 1)
+        step = heads if getattr(config, "model", "") == "gpt" else 2 * heads  # a Llama turns pairs of a head's numbers
+        if width % step:
+            of = f"--n-head {heads}" if step == heads else f"twice --n-head {heads}"
+            raise UserError(f"--n-embd {width} must be a multiple of {of}")
     if config.train == "lte" and config.batch_size % config.heads:
         raise UserError(
             f"--batch-size {config.batch_size} must be divisible by --heads {config.heads}: each of lte's heads sees "

@@ -10,16 +10,16 @@ from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import evaluation, model_loss, prepare_glue
 from memtrain_common.data.text.instruct import examples
-from memtrain_common.data.text.instruct_batches import IGNORED, collate, load_rows, tokenize
+from memtrain_common.data.text.instruct_batches import IGNORED, collate, load_rows, with_response
 from memtrain_common.data.text.instruct_batches import loss_of as instruct_loss
 from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_causal_lm, load_classifier, load_tokenizer, model_parts
+from memtrain_common.models.encoders import check_length, load_causal_lm, load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
 from torch import Tensor, nn
 
 from .config import FinetuneConfig
-from .workload import Workload
+from .workload import Workload, name_classes
 
 HELD_OUT = 64
 """Rows of an instruction file that validate where it has more than ten times as many; else a tenth."""
@@ -34,6 +34,9 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_glue(task, config.data_dir, tokenizer, max_length=config.max_length)
     model, whole = load_classifier(config.model, TASKS[task].num_labels, pad_id=tokenizer.pad_token_id)
+    long = check_length(model, config.model, prepared.longest, config.max_length)
+    if not all(text.isdigit() for text in TASKS[task].labels):
+        name_classes(model, TASKS[task].labels)
     rows = len(prepared.ids["train"])
     parts = {**prepared.parts, **model_parts(config.model)}
 
@@ -51,6 +54,7 @@ def glue_workload(config: FinetuneConfig, world: World) -> Workload:
         higher_is_better=True,
         about={"name": config.data, "train": rows, "sha256": prepared.sha256, "parts": parts},
         splits=("val",),
+        notes=(long,) if long else (),
         extra={"tokenizer": tokenizer},
         **_lengths(config, rows),
     )
@@ -60,12 +64,8 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
     """``--data metamathqa|commonsense|FILE``: prompts and responses, the prompt left out of the loss."""
     _need_model(config)
     tokenizer = load_tokenizer(config.model)
-    found = [tokenize(e, tokenizer, config.max_length) for e in examples(load_rows(config.data, config.data_dir))]
-    kept = [r for r in found if len(r.ids) > r.prompt]
-    if len(kept) < 2:
-        raise UserError(
-            f"{config.data} has {len(kept)} rows with a response within --max-length {config.max_length} tokens"
-        )
+    found = examples(load_rows(config.data, config.data_dir))
+    kept = with_response(found, tokenizer, data=config.data, max_length=config.max_length, needed=2)
     place = f"within --max-length {config.max_length} tokens"
     left_out = f"left out {len(found) - len(kept):,} of {len(found):,} rows, which have no response {place}"
     held = min(HELD_OUT, max(1, len(kept) // 10))
@@ -73,6 +73,7 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
     validation = [kept[i] for i in sorted(places) if i < len(kept)]
     train = [r for i, r in enumerate(kept) if i not in places]
     model = load_causal_lm(config.model)
+    long = check_length(model, config.model, max(len(r.ids) for r in kept), config.max_length)
     pad = tokenizer.pad_token_id
 
     def batches(i: int) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
             "parts": {"tokens": digest, **model_parts(config.model)},
         },
         splits=("val",),
-        notes=(left_out,) if len(kept) < len(found) else (),
+        notes=tuple(filter(None, (left_out if len(kept) < len(found) else "", long))),
         extra={"tokenizer": tokenizer},
         **_lengths(config, len(train)),
     )
@@ -115,11 +116,6 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
 def _need_model(config: FinetuneConfig) -> None:
     if not config.model:
         raise UserError(f"--data {config.data} needs --model: a folder of transformers, or a model's name on the hub")
-    for name in ("labels", "weights", "image_size"):
-        if getattr(config, name) != getattr(FinetuneConfig(), name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is for pictures, and --data {config.data} has none: leave it out"
-            )
 
 
 def _lengths(config: FinetuneConfig, rows: int) -> dict[str, Any]:

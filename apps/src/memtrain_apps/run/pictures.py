@@ -1,8 +1,9 @@
 """Pictures to classify: any set that ``memtrain_common`` reads, by a ViT or a CNN."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from memtrain_common.data.images.batches import ImageBatches, evaluation_batches
 from memtrain_common.data.images.image_set import ImageSet, ImageSplit
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
+from memtrain_common.files import write_json
 from memtrain_common.models.classifier import Classifier
 from memtrain_common.models.classifiers import MODELS, build_classifier, classification_loss, logits_of, usual_size
 from memtrain_common.training.distributed import World
@@ -17,21 +19,69 @@ from memtrain_common.training.task import Task
 from torch import nn
 
 from .config import FinetuneConfig
-from .workload import Workload
+from .workload import Workload, name_classes
+
+CENTRED = ("cotuning", "cnn")
+"""Recipes that judge the middle of a picture, which no processor of transformers cuts out alike."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How pictures become a classifier's input, as transformers' ``ViTImageProcessor`` reads it."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, classifier: Classifier) -> "ImageProcessor":
+        return cls(classifier.image_size, classifier.normalize.mean, classifier.normalize.std)
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write ``preprocessor_config.json``: the square of the training's size, bilinear, then (x/255 − mean)/std."""
+        size = {"height": self.image_size, "width": self.image_size}
+        content = {
+            "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": size,
+            "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(self.mean), "image_std": list(self.std),
+        }  # fmt: skip
+        write_json(path / "preprocessor_config.json", content)
+
+
+def unseen_edge(model: nn.Module, image_size: int) -> str:
+    """A sentence where patches do not fill the picture, whose edge the model then never sees; else ""."""
+    patches = [
+        m.kernel_size[0]
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.kernel_size == m.stride and m.kernel_size[0] > 1
+    ]
+    if not patches or image_size % patches[0] == 0:
+        return ""
+    seen = image_size // patches[0] * patches[0]
+    return (
+        f"patches of {patches[0]} pixels fill {seen} of a picture's {image_size}: its edge is not seen; give "
+        f"--image-size {seen} or {seen + patches[0]}"
+    )
 
 
 def picture_workload(config: FinetuneConfig, world: World) -> Workload:
     """The set and the classifier that the flags name; fresh weights come from torch's generator."""
-    pictures = with_labels(
-        load_images(config.data, config.data_dir, size=config.size, verify=config.verify, bad=config.bad_images),
-        config.labels,
+    notes: list[str] = []
+    found = load_images(
+        config.data, config.data_dir, size=config.size, verify=config.verify, bad=config.bad_images, say=notes.append
     )
+    pictures = with_labels(found, config.labels)
     name = config.model or "vit-mini"
     brings = config.weights or name not in MODELS
     size = config.image_size or (0 if brings else usual_size(name) or pictures.size)
     if not size and not brings:
-        raise UserError(f"--image-size is missing: the pictures have several sizes, and {name} takes any")
+        raise UserError(
+            f"--image-size is missing: the pictures of {pictures.name} may have several sizes, and {name} takes any"
+        )
     classifier = build_classifier(name, len(pictures.classes), weights=config.weights, image_size=size)
+    if unseen := unseen_edge(classifier.model, classifier.image_size):
+        notes.append(unseen)
+    name_classes(classifier.model, pictures.classes)
     rows = len(pictures.splits["train"])
     per_step = config.batch_size * config.gradient_accumulation_steps
     batches = ImageBatches(
@@ -54,6 +104,8 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         eval_interval=max(1, math.ceil(config.eval_epochs * rows / per_step)),
         about={**pictures.describe(), "parts": pictures.parts()},
         units_per_step=per_step,
+        notes=tuple(notes),
+        extra={} if config.augment in CENTRED else {"image_processor": ImageProcessor.of(classifier)},
     )
 
 

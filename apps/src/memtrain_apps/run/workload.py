@@ -1,6 +1,6 @@
 """A task, ready for any combination: a plain model, its batches, its loss, and how it is judged."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,4 +32,12 @@ class Workload:
     notes: tuple[str, ...] = ()
     """Sentences about the data that a person should read."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What is saved beside the model (a tokenizer)."""
+    """What is saved beside the model (a tokenizer, an image processor)."""
+
+
+def name_classes(model: nn.Module, classes: Sequence[str]) -> None:
+    """Put the classes' names into the configuration of a model of transformers, which its folder then tells."""
+    settings: Any = getattr(model, "config", None)
+    if hasattr(settings, "id2label") and len(settings.id2label) == len(classes):
+        settings.id2label = dict(enumerate(classes))
+        settings.label2id = {name: i for i, name in enumerate(classes)}

@@ -66,6 +66,21 @@ class Console:
 
     def __init__(self, log: Path | None = None, *, quiet: bool = False) -> None:
         self._log, self._quiet = log, quiet
+        self._unlogged: list[str] = []
+
+    def logging_to(self, log: Path | None) -> "Console":
+        """The same with a log file, which begins with what was said before there was one."""
+        console = Console(log, quiet=self._quiet)
+        if log is not None and self._unlogged:
+            console._keep("\n".join(self._unlogged))
+        return console
+
+    def _keep(self, text: str) -> None:
+        if self._log is None:
+            self._unlogged.append(text)
+            return
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     def say(self, text: str = "") -> None:
         if self._quiet:
@@ -76,9 +91,7 @@ class Console:
             sys.stdout.flush()
         except BrokenPipeError:  # the reader (`| head`) is gone: training goes on, and the log is complete
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if self._log is not None:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        self._keep(text)
 
     def progress(
         self, total: int, *, initial: int = 0, label: str = "", scale: bool = False, lines: bool = False

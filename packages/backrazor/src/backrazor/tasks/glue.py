@@ -12,7 +12,7 @@ from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
 from memtrain_common.measuring.prediction import dense_activations
-from memtrain_common.models.encoders import load_classifier, load_tokenizer, model_parts
+from memtrain_common.models.encoders import check_length, load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World, parallelize
 from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
@@ -35,6 +35,9 @@ def run_glue(config: GlueConfig, argv: Sequence[str]) -> dict[str, float]:
     )  # fmt: skip
     seed_all(config.seed)
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=tokenizer.pad_token_id)
+    longest = config.max_length if config.pad_to_max_length else prepared.longest
+    if long := check_length(model, config.model, longest, config.max_length):
+        session.console.say(long)
     train_only(model.to(device), head, config.mode)
     parts = {**prepared.parts, **model_parts(config.model)}
     session.open({"name": config.task, "sha256": prepared.sha256, "parts": parts})

@@ -20,6 +20,7 @@ from ..console import printable
 from ..errors import LostRankError, Stopped, UserError, lost_rank, ran_out_of_memory
 from ..interrupts import leaving, nothing_lost
 from ..optional import package_of
+from ..runs.unstarted import remove_unstarted
 from .flag_help import help_text
 from .quiet import quiet_libraries
 
@@ -122,6 +123,7 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
         main(argv)
         return 0
     except UserError as error:
+        remove_unstarted()
         code, line = error.exit_code, f"error: {error}"
     except ModuleNotFoundError as error:
         package = package_of(error)

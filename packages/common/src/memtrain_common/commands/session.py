@@ -36,7 +36,7 @@ from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
 from .installed import draw, with_what_is_installed
-from .result import Outcome, result_content, write_result
+from .result import Outcome, read_result, result_content, write_result
 from .summary import count_parameters, ledger_table, run_facts
 
 
@@ -53,6 +53,7 @@ class Session:
         self.console = Console(quiet=not place.is_main)
         self.data: dict[str, Any] = {}
         self._resume_path: Path | None = None
+        self._before: dict[str, Any] | None = None  # the result of a run that had ended
         self._changed: dict[str, Any] = {}
 
     @classmethod
@@ -127,7 +128,7 @@ class Session:
             own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
             run = RunFolder.create(gather_objects(own)[0], writes=main, beside=beside)  # the first one's clock
         self._enter(run, dataclasses.replace(self.config, out=str(run.path)), **about)
-        self.console = Console(run.path / "log.txt" if main else None, quiet=not main)
+        self.console = self.console.logging_to(run.path / "log.txt" if main else None)
 
     def beside(self, name: str, config: Any, **about: Any) -> "Session":
         """A further training of the same command, in a folder of its own within the run's.
@@ -188,13 +189,19 @@ class Session:
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
             result.ledger = Ledger.read(self.run.path / "memory.json")
+        self._before = read_result(self.run.path) if self.run is not None and self.config.resume else None
+        if self._before is not None and self._before.get("steps") == result.step:  # it had ended
+            result.peak_bytes = self._before.get("peak_bytes") or result.peak_bytes
+            result.units_per_second = self._before.get("units_per_second") or result.units_per_second
         step = result.step
         say_after_training(step, self._resume_path or (self.run.path if self.run is not None else None))
         if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
             step = result.best[0]
             state = {**model.state_dict(), **start} if not step else self._verified(step)
             model.load_state_dict(shard_like(state, model.state_dict()))
-            self.console.say(f"took the weights of step {step}, the best evaluation")
+            self.console.say(
+                f"took the weights of step {step}, the best evaluation; --select last keeps those of the last step"
+            )
         return Outcome(model, result, step, config)
 
     def _old_key(self, now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,6 +264,8 @@ class Session:
             say: False writes and draws, and says nothing.
         """
         about = {"command": shlex.join([*self.prog.split(" "), *self.argv]), "data": self.data.get("name")}
+        if self._before is not None and self._before.get("steps") == outcome.result.step:
+            about["command"] = self._before.get("command") or about["command"]
         about |= {"seed": self.config.seed}
         losses = [row["loss"] for row in self.folder.metrics() if row.get("split") == "train"]
         content = result_content(

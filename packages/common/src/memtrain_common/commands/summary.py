@@ -27,7 +27,7 @@ def run_facts(
     peaks = [f"{phase} {'unavailable' if n is None else format_bytes(n)}" for phase, n in result.peak_bytes.items()]
     facts = {
         "trained": f"{numbers[0]:,} of {numbers[1]:,} parameters",
-        "peak memory": ", ".join(peaks),
+        "peak memory": ", ".join(peaks) + (" (the whole process)" if peaks else ""),
         "speed": f"{format_count(result.units_per_second)} {unit}/s, {format_seconds(result.seconds)} of training",
         "energy": "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})",
     }

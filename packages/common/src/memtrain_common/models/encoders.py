@@ -96,7 +96,11 @@ def model_parts(name: str) -> dict[str, str]:
 
 def load_tokenizer(name: str) -> Any:
     """With a padding token: its own, or the end of text."""
-    tokenizer = from_pretrained(transformers.AutoTokenizer, name, "tokenizer")
+    try:
+        tokenizer = from_pretrained(transformers.AutoTokenizer, name, "tokenizer")
+    except UserError:
+        _refuse_pictures(name)
+        raise
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {name} has neither a padding nor an end token: it needs one of them")
@@ -132,3 +136,53 @@ def load_classifier(name: str, num_labels: int, *, pad_id: int | None = None) ->
 def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in training mode, which transformers' loading leaves."""
     return from_pretrained(transformers.AutoModelForCausalLM, name, "model", dtype=dtype).train()
+
+
+def _refuse_pictures(name: str) -> None:
+    """Say so where a model has no tokenizer because it looks at pictures."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # the tokenizer's own failure says what is wrong
+        return
+    reads = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not reads:
+        raise UserError(
+            f"{name} holds a {config.model_type!r} model, which looks at pictures: choose a --model that reads text, "
+            "or --data of pictures"
+        )
+
+
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""What transformers calls the table of a model's learned positions."""
+
+
+def check_length(model: nn.Module, name: str, longest: int, max_length: int) -> str:
+    """Whether a model has a position for every token; -> a sentence where it has no table of them (they are rotary,
+    say) and was made for shorter rows, else "".
+
+    Args:
+        name: the model's, for messages.
+        longest: tokens of the longest row.
+        max_length: what rows were cut to.
+
+    Raises:
+        UserError: if rows are longer than the table.
+    """
+    most = min(
+        (
+            # RoBERTa counts from behind its padding's position, OPT and BART from an offset of their own.
+            m.num_embeddings - (m.padding_idx + 1 if m.padding_idx is not None else int(getattr(m, "offset", 0)))
+            for n, m in model.named_modules()
+            if n.rpartition(".")[2] in POSITIONS and isinstance(m, nn.Embedding)
+        ),
+        default=0,
+    )
+    if most and longest > most:
+        raise UserError(
+            f"--max-length {max_length} lets a row of {longest} tokens through, more than the {most} positions of "
+            f"{name}: give at most {most}"
+        )
+    made_for = getattr(model.config, "max_position_embeddings", 0) or 0
+    if not most and 0 < made_for < longest:
+        return f"rows of up to {longest:,} tokens are longer than the {made_for:,} positions that {name} was made for"
+    return ""

@@ -27,3 +27,10 @@ def lock_folder(path: Path) -> None:
     except OSError:
         pass
     _held[path.resolve()] = file
+
+
+def release(path: Path) -> None:
+    """Give a folder back."""
+    held = _held.pop(path.resolve(), None)
+    if held is not None:
+        held.close()

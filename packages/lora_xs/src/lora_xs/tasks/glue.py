@@ -8,7 +8,7 @@ from memtrain_common.commands.session import Session
 from memtrain_common.data.order import epoch_batch, rank_share
 from memtrain_common.data.text.glue import TASKS
 from memtrain_common.data.text.glue_batches import Prepared, evaluation, model_loss, prepare_glue
-from memtrain_common.models.encoders import load_classifier, load_tokenizer, model_parts
+from memtrain_common.models.encoders import check_length, load_classifier, load_tokenizer, model_parts
 from memtrain_common.training.distributed import World
 from memtrain_common.training.fit_config import FitConfig
 from memtrain_common.training.rng import seed_all
@@ -89,6 +89,8 @@ def adapted_model(session: Session, prepared: Prepared) -> nn.Module:
     seed_all(config.seed)
     pad_id = prepared.tokenizer.pad_token_id
     model, head = load_classifier(config.model, TASKS[config.task].num_labels, pad_id=pad_id)
+    if long := check_length(model, config.model, prepared.longest, config.max_length):
+        session.console.say(long)
     if config.from_adapter:
         return start_from(model, config.from_adapter, head, config.rank)
     rank = config.rank or DEFAULT_RANK

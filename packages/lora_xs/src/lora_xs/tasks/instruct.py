@@ -15,11 +15,10 @@ from memtrain_common.data.text.instruct_batches import (
     loss_of,
     scored_tokens,
     shared_batch,
-    tokenize,
+    with_response,
 )
 from memtrain_common.data.text.prompts import PROMPTS, training_prompt
-from memtrain_common.errors import UserError
-from memtrain_common.models.encoders import load_causal_lm, load_tokenizer, model_parts
+from memtrain_common.models.encoders import check_length, load_causal_lm, load_tokenizer, model_parts
 from memtrain_common.training.fit_config import DTYPES, FitConfig
 from memtrain_common.training.rng import seed_all
 from memtrain_common.training.schedule import schedule, warmup_steps
@@ -38,19 +37,16 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     prompt = training_prompt(config.prompt, config.data)
     pairs = examples(load_rows(config.data, config.data_dir, config.limit or None), pair, PROMPTS[prompt])
     tokenizer = load_tokenizer(config.model)
-    rows = [tokenize(e, tokenizer, config.max_length) for e in pairs]
-    kept = [r for r in rows if len(r.ids) > r.prompt]
-    if len(kept) <= config.val_samples:
-        raise UserError(
-            f"{config.data} has {len(kept)} rows with a response within --max-length {config.max_length} tokens: "
-            f"too few, with {config.val_samples} of them held out"
-        )
+    kept = with_response(
+        pairs, tokenizer, data=config.data, max_length=config.max_length, needed=config.val_samples + 1
+    )
     held = {round((i + 0.5) * len(kept) / config.val_samples) for i in range(config.val_samples)}
     validation = [kept[i] for i in sorted(held)]
     rows_in = [r for i, r in enumerate(kept) if i not in held]
 
     seed_all(config.seed)
     model = load_causal_lm(config.model, DTYPES[config.base_dtype]).to(device)
+    long = check_length(model, config.model, max(len(r.ids) for r in kept), config.max_length)
     micro, size = config.gradient_accumulation_steps, len(rows_in)
 
     def batches(i: int) -> dict[str, Tensor]:
@@ -64,8 +60,10 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     session.open({"name": config.data, "sha256": sha, "parts": parts})
     say = session.console.say
     say(f"{session.folder.path}: {len(rows_in):,} training rows, {len(validation):,} held out")
-    if len(kept) < len(rows):
-        say(f"{len(rows) - len(kept):,} rows left out: their prompts alone fill {config.max_length} tokens")
+    if long:
+        say(long)
+    if len(kept) < len(pairs):
+        say(f"{len(pairs) - len(kept):,} rows left out: their prompts alone fill {config.max_length} tokens")
     steps = config.total_steps(size, config.batch_size * micro)
 
     def evaluate(m: nn.Module) -> dict[str, float]:

@@ -88,7 +88,10 @@ class FileImages:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Pixels:
-        return decode(self.tree.read(self.names[i]), self.tree.where(self.names[i]))
+        try:
+            return decode(self.tree.read(self.names[i]), self.tree.where(self.names[i]))
+        except UserError as error:
+            raise UserError(f"{error}; mend or remove the file") from None
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "FileImages":
         return FileImages(self.tree, [self.names[i] for i in rows])

@@ -62,6 +62,8 @@ def _split(arrays: Mapping[str, np.ndarray], split: str, known: MedMNISTSet, siz
             )
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     shape = (size, size) if known.channels == 1 else (size, size, 3)
+    if not len(images):
+        raise UserError(f"{path} has no pictures in {split}: a set needs some in each of {', '.join(SPLITS)}")
     if images.dtype != np.uint8 or images.shape[1:] != shape:
         raise UserError(
             f"{split}_images of {path} are {images.dtype} {images.shape}, and {known.flag} has uint8 (N, "

@@ -116,6 +116,8 @@ def _parse(spec: GlueTask, path: Path, lines: Sequence[str]) -> GlueSplit:
     if spec.folder == "CoLA":  # source, label, the author's mark, sentence; no first row of names
         at, label_at, width, first = [3], 1, 4, 0
     else:
+        if not any(line.strip() for line in lines):
+            raise UserError(f"{path} is empty: its first row must name the columns {', '.join(spec.columns)}")
         header = lines[0].split("\t")
         missing = [c for c in (*spec.columns, spec.label) if c not in header]
         if missing:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from .glue import GlueSplit, glue_metrics, load_glue
 
 
@@ -25,6 +26,11 @@ class Prepared:
     """Of texts and labels."""
     parts: dict[str, str]
     """Hashes of each split's tokens and labels, which another tokenizer changes, and of how they are padded."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row["input_ids"]) for rows in self.ids.values() for row in rows)
 
     def batch(self, split: str, rows: Sequence[int], max_length: int = 0) -> dict[str, Tensor]:
         """The rows, padded to the longest of them or to ``max_length``: tensors (rows×tokens), labels (rows,)."""
@@ -59,6 +65,12 @@ def prepare_glue(
         rows = _first(rows, max_train_samples if split == "train" else max_eval_samples)
         sha.update(json.dumps([split, rows.texts, rows.labels.tolist()]).encode())
         columns = [list(column) for column in zip(*rows.texts, strict=True)]
+        special = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+        if max_length < special + len(columns):
+            raise UserError(
+                f"--max-length {max_length} leaves no word of {'each sentence' if len(columns) > 1 else 'a sentence'} "
+                f"beside the tokenizer's {special} special tokens: give at least {special + len(columns)}"
+            )
         encoded = tokenizer(*columns, truncation=True, max_length=max_length)
         names = [name for name in encoded if name != "attention_mask"]
         ids[split] = [{name: encoded[name][i] for name in names} for i in range(len(rows))]

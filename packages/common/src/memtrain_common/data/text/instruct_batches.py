@@ -56,6 +56,22 @@ def tokenize(example: Example, tokenizer: Any, max_length: int) -> Tokens:
     return Tokens(ids[:max_length], same)
 
 
+def with_response(pairs: Sequence[Example], tokenizer: Any, *, data: str, max_length: int, needed: int) -> list[Tokens]:
+    """The rows whose response begins within ``max_length`` tokens.
+
+    Raises:
+        UserError: if fewer than ``needed`` do: how many, and what the shortest row takes.
+    """
+    kept = [r for r in (tokenize(e, tokenizer, max_length) for e in pairs) if len(r.ids) > r.prompt]
+    if len(kept) < needed:
+        shortest = min((len(tokenize(e, tokenizer, 2**62).ids) for e in pairs), default=0)
+        raise UserError(
+            f"{data} has {len(kept)} rows with a response within --max-length {max_length} tokens, and at least "
+            f"{needed} are needed: it has {len(pairs):,} rows, and the shortest of them takes {shortest} tokens"
+        )
+    return kept
+
+
 def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Rows padded on the right: input_ids, attention_mask and labels, each (rows×tokens)."""
     width = max(len(r.ids) for r in rows)
