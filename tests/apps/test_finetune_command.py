@@ -11,13 +11,17 @@ import torch
 from memtrain_apps.compose.axes import USED_BY, Axes
 from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
 from memtrain_apps.run.finetune import workload_of
+from memtrain_apps.run.pictures import unseen_edge
 from memtrain_apps.run.predicting import NotPredictedError, predict_run
+from memtrain_apps.run.training import too_little
 from memtrain_apps.run.workload import Workload
 from memtrain_common.commands.run_flags import StepFlags
 from memtrain_common.data.images.batches import Normalize, evaluation_batches
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.data.text.glue_batches import prepare_glue
 from memtrain_common.errors import UserError
+from memtrain_common.models.cifar_resnet import CifarResNet
+from memtrain_common.models.classifiers import logits_of
 from memtrain_common.models.vit import load_vit
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
@@ -532,3 +536,37 @@ def test_text_is_not_read_by_a_model_of_pictures(tmp_path, glue_dir):
     assert_refused(
         run_command(words, tmp_path), "base holds a 'dinov2' model, which looks at pictures: choose a --model"
     )
+
+
+def test_only_an_edge_that_is_cut_off_is_spoken_of():
+    """Held to what the model does: where nothing is said, the last column of a picture changes the answer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = dict(image_size=28, num_labels=2)
+    vit = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=7)
+    swin = dict(embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, patch_size=4)
+    models = (
+        transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**vit, **size)),
+        transformers.SwinForImageClassification(transformers.SwinConfig(**swin, **size)),
+        CifarResNet(3, 2),
+    )
+    for model in models:
+        for pixels in (28, 30):
+            x = torch.randn(1, 3, pixels, pixels, requires_grad=True)
+            logits_of(model.eval(), x).square().sum().backward()
+            cut = not x.grad[..., -1].any()
+            assert bool(unseen_edge(model.train(), pixels)) is cut, (type(model), pixels)
+            assert model.training
+
+
+def test_a_step_that_needs_more_than_is_left_is_said_before():
+    model = torch.nn.Linear(300, 200)
+    task = Task(model, lambda i: torch.randn(50, 300), lambda m, b: m(b).square().mean())
+    workload = Workload(task, lambda m, s: {}, "loss", False, 3, 3, {"name": "x", "sha256": ""}, unit="samples")
+    config = checked(FinetuneConfig(save_model=False, lr=1e-3))
+    found = predict_run(workload, config, config, device=torch.device("cpu"))
+    need = found.peak_bytes - 4 * (300 * 200 + 200)
+    assert need > 3 * 4 * 300 * 200  # gradients and two moments
+    assert too_little(found, need) == too_little(found, None) == ""
+    assert "is predicted to need" in (said := too_little(found, need - 1))
+    assert "besides the weights, and " in said

@@ -1,9 +1,11 @@
 """The ledger against bytes counted by hand."""
 
+import os
+
 import pytest
 import torch
 from memtrain_common.measuring.memory import CATEGORIES, Ledger, SavedActivations, measure
-from memtrain_common.measuring.peak import PeakMeter, memory_in_use
+from memtrain_common.measuring.peak import PeakMeter, memory_in_use, memory_left
 from memtrain_common.measuring.prediction import predict
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
@@ -228,3 +230,10 @@ def test_what_selective_checkpointing_keeps_is_counted_and_predicted():
         value.backward()
         assert predict(lambda keep=keep: Selective(keep), loss).ledger.total("activations") == measured[keep]
     assert measured[True] - measured[False] == 4 * (9 + 5) * FLOAT
+
+
+def test_what_is_left_is_less_than_the_machine_has():
+    left = memory_left(torch.device("cpu"))
+    if left is None:
+        pytest.skip("this system does not tell how much memory is left")
+    assert 0 < left < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -48,19 +48,25 @@ class ImageProcessor:
         write_json(path / "preprocessor_config.json", content)
 
 
+@torch.no_grad()
 def unseen_edge(model: nn.Module, image_size: int) -> str:
     """A sentence where patches do not fill the picture, whose edge the model then never sees; else ""."""
-    patches = [
-        m.kernel_size[0]
-        for m in model.modules()
-        if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.kernel_size == m.stride and m.kernel_size[0] > 1
-    ]
-    if not patches or image_size % patches[0] == 0:
+    patch = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+    if patch is None or patch.kernel_size != patch.stride or image_size % (side := patch.kernel_size[0]) == 0:
         return ""
-    seen = image_size // patches[0] * patches[0]
+    widths: list[int] = []  # a Swin widens the picture until patches fill it
+    handle = patch.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[-1]))
+    training = model.training
+    device = patch.weight.device
+    model.eval()(torch.zeros(1, 3, image_size, image_size, device=device, dtype=patch.weight.dtype))
+    model.train(training)
+    handle.remove()
+    seen = widths[0] // side * side
+    if seen >= image_size:
+        return ""
     return (
-        f"patches of {patches[0]} pixels fill {seen} of a picture's {image_size}: its edge is not seen; give "
-        f"--image-size {seen} or {seen + patches[0]}"
+        f"patches of {side} pixels fill {seen} of a picture's {image_size}: its edge is not seen; give --image-size "
+        f"{seen} or {seen + side}"
     )
 
 

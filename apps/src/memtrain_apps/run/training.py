@@ -9,7 +9,8 @@ from memtrain_common.commands.quiet import no_progress_bars
 from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
 from memtrain_common.commands.summary import ledger_table
-from memtrain_common.console import Console, format_table
+from memtrain_common.console import Console, format_bytes, format_table
+from memtrain_common.measuring.peak import memory_left
 from memtrain_common.measuring.prediction import Prediction
 from memtrain_common.training.distributed import World, parallelize
 from memtrain_common.training.fit_config import FitConfig
@@ -60,6 +61,8 @@ def run(
     if session.place.is_main:
         try:
             predicted = predict_run(workload, config, config, device=device)
+            if short := too_little(predicted, memory_left(device)):
+                say(short)
         except NotPredictedError as error:
             say(str(error))
 
@@ -112,6 +115,17 @@ def run(
         if session.place.is_main:
             _save_model(trained, config, workload, session.folder.path / "model", session.console)
     return _arm(content)
+
+
+def too_little(predicted: Prediction, left: int | None) -> str:
+    """A sentence where a step is predicted to need more than ``left`` bytes besides the weights, which are there."""
+    need = predicted.peak_bytes - predicted.ledger.totals["weights"]
+    if left is None or need <= left:
+        return ""
+    return (
+        f"a training step is predicted to need {format_bytes(need)} besides the weights, and {format_bytes(left)} are "
+        "free: memory may run out; --budget chooses what to keep, and a smaller batch needs less"
+    )
 
 
 def _fit_config(config: RunConfig, workload: Workload) -> FitConfig:

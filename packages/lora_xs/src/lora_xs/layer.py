@@ -73,7 +73,7 @@ class XSLayer(nn.Module):
         self.called = False  # whether a forward pass has come here yet
         self.trained_before: set[str] = set()  # names of what the model trained before; of the model's first layer
         self.watched: set[str] = set()  # adapters whose first backward pass is looked at; the model's first layer's
-        self.answered: tuple[Any, ...] = (None, None)  # the adapters of the last one
+        self.answered: tuple[Any, ...] | None = None  # the adapters of the last one
         self.bases_config = config
         self.regenerable = regenerable and not config.train_bases
         # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
@@ -126,9 +126,9 @@ class XSLayer(nn.Module):
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: W x + b → W x + b + (α/r)·B R A x."""
+        self.seen()
         if self.merged is not None or (self.active is None and self.rows is None):
             return None  # the output stays as it is
-        self.seen()
         x = args[0] if args else next(iter(kwargs.values()))
         z = self.project(module, x)
         z = F.dropout(z, self.dropout, self.training)
@@ -141,11 +141,11 @@ class XSLayer(nn.Module):
 
     def seen(self) -> None:
         """Note a forward pass. One within a backward pass repeats it, by checkpointing, and must find what it found."""
-        self.called = True
+        now = (self.merged, self.active, self.rows)
+        self.called = self.called or now != (None, None, None)
         if torch.compiler.is_compiling():
             return
-        now = (self.active, self.rows)
-        if torch._C._current_graph_task_id() == -1:
+        if torch._C._current_graph_task_id() == -1 or self.answered is None:
             self.answered = now
         elif now != self.answered:
             raise LoRAXSError(
@@ -254,9 +254,9 @@ class XSWeight(XSLayer):
 
     def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook. An attribute goes before a parameter of the same name; the parameter stays."""
+        self.seen()
         if self.merged is not None or self.active is None:
             return
-        self.seen()
         (module,) = self.holder
         object.__setattr__(module, self.parameter, self.adapted(module.get_parameter(self.parameter)))
 

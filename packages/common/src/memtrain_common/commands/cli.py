@@ -123,7 +123,8 @@ def _end_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int |
         main(argv)
         return 0
     except UserError as error:
-        remove_unstarted()
+        if error.exit_code == UserError.exit_code:  # refused; what trained and failed has a story to tell
+            remove_unstarted()
         code, line = error.exit_code, f"error: {error}"
     except ModuleNotFoundError as error:
         package = package_of(error)

@@ -283,7 +283,13 @@ class Session:
                 self.console.say(memory or ledger_table({"measured": ledger}))
             self.console.say("run")
             self.console.say(
-                run_facts(numbers or count_parameters(outcome.model), outcome.result, outcome.config.unit, facts)
+                run_facts(
+                    numbers or count_parameters(outcome.model),
+                    outcome.result,
+                    outcome.config.unit,
+                    facts,
+                    whole_process=self.device.type == "cpu",
+                )
             )
         write_result(self.folder.path, content, outcome.result)
         rows = {name: run.metrics() for name, run in (curves or {"": self.folder}).items()}

@@ -16,18 +16,24 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def run_facts(
-    numbers: tuple[int, int], result: FitResult, unit: str = "samples", own: Mapping[str, str] | None = None
+    numbers: tuple[int, int],
+    result: FitResult,
+    unit: str = "samples",
+    own: Mapping[str, str] | None = None,
+    *,
+    whole_process: bool = False,
 ) -> str:
     """The lines about a finished run.
 
     Args:
         numbers: trained and all parameters.
         own: the command's lines, by name; one of a name that is here anyway takes its place.
+        whole_process: peaks are not those of tensors alone, but of everything that the process holds.
     """
     peaks = [f"{phase} {'unavailable' if n is None else format_bytes(n)}" for phase, n in result.peak_bytes.items()]
     facts = {
         "trained": f"{numbers[0]:,} of {numbers[1]:,} parameters",
-        "peak memory": ", ".join(peaks) + (" (the whole process)" if peaks else ""),
+        "peak memory": ", ".join(peaks) + (" (the whole process)" if whole_process else ""),
         "speed": f"{format_count(result.units_per_second)} {unit}/s, {format_seconds(result.seconds)} of training",
         "energy": "unavailable" if result.joules is None else f"{result.joules:.0f} J ({result.energy_source})",
     }

@@ -53,6 +53,15 @@ def memory_in_use(device: torch.device) -> int:
     return resident if resident is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_left(device: torch.device) -> int | None:
+    """Bytes that tensors may still take: on CUDA what the driver has, and what the allocator has put by; on the CPU
+    what the system can give without swapping. None where nothing tells."""
+    if device.type == "cuda":
+        put_by = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + put_by
+    return _bytes_in(Path("/proc/meminfo"), "MemAvailable")
+
+
 def _reset_resident_peak() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -62,8 +71,12 @@ def _reset_resident_peak() -> bool:
 
 
 def _status_bytes(field_name: str) -> int | None:
+    return _bytes_in(Path("/proc/self/status"), field_name)
+
+
+def _bytes_in(file: Path, field_name: str) -> int | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
     for line in lines:
