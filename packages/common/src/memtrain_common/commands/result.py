@@ -112,3 +112,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         why = str(error)
     raise UserError(f"{folder / RESULT} is damaged ({why}): remove it and resume the run, which writes it again")
+
+
+def ended_before(folder: Path, result: FitResult) -> dict[str, Any] | None:
+    """The ``result.json`` of a run that had ended when it was resumed, whose measurements ``result`` gets; else None."""
+    before = read_result(folder)
+    if before is None or before.get("steps") != result.step or "command" not in before:
+        return None
+    result.peak_bytes = before.get("peak_bytes") or result.peak_bytes
+    result.units_per_second = before.get("units_per_second") or result.units_per_second
+    return before

@@ -36,7 +36,7 @@ from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
 from .installed import draw, with_what_is_installed
-from .result import Outcome, read_result, result_content, write_result
+from .result import Outcome, ended_before, result_content, write_result
 from .summary import count_parameters, ledger_table, run_facts
 
 
@@ -189,10 +189,8 @@ class Session:
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
             result.ledger = Ledger.read(self.run.path / "memory.json")
-        self._before = read_result(self.run.path) if self.run is not None and self.config.resume else None
-        if self._before is not None and self._before.get("steps") == result.step:  # it had ended
-            result.peak_bytes = self._before.get("peak_bytes") or result.peak_bytes
-            result.units_per_second = self._before.get("units_per_second") or result.units_per_second
+        if self.run is not None and self.config.resume:
+            self._before = ended_before(self.run.path, result)
         step = result.step
         say_after_training(step, self._resume_path or (self.run.path if self.run is not None else None))
         if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
@@ -264,8 +262,7 @@ class Session:
             say: False writes and draws, and says nothing.
         """
         about = {"command": shlex.join([*self.prog.split(" "), *self.argv]), "data": self.data.get("name")}
-        if self._before is not None and self._before.get("steps") == outcome.result.step:
-            about["command"] = self._before.get("command") or about["command"]
+        about |= {"command": self._before["command"]} if self._before is not None else {}
         about |= {"seed": self.config.seed}
         losses = [row["loss"] for row in self.folder.metrics() if row.get("split") == "train"]
         content = result_content(
