@@ -115,7 +115,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def ended_before(folder: Path, result: FitResult) -> dict[str, Any] | None:
-    """The ``result.json`` of a run that had ended when it was resumed, whose measurements ``result`` gets; else None."""
+    """The ``result.json`` of a run that had ended when it was resumed: ``result`` gets its measurements. Else None."""
     before = read_result(folder)
     if before is None or before.get("steps") != result.step or "command" not in before:
         return None
