@@ -249,7 +249,7 @@ def test_the_model_decides_what_pretraining_can_do(tmp_path):
     assert_refused(run_command(["pretrain", "--train", "head", "--out", "mine", *FAST], tmp_path), "has none")
     assert list((tmp_path / "mine").iterdir()) == []
     assert_refused(run_command(["pretrain", "--train", "head", *FAST], tmp_path), "has none")
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("save", ["checkpoint:9", "backrazor:1-9"])
@@ -448,7 +448,7 @@ def test_a_run_that_had_ended_keeps_what_was_measured(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "unavailable" not in next(line for line in done.stdout.splitlines() if "peak memory" in line)
     after = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert {k: (before[k], after[k]) for k in before if before[k] != after[k] and k != "sha256_of_the_rest"} == {}
+    assert {k: (before[k], after[k]) for k in before if before[k] != after[k]} == {}
 
 
 @pytest.mark.slow

@@ -197,19 +197,11 @@ def written_out(masked, q, k, v, mask):
     return torch.matmul(F.softmax(masked(torch.matmul(q, k.transpose(2, 3)) / 8**0.5, mask), dim=-1), v)
 
 
-def in_place(s, mask):
-    s *= 3
-    s /= 3
-    s += mask
-    return s
-
-
 LOW = torch.tensor(-1e9, dtype=D)
 MASKED = {  # how a model writes it, and what kind of mask it has
     "added": (lambda s, m: s + m, "numbers"),
-    "added in place (T5)": (in_place, "numbers"),
     "masked_fill (nanoGPT)": (lambda s, m: s.masked_fill(m == 0, float("-inf")), "booleans"),
-    "masked_fill_": (lambda s, m: s.masked_fill_(~m, -1e9), "booleans"),
+    "masked_fill_": (lambda s, m: (s.mul_(3).div_(3)).masked_fill_(~m, -1e9), "booleans"),
     "where (GPT-J)": (lambda s, m: torch.where(m, s, LOW), "booleans"),
     "where, a number": (lambda s, m: torch.where(m, s, -1e9), "booleans"),
     "where, the other way round": (lambda s, m: torch.where(~m, LOW, s), "booleans"),
@@ -247,8 +239,8 @@ def test_attention_is_that_of_rounded_q_k_v_and_its_output_is_not_stored(how):
         lowbit.stored_bytes(rows_of(t.shape, {1, 3}, width_of(kind, KEEP)))
         for t, kind in ((q, "query"), (k, "key"), (v, "value"))
     )
-    # A mask of true and false may be kept beside its opposite, which PyTorch's own gradient of the step needs.
-    assert codes + mask.nbytes + o.nbytes <= held <= codes + 2 * mask.nbytes + o.nbytes + LOW.nbytes
+    # Of a mask of true and false PyTorch keeps what it was given: the mask, or its opposite.
+    assert codes + mask.nbytes + o.nbytes <= held <= codes + mask.nbytes + o.nbytes + 2 * LOW.nbytes
     if mask.is_floating_point():
         assert held == codes + mask.nbytes + o.nbytes
 
@@ -543,3 +535,81 @@ def test_a_layer_of_an_mlp_that_is_as_wide_as_a_head_is_made_again_like_any_othe
         for a, b in zip(torch.autograd.grad(loss, (down.weight, norm.weight)), plain, strict=True):
             assert F.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.97
     assert held[8192] < 1.1 * held[8184]
+
+
+def layers_of_attention(n, masked, x, bias):
+    for _ in range(n):
+        q, k, v = x + 1, x + 2, x + 3
+        s = torch.matmul(q, k.transpose(2, 3))
+        x = torch.matmul(F.softmax(masked(s, bias), dim=-1), v)
+    return x
+
+
+def add_in_place(s, bias):
+    s += bias
+    return s
+
+
+@pytest.mark.parametrize("masked", [add_in_place, lambda s, b: torch.where(b > 0, s, b)])
+def test_what_all_layers_add_is_kept_once_and_what_one_layer_adds_is_not(masked):
+    """A bias as large as P: T5's serves all layers; DeBERTa's is made anew in each."""
+    x, shape = leaf(2, 3, 24, 8), (2, 3, 24, 24)
+
+    def held(n, masked):
+        bias = torch.randn(*shape, dtype=D)
+        with SavedActivations(nn.Module()) as saved, Razor(KEEP):
+            y = layers_of_attention(n, masked, x, bias)
+        total = sum(saved.by_layer().values())
+        del y
+        return total
+
+    shared = [held(n, masked) for n in (1, 2, 3, 4)]
+    anew = [held(n, lambda s, b: masked(s, b.clone())) for n in (1, 2, 3)]
+    assert shared[0] == anew[0]
+    assert anew[2] - anew[1] == anew[1] - anew[0] > 0
+    p_in_8_bits = 2 * 3 * 24 * 24
+    assert shared[3] - shared[2] < anew[2] - anew[1] - 0.9 * p_in_8_bits
+
+
+@pytest.mark.parametrize("masked", [add_in_place, lambda s, b: torch.where(b > 0, s, b), lambda s, b: s + b])
+def test_a_buffer_that_is_written_again_changes_no_gradient(masked):
+    x, g = leaf(2, 3, 24, 8), torch.randn(2, 3, 24, 8, dtype=D)
+
+    def steps(x):
+        buffer = torch.randn(24, 24, dtype=D, generator=torch.Generator().manual_seed(5))
+        q, k, v = x + 1, x + 2, x + 3
+        s = masked(torch.matmul(q, k.transpose(2, 3)), buffer)
+        buffer.zero_()
+        return torch.matmul(F.softmax(s, dim=-1), v)
+
+    (plain,) = torch.autograd.grad(steps(x), x, g)
+    with Razor(1):
+        y = steps(x)
+    close(torch.autograd.grad(y, x, g)[0], plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("least", [-1e9, torch.finfo(torch.float32).min])
+def test_scores_in_float32_of_a_model_in_half_precision(dtype, least):
+    """What masks hold is beyond float16, and rows of padding have nothing else."""
+    q, k, v = (torch.randn(2, 3, 24, 8).to(dtype).requires_grad_() for _ in range(3))
+    seen = torch.ones(24, 24, dtype=torch.bool).tril()
+    seen[:, :5] = False
+    added = torch.zeros(24, 24).masked_fill(~seen, least)
+    for masked in (
+        lambda s: s.masked_fill(~seen, least),
+        lambda s: torch.where(seen, s, torch.tensor(least)),
+        lambda s: s + added,
+    ):
+
+        def attend(masked=masked):
+            s = torch.matmul((q * 1).float(), (k * 1).float().transpose(2, 3)) / 8**0.5
+            return torch.matmul(F.softmax(masked(s), dim=-1).to(dtype), v * 1)
+
+        g = torch.randn(2, 3, 24, 8).to(dtype)
+        plain = torch.autograd.grad(attend(), (q, k, v), g)
+        with Razor(KEEP):
+            y = attend()
+        for a, b in zip(torch.autograd.grad(y, (q, k, v), g), plain, strict=True):
+            assert a.isfinite().all()
+            assert F.cosine_similarity(a.flatten().float(), b.flatten().float(), 0) > 0.9

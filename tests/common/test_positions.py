@@ -6,11 +6,15 @@ from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import check_length
 
 transformers = pytest.importorskip("transformers")
+OLD = {"n_positions": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
 LEARNED = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(max_position_embeddings=20, **SMALL)),
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(max_position_embeddings=20, **SMALL)),
     "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(max_position_embeddings=20, **SMALL)),
+    "openai-gpt": lambda: transformers.OpenAIGPTModel(transformers.OpenAIGPTConfig(**OLD)),
+    "gptj": lambda: transformers.GPTJModel(transformers.GPTJConfig(rotary_dim=4, n_inner=16, **OLD)),
+    "ibert": lambda: transformers.IBertModel(transformers.IBertConfig(max_position_embeddings=20, **SMALL)),
     "gpt2": lambda: transformers.GPT2Model(
         transformers.GPT2Config(n_positions=20, n_embd=16, n_layer=1, n_head=2, vocab_size=30)
     ),

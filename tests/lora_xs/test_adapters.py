@@ -420,3 +420,51 @@ def test_the_numbers_that_are_drawn_do_not_follow_torchs_default_type(init, mixe
         assert torch.equal(a.A, b.A)
         assert torch.equal(a.B, b.B)
         assert torch.equal(a.R["default"], b.R["default"])
+
+
+def test_many_adapters_have_heads_of_their_own_alone(mixed):
+    inject(mixed, CONFIG)
+    for i in range(12):
+        add(mixed, f"a{i}")
+    copies = mixed.classifier.lora_xs_head.copies
+    assert not any(copy._forward_hooks or copy._forward_pre_hooks for copy in copies.values())
+    assert sum(1 for m in mixed.modules() if isinstance(m, nn.Linear) and m.out_features == 4) == 13
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_reference_pass_between_a_checkpointed_one_and_its_backward(use_reentrant, train_r):
+    """As DPO makes it: the base model answers in between."""
+    model = Normed()
+    inject(model, LoRAXSConfig(2, targets=("body",), head=()))
+    train_r(model)
+    model.eval()
+    x = torch.randn(3, 6, requires_grad=True)
+    R = model.body.lora_xs.R["default"]
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), R)
+    for _ in range(2):
+        answer = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant)
+        with torch.no_grad(), disable(model):
+            model(x)
+        R.grad = None
+        answer.square().sum().backward()
+        torch.testing.assert_close(R.grad, wanted)
+
+
+def test_a_frozen_norm_in_a_head_stops_no_second_adapter():
+    model = Normed()
+    inject(model, LoRAXSConfig(2, targets=("body",), head=("classifier.0",)))
+    add(model, "b")
+    set_active(model, "b")
+    model.train()
+    model(torch.randn(7, 6)).sum().backward()
+
+
+def test_a_part_of_a_model_is_given_back_as_it_was(mixed):
+    whole = nn.Sequential(mixed, nn.Linear(4, 2))
+    whole[1].bias.requires_grad_(False)
+    mixed.classifier.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in whole.named_parameters()}
+    inject(whole[0], CONFIG)
+    assert whole[1].weight.requires_grad
+    remove(whole)
+    assert {name: p.requires_grad for name, p in whole.named_parameters()} == before

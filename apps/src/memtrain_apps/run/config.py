@@ -196,7 +196,7 @@ def configure(
     """Flags, presets and a resumed run's own configuration into a checked configuration."""
 
     def check_all(config: Config, before: Config) -> Config:
-        given = _given(argv)
+        given = _given(common.with_new_names(argv, config_type))
         of_budget = {"keep", "razor_mode", "recompute"} if config.budget else set()  # Back Razor is one of its choices
         refuse_unused(config, (given & set(names())) - of_budget)
         if isinstance(config, FinetuneConfig):

@@ -116,6 +116,11 @@ def instruct_workload(config: FinetuneConfig, world: World) -> Workload:
 def _need_model(config: FinetuneConfig) -> None:
     if not config.model:
         raise UserError(f"--data {config.data} needs --model: a folder of transformers, or a model's name on the hub")
+    for name in ("labels", "weights", "image_size"):  # of a preset; those on the command line are refused before
+        if getattr(config, name) != getattr(FinetuneConfig(), name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for pictures, and --data {config.data} has none: leave it out"
+            )
 
 
 def _lengths(config: FinetuneConfig, rows: int) -> dict[str, Any]:

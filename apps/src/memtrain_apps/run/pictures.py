@@ -52,22 +52,28 @@ class ImageProcessor:
 def unseen_edge(model: nn.Module, image_size: int) -> str:
     """A sentence where patches do not fill the picture, whose edge the model then never sees; else ""."""
     patch = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
-    if patch is None or patch.kernel_size != patch.stride or image_size % (side := patch.kernel_size[0]) == 0:
+    if patch is None or isinstance(patch.padding, str) or _seen(patch, image_size) >= image_size:
         return ""
     widths: list[int] = []  # a Swin widens the picture until patches fill it
     handle = patch.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[-1]))
-    training = model.training
-    device = patch.weight.device
-    model.eval()(torch.zeros(1, 3, image_size, image_size, device=device, dtype=patch.weight.dtype))
+    training, weight = model.training, patch.weight
+    model.eval()(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
     model.train(training)
     handle.remove()
-    seen = widths[0] // side * side
+    seen = _seen(patch, widths[0])
     if seen >= image_size:
         return ""
     return (
-        f"patches of {side} pixels fill {seen} of a picture's {image_size}: its edge is not seen; give --image-size "
-        f"{seen} or {seen + side}"
+        f"patches of {patch.kernel_size[0]} pixels fill {seen} of a picture's {image_size}: its edge is not seen; give "
+        f"--image-size {seen} or {seen + patch.stride[0]}"
     )
+
+
+def _seen(patch: nn.Conv2d, width: int) -> int:
+    """Pixels from a picture's left edge to the last one that the convolution looks at."""
+    kernel, stride, padding = patch.kernel_size[0], patch.stride[0], int(patch.padding[0])
+    steps = (width + 2 * padding - kernel) // stride
+    return steps * stride + kernel - padding
 
 
 def picture_workload(config: FinetuneConfig, world: World) -> Workload:

@@ -104,9 +104,26 @@ class Scores:
     k: Held
     """As the second factor of the product."""
     steps: tuple[tuple[str, float], ...]
-    """("mul", c), ("div", c), ("add", 0) for the next of the masks, ("fill", c) where the next one is true, ("pick", 0)
-    for the next one's choice of the scores where it is true and of the one after it elsewhere."""
+    """("mul", c), ("div", c), ("add", 0) for the next of the masks, ("fill", c) where the next one is true, ("keep", c)
+    where it is not, ("drop", 0) for the one after the next one where that is true, ("pick", 0) where it is not."""
     masks: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    """Of the masks, when they were met: one that was changed since is another mask."""
+    dtype: torch.dtype
+    """Of the scores: a model may make them, and P, in float32 and the rest in half precision."""
+
+    def unchanged(self) -> bool:
+        """Whether the masks are what they were."""
+        return all(m._version == v for m, v in zip(self.masks, self.versions, strict=True))
+
+    def then(self, step: str, number: float, *masks: Tensor) -> "Scores":
+        """After one more step."""
+        return replace(
+            self,
+            steps=(*self.steps, (step, number)),
+            masks=(*self.masks, *masks),
+            versions=(*self.versions, *(m._version for m in masks)),
+        )
 
     def make(self, q: Tensor, k: Tensor, *masks: Tensor) -> Tensor:
         """The scores, from Q and K again."""
@@ -114,13 +131,19 @@ class Scores:
         for step, number in self.steps:
             if step in ("mul", "div"):
                 s = s.mul_(number) if step == "mul" else s.div_(number)
-            elif step == "fill":
-                s = s.masked_fill_(left.pop(0), number)
-            elif step == "pick":
-                s = torch.where(left.pop(0), s, left.pop(0))
-            else:
+            elif step == "add":
                 s = s + left.pop(0)
+            elif step in ("fill", "keep"):
+                mask = left.pop(0)
+                s = s.masked_fill_(mask, number) if step == "fill" else torch.where(mask, s, number)
+            else:
+                mask, other = left.pop(0), left.pop(0)
+                s = torch.where(mask, other, s) if step == "drop" else torch.where(mask, s, other)
         return s
+
+
+SMALL = 100
+"""A tensor of so many times fewer elements than the scores is kept as a copy of its own."""
 
 
 class ScoresInSight:
@@ -128,9 +151,11 @@ class ScoresInSight:
 
     def __init__(self) -> None:
         self._of: Any = WeakIdKeyDictionary()
+        self._met: Any = WeakIdKeyDictionary()
 
     def clear(self) -> None:
         self._of.clear()
+        self._met.clear()
 
     def put(self, s: Tensor, scores: Scores) -> Tensor:
         self._of[s] = (s._version, scores)
@@ -140,19 +165,21 @@ class ScoresInSight:
         found = self._of.get(s) if isinstance(s, Tensor) else None
         return found[1] if found is not None and found[0] == s._version else None
 
-    def step(self, name: str, s: Any, other: Any) -> Scores | None:
+    def step(self, name: str, s: Any, other: Any, *, in_place: bool = False) -> Scores | None:
         """The scores after one more step, if ``s`` are scores and the step is one of theirs."""
         before = self.get(s)
-        if before is None and name in ("add", "mul"):
+        if before is None and name in ("add", "mul") and not in_place:
             s, other = other, s
             before = self.get(s)
         if before is None:
             return None
         if name == "add" and isinstance(other, Tensor):
-            fits = other.is_floating_point() and torch.broadcast_shapes(s.shape, other.shape) == s.shape
-            return replace(before, steps=(*before.steps, ("add", 0.0)), masks=(*before.masks, other)) if fits else None
+            if not other.is_floating_point() or torch.broadcast_shapes(s.shape, other.shape) != s.shape:
+                return None
+            kept = self._lasting(other, s) if in_place else other
+            return before.then("add", 0.0, kept) if kept is not None else None
         if name in ("mul", "div") and isinstance(other, int | float):
-            return replace(before, steps=(*before.steps, (name, float(other))))
+            return before.then(name, float(other))
         return None
 
     def masked(self, s: Any, mask: Any, other: Any, true: bool) -> Scores | None:
@@ -165,10 +192,19 @@ class ScoresInSight:
         shapes = (mask.shape, other.shape) if isinstance(other, Tensor) else (mask.shape,)
         if torch.broadcast_shapes(s.shape, *shapes) != s.shape:
             return None
-        kept = mask.logical_not() if true == isinstance(other, Tensor) else mask
-        if isinstance(other, Tensor):
-            return replace(before, steps=(*before.steps, ("pick", 0.0)), masks=(*before.masks, kept, other))
-        return replace(before, steps=(*before.steps, ("fill", float(other))), masks=(*before.masks, kept))
+        if not isinstance(other, Tensor):  # the mask is one that PyTorch keeps too
+            return before.then("fill" if true else "keep", float(other), mask)
+        kept = self._lasting(other, s)
+        return before.then("drop" if true else "pick", 0.0, mask, kept) if kept is not None else None
+
+    def _lasting(self, other: Tensor, s: Tensor) -> Tensor | None:
+        """What to keep of an operand that PyTorch does not keep: a copy of a small one, and a large one itself where it
+        is met again unchanged, as a bias that all layers share is; one for this layer alone would outweigh P."""
+        if other.numel() * SMALL <= s.numel():
+            return other.detach().clone()
+        before = self._met.get(other)
+        self._met[other] = other._version
+        return other if before == other._version else None
 
 
 def _begins_known(expression: Expression) -> bool:

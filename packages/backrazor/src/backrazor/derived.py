@@ -42,20 +42,26 @@ class Derived(Recipe):
     parts: tuple[Part, ...]
     make: Callable[..., Tensor]
     """From the parts and the referenced tensors, all in one type, which it must not change."""
+    least: torch.dtype | None = None
+    """The type is promoted with this one: of attention's scores that were made in float32 by a model in float16."""
 
     def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         given: list[Tensor] = []
-        start = 0
+        start, type_ = 0, dtype if self.least is None else torch.promote_types(dtype, self.least)
         for part in self.parts:
             own = tensors[start : start + part.tensors]
-            given.append(seen_as(made(part.recipe, part.rebuilt, own, dtype)[0], part.geometry))
+            given.append(seen_as(made(part.recipe, part.rebuilt, own, type_)[0], part.geometry))
             start += part.tensors
-        references = (t.to(dtype) if t.is_floating_point() else t for t in tensors[start:])
+        references = (t.to(type_) if t.is_floating_point() else t for t in tensors[start:])
         return self.geometry.impose(self.make(*given, *references).to(dtype))
 
 
 def derive(
-    y: Tensor, make: Callable[..., Tensor], parts: tuple[Held, ...], references: tuple[Tensor, ...] = ()
+    y: Tensor,
+    make: Callable[..., Tensor],
+    parts: tuple[Held, ...],
+    references: tuple[Tensor, ...] = (),
+    least: torch.dtype | None = None,
 ) -> Saved:
     """How to make ``y`` again: ``make`` of what is kept of its ``parts``, and of ``references``."""
     tensors = [t for held in parts for t in held.saved.tensors]
@@ -63,4 +69,4 @@ def derive(
         Part(held.saved.recipe, len(held.saved.tensors), held.geometry, held.holder.rebuilt) for held in parts
     )
     references = tuple(t.detach() for t in references)
-    return Saved((*tensors, *references), Derived(Geometry.of(y), recipes, make))
+    return Saved((*tensors, *references), Derived(Geometry.of(y), recipes, make, least))

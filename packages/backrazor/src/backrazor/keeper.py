@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .chains import Chains, ScoresInSight
@@ -138,9 +139,11 @@ class Keeper:
         parts: tuple[Held, ...],
         references: tuple[Tensor, ...] = (),
         kind: str = "kept",
+        least: torch.dtype | None = None,
     ) -> Held:
-        """Let the next operation that saves ``y`` make it, by ``make``, from what is kept of its parts."""
-        held = self._store.put(y, kind, derive(y, make, parts, references))
+        """Let the next operation that saves ``y`` make it, by ``make``, from what is kept of its parts, in the type
+        that is asked for and ``least`` promote to."""
+        held = self._store.put(y, kind, derive(y, make, parts, references, least))
         parts[0].holder.shared.append(held.holder)
         return held
 

@@ -50,6 +50,7 @@ from .injection import attach
 from .kinds import MATRIX, STACK, STACK_T
 from .layer import ATTRIBUTE, XSLayer, XSWeight, is_adapted, layers
 from .targets import Target
+from .untrained import watch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -196,6 +197,7 @@ def load_adapter(
         with torch.no_grad():
             for key, value in wanted.items():
                 own[key.removeprefix(heads_.name + ".")].copy_(value)
+    watch(model)
     return model
 
 

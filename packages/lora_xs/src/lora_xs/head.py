@@ -29,7 +29,6 @@ class XSHead(nn.Module):
         self.copies = nn.ModuleDict()
         self.active: str | None = first
         self.rows: tuple[str | None, ...] | None = None
-        self.statistics = any(getattr(m, "running_mean", None) is not None for m in module.modules())
         self.before_merge: list[str | None] = []  # the active adapter, while one is merged
         # What a new adapter starts from: the head as it was, not as the first adapter has trained it.
         self.start = {key: value.detach().clone() for key, value in module.state_dict().items()}
@@ -40,6 +39,8 @@ class XSHead(nn.Module):
         plain._modules = {k: v for k, v in module._modules.items() if k != ATTRIBUTE}
         plain._forward_hooks = type(module._forward_hooks)()
         plain._forward_hooks_with_kwargs = type(module._forward_hooks_with_kwargs)()
+        plain._forward_pre_hooks = type(module._forward_pre_hooks)()
+        plain._forward_pre_hooks_with_kwargs = type(module._forward_pre_hooks_with_kwargs)()
         clone = copy.deepcopy(plain)
         device = next(module.parameters()).device
         clone.load_state_dict({key: value.to(device) for key, value in self.start.items()})
@@ -75,11 +76,18 @@ class XSHead(nn.Module):
     def check(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook: the module's own head runs first, whichever one answers."""
         other = next((name for name in self.rows or (self.active,) if name is not None and name in self.copies), None)
-        if other is not None and self.statistics and module.training:
+        if other is not None and self._moves_statistics(module):
             raise LoRAXSError(
                 f"the head {self.name} has running statistics, and training {other!r} would change those of "
-                f"{self.first!r} too: train a model with one adapter, or put the head into eval()"
+                f"{self.first!r} too: train a model with one adapter, or put what has them into eval()"
             )
+
+    def _moves_statistics(self, module: nn.Module) -> bool:
+        """Whether a forward pass of the module's own head changes running statistics."""
+        copies = {id(part) for part in self.modules()}
+        return any(
+            m.training and getattr(m, "running_mean", None) is not None for m in module.modules() if id(m) not in copies
+        )
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """The forward hook: the answer of the head that is asked for."""

@@ -122,7 +122,7 @@ def remove(model: Model) -> Model:
     """Take all adapters off again: the model is what it was before `inject`, but for the trained task
     head. What was trained then is trained again."""
     pairs, owned = layers(model), heads(model)
-    trained = pairs[0][1].trained_before
+    prefix, trained = _prefix_of(model, *pairs[0]), pairs[0][1].trained_before
     if any(layer.merged is not None for _, layer in pairs):
         raise LoRAXSError("the adapter is merged; call unmerge before remove")
     _unhook(model, {layer for _, layer in pairs} | {head for _, head in owned})
@@ -131,8 +131,16 @@ def remove(model: Model) -> Model:
     for module, _ in owned:
         delattr(module, heads_.ATTRIBUTE)
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or key in trained)
+        if key.startswith(prefix):
+            parameter.requires_grad_(key.removeprefix(prefix) in trained)
     return model
+
+
+def _prefix_of(model: nn.Module, module: nn.Module, layer: XSLayer) -> str:
+    """What names in ``model`` begin with, beside those in the model that was adapted, which it may hold."""
+    name = next(name for name, m in model.named_modules() if m is module)
+    whole = name if name.endswith(layer.name) else f"{name}.{layer.parameter}"
+    return whole.removesuffix(layer.name)
 
 
 def _unhook(model: nn.Module, owners: set[nn.Module]) -> None:

@@ -27,6 +27,8 @@ from .errors import LoRAXSError
 from .kinds import LINEAR, Kind
 
 ATTRIBUTE = "lora_xs"
+MOST_STATES = 16
+"""Adapters in use, of so many different forward passes, that are remembered for those that checkpointing repeats."""
 
 
 class XSMatrices(nn.ParameterDict):
@@ -73,7 +75,8 @@ class XSLayer(nn.Module):
         self.called = False  # whether a forward pass has come here yet
         self.trained_before: set[str] = set()  # names of what the model trained before; of the model's first layer
         self.watched: set[str] = set()  # adapters whose first backward pass is looked at; the model's first layer's
-        self.answered: tuple[Any, ...] | None = None  # the adapters of the last one
+        self.answered: dict[tuple[Any, ...], None] = {}  # the adapters of forward passes since the last repeated one
+        self.repeated = False
         self.bases_config = config
         self.regenerable = regenerable and not config.train_bases
         # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
@@ -145,9 +148,15 @@ class XSLayer(nn.Module):
         self.called = self.called or now != (None, None, None)
         if torch.compiler.is_compiling():
             return
-        if torch._C._current_graph_task_id() == -1 or self.answered is None:
-            self.answered = now
-        elif now != self.answered:
+        if torch._C._current_graph_task_id() == -1 or not self.answered:
+            if self.repeated:
+                self.answered, self.repeated = {}, False
+            self.answered[now] = None
+            while len(self.answered) > MOST_STATES:  # of a model that is only asked, with other rows each time
+                del self.answered[next(iter(self.answered))]
+            return
+        self.repeated = True
+        if now not in self.answered:
             raise LoRAXSError(
                 f"{self.name} is checkpointed, and other adapters are in use in the backward pass than in the forward "
                 "pass: run it before set_active, and inside of rows and disable"

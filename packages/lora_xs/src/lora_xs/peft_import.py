@@ -31,6 +31,7 @@ from .layer import is_adapted, layers
 from .peft_config import KNOWN
 from .peft_export import PREFIX
 from .targets import resolve
+from .untrained import watch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -123,6 +124,7 @@ def import_peft(
         layer.R[name].copy_(R)
     for key, value in rest.items():
         state[key].copy_(value)
+    watch(model)
     return model
 
 
@@ -209,7 +211,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(initial, bool) and initial not in _STARTS:
         raise LoRAXSError(
             f"{folder} was begun with init_lora_weights={initial!r}, which changes the base weights too: save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which writes a plain LoRA"
+            "PEFT's path_initial_model_for_weight_conversion, which writes a plain LoRA, or merge it into its base"
         )
     for option, value in settings.items():
         if value and option not in _PLAIN and value != _default_of(option):
@@ -217,7 +219,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-_PLAIN = KNOWN | {"bias", "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "loftq_config"}
+_PLAIN = KNOWN | {
+    *("bias", "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "loftq_config"),
+    "ensure_weight_tying",
+}
 """Settings that leave the update B·A, or mean nothing without another one that does not."""
 _STARTS = ("gaussian", "orthogonal", "eva")
 """How A and B may begin, besides True and False, without a change of the base weights."""

@@ -38,9 +38,12 @@ class Softmax(Function):
         ctx.dim, ctx.dtype = dim, s.dtype
         p = F.softmax(s, dim, dtype=dtype)
         scores = razor.scores.get(s) if razor.mode == "low-bit" else None
-        if scores is not None:  # P is made from Q and K again
+        if scores is not None and scores.unchanged():  # P is made from Q and K again
             made = scores.make
-            held = razor.derive(p, lambda *given: torch.softmax(made(*given), dim), (scores.q, scores.k), scores.masks)
+            held = razor.derive(
+                p, lambda *given: torch.softmax(made(*given), dim), (scores.q, scores.k), scores.masks,
+                least=scores.dtype,
+            )  # fmt: skip
         elif razor.mode == "low-bit":
             held = razor.hold_eight_bit(p)
         else:
@@ -280,7 +283,7 @@ def matmul(razor: Keeper, input: Tensor, other: Tensor) -> Tensor:
         b = razor.hold(other, "value", heads_and(-1, other))
     y: Tensor = Matmul.apply(input, other, a, b)
     razor.derive(y, torch.matmul, (a, b))
-    return razor.scores.put(y, Scores(a, b, (), ()))
+    return razor.scores.put(y, Scores(a, b, (), (), (), y.dtype))
 
 
 def scaled_dot_product_attention(

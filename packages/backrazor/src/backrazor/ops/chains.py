@@ -120,7 +120,7 @@ def scores_step(name: str, call: Any) -> Any:
             s, mask, value = args
             scores = razor.scores.masked(s, mask, value, True)
         else:
-            scores = razor.scores.step(name, *args) if razor.scores.get(args[0]) is not None else None
+            scores = razor.scores.step(name, *args, in_place=True)
         return NotImplemented if scores is None else razor.scores.put(call(*args), scores)
 
     return rule

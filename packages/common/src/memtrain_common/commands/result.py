@@ -116,9 +116,21 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def ended_before(folder: Path, result: FitResult) -> dict[str, Any] | None:
     """The ``result.json`` of a run that had ended when it was resumed: ``result`` gets its measurements. Else None."""
-    before = read_result(folder)
+    try:
+        before = read_result(folder)
+    except UserError:  # it is written again
+        return None
     if before is None or before.get("steps") != result.step or "command" not in before:
         return None
     result.peak_bytes = before.get("peak_bytes") or result.peak_bytes
     result.units_per_second = before.get("units_per_second") or result.units_per_second
     return before
+
+
+def same_command(
+    before: dict[str, Any] | None, outcome: Outcome, scores: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """The command of a run that had ended, where the one that resumed it found the same."""
+    found = {split: dict(numbers) for split, numbers in scores.items()}
+    same = before is not None and before.get("step") == outcome.step and before.get("scores") == found
+    return {"command": before["command"]} if before is not None and same else {}

@@ -36,7 +36,7 @@ from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
 from .installed import draw, with_what_is_installed
-from .result import Outcome, ended_before, result_content, write_result
+from .result import Outcome, ended_before, result_content, same_command, write_result
 from .summary import count_parameters, ledger_table, run_facts
 
 
@@ -262,7 +262,7 @@ class Session:
             say: False writes and draws, and says nothing.
         """
         about = {"command": shlex.join([*self.prog.split(" "), *self.argv]), "data": self.data.get("name")}
-        about |= {"command": self._before["command"]} if self._before is not None else {}
+        about |= same_command(self._before, outcome, scores)
         about |= {"seed": self.config.seed}
         losses = [row["loss"] for row in self.folder.metrics() if row.get("split") == "train"]
         content = result_content(

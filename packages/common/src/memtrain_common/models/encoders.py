@@ -152,8 +152,8 @@ def _refuse_pictures(name: str) -> None:
         )
 
 
-POSITIONS = ("position_embeddings", "wpe", "embed_positions")
-"""What transformers calls the table of a model's learned positions."""
+POSITIONS = ("position_embeddings", "positions_embed", "wpe", "embed_positions", "pos_encoding")
+"""What transformers calls the table of a model's positions: a module with a weight, or a tensor."""
 
 
 def check_length(model: nn.Module, name: str, longest: int, max_length: int) -> str:
@@ -168,21 +168,27 @@ def check_length(model: nn.Module, name: str, longest: int, max_length: int) -> 
     Raises:
         UserError: if rows are longer than the table.
     """
-    most = min(
-        (
-            # RoBERTa counts from behind its padding's position, OPT and BART from an offset of their own.
-            m.num_embeddings - (m.padding_idx + 1 if m.padding_idx is not None else int(getattr(m, "offset", 0)))
-            for n, m in model.named_modules()
-            if n.rpartition(".")[2] in POSITIONS and isinstance(m, nn.Embedding)
-        ),
-        default=0,
-    )
+    made_for = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 0) or 0
+    tables = [n for module in model.modules() for n in _table_sizes(module) if n >= made_for - 8]  # not of latents
+    most = min([*tables, made_for] if made_for else tables) if tables else 0
     if most and longest > most:
         raise UserError(
             f"--max-length {max_length} lets a row of {longest} tokens through, more than the {most} positions of "
             f"{name}: give at most {most}"
         )
-    made_for = getattr(model.config, "max_position_embeddings", 0) or 0
     if not most and 0 < made_for < longest:
         return f"rows of up to {longest:,} tokens are longer than the {made_for:,} positions that {name} was made for"
     return ""
+
+
+def _table_sizes(module: nn.Module) -> Iterator[int]:
+    """Positions in the tables that a module has."""
+    for name in POSITIONS:
+        table = getattr(module, name, None)
+        if isinstance(table, torch.Tensor) and table.dim() == 2:  # sinusoids
+            yield len(table)
+        weight = getattr(table, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            padding = getattr(table, "padding_idx", None)
+            # RoBERTa counts from behind its padding's position, OPT and BART from an offset of their own.
+            yield len(weight) - (padding + 1 if padding is not None else int(getattr(table, "offset", 0)))

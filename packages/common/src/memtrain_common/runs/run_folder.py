@@ -59,7 +59,7 @@ class RunFolder:
         if writes:
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path} is a file: --out needs the name of a folder")
-            new = not path.exists()
+            new = unstarted.missing(path)
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 lock_folder(path)
@@ -71,7 +71,7 @@ class RunFolder:
                 p.name not in (LOCK, *beside) and p.suffix != ".partial" for p in path.iterdir()
             ):  # a kill may leave a partial file
                 raise UserError(f"{path} is not empty: --out needs a new or empty folder")
-            unstarted.note(path, new=new)
+            unstarted.note(path, new)
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
 
     @classmethod
