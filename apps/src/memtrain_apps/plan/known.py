@@ -123,6 +123,7 @@ REAL = {
     "dinov2-cifar10": "pictures",
     "dinov2-cifar10-5000": "pictures",
     "dinov2-cifar10-56": "pictures",
+    "dinov2-cifar10-56-long": "pictures",
     "dinov2-breastmnist": "pictures",
     "efficientnet-cifar10": "pictures",
     "stories": "language",
