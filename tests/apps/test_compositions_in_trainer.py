@@ -65,7 +65,7 @@ def watched(owner, name):
 
 def on_a_rank(folder):
     """A run that nothing disturbs, and one that goes on: both end alike, on both processes."""
-    of_adapter = watched(files, "write")
+    of_adapter = watched(files, "write_together")
     ends = []
     for part in ("straight", "killed"):
         run = trainer(folder / part, adapter=True, steps=4)

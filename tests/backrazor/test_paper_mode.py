@@ -19,6 +19,15 @@ KEEP = 0.25
 half = functools.partial(paper_pruned, keep=KEEP)
 single = functools.partial(paper_pruned, keep=KEEP, values=torch.float32)
 
+
+def steps_of_scores(x):
+    """What is no product is PyTorch's own."""
+    mask = torch.ones(5, 7, dtype=torch.bool).tril()
+    s = (x * 1).masked_fill(~mask, -2.0)
+    s.add_(0.5).mul_(3).div_(2).masked_fill_(~mask, -1.0)
+    return torch.where(mask, s, 0.25)
+
+
 MORE = {
     "contiguous": (lambda x: x.transpose(0, 1).contiguous(), lambda: (leaf(5, 7),)),
     "pad": (lambda x: F.pad(x, (1, 2)), lambda: (leaf(5, 7),)),
@@ -27,6 +36,7 @@ MORE = {
     "div": (lambda x: x / 3.0, lambda: (leaf(5, 7),)),
     "relu_": (lambda x: torch.relu_(x * 2.0), lambda: (leaf(40),)),
     "matmul by a weight": (lambda x, w: x @ w, lambda: (leaf(3, 5, 7), parameter(7, 4))),
+    "steps of scores": (steps_of_scores, lambda: (leaf(3, 5, 7),)),
     "mul by a weight": (torch.mul, lambda: (leaf(50, 30), parameter(30))),
     "dropout": (lambda x: _seeded(F.dropout, x, 0.3), lambda: (leaf(5, 40),)),
 }
@@ -178,6 +188,7 @@ REFERENCES = {
     "linear one row": product(half),
     "addmm": product(half, 1, 2),
     "matmul by a weight": product(half),
+    "steps of scores": lambda call, inputs, g: torch.autograd.grad(call(*inputs), inputs, g),
     "conv1d": product(single),
     "conv2d": product(single),
     "conv2d same": padded,

@@ -141,8 +141,8 @@ def load_causal_lm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def _refuse_pictures(name: str) -> None:
     """Say so where a model has no tokenizer because it looks at pictures."""
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception:  # the tokenizer's own failure says what is wrong
+        config = from_pretrained(transformers.AutoConfig, name, "configuration")
+    except UserError:  # the tokenizer's own failure says what is wrong
         return
     reads = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not reads:
