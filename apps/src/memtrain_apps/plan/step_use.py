@@ -231,10 +231,15 @@ def _cut(model: nn.Module) -> Cut:
     return Cut(
         rows=tuple((*key, n, trained) for key, (n, trained) in sorted(counts.items())),
         rest_weights=_bytes(rest),
-        rest_gradients=_bytes(p.grad for p in rest),
+        rest_gradients=_gradients(rest),
         block_weights=max(_bytes(part) for part in parts),
-        block_gradients=max(_bytes(p.grad for p in part) for part in parts),
+        block_gradients=max(_gradients(part) for part in parts),
     )
+
+
+def _gradients(parameters: list[nn.Parameter]) -> int:
+    """Bytes of their gradients themselves: FSDP copies them, where one of a batch of one row may be a view of more."""
+    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
 
 
 def _bytes(values: Any) -> int:
