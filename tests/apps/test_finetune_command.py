@@ -1,6 +1,7 @@
 """finetune and pretrain as a person meets them: a run and its files, resume, the saved model, every kind of mistake."""
 
 import json
+import shlex
 import shutil
 import signal
 from dataclasses import fields
@@ -218,6 +219,7 @@ REFUSED = {
     ("--resume", "nowhere"): ("nowhere is not a run",),
     ("--seed", "99999999999999999999"): ("--seed must be from 0 to 2^63",),
     # flags that only other data read
+    ("--data", "glue:sst2", "--model", "x", "--recipe", "vit"): ("--augment is for pictures",),
     ("--max-length", "7"): ("--max-length is for text, and --data digits are pictures: leave it out",),
     ("--size", "64"): ("--size is the size of MedMNIST's files, and --data digits has none",),
     ("--no-verify",): ("--verify compares MedMNIST's files with their MD5",),
@@ -449,6 +451,12 @@ def test_a_run_that_had_ended_keeps_what_was_measured(whole, tmp_path):
     assert "unavailable" not in next(line for line in done.stdout.splitlines() if "peak memory" in line)
     after = json.loads((tmp_path / "run" / "result.json").read_text())
     assert {k: (before[k], after[k]) for k in before if before[k] != after[k]} == {}
+    other = "last" if before["step"] != before["steps"] else "best"
+    words = ["finetune", "--resume", "run", "--select", other]
+    assert run_command(words, tmp_path, pictures=True).returncode == 0
+    now = json.loads((tmp_path / "run" / "result.json").read_text())
+    same = (now["step"], now["scores"]) == (before["step"], before["scores"])
+    assert now["command"] == (before["command"] if same else shlex.join(words))
 
 
 @pytest.mark.slow

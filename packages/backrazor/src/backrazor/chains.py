@@ -142,7 +142,7 @@ class Scores:
         return s
 
 
-SMALL = 100
+COPIED = 100
 """A tensor of so many times fewer elements than the scores is kept as a copy of its own."""
 
 
@@ -200,7 +200,7 @@ class ScoresInSight:
     def _lasting(self, other: Tensor, s: Tensor) -> Tensor | None:
         """What to keep of an operand that PyTorch does not keep: a copy of a small one, and a large one itself where it
         is met again unchanged, as a bias that all layers share is; one for this layer alone would outweigh P."""
-        if other.numel() * SMALL <= s.numel():
+        if other.numel() * COPIED <= s.numel():
             return other.detach().clone()
         before = self._met.get(other)
         self._met[other] = other._version

@@ -84,7 +84,7 @@ def attach(
         starts: what each R (r×r) starts at, but for its small random numbers; None is zero.
     """
     check_name(name)
-    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = frozenset(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     for i, (target, A, B) in enumerate(bases):
         module, kind = target.module, target.kind

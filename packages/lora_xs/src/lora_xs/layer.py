@@ -15,7 +15,8 @@ W + (α/r)·B R A in the weight's place while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ class XSMatrices(nn.ParameterDict):
 class XSLayer(nn.Module):
     """Bases and R of a Linear or Conv1D module; the other kinds override how A and B are applied."""
 
+    # What follows is a layer's own from its first forward pass on; a model that was pickled whole by an earlier version
+    # has none of it.
+    trained_before: frozenset[str] = frozenset()
+    """Names of what the model trained before it was adapted; of the model's first layer."""
+    watched: frozenset[str] = frozenset()
+    """Adapters whose first backward pass is looked at; of the model's first layer."""
+    answered: Mapping[tuple[Any, ...], None] = MappingProxyType({})
+    """The adapters in use in forward passes since the last one that was repeated."""
+    repeated = True
+    """Whether a forward pass was repeated since: ``answered`` then begins anew."""
+
     def __init__(
         self,
         name: str,
@@ -73,10 +85,6 @@ class XSLayer(nn.Module):
         self.kind = kind
         self.parameter = parameter
         self.called = False  # whether a forward pass has come here yet
-        self.trained_before: set[str] = set()  # names of what the model trained before; of the model's first layer
-        self.watched: set[str] = set()  # adapters whose first backward pass is looked at; the model's first layer's
-        self.answered: dict[tuple[Any, ...], None] = {}  # the adapters of forward passes since the last repeated one
-        self.repeated = False
         self.bases_config = config
         self.regenerable = regenerable and not config.train_bases
         # Parameters, not buffers: DDP would broadcast buffers in every step, and FSDP would not shard them.
@@ -149,11 +157,11 @@ class XSLayer(nn.Module):
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1 or not self.answered:
-            if self.repeated:
-                self.answered, self.repeated = {}, False
-            self.answered[now] = None
-            while len(self.answered) > MOST_STATES:  # of a model that is only asked, with other rows each time
-                del self.answered[next(iter(self.answered))]
+            states = {} if self.repeated else dict(self.answered)
+            states[now] = None
+            while len(states) > MOST_STATES:  # of a model that is only asked, with other rows each time
+                del states[next(iter(states))]
+            self.answered, self.repeated = states, False
             return
         self.repeated = True
         if now not in self.answered:

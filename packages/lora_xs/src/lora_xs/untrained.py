@@ -140,7 +140,7 @@ def watch(model: nn.Module) -> None:
     _, first = layers(model)[0]
     if first.active is None or first.active in first.watched:
         return
-    first.watched.add(first.active)
+    first.watched |= {first.active}
     look = _Look(model)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:
