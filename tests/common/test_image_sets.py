@@ -483,6 +483,12 @@ def test_too_few_pictures_to_cut_are_refused(tmp_path):
         picture_folder(tmp_path)
 
 
+def test_a_class_of_which_nothing_is_left_to_train_on_is_refused(tmp_path):
+    pictures_in(tmp_path, [""], classes="abc", each=1)
+    with pytest.raises(UserError, match="too few pictures of '[abc]', of which none is left for train"):
+        picture_folder(tmp_path)
+
+
 def test_one_class_alone_is_refused(tmp_path):
     pictures_in(tmp_path, [""], classes="a")
     with pytest.raises(UserError, match="no two folders of pictures side by side"):

@@ -147,6 +147,52 @@ def test_unload_keeps_ties_dtypes_and_copies(replicas):
         assert torch.equal(value, expected[name].bfloat16())
 
 
+class SharedBias(nn.Module):
+    """Two linear layers, a norm each, and a plain parameter's owner that share biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm, self.last = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.second.bias = self.head.bias = self.first.bias
+        self.last.bias = self.norm.bias
+
+    def forward(self, x):
+        return self.head(self.last(self.second(self.norm(self.first(x)).relu())))
+
+
+@pytest.mark.parametrize("to", [None, torch.float64])
+def test_biases_of_several_layers_stay_one(to):
+    model = SharedBias()
+    names = dict(model.named_parameters()).keys()
+    inject(model, LTEConfig(heads=2, rank=2, alpha=4.0, exclude=("head",), trainable=("biases",)))
+    if to is not None:
+        model.to(to)
+    x = torch.randn(4, 6, dtype=to)
+    train(model, {"x": x}, lambda y: y.square().mean())
+    expected = model.eval()(x)
+    unload(model)
+    assert model.first.bias is model.second.bias
+    if to is None:  # else the layers have their old dtype again, and the others the new one
+        assert dict(model.named_parameters()).keys() == names
+    torch.testing.assert_close(model.float()(x.float()), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (dict(vectors=("biases",)), "first shares its bias with second.bias, head.bias"),
+        (dict(vectors=("norms",)), "norm shares its bias with last.bias .*leave norms out of vectors"),
+    ],
+)
+def test_heads_of_a_vector_that_two_layers_share_are_refused(config, said):
+    model = SharedBias()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=said):
+        inject(model, LTEConfig(heads=2, rank=2, **config))
+    assert dict(model.named_modules()) == before
+
+
 def test_a_model_with_only_its_task_head_to_adapt_is_refused():
     class Quantized(nn.Module):
         def __init__(self):

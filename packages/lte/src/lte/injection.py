@@ -61,10 +61,13 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
     if len(frozen) == len(list(model.parameters())):
         frozen = set()  # all of it: what is trained is for the configuration to say
     for name, layer in chosen.items():
-        owned = owners[cast(Tensor, layer.weight)]
-        if len(owned) > 1:
-            others = ", ".join(o for o in owned if o != f"{name}.weight")
-            raise ValueError(f"{name} shares its weight with {others} and cannot have heads: add it to exclude")
+        _refuse_shared(owners, name, layer, "weight", "add it to exclude")
+        if "biases" in config.vectors:
+            _refuse_shared(owners, name, layer, "bias", "add it to exclude")
+    norms = _norms(model) if "norms" in config.vectors else {}
+    for name, norm in norms.items():
+        for leaf in ("weight", "bias"):
+            _refuse_shared(owners, name, norm, leaf, "leave norms out of vectors")
     if "" in chosen:
         raise ValueError(
             f"the model is one {type(model).__name__}, and has no layer whose place another could take: put it into "
@@ -81,12 +84,10 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
                 exchanged.append(_exchange(places, layer, kind_with_heads(layer, config, share)))  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        if "norms" in config.vectors:
-            for name, module in list(model.named_modules()):
-                if kind(module) == "norms" and next(module.parameters(recurse=False), None) is not None:
-                    if not has_vectors(module):
-                        raise ValueError(f"{name} ({type(module).__name__}) cannot have heads as vectors: use replicas")
-                    exchanged.append(_exchange(places, module, LTENorm(module, config, share)))
+        for name, norm in norms.items():
+            if not has_vectors(norm):
+                raise ValueError(f"{name} ({type(norm).__name__}) cannot have heads as vectors: use replicas")
+            exchanged.append(_exchange(places, norm, LTENorm(norm, config, share)))  # type: ignore[arg-type]
         for layer, copies in _copies(model, config, share):
             exchanged.append(_exchange(places, layer, copies))
     except ValueError:
@@ -152,6 +153,20 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return plain
 
 
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norm layers that have numbers, by name."""
+    found = {name: m for name, m in model.named_modules() if kind(m) == "norms"}
+    return {name: m for name, m in found.items() if next(m.parameters(recurse=False), None) is not None}
+
+
+def _refuse_shared(owners: dict[Tensor, list[str]], name: str, layer: nn.Module, leaf: str, instead: str) -> None:
+    """Refuse a parameter that another module has too: with heads, each would learn a tensor of its own."""
+    owned = owners.get(getattr(layer, leaf, None), [])  # type: ignore[arg-type]
+    if len(owned) > 1:
+        others = ", ".join(o for o in owned if o != f"{name}.{leaf}")
+        raise ValueError(f"{name} shares its {leaf} with {others} and cannot have heads: {instead}")
+
+
 def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> list[tuple[nn.Module, Replicas]]:
     """A copy for every head of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
     modules = {name: m for name, m in model.named_modules() if not isinstance(m, Headed | LTENorm)}
@@ -199,6 +214,9 @@ def unload(model: nn.Module) -> nn.Module:
         plain = copy.deepcopy(kept).to_empty(device=device).train(module.training)
         for leaf in module.names() if isinstance(module, Replicas) else ():
             setattr(plain, leaf, tied.setdefault(module.get_parameter(leaf), plain.get_parameter(leaf)))
+        bias = module._parameters.get("bias") if isinstance(module, LTELinear | LTEConv2d) else None
+        if bias is not None:  # it may be another layer's, too
+            plain.bias = bias if bias.dtype == plain.bias.dtype else tied.setdefault(bias, plain.get_parameter("bias"))
         _replace(places, module, plain)
     take_slow_paths(model)
     model.load_state_dict(state)

@@ -50,6 +50,12 @@ def picture_folder(path: Path) -> ImageSet:
         splits |= tenth(splits["train"])
     if empty := next((name for name, split in splits.items() if not len(split)), None):
         raise UserError(f"{path} has too few pictures for {empty}: give ten a class, or folders train, val, test")
+    untrained = sorted(set(range(len(classes))) - set(splits["train"].labels.tolist()))
+    if untrained:
+        raise UserError(
+            f"{path} has too few pictures of {classes[untrained[0]]!r}, of which none is left for train: give ten a "
+            "class, or folders train, val, test"
+        )
     task = "binary-class" if len(classes) == 2 else "multi-class"
     return ImageSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
 
