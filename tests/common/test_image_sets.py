@@ -485,7 +485,7 @@ def test_too_few_pictures_to_cut_are_refused(tmp_path):
 
 def test_a_class_of_which_nothing_is_left_to_train_on_is_refused(tmp_path):
     pictures_in(tmp_path, [""], classes="abc", each=1)
-    with pytest.raises(UserError, match="too few pictures of '[abc]', of which none is left for train"):
+    with pytest.raises(UserError, match=r"too few pictures of '[abc]', of which none is left for train"):
         picture_folder(tmp_path)
 
 

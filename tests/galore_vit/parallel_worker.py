@@ -55,14 +55,29 @@ def loss_of(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
 
 def ddp(rank: int, proj_type: str) -> dict:
     model = problems.mlp().double()
-    optimizer = GaLoreAdamW(problems.mlp_groups(model, proj_type=proj_type), lr=1e-2)
+    first, *groups = problems.mlp_groups(model, proj_type=proj_type)
+    optimizer, others = GaLoreAdamW(groups, lr=1e-2), torch.optim.AdamW([first], lr=1e-2, weight_decay=0.0)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, projected_all_reduce(optimizer))
     for step in range(STEPS):
         loss_of(wrapped, step, rank).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return result(model, optimizer)
+        for each in (optimizer, others):
+            each.step()
+            each.zero_grad()
+    return {**result(model, optimizer), "said": said_of_wrapped(wrapped)}
+
+
+def said_of_wrapped(model: DistributedDataParallel) -> list[str]:
+    """What InBackward says without a process group: of the wrapped model, and where it does not know of it."""
+    groups = problems.mlp_groups(model)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        InBackward(GaLoreAdamW(groups)).close()
+    try:
+        InBackward(GaLoreAdamW(groups), model=model, norm="sketch")
+    except ValueError as error:
+        return [*(str(w.message) for w in found), str(error)]
+    return []
 
 
 def in_backward(rank: int, proj_type: str, norm: str = "sketch", factored: bool = False) -> dict:

@@ -2,6 +2,7 @@
 after which it is as it was."""
 
 import copy
+import math
 
 import problems
 import pytest
@@ -17,6 +18,7 @@ from galore_vit import (
     projected_all_reduce,
     state_bytes,
 )
+from galore_vit.melo import MeLo
 from galore_vit.metrics import auc, calibration_error
 from torch import nn
 
@@ -226,8 +228,18 @@ def test_a_groups_own_refresh():
             "random bases",
         ),
         (lambda w, m: Refresh(iterations=1.5), ValueError, "whole numbers"),
-        (lambda w, m: build(GaLoreAdamW, w, lr="1e-3"), ValueError, "lr must be a number"),
+        (lambda w, m: build(GaLoreAdamW, w, lr="1e-3"), ValueError, "lr must be a finite number"),
         (lambda w, m: build(GaLoreAdamW, w, weight_decay=None), ValueError, "weight_decay must be a number"),
+        (lambda w, m: build(GaLoreAdamW, w, lr=math.inf), ValueError, "lr must be a finite number"),
+        (lambda w, m: build(GaLoreAdamW, w, weight_decay=math.inf), ValueError, "weight_decay must be finite"),
+        (lambda w, m: build(GaLoreAdamW, w, betas=(0.9,)), ValueError, "betas must be two numbers"),
+        (lambda w, m: build(GaLoreScaled, w, growth_limit="1.1"), ValueError, "growth_limit must be a number"),
+        (lambda w, m: build(GaLoreAdafactor, w, decay_rate=None), ValueError, "decay_rate one below 0"),
+        (lambda w, m: build(GaLoreAdafactor, w, clip_threshold="x"), ValueError, "clip_threshold must be a number"),
+        (lambda w, m: build(GaLoreAdafactor, w, beta1="x"), ValueError, "beta1 must lie"),
+        (lambda w, m: MeLo(alpha="4"), ValueError, "alpha must be a finite number"),
+        (lambda w, m: GaLoreAdamW([{"params": w, "rank": 4, "gap": 9}]), ValueError, "which is update_proj_gap"),
+        (lambda w, m: GaLoreScaled([{"params": w, "rank": 4, "proj": "svd"}]), ValueError, "which is refresh="),
         (lambda w, m: build(GaLoreAdamW, w, betas=0.9), ValueError, "betas must be two numbers"),
         (lambda w, m: build(GaLoreAdafactor, w, eps=1e-8), ValueError, "eps must be two numbers"),
         (lambda w, m: build(GaLoreAdafactor, w, eps=(0.0, 1e-3)), ValueError, "the first above 0"),
@@ -244,6 +256,41 @@ def test_a_groups_own_refresh():
 def test_refused_in_a_sentence(call, error, said):
     with pytest.raises(error, match=said):
         call(problems.weights((8, 8)), problems.mlp())
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(("key", "value"), [("rank", 5), ("proj_type", "left")])
+def test_what_decides_the_states_shapes_cannot_be_changed(kind, key, value):
+    weights = problems.weights((16, 12), (7,))
+    optimizer = build(kind, weights)
+    problems.train(optimizer, weights, 0, 2)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    old, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], value
+    before = [w.detach().clone() for w in weights]
+    for use in (lambda: problems.train(optimizer, weights, 2, 3), optimizer.state_dict):
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{key}'\] was changed from {old} to {value}"):
+            use()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    optimizer.param_groups[0][key] = old
+    problems.train(optimizer, weights, 2, 3)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_steps_do_not_depend_on_torchs_defaults(kind):
+    one, two = problems.weights((16, 12), (7,)), problems.weights((16, 12), (7,))
+    optimizers = build(kind, one), build(kind, two)
+    for step in range(5):
+        problems.set_grads(one, step)
+        problems.set_grads(two, step)
+        optimizers[0].step()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):  # what is drawn without a device would be lost there
+                optimizers[1].step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert problems.same(one, two)
 
 
 def test_bytes_of_an_optimizer_that_keeps_numbers_and_lists():

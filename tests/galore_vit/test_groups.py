@@ -145,3 +145,22 @@ def test_a_rank_that_projects_nothing_is_refused():
         param_groups(nn.Sequential(nn.LayerNorm(4)), 2)
     with pytest.raises(ValueError, match="rank must be"):
         param_groups(Timmish(), 0)
+
+
+def test_torchvisions_attention_is_projected_and_its_heads_are_not():
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        vit = models.VisionTransformer(32, 8, 3, 4, 16, 32, num_classes=5)
+        net = models.convnext_tiny(num_classes=5)
+        mobile = models.mobilenet_v2(num_classes=5)
+    chosen = set().union(*(names(vit, g) for g in param_groups(vit, 4)[1:]))
+    kinds = {n.split("encoder_layer_", 1)[-1].split(".", 1)[-1] for n in chosen}
+    wanted = {"self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight"}
+    assert kinds == wanted
+    assert len(chosen) == 3 * 4
+    plain, *rest = param_groups(net, 4)
+    assert "classifier.2.weight" in names(net, plain)
+    assert all(n.startswith("features.") for g in rest for n in names(net, g))
+    with pytest.raises(ValueError, match="finds no weight to project"):
+        param_groups(mobile, 4)
+    assert param_groups(mobile, 4, targets="classifier")

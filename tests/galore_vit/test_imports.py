@@ -10,8 +10,8 @@ from support import run_light
 SOURCE = Path(galore_vit.__file__).parent
 TORCH_ONLY = [
     "adafactor", "adamw", "adamw8bit", "basis", "block8bit", "counters", "data_parallel", "factored", "finite",
-    "galore", "groups", "in_backward", "internals", "item", "loading", "plain", "projection", "scaled", "settings",
-    "sharding", "state_size", "tensors",
+    "galore", "groups", "growth", "in_backward", "internals", "item", "loading", "plain", "projection", "refreshing",
+    "scaled", "settings", "sharding", "stand_ins", "state_size", "tensors",
 ]  # fmt: skip
 
 

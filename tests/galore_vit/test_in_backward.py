@@ -1,9 +1,12 @@
 """Projecting inside the backward pass: the same steps, with compact gradients only."""
 
+import copy
+
 import problems
 import pytest
 import torch
 from galore_vit import GaLoreAdamW, InBackward, Refresh
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 EXACT = Refresh(method="svd", stagger=False, rotate=False)
@@ -211,3 +214,54 @@ def test_a_bad_gradient_changes_nothing_and_close_gives_the_optimizer_back():
     problems.backward(b, 0)
     inner.step()
     assert not problems.same(before, list(b.parameters()))
+
+
+def test_a_second_one_over_the_same_weights_is_refused_until_the_first_is_closed():
+    model = problems.mlp()
+    first = InBackward(GaLoreAdamW(problems.mlp_groups(model)))
+    for settings in ({}, {"norm": "sketch", "model": model}):
+        with pytest.raises(ValueError, match="another InBackward takes these weights' gradients: close"):
+            InBackward(GaLoreAdamW(problems.mlp_groups(model)), **settings)
+    before = model[0].weight.detach().clone()
+    problems.backward(model, 0)
+    first.step()  # what was refused has changed nothing
+    assert not torch.equal(model[0].weight, before)
+    first.close()
+    optimizer = GaLoreAdamW(problems.mlp_groups(model))
+    InBackward(optimizer).close()
+    before = model[0].weight.detach().clone()
+    problems.backward(model, 1)
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_the_optimizers_own_step_is_refused_while_its_gradients_are_taken():
+    model = problems.mlp()
+    optimizer = GaLoreAdamW(problems.mlp_groups(model))
+    in_backward = InBackward(optimizer)
+    problems.backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"call in_backward\.step\(\)"):
+        optimizer.step()
+    assert problems.same(before, list(model.parameters()))
+    in_backward.step()
+    assert not problems.same(before, list(model.parameters()))
+    assert not copy.deepcopy(optimizer).fed
+
+
+def test_a_gradient_written_by_hand_is_not_overlooked():
+    model = problems.mlp()
+    in_backward = InBackward(GaLoreAdamW(problems.mlp_groups(model)))
+    problems.backward(model, 0)
+    model[2].weight.grad = 0.1 * model[2].weight.detach()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"\(16, 24\) has a gradient that no backward pass gave"):
+        in_backward.step()
+    assert problems.same(before, list(model.parameters()))
+
+
+def test_a_sparse_gradient_is_refused_in_words():
+    table = nn.Embedding(40, 12, sparse=True)
+    InBackward(GaLoreAdamW([{"params": [table.weight], "rank": 3}]))
+    with pytest.raises(ValueError, match="build the embedding with sparse=False"):
+        table(torch.arange(5)).sum().backward()

@@ -270,3 +270,56 @@ def test_other_projections_and_heads_are_refused():
     del model.classifier
     with pytest.raises(ValueError, match="head named classifier, which Reading has not"):
         add_melo(model, MeLo(2))
+
+
+def test_a_vit_of_ours_takes_a_file_of_other_classes(tmp_path):
+    from memtrain_common.models.classifiers import logits_of
+    from memtrain_common.models.vit import build_vit
+
+    given = add_melo(build_vit("mini", image_size=8, patch_size=4, classes=3), MeLo())
+    write_melo(given, tmp_path / "three.safetensors")
+    model = read_melo(build_vit("mini", image_size=8, patch_size=4, classes=2), tmp_path / "three.safetensors")
+    assert model.get_base_model().config.num_labels == 3
+    assert logits_of(model, torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_file_for_another_model_changes_nothing(tmp_path, images, further):
+    """After the refusal the right file can be read."""
+    write_melo(trained(MeLo(2)), tmp_path / "right.safetensors")
+    write_melo(trained(MeLo(2), blocks=3), tmp_path / "blocks.safetensors")
+    tensors = load_file(tmp_path / "right.safetensors")
+    wide = {k: (v.repeat(1, 2) if k.startswith("w_a_") else v).contiguous() for k, v in tensors.items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    tensors["w_b_001"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    model = read_melo(vit(), tmp_path / "right.safetensors", "first") if further else vit()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    for name, said, words in (
+        ("blocks", "holds 6 adapters, and the model has 4|no block 2", {}),
+        ("wide", r"holds a tensor of \(2, 32\) where the model has \(2, 16\)", {"alpha": 4.0}),
+        ("nan", "holds numbers that are NaN", {"alpha": 4.0}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_melo(model, tmp_path / f"{name}.safetensors", "second", **words)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    model = read_melo(model, tmp_path / "right.safetensors", "second").eval()
+    model.set_adapter("second")
+    assert torch.equal(model(images).logits, trained(MeLo(2))(images).logits)
+
+
+def test_a_model_whose_adapters_lost_their_wrapper_is_told_so():
+    inner = add_melo(vit(), MeLo()).get_base_model()
+    with pytest.raises(ValueError, match="has an adapter already, though the model is no PeftModel"):
+        add_melo(inner, MeLo())
+
+
+def test_the_head_of_a_task_that_is_not_active_is_not_trained():
+    model = trained(MeLo(2))
+    add_task(model, MeLo(2), "next", classes=7)
+    moved = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any("next" in n for n in moved)
+    model.set_adapter("next")
+    moved = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("next" in n for n in moved)
+    assert any("classifier" in n for n in moved)

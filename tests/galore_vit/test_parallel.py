@@ -117,6 +117,13 @@ def test_fsdp_refuses_what_it_cannot_shard(two):
     assert all(w in m and "sharded by FSDP2" in m for w, m in zip(words, refused, strict=True))
 
 
+def test_processes_that_nobody_averages_are_named(two):
+    warned, refused = two[0]["ddp std"]["said"]
+    assert "one of 2 processes" in warned
+    assert "each trains a model of its own" in warned
+    assert "give the model that is in it, and process_group" in refused
+
+
 def test_residual_is_refused():
     optimizer = GaLoreAdamW(problems.mlp_groups(problems.mlp()), residual=True)
     with pytest.raises(ValueError, match="residual"):

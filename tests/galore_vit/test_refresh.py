@@ -6,6 +6,7 @@ import torch
 from galore_vit import GaLoreAdamW, Refresh
 from galore_vit.basis import captured_energy, exact_bases, iterated_bases, overlap
 from galore_vit.projection import Layout, apply_rotation, project, rotation
+from torch import nn
 
 
 def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -141,3 +142,52 @@ def test_moments_follow_the_basis():
         assert (optimizer.state[W]["exp_avg_sq"] >= 0).all()
     assert moved[True] < 1e-4
     assert moved[False] > 0.1
+
+
+def gradients_of_experts(step, k=3, m=16, n=24, rank=3):
+    """Of k matrices, each within a subspace of its own."""
+    right = [torch.randn(rank, n, generator=torch.Generator().manual_seed(90 + i)) for i in range(k)]
+    draw = torch.Generator().manual_seed(step)
+    return torch.stack([torch.randn(m, rank, generator=draw) @ Q for Q in right])
+
+
+@pytest.mark.parametrize("method", ["power", "svd"])
+@pytest.mark.parametrize("fed_until", [0, 12])
+def test_an_expert_that_is_idle_when_bases_are_due_keeps_its_own(method, fed_until):
+    """Without tokens from step `fed_until` on to step 17: a refresh at 15 must not replace what it has, and where it
+    has nothing its first gradients are not left to a basis that knows nothing of them until the next."""
+    W = nn.Parameter(torch.zeros(3, 16, 24))
+    group = {"params": [W], "rank": 3, "update_proj_gap": 15, "scale": 1.0, "split": 3, "proj_type": "right"}
+    optimizer = GaLoreAdamW([group], lr=1e-3, refresh=Refresh(method, stagger=False))
+    shares = {}
+    for step in range(40):
+        W.grad = gradients_of_experts(step)
+        if fed_until <= step < 17:
+            W.grad[1] = 0
+        whole = W.grad.clone()
+        optimizer.step()
+        R = project(whole, optimizer.bases(W))
+        shares[step] = (R.square().sum((-2, -1)) / whole.square().sum((-2, -1)).clamp_min(1e-9)).tolist()
+    assert all(share > 0.99 for step in range(40) for share in (shares[step][0], shares[step][2]))
+    seen = [step for step in range(40) if not fed_until <= step < 17]
+    late = 17 if fed_until else 18  # asked for at 0, 1, … 8, 10, 12, 15 and 18 where there is nothing yet
+    assert all(shares[step][1] > 0.99 for step in seen if step < fed_until or step >= late)
+    assert not bool(W.detach()[1].any()) or fed_until or any(shares[s][1] > 0 for s in seen)
+    assert bool(W.isfinite().all())
+
+
+def test_a_stack_without_an_idle_matrix_is_as_before():
+    W, V = (nn.Parameter(torch.zeros(3, 16, 24)) for _ in range(2))
+    groups = [{"params": [p], "rank": 3, "update_proj_gap": 4, "scale": 1.0, "split": 3} for p in (W, V)]
+    one, apart = (GaLoreAdamW([g], lr=1e-2, refresh=Refresh("svd", stagger=False)) for g in groups)
+    alone = [nn.Parameter(torch.zeros(16, 24)) for _ in range(3)]
+    keys = {"rank": 3, "update_proj_gap": 4, "scale": 1.0}
+    apart = GaLoreAdamW([{"params": alone, **keys}], lr=1e-2, refresh=Refresh("svd", stagger=False))
+    for step in range(9):
+        G = gradients_of_experts(step)
+        W.grad = G.clone()
+        for p, g in zip(alone, G, strict=True):
+            p.grad = g.clone()
+        one.step()
+        apart.step()
+    torch.testing.assert_close(W.detach(), torch.stack([p.detach() for p in alone]), rtol=1e-4, atol=1e-6)

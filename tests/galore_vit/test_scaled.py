@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 
 import problems
 import pytest
@@ -75,6 +76,23 @@ def test_it_is_the_papers_algorithm(method, shape, proj_type, left, rank, scalin
     torch.testing.assert_close(W.detach().flatten(1), reference.W, rtol=error, atol=error)
     changes = [i for i in range(1, 23) if not torch.equal(bases[i], bases[i - 1])]
     assert changes == [7, 14, 21]
+
+
+@pytest.mark.parametrize("kind", [GaLoreScaled, partial(GaLoreAdamW, residual=True)])
+def test_a_batch_of_few_rows_does_not_hold_an_embedding_back(kind):
+    """After one batch of one row the next whole one moves the table as far as if it had not been."""
+    norms = {}
+    for short in (False, True):
+        [table] = problems.weights((60, 12))
+        optimizer = kind([{"params": [table], "rank": 4, "scale": 1.0}], lr=1e-3)
+        for step in range(8):
+            rows = torch.randn(60, 12, generator=torch.Generator().manual_seed(step))
+            table.grad = rows.where(torch.arange(60)[:, None] < (1 if short and step == 5 else 60), 0.0)
+            before = table.detach().clone()
+            optimizer.step()
+            norms[short, step] = float((table.detach() - before).norm())
+    assert norms[True, 5] < 0.5 * norms[False, 5]
+    assert all(norms[True, step] > 0.8 * norms[False, step] for step in (6, 7))
 
 
 def test_stacked_matrices_are_scaled_apart():

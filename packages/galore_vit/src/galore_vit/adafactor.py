@@ -22,7 +22,7 @@ from galore_vit import sharding
 from galore_vit.galore import GaLore
 from galore_vit.item import Item
 from galore_vit.projection import Bases, apply_rotation, project_back, rotation
-from galore_vit.settings import Refresh
+from galore_vit.settings import Refresh, is_number
 
 
 class GaLoreAdafactor(GaLore):
@@ -73,16 +73,22 @@ class GaLoreAdafactor(GaLore):
         lr, beta1 = group["lr"], group["beta1"]
         if group["relative_step"] and lr is not None:
             raise ValueError("relative_step sets the learning rate: leave lr out, or set relative_step=False")
-        if not group["relative_step"] and (lr is None or isinstance(lr, Tensor) or not lr >= 0.0):
-            raise ValueError(f"lr must be a number of at least 0 when relative_step is False, not {lr!r}")
+        if not group["relative_step"] and not (is_number(lr) and 0.0 <= lr < math.inf):
+            raise ValueError(f"lr must be a finite number of at least 0 when relative_step is False, not {lr!r}")
         if group["warmup_init"] and not group["relative_step"]:
             raise ValueError("warmup_init needs relative_step=True")
-        if beta1 is not None and not 0.0 <= beta1 < 1.0:
+        if beta1 is not None and not (is_number(beta1) and 0.0 <= beta1 < 1.0):
             raise ValueError(f"beta1 must lie in [0, 1) or be None, not {beta1!r}")
-        if not (group["clip_threshold"] > 0.0 and group["decay_rate"] < 0.0 and group["weight_decay"] >= 0.0):
-            raise ValueError("clip_threshold must be above 0, decay_rate below 0 and weight_decay at least 0")
+        clip, decay, shrink = (group[key] for key in ("clip_threshold", "decay_rate", "weight_decay"))
+        numbers = all(map(is_number, (clip, decay, shrink)))
+        if not (numbers and clip > 0.0 and decay < 0.0 and 0.0 <= shrink < math.inf):
+            raise ValueError(
+                "clip_threshold must be a number above 0, decay_rate one below 0, and weight_decay finite and at least "
+                f"0, not {clip!r}, {decay!r} and {shrink!r}"
+            )
         eps = group["eps"]
-        if not (isinstance(eps, tuple | list) and len(eps) == 2 and eps[0] > 0.0 and eps[1] >= 0.0):
+        two = isinstance(eps, tuple | list) and len(eps) == 2 and all(map(is_number, eps))
+        if not (two and eps[0] > 0.0 and eps[1] >= 0.0):
             raise ValueError(f"eps must be two numbers, the first above 0 and the second at least 0, not {eps!r}")
 
     def _fresh_moments(

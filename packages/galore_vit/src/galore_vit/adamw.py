@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from galore_vit import sharding
 from galore_vit.counters import count
 from galore_vit.galore import GaLore
+from galore_vit.growth import limited_growth
 from galore_vit.item import Item
 from galore_vit.projection import (
     Bases,
@@ -37,7 +37,7 @@ from galore_vit.projection import (
     project_back,
     rotation,
 )
-from galore_vit.settings import Refresh
+from galore_vit.settings import Refresh, is_number
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL_GROWTH = 1.01
@@ -217,15 +217,12 @@ class GaLoreAdamW(GaLore):
     def _residual(self, item: Item, G: Tensor, N: Tensor, layout: Layout, bases: Bases) -> Tensor:
         """Fira's φ(G − PRQ), limited in growth; G (…, m, n)."""
         dim: tuple[int, ...] = (-2, -1) if layout.left and layout.right else ((-2,) if layout.left else (-1,))
-        factor = torch.linalg.vector_norm(N, dim=dim, keepdim=True) / (
-            torch.linalg.vector_norm(item.grad, dim=dim, keepdim=True) + 1e-8
-        )
+        of_R = torch.linalg.vector_norm(item.grad, dim=dim, keepdim=True)
+        factor = torch.linalg.vector_norm(N, dim=dim, keepdim=True) / (of_R + 1e-8)
         residual = (G - project_back(item.grad.to(G.dtype), bases)) * factor
-        last = item.state["residual_norm"]
         norm = sharding.gathered(torch.linalg.vector_norm(residual)).float()
-        limited = torch.where(last > 0, torch.minimum(norm, RESIDUAL_GROWTH * last), norm)
-        last.copy_(limited)
-        return residual * (limited / norm.clamp_min(1e-30)).to(residual.dtype)
+        shrunk = limited_growth(norm, item.state["residual_norm"], of_R, RESIDUAL_GROWTH)
+        return residual * shrunk.to(residual.dtype)
 
 
 def moment_dtype(p: Tensor) -> torch.dtype:
@@ -241,28 +238,24 @@ def check_kernels(foreach: bool | None, fused: bool | None, correct_bias: bool) 
         raise ValueError("the fused kernel corrects the bias: leave out fused, or set correct_bias=True")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real)
-
-
 def check_adam(group: dict[str, Any]) -> None:
     """Raises ValueError where Adam's numbers are outside their range."""
     for key in ("eps", "weight_decay"):
-        if not _is_number(group[key]) and not isinstance(group[key], Tensor):
+        if not is_number(group[key]) and not isinstance(group[key], Tensor):
             raise ValueError(f"{key} must be a number, not {group[key]!r}")
     try:
         beta1, beta2 = group["betas"]
         in_range = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']!r}") from None
-    if not _is_number(group["lr"]) or not group["lr"] >= 0.0:
-        raise ValueError(f"lr must be a number of at least 0, not {group['lr']!r}")
+    if not is_number(group["lr"]) or not 0.0 <= group["lr"] < math.inf:
+        raise ValueError(f"lr must be a finite number of at least 0, not {group['lr']!r}")
     if not in_range:
         raise ValueError(f"betas must lie in [0, 1), not {group['betas']!r}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"eps must be at least 0, not {group['eps']!r}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']!r}")
+    if not 0.0 <= group["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay must be finite and at least 0, not {group['weight_decay']!r}")
 
 
 def _fused_adam(

@@ -17,6 +17,8 @@ Drawn: independent Gaussian numbers, which no gradient decides, so that a seed s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,44 @@ from torch import Tensor
 from galore_vit.counters import has_no_numbers
 from galore_vit.projection import Bases, Layout
 from galore_vit.tensors import SWEEPS, TOLERANCE, TensorLayout, tucker_bases
+
+
+def found_bases(
+    G: Tensor, layout: Layout | TensorLayout, old: Bases | None, refresh: Mapping[str, Any], seed: int
+) -> Bases | None:
+    """Bases of G (…, m, n) by `refresh`'s method; None where G is zero or not finite and has none to give.
+
+    Of a stack each matrix has bases of its own. One whose gradient is 0, as an expert's without a token, keeps its
+    `old` ones; without them they are 0, so that it does not move until :func:`without_basis` has it asked again.
+
+    Args:
+        old: the bases until now, if there are some.
+        refresh: settings of :class:`galore_vit.Refresh`.
+        seed: of the random columns.
+    """
+    cold = old is None or without_basis(old)
+    if refresh["method"] == "svd":
+        largest = 1.0 if has_no_numbers(G) else float(G.abs().max())
+        new: Bases | None = exact_bases(G, layout) if largest != 0.0 and math.isfinite(largest) else None
+    else:
+        iterations = refresh["iterations"] + cold
+        new = iterated_bases(G, layout, old, iterations=iterations, oversample=refresh["oversample"], seed=seed)
+    if new is None or isinstance(layout, TensorLayout) or layout.k == 1 or has_no_numbers(G):
+        return new
+    idle = (G.abs().amax((-2, -1)) == 0)[..., None, None]  # (k, 1, 1)
+    if not bool(idle.any()):
+        return new
+    kept = (None, None) if old is None else old
+    return tuple(
+        None if b is None else torch.where(idle, torch.zeros_like(b) if was is None else was.to(b.dtype), b)
+        for b, was in zip(new, kept, strict=True)
+    )
+
+
+def without_basis(bases: Bases) -> bool:
+    """Whether a matrix of a stack has no basis yet, since its gradient was 0 whenever one was due."""
+    stacks = [b for b in bases if b is not None and b.ndim == 3 and not has_no_numbers(b)]
+    return any(not bool(b.any(-1).any(-1).all()) for b in stacks)
 
 
 def exact_bases(G: Tensor, layout: Layout | TensorLayout) -> Bases:
@@ -74,8 +114,11 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
     width = min(r + oversample, *A.shape[-2:])
     columns = width if start is None else width - r
     draw = torch.Generator().manual_seed(seed)
-    X = torch.randn(n, columns, generator=draw).to(A).expand(*A.shape[:-2], n, columns)
+    X = _drawn(n, columns, draw).to(A).expand(*A.shape[:-2], n, columns)
     if start is not None:
+        if without_basis((start,)):
+            empty = ~start.any(-1, keepdim=True).any(-2, keepdim=True)
+            start = torch.where(empty, _drawn(n, r, draw).to(start), start)
         X = torch.cat([start.to(A.dtype), X / n**0.5], dim=-1)
     for i in range(iterations):
         AX = A @ X  # (…, m, width)
@@ -93,13 +136,20 @@ def _leading(A: Tensor, start: Tensor | None, r: int, iterations: int, oversampl
     return X
 
 
+def _drawn(n: int, columns: int, draw: torch.Generator) -> Tensor:
+    """Normal numbers (n, columns) on the CPU in float32, whatever torch's defaults are."""
+    return torch.randn(n, columns, generator=draw, device="cpu", dtype=torch.float32)
+
+
 def drawn_bases(layout: Layout, like: Tensor, seed: int) -> Bases:
     """Bases of independent N(0, 1/d) numbers for a side of d: ‖Pᵀg‖² is r/d of ‖g‖² on average, as for orthonormal
     columns in a random direction. In the dtype of the weight `like` and on its device; `seed` alone decides them."""
     draw = None if has_no_numbers(like) else torch.Generator(like.device).manual_seed(seed)
 
     def drawn(shape: tuple[int, ...], side: int) -> Tensor:
-        return torch.randn(shape, generator=draw, device=like.device).mul_(side**-0.5).to(like.dtype)
+        return (
+            torch.randn(shape, generator=draw, device=like.device, dtype=torch.float32).mul_(side**-0.5).to(like.dtype)
+        )
 
     P, Q = (layout.basis_shapes.get(key) for key in layout.keys)
     return None if P is None else drawn(P, layout.m), None if Q is None else drawn(Q, layout.n)

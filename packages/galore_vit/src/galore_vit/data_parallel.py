@@ -63,6 +63,8 @@ def projected_all_reduce(
 
 def _sent(optimizer: GaLore, p: Tensor, g: Tensor) -> Tensor:
     """What of p's gradient goes over the wire: R, or g itself."""
+    if not optimizer.holds(p):  # another optimizer's
+        return g
     layout = optimizer.layout(p)
     if layout is None or optimizer.refresh_due(p):
         return g

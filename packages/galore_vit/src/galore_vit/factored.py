@@ -12,6 +12,7 @@ times less than X.
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,23 +89,21 @@ class Projector(Protocol):
 
 
 class Receiver:
-    """Holds the projector, until it is closed. A copy of the layer, or one read from a file, has none: its weight is
-    another."""
+    """Holds the projector, until it is closed."""
 
     def __init__(self, projector: Projector | None) -> None:
         self.projector = projector
 
-    def __deepcopy__(self, memo: Any) -> Receiver:
-        return Receiver(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Receiver, (None,)
-
 
 class FactoredLinear(nn.Linear):
-    """What an `nn.Linear` is while its weight's gradient is handed over by its factors: same numbers, same state."""
+    """What an `nn.Linear` is while its weight's gradient is handed over by its factors: same numbers, same state. A
+    copy of it, or what is read from a file, is an `nn.Linear`, since its weight is another."""
 
     receiver: Receiver
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        plain = {key: value for key, value in self.__dict__.items() if key != "receiver"}
+        return copyreg._reconstructor, (nn.Linear, object, None), plain  # type: ignore[attr-defined]
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x Wᵀ + b; bit for bit that of `nn.Linear`."""
@@ -178,7 +177,7 @@ def hand_over(linear: nn.Linear, receiver: Receiver) -> None:
 def take_back(linear: nn.Linear) -> None:
     """Makes it an ordinary `nn.Linear` again; one whose class somebody changed meanwhile only goes the ordinary way."""
     layer: Any = linear
-    layer.receiver.projector = None  # copies that share it go the ordinary way, too
+    layer.receiver.projector = None  # replicas that share it go the ordinary way, too
     if type(linear) is FactoredLinear:
         del layer.receiver
         layer.__class__ = nn.Linear

@@ -11,7 +11,6 @@ where ρ is the inner optimizer (Adam, 8-bit Adam, Adafactor), which sees and re
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -23,14 +22,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_vit import sharding
-from galore_vit.basis import drawn_bases, exact_bases, iterated_bases, overlap
-from galore_vit.counters import count, counts, has_no_numbers
+from galore_vit.basis import drawn_bases, found_bases
+from galore_vit.counters import count, counts
 from galore_vit.finite import all_finite
 from galore_vit.item import Item, Record
 from galore_vit.loading import in_own_dtypes
 from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
-from galore_vit.settings import AS_PUBLISHED, LAZY_LIMIT, Refresh, check_refresh, check_weights, completed
+from galore_vit.refreshing import needs_old, put_bases
+from galore_vit.settings import AS_PUBLISHED, FIXED_KEYS, Refresh, check_refresh, check_weights, completed
 from galore_vit.tensors import TensorLayout
 
 
@@ -45,6 +45,8 @@ class GaLore(Optimizer):
     """Whether a projected weight moves by its whole gradient."""
     _made = True
     """Whether groups that are added now come after those of the construction."""
+    fed = False
+    """Whether :class:`galore_vit.InBackward` takes the gradients, whose step it then is."""
     _gradients: Callable[[], list[Item]] | None = None
     """What the next step moves the weights by, where it is not their `.grad`."""
     later: frozenset[str] = frozenset()
@@ -113,6 +115,7 @@ class GaLore(Optimizer):
                 self._records[p] = Record(p, i, layout, projected, sharding.is_sharded(p))
                 projected += layout is not None
         self._projected = projected
+        self._fixed = [tuple(group.get(key) for key in FIXED_KEYS) for group in self.param_groups]
 
     def _record(self, p: Tensor) -> Record:
         if p not in self._records:
@@ -120,10 +123,26 @@ class GaLore(Optimizer):
         return self._records[p]
 
     def _check_index(self) -> None:
-        """Index anew where others have replaced the groups' parameters, as accelerate does for FSDP2."""
+        """Index anew where others have replaced the groups' parameters, as accelerate does for FSDP2.
+
+        Raises:
+            ValueError: where a group's key was changed that its states' shapes depend on.
+        """
+        for i, (group, fixed) in enumerate(zip(self.param_groups, self._fixed, strict=False)):
+            for key, value in zip(FIXED_KEYS, fixed, strict=True):
+                if group.get(key) != value:
+                    raise ValueError(
+                        f"param_groups[{i}][{key!r}] was changed from {value} to {group.get(key)}, and the states have "
+                        f"the shapes of {value}: set it back, or make a new optimizer"
+                    )
         now = [p for group in self.param_groups for p in group["params"]]
         if len(now) != len(self._records) or any(a is not b for a, b in zip(now, self._records, strict=True)):
             self._index()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; refused where a group no longer says what its states are (see :meth:`step`)."""
+        self._check_index()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         # what a copy has beside torch's own part; a group of processes is not copied
@@ -208,6 +227,10 @@ class GaLore(Optimizer):
 
     # -- what parallel and in-backward helpers ask --------------------------------------------------------
 
+    def holds(self, p: Tensor) -> bool:
+        """Whether p is one of its parameters."""
+        return p in self._records or any(p is q for group in self.param_groups for q in group["params"])
+
     def layout(self, p: Tensor) -> Layout | TensorLayout | None:
         """How p is projected; None where it is not."""
         return self._record(p).layout
@@ -232,7 +255,17 @@ class GaLore(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing."""
+        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing.
+
+        Raises:
+            RuntimeError: where an InBackward has taken the gradients.
+            ValueError: where a group's rank, or what else decides its states' shapes, was changed.
+        """
+        if self.fed and self._gradients is None:
+            raise RuntimeError(
+                "InBackward takes this optimizer's gradients, so this step would move the plain parameters alone: call "
+                "in_backward.step(), or in_backward.close() first"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -290,27 +323,15 @@ class GaLore(Optimizer):
 
     def _new_bases(self, p: Tensor, group: dict[str, Any], layout: Layout | TensorLayout, G: Tensor) -> Bases | None:
         """Bases of G, the same on every process; None where G is zero or not finite and has none to give."""
-        refresh, state = group["refresh"], self.state[p]
-        if refresh["method"] == "random":
-            return self._drawn(self._record(p), count(state["step"]))
-        whole = sharding.gathered(G)
-        new: Bases | None
-        if refresh["method"] == "svd":
-            largest = 1.0 if has_no_numbers(whole) else float(whole.abs().max())
-            new = exact_bases(whole, layout) if largest != 0.0 and math.isfinite(largest) else None
-        else:
-            step = count(state["step"])
-            old: Bases | None = None
-            if step > 0 and count(state["refresh_at"]) > 0:
-                old = tuple(None if b is None else sharding.gathered(b) for b in self.bases(p))
-            new = iterated_bases(
-                whole,
-                layout,
-                old,
-                iterations=refresh["iterations"] + (old is None),
-                oversample=refresh["oversample"],
-                seed=step * 1_000_003 + self._record(p).order,
-            )
+        if group["refresh"]["method"] == "random":
+            return self._drawn(self._record(p), count(self.state[p]["step"]))
+        state = self.state[p]
+        old: Bases | None = None
+        warm = group["refresh"]["method"] != "svd" or layout.k > 1
+        if warm and count(state["step"]) > 0 and count(state["refresh_at"]) > 0:
+            old = tuple(None if b is None else sharding.gathered(b) for b in self.bases(p))
+        seed = count(state["step"]) * 1_000_003 + self._record(p).order
+        new = found_bases(sharding.gathered(G), layout, old, group["refresh"], seed)
         if new is None:
             return None
         if self.process_group is not None:
@@ -336,7 +357,8 @@ class GaLore(Optimizer):
         by_group: dict[int, list[Item]] = {}
         for item in items:
             if item.new_bases is not None:
-                self._put_bases(item, item.new_bases)
+                old = self.bases(item.param) if needs_old(item) else ()
+                put_bases(item, old, item.new_bases, rotate=self._rotate_moments, projected=self._projected)
             by_group.setdefault(item.record.group, []).append(item)
         steps = [item.state["step"] for item in items]
         torch._foreach_add_(steps, [steps[0].new_ones(())] * len(steps))  # a number is made a tensor for each counter
@@ -344,33 +366,6 @@ class GaLore(Optimizer):
             item.step = step
         for mine in by_group.values():
             self._update(mine[0].group, mine)
-
-    def _put_bases(self, item: Item, new: Bases) -> None:
-        p, state, refresh = item.param, item.state, item.group["refresh"]
-        step, base_gap = count(state["step"]), item.group["update_proj_gap"]
-        first = count(state["refresh_at"]) == 0
-        old = self.bases(p) if refresh["rotate"] or refresh["lazy"] is not None else ()
-        if not first:
-            if refresh["rotate"]:
-                self._rotate_moments(item, old, new)
-            if (decay := refresh.get("decay", 1.0)) != 1.0:  # which earlier versions did not save
-                for key in {"exp_avg", "exp_avg_scales"} & state.keys():  # of 8-bit moments the scales
-                    state[key].mul_(decay)
-        gap = base_gap
-        if refresh["lazy"] is not None:
-            if not first:
-                kept = 1.0 if has_no_numbers(state["gap"]) else float(sharding.gathered(overlap(old, new)))
-                if kept >= refresh["lazy"]:
-                    gap = min(2 * count(state["gap"]), LAZY_LIMIT * base_gap)
-            state["gap"].fill_(gap)
-        assert item.layout is not None
-        if "drawn_at" in state:
-            state["drawn_at"].fill_(step)
-        for key, value in zip(item.layout.keys, new, strict=True):
-            if value is not None and key in state:
-                state[key].copy_(value)
-        phase = item.record.order * base_gap // self._projected if first and refresh["stagger"] else 0
-        state["refresh_at"].fill_(step + (phase or gap))
 
     def _rotate_moments(self, item: Item, old: Bases, new: Bases) -> None:
         raise NotImplementedError

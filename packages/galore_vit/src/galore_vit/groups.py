@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from galore_vit.projection import layout_of, sides
 from galore_vit.settings import GALORE_DEFAULTS
 
+NUMBERED = re.compile(r"(^|[._])\d+\.")
+"""Names inside numbered blocks: `blocks.3.`, and torchvision's `encoder_layer_3.`."""
+HEAD = re.compile(r"^(module\.|model\.|_orig_mod\.)*(classifier|heads?)\.")
+"""Names of a head, whose layers some models number."""
 FUSED_QKV = re.compile(r"(^|\.)(qkv|c_attn|in_proj|query_key_value|Wqkv)(_weight|\.weight)$")
 """Names of weights that hold q, k and v as three equal row blocks."""
 
@@ -29,7 +33,8 @@ def param_groups(
     """Groups for a GaLore optimizer: plain parameters, projected ones, and those projected in parts.
 
     Projected are the trainable matrices of linear and attention modules and the stacks of experts inside numbered
-    blocks (`blocks.3.attn.proj.weight`), which leaves out the head, embeddings and everything one-dimensional.
+    blocks (`blocks.3.attn.proj.weight`), which leaves out the head (`classifier`, `head`, `heads`), embeddings and
+    everything one-dimensional.
     A three-dimensional weight that is no convolution's, such as LTE's factors A (H, r, n) and B (H, m, r) or
     a layer of experts (Mixtral's `gate_up_proj`), is a stack of matrices: each of them is projected apart.
 
@@ -69,7 +74,8 @@ def param_groups(
             holds_matrices = (
                 _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd) or _are_experts(name, p, module)
             )
-            chosen = p.ndim >= 2 and holds_matrices and re.search(r"(^|\.)\d+\.", name) is not None
+            in_block = NUMBERED.search(name) is not None and HEAD.match(name) is None
+            chosen = p.ndim >= 2 and holds_matrices and in_block
         if not chosen:
             plain.append(p)
             continue

@@ -23,7 +23,7 @@ Of a linear layer, R follows from the layer's inputs and the gradient of its out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from galore_vit import sharding
 from galore_vit.counters import count
-from galore_vit.factored import FactoredLinear, Factors, Receiver, hand_over, projected_from, take_back
+from galore_vit.factored import Factors, Receiver, hand_over, projected_from, take_back
 from galore_vit.galore import GaLore
 from galore_vit.internals import backward_pass, without_autocast
 from galore_vit.item import Item
 from galore_vit.projection import Bases, Layout, project, project_back
+from galore_vit.stand_ins import add, check_processes, claim, give_up, linears_of, stand_in
 from galore_vit.tensors import TensorLayout
 
 Norm = Literal["exact", "sketch", "projected"]
@@ -72,8 +73,11 @@ class InBackward:
             plain training pass of a plain layer goes the ordinary way (the README lists it).
 
     Raises:
-        ValueError: a setting or an optimizer that cannot be, or a model none of whose linear layers has a projected
-            weight.
+        ValueError: a setting or an optimizer that cannot be, a model none of whose linear layers has a projected
+            weight, or weights whose gradients another InBackward takes.
+
+    Warns:
+        UserWarning: where there are several processes and no process_group.
     """
 
     def __init__(
@@ -95,10 +99,10 @@ class InBackward:
             raise ValueError(
                 'norm="exact" needs gradients, which are not made where a model is given: take "sketch" or "projected"'
             )
+        check_processes(model, process_group)
         self.optimizer = optimizer
         self.micro_batches = micro_batches
         self.process_group = process_group
-        optimizer.process_group = process_group
         adds_up = micro_batches > 1 or process_group is not None or model is not None
         self._norm: Norm | Literal["number"] = norm if adds_up or norm == "projected" else "number"
         self._compact: dict[Tensor, nn.Parameter] = {}
@@ -108,7 +112,6 @@ class InBackward:
         self._passes: dict[Tensor, int] = {}
         self._last_pass: dict[Tensor, int] = {}
         self._reduced = False
-        self._hooks = []
         for group in optimizer.param_groups:
             if optimizer.whole_gradients:
                 raise ValueError(
@@ -124,17 +127,13 @@ class InBackward:
                 if layout is None or not p.requires_grad:
                     continue
                 self._index[p] = len(self._index)
-                self._compact[p] = _stand_in(p, layout.compact_shape)
+                self._compact[p] = stand_in(p, layout.compact_shape)
                 if self._norm != "projected":
-                    self._dropped[p] = _stand_in(p, self._dropped_shape(layout))
-                self._hooks.append(p.register_post_accumulate_grad_hook(self._take))
-        self._linears: list[nn.Linear] = []
-        if model is not None:
-            try:
-                self._linears = _linears(model, self._compact)
-            except ValueError:
-                self.close()
-                raise
+                    self._dropped[p] = stand_in(p, self._dropped_shape(layout))
+        self._linears = linears_of(model, self._compact) if model is not None else []
+        claim(self._compact, self)
+        optimizer.process_group, optimizer.fed = process_group, True
+        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._compact]
         for linear in self._linears:
             hand_over(linear, Receiver(self))
 
@@ -149,8 +148,9 @@ class InBackward:
             hook.remove()
         for linear in self._linears:
             take_back(linear)
-        self._linears = []
-        self.optimizer.process_group = None
+        self._linears, self._hooks = [], []
+        give_up(self._compact, self)
+        self.optimizer.process_group, self.optimizer.fed = None, False
 
     def _dropped_shape(self, layout: Layout) -> tuple[int, ...]:
         if self._norm == "number":
@@ -194,8 +194,8 @@ class InBackward:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, compact ones included."""
         self.optimizer.zero_grad(set_to_none)
-        for stand_in in (*self._compact.values(), *self._dropped.values()):
-            stand_in.grad = None
+        for held in (*self._compact.values(), *self._dropped.values()):
+            held.grad = None
         self._new_bases.clear()
         self._passes.clear()
         self._last_pass.clear()
@@ -235,7 +235,13 @@ class InBackward:
                 if p not in self._compact:
                     if p.grad is not None:
                         items.append(self.optimizer.item(p))
-                elif (R := self._compact[p].grad) is not None:
+                    continue
+                if p.grad is not None:
+                    raise RuntimeError(
+                        f"a projected weight {tuple(p.shape)} has a gradient that no backward pass gave: "
+                        "InBackward takes those of backward() alone, so add a penalty to the loss, or close() it"
+                    )
+                if (R := self._compact[p].grad) is not None:
                     items.append(self.optimizer.compact_item(p, R, self._new_bases.get(p)))
         return items
 
@@ -247,6 +253,8 @@ class InBackward:
         G = p.grad
         if G is None:  # it came by its factors
             return
+        if G.is_sparse:
+            raise ValueError("GaLore takes dense gradients: build the embedding with sparse=False")
         p.grad = None
         layout = self.optimizer.layout(p)
         assert isinstance(layout, Layout)
@@ -263,12 +271,12 @@ class InBackward:
         with without_autocast(p):
             bases = self._bases_now(p)
             R = project(matrix, bases)
-            _add(self._compact[p], R)
+            add(self._compact[p], R)
             if self._norm == "exact":
-                _add(self._dropped[p], matrix - project_back(R, bases))
+                add(self._dropped[p], matrix - project_back(R, bases))
             elif self._norm == "number":
                 dropped = matrix.float().square().sum() - R.float().square().sum()
-                _add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
+                add(self._dropped[p], dropped.clamp_min(0.0).sqrt().to(R.dtype))
             elif self._norm == "sketch":
                 omega = self._random_map(p, layout)
                 self._add_sketch(p, layout, (matrix.mT if layout.left else matrix) @ omega, R, bases, omega)
@@ -303,11 +311,11 @@ class InBackward:
         self._count_pass(p)
         with without_autocast(p):
             if projected:
-                _add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
+                add(self._compact[p], projected_from(Y, X, layout.k, p.dtype))
                 return
             factors, bases = Factors.of(Y, X, layout.k), self._bases_now(p)
             R = factors.project(bases)
-            _add(self._compact[p], R)
+            add(self._compact[p], R)
             if self._norm == "sketch":
                 omega = self._random_map(p, layout)
                 sketch = factors.transposed_times(omega) if layout.left else factors.times(omega)
@@ -330,13 +338,14 @@ class InBackward:
             R, bases = R.mT, _transposed(bases)
         P, Q = bases
         inside = R if P is None else P @ R
-        _add(self._dropped[p], whole - (inside @ (Q @ omega) if Q is not None else 0))
+        add(self._dropped[p], whole - (inside @ (Q @ omega) if Q is not None else 0))
 
     def _random_map(self, p: Tensor, layout: Layout) -> Tensor:
         """Ω (n×s, m×s where P is used) of ±1/√s: ‖XΩ‖² is ‖X‖² on average. Fixed within a step, drawn anew for each."""
         step = count(self.optimizer.state[p]["step"])
         draw = torch.Generator().manual_seed(step * 1_000_003 + self._index[p])
-        signs = torch.randint(0, 2, (layout.m if layout.left else layout.n, SKETCH), generator=draw, dtype=torch.int8)
+        shape = (layout.m if layout.left else layout.n, SKETCH)
+        signs = torch.randint(0, 2, shape, generator=draw, dtype=torch.int8, device="cpu")
         return (signs.to(p) * 2 - 1) / SKETCH**0.5
 
     def _check_passes(self) -> None:
@@ -348,31 +357,9 @@ class InBackward:
         if passes != self.micro_batches:
             raise RuntimeError(
                 f"{passes} backward passes since the last zero_grad, and micro_batches is "
-                f"{self.micro_batches}: run exactly that many, and zero_grad after each step"
+                f"{self.micro_batches}: run exactly that many, and zero_grad after each step (one pass may count twice "
+                "for a layer at two places under checkpoint(use_reentrant=True): take use_reentrant=False)"
             )
-
-
-def _linears(model: nn.Module, projected: Mapping[Tensor, Any]) -> list[nn.Linear]:
-    """The plain linear layers whose own parameter `weight` is among the projected."""
-    found = [
-        module for module in model.modules()
-        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FactoredLinear)
-        and "forward" not in vars(module) and module._parameters.get("weight") in projected
-    ]  # fmt: skip
-    if not found:
-        raise ValueError("none of the model's nn.Linear layers has a projected weight: leave model out")
-    if any(isinstance(m, FactoredLinear) and m.receiver.projector is not None for m in found):
-        raise ValueError("another InBackward has this model's layers: close() it first")
-    return found
-
-
-def _stand_in(p: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    """A parameter of p's dtype and device that takes a gradient of `shape` and has no storage of its own."""
-    return nn.Parameter(torch.zeros((), dtype=p.dtype, device=p.device).expand(shape))
-
-
-def _add(stand_in: nn.Parameter, grad: Tensor) -> None:
-    stand_in.grad = grad if stand_in.grad is None else stand_in.grad.add_(grad)
 
 
 def _transposed(bases: Bases) -> Bases:

@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from galore_vit.settings import is_number
+
 QUERY_VALUE = ("q_proj", "v_proj"), ("query", "value")
 """What transformers calls the two projections: from version 5 on, and before."""
 HEAD = "classifier"
@@ -38,9 +40,9 @@ class MeLo:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
-        if not (math.isfinite(self.alpha) and self.alpha != 0.0):
+        if not (is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha != 0.0):
             raise ValueError(
-                f"alpha must be finite and not 0, not {self.alpha}: at scale 0 the adapter would never act"
+                f"alpha must be a finite number, not {self.alpha!r}, and not 0: at scale 0 the adapter would never act"
             )
 
     @property
@@ -89,7 +91,8 @@ def add_task(model: Any, config: MeLo, task: str, classes: int) -> None:
     model.add_adapter(task, _lora_config(model.get_base_model(), config))
     heads = head_wrapper(model).modules_to_save
     old = heads[task]
-    heads[task] = nn.Linear(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+    fresh = nn.Linear(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+    heads[task] = fresh.requires_grad_(old.weight.requires_grad)
 
 
 def _check_task(task: str) -> None:
@@ -151,6 +154,11 @@ class FirstPass:
 
 def _refuse_what_has_no_adapter(model: nn.Module) -> None:
     for name, module in projections(model):
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"{name} has an adapter already, though the model is no PeftModel: take the model that get_peft_model "
+                "gave, or merge or unload its adapters first"
+            )
         computed = parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters
         if type(module) is not nn.Linear and not computed:
             raise ValueError(f"{name} is a {type(module).__name__}, and MeLo adapts plain linear layers")

@@ -7,6 +7,7 @@ overlooks the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_vit.melo import MeLo, adapted, add_melo, add_task, block_of, head_wrapper, projections
+from galore_vit.melo import HEAD, MeLo, adapted, add_melo, add_task, block_of, head_wrapper, projections
 
 HEAD_KEY = re.compile(r"fc_(\d+)in_(\d+)out$")
 
@@ -75,6 +76,8 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
     if len(keys) != 1:
         raise ValueError(f"{path} holds {len(keys)} heads named fc_…in_…out, and a MeLo file holds one")
     weight, bias = tensors[keys[0]], tensors.get(f"{keys[0]}_bias")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_fit(base, config, pairs, weight, bias, ours=bool(ours), path=path)
     if not isinstance(model, PeftModel):
         model = add_melo(model, config, task)
         _fit_head(model, task, len(weight))
@@ -83,31 +86,47 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
     else:
         add_task(model, config, task, len(weight))
     head = head_wrapper(model).modules_to_save[task]
-    if bias is None and head.bias is not None and not ours:
+    if bias is None and head.bias is not None:
         warnings.warn(
             f"{path} holds no head bias (the published code saves none): it is zero now",
             UserWarning,
             stacklevel=2,
         )
         bias = torch.zeros(len(weight))
-    if (bias is None) != (head.bias is None):
-        has, wants = ("no bias", "one") if bias is None else ("a bias", "none")
-        raise ValueError(f"{path} holds a head with {has}, and the model's has {wants}")
     targets = [t for pair in adapted(model, task) for t in pair]
-    sources = [t for pair in pairs for t in pair]
-    if len(targets) != len(sources):
-        raise ValueError(
-            f"{path} holds {len(pairs)} adapters, and the model has {len(targets) // 2} projections for them"
-        )
     heads = [(head.weight, weight)] + ([(head.bias, bias)] if bias is not None else [])
-    for target, source in [*zip(targets, sources, strict=True), *heads]:
-        if target.shape != source.shape:
-            raise ValueError(
-                f"{path} holds a tensor of {tuple(source.shape)} where the model has {tuple(target.shape)}"
-            )
-        with torch.no_grad():
+    with torch.no_grad():
+        for target, source in [*zip(targets, (t for pair in pairs for t in pair), strict=True), *heads]:
             target.copy_(source)
     return model
+
+
+def _check_fit(
+    model: nn.Module, config: MeLo, pairs: list[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor | None, *,
+    ours: bool, path: str | Path,
+) -> None:  # fmt: skip
+    """Raises ValueError where the file is not for this model, before anything of the model is changed."""
+    layers: list[Any] = [
+        m for name, m in projections(model) if config.layers is None or block_of(name) in config.layers
+    ]
+    if len(layers) != len(pairs):
+        raise ValueError(f"{path} holds {len(pairs)} adapters, and the model has {len(layers)} projections for them")
+    head = getattr(model, HEAD, None)
+    head = getattr(head, "original_module", head)
+    if not isinstance(head, nn.Linear):
+        return  # said when the adapter is added
+    if (bias is None) != (head.bias is None) and (ours or bias is not None):
+        has, wants = ("no bias", "one") if bias is None else ("a bias", "none")
+        raise ValueError(f"{path} holds a head with {has}, and the model's has {wants}")
+    wanted: list[tuple[int, ...]]
+    wanted = [s for m in layers for s in ((config.rank, m.in_features), (m.out_features, config.rank))]
+    wanted += [(len(weight), head.in_features)] + ([(len(weight),)] if bias is not None else [])
+    held = [t for pair in pairs for t in pair] + [weight] + ([bias] if bias is not None else [])
+    for tensor, shape in zip(held, wanted, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{path} holds a tensor of {tuple(tensor.shape)} where the model has {shape}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{path} holds numbers that are NaN or infinite: it is damaged, or its training diverged")
 
 
 def _checksum(tensors: dict[str, Tensor], settings: str) -> str:
@@ -167,5 +186,7 @@ def _fit_head(model: Any, task: str, classes: int) -> None:
             old.in_features, classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
         )
         config = getattr(model.get_base_model(), "config", None)
-        if config is not None and hasattr(config, "num_labels"):  # by which transformers computes the loss
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            model.get_base_model().config = dataclasses.replace(config, num_labels=classes)
+        elif config is not None and hasattr(config, "num_labels"):  # by which transformers computes the loss
             config.num_labels = classes

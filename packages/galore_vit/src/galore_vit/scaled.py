@@ -12,11 +12,14 @@ orthonormal P that is random to G keeps ‖R_j‖ ≈ √(r/m)‖G_j‖ while �
 about AdamW's step**, whatever the rank, from 8 or so on; with fewer dimensions some channels' projections come near 0,
 and their steps are longer. With bases from the gradient R holds most of G, and the step is nearer to √r.
 
-The growth limit is Fira's (arXiv:2410.01623): the norm of a weight's update grows by 1 % a step at most.
+The growth limit is Fira's (arXiv:2410.01623): the norm of a weight's update grows by 1 % a step at most. It is taken as
+if every channel had moved (:mod:`galore_vit.growth`), so that a batch of few tokens, which moves few rows of an
+embedding, does not hold the next ones back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -26,9 +29,10 @@ from torch import Tensor
 from galore_vit import sharding
 from galore_vit.adamw import RESIDUAL_GROWTH, GaLoreAdamW, check_kernels
 from galore_vit.galore import GaLore
+from galore_vit.growth import limited_growth
 from galore_vit.item import Item
 from galore_vit.projection import Layout
-from galore_vit.settings import Refresh
+from galore_vit.settings import Refresh, is_number
 from galore_vit.tensors import TensorLayout
 
 Scaling = Literal["channel", "tensor"]
@@ -93,8 +97,8 @@ class GaLoreScaled(GaLoreAdamW):
         if group["scaling"] not in (None, "channel", "tensor"):
             raise ValueError(f"scaling must be 'channel', 'tensor' or None, not {group['scaling']!r}")
         limit = group["growth_limit"]
-        if limit is not None and not limit > 1.0:
-            raise ValueError(f"growth_limit must be above 1 or None, not {limit!r}")
+        if limit is not None and not (is_number(limit) and 1.0 < limit < math.inf):
+            raise ValueError(f"growth_limit must be a number above 1 or None, not {limit!r}")
         if "rank" not in group:
             return
         if group["dim"] > 2:
@@ -125,10 +129,9 @@ class GaLoreScaled(GaLoreAdamW):
         s = torch.where(of_R > 0, of_N / of_R, 0.0)  # (…, 1, n), (…, m, 1) or (…, 1, 1)
         if group["growth_limit"] is not None:
             norm = sharding.gathered(torch.linalg.vector_norm(s * _norms(G, dim)))
-            last = item.state["update_norm"]
-            limited = torch.where(last > 0, torch.minimum(norm, group["growth_limit"] * last), norm)
-            last.copy_(limited)
-            factor = sharding.placed(s, torch.where(norm > 0, limited / norm, 0.0), rows=False)
+            moved = of_R if len(dim) == 1 else _norms(item.grad, (-2,) if layout.left else (-1,))
+            shrunk = limited_growth(norm, item.state["update_norm"], moved, group["growth_limit"])
+            factor = sharding.placed(s, shrunk, rows=False)
             assert factor is not None
             s = s * factor
         W, lr = layout.matrices(p), group["lr"]

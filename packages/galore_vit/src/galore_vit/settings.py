@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from galore_vit.projection import PROJ_TYPES, layout_of
 from galore_vit.tensors import check_rank
 
 GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1, "dim": 2}
+FIXED_KEYS = ("rank", "proj_type", "split", "dim")
+"""Keys of a group that decide the shapes of its states."""
+OTHERS_KEYS = {
+    "gap": "update_proj_gap", "update_gap": "update_proj_gap", "galore_rank": "rank", "galore_scale": "scale",
+    "scale_type": "GaLoreScaled's scaling", "proj": "refresh=Refresh(method=…)",
+}  # fmt: skip
+"""What other packages, or the commands' flags, call a key, and what it is here."""
 LAZY_LIMIT = 16
 """A lazy gap never grows beyond this many times `update_proj_gap`."""
 
@@ -53,6 +61,11 @@ class Refresh:
             raise ValueError("refresh needs iterations of at least 1 and an oversample of at least 0")
         if self.lazy is not None and not 0.0 < self.lazy <= 1.0:
             raise ValueError(f"refresh lazy must lie in (0, 1], not {self.lazy}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an ordinary number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
@@ -114,6 +127,8 @@ def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -
         ValueError: where its keys are outside their range, or have no meaning together.
     """
     group = dict(given)
+    for key in sorted(OTHERS_KEYS.keys() & group.keys()):
+        raise ValueError(f"a parameter group has {key}, which is {OTHERS_KEYS[key]} here: rename it")
     if "rank" in group:
         group = {**GALORE_DEFAULTS, **group}
     elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all
