@@ -193,6 +193,7 @@ def test_units(text, n_bytes):
     [
         ("8G", "8,589,934,592"), ("8G", "8,000,000,000"), ("8", "no unit"), ("8Gb", "bits"), ("0GiB", "above 0"),
         ("-1GB", "above 0"), ("many", "not an amount"), ("8 apples", "no unit of memory"), ("", "not an amount"),
+        ("7,5GiB", "not an amount"), ("8,GB", "not an amount"), ("1,0000KB", "not an amount"), ("0.1B", "one byte"),
     ],
 )  # fmt: skip
 def test_ambiguous_amounts_are_refused(text, word):

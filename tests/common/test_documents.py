@@ -110,3 +110,20 @@ def test_rows_of_the_hub_are_documents():
     source = Source("someone/something train", len(rows), "train", None, "body", rows)
     assert list(source.documents()) == [("a", 1), (None, 2), ("b", 3)]
     assert fingerprints([source])[0] == source.earlier_fingerprint() == {"name": "someone/something train", "rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.tsv", 'text\tlabel\none\t0\n"two\t1\nthree\t0\nsay "hi"\t1\n', "is not TSV .*quote the texts"),
+        ("a.tsv", 'text\tlabel\n"two\t1\nthree\t0\nthe end"\t1\n', "line 4 ends a text that a quotation mark began"),
+        ("a.tsv", 'text\tlabel\n"Great" film\t1\n', "is not TSV"),
+        ("a.csv", "text,label\nhello, world,1\n", "line 2 has 3 cells, and the heading 2"),
+        ("a.csv", "label,text\n1\n", "line 2 has fewer cells, and the heading 2"),
+    ],
+)
+def test_rows_that_would_lose_text_are_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    [source] = find_sources(tmp_path, "text")
+    with pytest.raises(UserError, match=said):
+        list(source.documents())

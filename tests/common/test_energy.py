@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 from memtrain_common.measuring import energy
 from memtrain_common.measuring.energy import EnergyMeter, nvml_counters, rapl_counters
 
@@ -97,3 +98,37 @@ def test_a_rapl_that_cannot_be_read_is_left_out(tmp_path):
 
 def test_without_gpus_nvml_is_not_asked():
     assert nvml_counters([]) == {}
+
+
+def test_mean_watts_are_of_the_time_that_joules_were_counted(tmp_path, monkeypatch):
+    """A source of 100 W: an evaluation that takes most of the time takes most of the joules."""
+    from memtrain_common.commands.result import write_result
+    from memtrain_common.training.loop import FitConfig, Task, fit
+
+    clock = [0.0]
+    monkeypatch.setattr(energy.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(energy, "rapl_counters", lambda: {"steady": lambda: 100 * clock[0]})
+
+    def evaluate(_):
+        clock[0] += 50
+        return {"loss": 1.0}
+
+    def loss(model, x):
+        clock[0] += 1
+        return model(x).square().mean()
+
+    model = torch.nn.Linear(3, 2)
+    task = Task(model, lambda i: torch.ones(2, 3), loss, torch.optim.SGD(model.parameters()), evaluate=evaluate)
+    result = fit(task, FitConfig(6, eval_interval=3))
+    assert result.joules == pytest.approx(100 * (6 + 3 * 50))
+    write_result(tmp_path, {}, result)
+    header, row = (tmp_path / "cost.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), row.split(","), strict=True))["mean_watts"] == "100.0"
+
+
+@pytest.mark.parametrize(("device", "size", "expected"), [("cpu", 1, []), ("cuda:1", 1, [1]), ("cuda:0", 2, [0, 1])])
+def test_the_gpus_that_are_metered_are_the_runs_own(device, size, expected, monkeypatch):
+    from memtrain_common.training import distributed
+
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, size, 0, size))
+    assert distributed.gpus_of(torch.device(device)) == expected

@@ -111,3 +111,22 @@ def test_the_real_files(real_data):
     for task, (train, dev) in sizes.items():
         found = glue.load_glue(task, real_data / "glue")
         assert (len(found["train"]), len(found["dev"])) == (train, dev)
+
+
+def test_a_tab_within_a_sentence_is_refused(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    head = HEADS["mrpc"][1]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "MRPC" / name).write_text(f"{head}\n1\t5\t6\ta\twith tab\tb\n")
+    with pytest.raises(UserError, match="line 2: 6 columns instead of 5"):
+        glue.load_glue("mrpc", tmp_path)
+
+
+def test_incomplete_rows_of_qqp_are_left_out_and_said(tmp_path):
+    """The official file has a few; of another task such a row is an error."""
+    (tmp_path / "QQP").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "QQP" / name).write_text("id\tquestion1\tquestion2\tis_duplicate\n0\ta\tb\t1\n1\tc\n2\td\te\t0\n")
+    with pytest.warns(UserWarning, match="1 rows of fewer than 4 columns are left out"):
+        found = glue.load_glue("qqp", tmp_path)
+    assert found["train"].texts == (("a", "b"), ("d", "e"))

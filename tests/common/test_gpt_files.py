@@ -211,3 +211,19 @@ def test_generation_stays_inside_the_vocabulary_and_counts():
     with torch.no_grad():  # one likely token: the same as taking the largest
         greedy = model.generate(start, 3, top_k=1)
         assert int(greedy[0, 1]) == int(F.softmax(model(start)[0, -1], -1).argmax())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("activation_function", "relu"), ("layer_norm_epsilon", 1e-2), ("scale_attn_weights", False),
+     ("scale_attn_by_inverse_layer_idx", True), ("tie_word_embeddings", False)],
+)  # fmt: skip
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, name, value):
+    given, _ = plain(True)
+    write_gpt2(tmp_path / "gpt2", given)
+    path = tmp_path / "gpt2" / "config.json"
+    said = json.loads(path.read_text())
+    assert read_gpt2(tmp_path / "gpt2").config == given.config
+    path.write_text(json.dumps({**said, name: value}))
+    with pytest.raises(UserError, match=f"has {name} {value!r}, and this GPT computes"):
+        read_gpt2(tmp_path / "gpt2")

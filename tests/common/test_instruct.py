@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from memtrain_common.data.text.instruct import ANSWER_IS, PROMPT, examples, find_file, pair_of, read_rows
+from memtrain_common.data.text.instruct import ANSWER_IS, PROMPT, Row, examples, find_file, pair_of, read_rows
 from memtrain_common.errors import UserError
 
 
@@ -67,3 +67,25 @@ def test_the_real_files(real_data):
     assert all(ANSWER_IS in e.response and "<<" not in e.response for e in examples(rows))
     boolq = read_rows(real_data / "commonsense" / "boolq" / "test.json")
     assert pair_of(boolq) == ("instruction", "output")
+
+
+@pytest.mark.parametrize(
+    ("row", "response"),
+    [
+        ({"instruction": "Write a guide", "output": "#### Step 1\nRun `cin <<x>> y`.\n\n#### Step 2\nDone"}, None),
+        ({"question": "How?", "answer": "First <<x>>\n#### Step 2"}, None),
+        ({"instruction": "Count", "output": "so\n#### 42"}, None),
+        ({"question": "2*3?", "answer": "it is <<2*3=6>>6\n#### $1,006.50"}, "it is 6\nThe answer is: $1,006.50"),
+    ],
+)
+def test_headings_of_markdown_are_no_answers(row, response):
+    text = list(row.values())[1]
+    assert examples([Row(row, "f")])[0].response == (text if response is None else response)
+
+
+def test_an_input_that_is_no_text_is_refused_and_not_left_out():
+    with pytest.raises(UserError, match="line 3 has no text in the field 'input'"):
+        examples([Row({"instruction": "Double the number", "input": 7, "output": "14"}, "f, line 3")])
+    assert "\nseven" in examples([Row({"instruction": "a", "input": "seven", "output": "b"}, "f")])[0].prompt
+    for nothing in ("", None):
+        assert "a\n\n" in examples([Row({"instruction": "a", "input": nothing, "output": "b"}, "f")])[0].prompt

@@ -597,3 +597,93 @@ def test_steps_skipped_in_a_row_are_divergence(tmp_path):
     model = make()
     task = Task(model, batches, loss_fn, LeavesAlone(model.parameters(), set(range(99))))
     assert fit(task, FitConfig(max_iters=12, max_skipped=0)).skipped_steps == 12
+
+
+def simple(model, **more):
+    return Task(model, batches, loss_fn, more.pop("optimizer", None) or adam(model), evaluate=evaluate, **more)
+
+
+def test_a_run_is_not_begun_in_the_folder_of_another(tmp_path):
+    """Its first checkpoint would replace those of the run that is there."""
+    config = FitConfig(8, eval_interval=2, log_interval=2)
+    fit(simple(make()), config, run=RunFolder.open_or_create(tmp_path / "run", config))
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"holds a run with checkpoints up to step 8: go on with it \(resume=True\)"):
+        fit(simple(make(1)), config, run=RunFolder.open_or_create(tmp_path / "run", config))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_mask_of_minus_infinity_is_no_divergence(tmp_path):
+    model = make()
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    config = FitConfig(3, eval_interval=1)
+    assert fit(simple(model), config, run=RunFolder.create(tmp_path / "run")).step == 3
+    model.register_buffer("running", torch.zeros(2))
+    task = simple(model, after_step=lambda: model.running.fill_(math.inf))
+    with pytest.raises(DivergedError):
+        fit(task, config, run=RunFolder.create(tmp_path / "other"))
+
+
+def test_a_complex_weight_that_is_not_finite_is_not_saved(tmp_path):
+    model = make()
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.cfloat)))
+    task = simple(model, after_step=lambda: model.phase.data.fill_(complex(math.nan, 0)))
+    with pytest.raises(DivergedError):
+        fit(task, FitConfig(3, eval_interval=1), run=RunFolder.create(tmp_path / "run"))
+
+
+def test_left_in_the_first_evaluation_nothing_is_said_to_be_kept(tmp_path):
+    def interrupted(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model)
+
+    task = Task(model := make(), batches, loss_fn, adam(model), evaluate=interrupted)
+    with pytest.raises(Stopped, match=r"at step 0; nothing was saved yet: start it again"):
+        fit(task, FitConfig(3), run=RunFolder.create(tmp_path / "run"))
+
+
+def test_numbers_of_other_kinds_are_written(tmp_path):
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.02))
+    task = Task(
+        model, batches, lambda m, b: loss_fn(m, b).reshape(1), optimizer,
+        evaluate=lambda m: {"loss": np.float32(evaluate(m)["loss"]), "hits": np.int64(3)},
+    )  # fmt: skip
+    run = RunFolder.create(tmp_path / "run")
+    fit(task, FitConfig(4, log_interval=1, eval_interval=2), run=run)
+    found = lines(run)
+    assert all(row["lr"] == pytest.approx(0.02) for row in found if row["split"] == "train")
+    assert all(row["hits"] == 3.0 for row in found if row["split"] == "val")
+    assert not any("samples_per_second" in row for row in found)  # nobody said how many samples a step has
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: {"optimizer": torch.optim.LBFGS(m.parameters())}, "LBFGS computes the loss several times"),
+        (lambda m: {"optimizer": torch.optim.SGD(list(m.requires_grad_(False).parameters()))}, "nothing would be"),
+        (lambda m: {"loss": lambda model, b: model(b[0])}, r"shape \(6, 3\), and must be one number: take its mean"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_words(change, said):
+    model = make()
+    words = {"model": model, "batches": batches, "loss": loss_fn, "optimizer": adam(model), **change(model)}
+    with pytest.raises(ValueError, match=said):
+        fit(Task(**words), FitConfig(2))
+
+
+def test_a_layer_without_a_size_is_refused_in_words():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"0\.weight has no size yet"):
+        fit(Task(model, batches, loss_fn, torch.optim.SGD(model.parameters())), FitConfig(2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"gradient_accumulation_steps": 0}, {"eval_interval": 0}, {"log_interval": 0}, {"workers": -1}]
+)
+def test_a_configuration_that_cannot_be_is_refused(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be at least . ?, not {value}".replace(" ?", "")):
+        FitConfig(2, **wrong)

@@ -277,3 +277,24 @@ def test_pictures_of_another_size_are_refused():
     model = build_vit("mini", image_size=8, patch_size=4, classes=2)
     with pytest.raises(ValueError, match=r"pictures have 6×8 pixels, and the model takes 8"):
         model(torch.zeros(1, 3, 6, 8))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-3])
+def test_a_folders_epsilon_is_the_models(tmp_path, pixels, eps):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4,
+        num_labels=5, layer_norm_eps=eps,
+    )  # fmt: skip
+    theirs = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0, 0.02)  # so small that the norms feel ε
+    theirs.save_pretrained(tmp_path / "vit")
+    ours, kept = load_vit(tmp_path / "vit", image_size=0, classes=5)
+    assert kept
+    assert torch.equal(logits(ours, pixels), logits(theirs, pixels))
+    path = tmp_path / "vit" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "relu"}))
+    with pytest.raises(UserError, match="has the activation 'relu'"):
+        load_vit(tmp_path / "vit", image_size=0, classes=5)

@@ -80,14 +80,14 @@ def result_content(
 def write_result(folder: Path, content: Mapping[str, Any], result: FitResult) -> None:
     """``result.json`` and ``cost.csv``, a run's time and energy as a table of one row, for a spreadsheet.
 
-    "unavailable" stands where nothing was measured. Evaluation and saving are left out of the seconds; the joules are
-    those of the devices that ``energy_source`` names.
+    "unavailable" stands where nothing was measured. Evaluation and saving are left out of the seconds. They are in the
+    joules, those of the devices that ``energy_source`` names; the watts are of all the time that these were counted.
     """
     write_json(folder / RESULT, dict(content))
     joules = "unavailable" if result.joules is None else f"{result.joules:.1f}"
     watts = "unavailable"
-    if result.joules is not None and result.seconds > 0:
-        watts = f"{result.joules / result.seconds:.1f}"
+    if result.joules is not None and result.metered_seconds > 0:
+        watts = f"{result.joules / result.metered_seconds:.1f}"
     row = (str(result.step), f"{result.seconds:.3f}", joules, watts, result.energy_source)
     (folder / COST).write_text(f"steps,seconds,joules,mean_watts,energy_source\n{','.join(map(_cell, row))}\n")
 

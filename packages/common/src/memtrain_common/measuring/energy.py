@@ -57,6 +57,11 @@ class EnergyMeter:
         """Joules so far, earlier parts of a resumed run included; None where there is no counter."""
         return self._joules_before + self._measured() if self._counters else None
 
+    @property
+    def seconds(self) -> float:
+        """Seconds over which the joules were counted, earlier parts of a resumed run included."""
+        return self._seconds_before + time.monotonic() - self._started
+
     def _measured(self) -> float:
         with self._lock:
             return sum(read() - self._begin.get(name, 0.0) for name, read in self._counters.items())

@@ -23,6 +23,12 @@ from .gpt import GPT, GPTConfig
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB = 50257  # the last one is <|endoftext|>
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_COMPUTED = {
+    "activation_function": ("gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast"),
+    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,), "add_cross_attention": (False,),
+}  # fmt: skip
+"""What else a GPT-2's configuration may say, where every forward pass is this GPT's; transformers' default first."""
 _MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
@@ -160,6 +166,9 @@ def read_gpt2(folder: Path) -> PlainGPT:
         said = read_json(folder / "config.json")
         if said.get("model_type") != "gpt2":
             raise UserError(f"{folder} holds the model type {said.get('model_type')!r}: only gpt2 can be taken up")
+        for name, computed in _COMPUTED.items():
+            if said.get(name, computed[0]) not in computed:
+                raise UserError(f"{folder} has {name} {said[name]!r}, and this GPT computes {computed[0]!r} alone")
         shape = {ours: said[theirs] for ours, theirs in _SHAPE.items()}
         config = GPTConfig(**shape, bias=True)
         named: dict[str, Tensor] = {}

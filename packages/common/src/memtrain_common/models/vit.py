@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .vit_files import read_vit
-from .vit_model import ViT, ViTConfig
+from .vit_files import norm_eps, read_vit
+from .vit_model import NORM_EPS, ViT, ViTConfig
 
 # width, blocks, heads: Touvron et al. (2021, arXiv:2012.12877) for Ti and S; Dosovitskiy et al. for B, L and H
 SIZES = {
@@ -45,9 +45,13 @@ def build_vit(size: str, *, image_size: int, patch_size: int, classes: int, drop
 
 
 def _vit(
-    width: int, blocks: int, heads: int, mlp: int, image: int, patch: int, classes: int, dropout: float = 0.0
-) -> ViT:
-    return ViT(ViTConfig(width, blocks, heads, mlp, image, patch, classes, hidden_dropout_prob=dropout))
+    width: int, blocks: int, heads: int, mlp: int, image: int, patch: int, classes: int, dropout: float = 0.0,
+    eps: float = NORM_EPS,
+) -> ViT:  # fmt: skip
+    config = ViTConfig(
+        width, blocks, heads, mlp, image, patch, classes, hidden_dropout_prob=dropout, layer_norm_eps=eps
+    )
+    return ViT(config)
 
 
 def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[ViT, bool]:
@@ -71,7 +75,8 @@ def load_vit(path: Path, *, image_size: int, classes: int) -> tuple[ViT, bool]:
         image_size = image_size or patch * round((tensors[positions].shape[1] - 1) ** 0.5)
         if image_size % patch:
             raise UserError(f"{path} has patches of {patch} pixels, which do not fill images of {image_size}")
-        model = _vit(width, blocks, heads or max(1, width // 64), mlp, image_size, patch, classes)
+        heads = heads or max(1, width // 64)
+        model = _vit(width, blocks, heads, mlp, image_size, patch, classes, eps=norm_eps(path))
         tensors[positions] = resize_positions(tensors[positions], image_size // patch)
     except KeyError as error:
         raise UserError(f"{path} is not a ViT: it has no {error.args[0]}") from None

@@ -16,9 +16,26 @@ from torch import Tensor
 from ..data.unpacking import NPZ_ERRORS, check_unpacked, npz_reason
 from ..errors import UserError
 from ..files import read_json
+from .vit_model import NORM_EPS
 
 BY_NAME = "timm:"
 """Before the name of a timm model."""
+
+
+def norm_eps(path: Path) -> float:
+    """ε of the layer norms: that of a folder's configuration, or the published models'.
+
+    Raises:
+        UserError: if the folder's model computes something else than this project's ViT.
+    """
+    if not path.is_dir():
+        return NORM_EPS
+    said = read_json(path / "config.json")
+    if said.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path} has the activation {said['hidden_act']!r}, and this ViT computes 'gelu' alone")
+    if not said.get("qkv_bias", True):
+        raise UserError(f"{path} has no biases of q, k and v, which this ViT has")
+    return float(said.get("layer_norm_eps", 1e-12))  # transformers' default
 
 
 def read_vit(path: Path) -> tuple[dict[str, Tensor], int]:

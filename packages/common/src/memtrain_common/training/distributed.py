@@ -182,6 +182,14 @@ def synchronising(wrapper: Any, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def gpus_of(device: torch.device) -> list[int]:
+    """The GPUs whose energy a run on ``device`` takes, on this machine; none on the CPU."""
+    if device.type != "cuda":
+        return []
+    place = world()
+    return list(range(place.local_size)) if place.size > 1 else [device.index or 0]
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a scalar over all processes."""
     if world().size > 1:

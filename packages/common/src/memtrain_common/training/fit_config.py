@@ -33,7 +33,7 @@ class FitConfig:
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the loop."""
     units_per_step: int = 0
-    """Tokens or samples in an optimizer step over all processes, for the rate."""
+    """Tokens or samples in an optimizer step over all processes, for the rate; 0 gives none."""
     unit: str = "samples"
     tracker: str = "none"
     """"tensorboard", "wandb", "trackio" or "none"; metrics.jsonl is always written."""
@@ -49,6 +49,17 @@ class FitConfig:
     """The checks are after the steps that leave this remainder when divided by ``agree_interval``."""
     patience_s: float = 0.0
     """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
+
+    def __post_init__(self) -> None:
+        """Raises:
+        ValueError: naming a number that is too small.
+        """
+        for name in ("gradient_accumulation_steps", "eval_interval", "log_interval", "agree_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_iters", "checkpoint_interval", "workers", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
 
 @dataclass
@@ -70,6 +81,8 @@ class FitResult:
     skipped_steps: int = 0
     """Steps that float16's scaler or the optimizer left out because a gradient was NaN or Inf."""
     joules: float | None = None
+    metered_seconds: float = 0.0
+    """Over which the joules were counted: evaluation and saving too, and steps that a kill lost."""
     energy_source: str = "unavailable"
 
     def note_rate(self, units_per_step: int, first: int, timed_from: float) -> None:

@@ -15,7 +15,7 @@ from ..runs.state_tree import check
 from .distributed import any_rank, unwrap
 from .fit_config import FitResult
 from .task import Task
-from .training_state import Stateful, all_finite, capture, check_resume_key, put_back
+from .training_state import Stateful, all_finite, capture, check_resume_key, infinite_buffers, put_back
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Keeper:
         self.resume_key = dict(resume_key)
         self.progress = Progress(torch.ones((), dtype=torch.bool, device=next(self.model.parameters()).device))
         self._others: dict[str, Stateful] = {**task.stateful, "scaler": scaler}
+        self._infinite = infinite_buffers(self.model)
         if run is not None:
             self._check_storable()
 
@@ -90,10 +91,14 @@ class Keeper:
         """
         assert self.run is not None
         progress = self.progress
-        progress.finite &= all_finite(self.model)
+        progress.finite &= self.all_finite()
         self.check_finite()
         progress.saved_step = progress.result.step
         return self.run.checkpoints.save(progress.result.step, self.state(), best=self.best_step)
+
+    def all_finite(self) -> Tensor:
+        """Whether the model's numbers are finite, but for buffers that were not at the start, as masks of −∞."""
+        return all_finite(self.model, but=self._infinite)
 
     def check_finite(self) -> None:
         """Raises:
@@ -141,6 +146,21 @@ class Keeper:
             self.model, self.optimizer, self._others, parts=self.task.parts, alone=alone, progress=progress,
             identity=self.resume_key,
         )  # fmt: skip
+
+    def begin(self, resume: bool, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Go on from the newest checkpoint, or begin at step 0.
+
+        Raises:
+            UserError: as :meth:`restore`; or where a run would begin in the folder of another, whose checkpoints its
+                own first one would replace.
+        """
+        if resume:
+            self.restore(read_key)
+        elif self.run is not None and self.run.writes and (steps := self.run.checkpoints.steps()):
+            raise UserError(
+                f"{self.run.path} holds a run with checkpoints up to step {steps[-1]}: go on with it (resume=True), or "
+                "begin in another folder"
+            )
 
     def restore(self, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Take up the newest valid checkpoint; where there is none, begin the run anew.

@@ -11,7 +11,6 @@ from ..interrupts import say_from_now_on, saying
 from ..runs.rescued_rows import Rows, write_rows
 from .distributed import world
 from .keeping import Keeper
-from .training_state import all_finite
 
 
 def stop(keeper: Keeper, signum: int) -> None:
@@ -24,6 +23,8 @@ def stop(keeper: Keeper, signum: int) -> None:
     message = f"stopped by {Stopped(signum, '').name} at step {step}"
     if keeper.run is None:
         raise Stopped(signum, f"{message}; nothing was saved, since there is no run folder")
+    if step == 0:
+        raise Stopped(signum, f"{message}; nothing was saved yet: start it again")
     path = keeper.run.checkpoints.path(step) if keeper.progress.saved_step == step else keeper.save()
     raise Stopped(signum, f"{message}; checkpoint {path}; resume with --resume {keeper.resume_path}")
 
@@ -79,7 +80,7 @@ def rescuing(keeper: Keeper, *, every: int, since: int = 0) -> Iterator[None]:
         if run is None:
             raise LostRankError(message + "nothing was saved, since there is no run folder") from None
         go_on = f"; resume with --resume {keeper.resume_path}"
-        if not keeper.task.apart or not bool(keeper.progress.finite & all_finite(keeper.model)):
+        if not keeper.task.apart or not bool(keeper.progress.finite & keeper.all_finite()):
             raise LostRankError(message + keeper.last_kept + go_on) from None
         state, parts = keeper.state(alone=True), keeper.task.parts
         own = parts.own_rows(state) if parts is not None else None

@@ -22,7 +22,7 @@ from ..measuring.memory import SavedActivations, measure
 from ..measuring.peak import PeakMeter, memory_in_use
 from ..runs.run_folder import RunFolder
 from ..runs.trackers import Tracker, open_tracker
-from .distributed import any_rank, mean_over_ranks, synchronising, unwrap, world
+from .distributed import any_rank, gpus_of, mean_over_ranks, synchronising, unwrap, world
 from .evaluation import mean_loss as mean_loss
 from .fit_config import DTYPES, FitConfig, FitResult
 from .heartbeat import Heartbeat
@@ -30,7 +30,7 @@ from .keeping import Keeper
 from .leaving import rescuing, stop, stop_at_once
 from .rng import rng_state, set_rng_state
 from .stop_signals import LeaveEvaluation, StopSignals
-from .task import Task as Task
+from .task import Task, one_number
 
 
 def fit(
@@ -103,9 +103,8 @@ class _Trainer:
 
     def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
-        if resume:
-            self.keeper.restore(read_key)
-        gpus = range(world().local_size) if self.device.type == "cuda" else ()
+        self.keeper.begin(resume, read_key)
+        gpus = gpus_of(self.device)
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
         if self.run and self.run.writes:
@@ -148,7 +147,7 @@ class _Trainer:
                         self._log(value, norm, steps * config.units_per_step / lapse, bar)
                         lapse = 0.0
                     self._agree_to_stop(signals)
-                result.joules = meter.joules
+                result.joules, result.metered_seconds = meter.joules, meter.seconds
         except KeyboardInterrupt as interrupt:
             stop_at_once(self.keeper, interrupt)
         finally:
@@ -214,7 +213,7 @@ class _Trainer:
     def _forward(self, batch: Batch, recording: AbstractContextManager[Any]) -> Tensor:
         dtype = DTYPES[self.config.dtype]
         with self.task.saving(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), recording:
-            return self.task.loss(self.model, batch)
+            return one_number(self.task.loss(self.model, batch))
 
     # -- looking: evaluation, checkpoints, metrics -----------------------------------------------------------------
 
@@ -261,23 +260,24 @@ class _Trainer:
         self.inner.eval()
         dtype = DTYPES[self.config.dtype]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return self.task.evaluate(self.evaluated_model)
+            return {name: float(value) for name, value in self.task.evaluate(self.evaluated_model).items()}
 
     def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
         self.keeper.check_finite()
         config, result = self.config, self.result
         row: dict[str, Any] = {"step": result.step, "split": "train", "loss": loss}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         if norm is not None:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             if self.task.apart:  # the root of the sum of the parts' squares
                 norm = (mean_over_ranks(norm.square()) * world().size).sqrt()
             row["grad_norm"] = float(norm)
-        row[f"{config.unit}_per_second"] = round(rate, 1)
+        row |= {f"{config.unit}_per_second": round(rate, 1)} if config.units_per_step else {}
         row["seconds"] = round(result.seconds, 3)
         row |= {"skipped": result.skipped_steps} if result.skipped_steps else {}
         self._write(row)
-        shown = f"loss {loss:.4f}, {format_count(rate)} {config.unit}/s, {format_bytes(memory_in_use(self.device))}"
+        speed = f"{format_count(rate)} {config.unit}/s, " if config.units_per_step else ""
+        shown = f"loss {loss:.4f}, {speed}{format_bytes(memory_in_use(self.device))}"
         shown += f", {result.skipped_steps} skipped" if result.skipped_steps else ""
         bar.set_postfix_str(shown, refresh=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..data.batches import Batch, to_device
 from .training_state import Parts, Stateful
@@ -52,10 +53,17 @@ class Task:
         """The optimizer.
 
         Raises:
-            ValueError: if none has been chosen yet.
+            ValueError: if none has been chosen yet, it is one that wants a closure, or it has nothing to train.
         """
         if self.optimizer is None:
             raise ValueError("a task without an optimizer cannot be trained: give it one")
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS computes the loss several times a step, by a closure, and fit once: take another")
+        lazy = next((name for name, p in self.model.named_parameters() if is_lazy(p)), None)
+        if lazy is not None:
+            raise ValueError(f"{lazy} has no size yet: run one batch through the model before it is trained")
+        if not any(p.requires_grad for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer has no parameter that requires a gradient: nothing would be trained")
         return self.optimizer
 
     def losses(self, n: int) -> Iterator[Tensor]:
@@ -80,3 +88,16 @@ class Task:
     def apart(self) -> bool:
         """Whether each process holds a part of the model."""
         return self.parts is not None and self.parts.apart
+
+
+def one_number(loss: Tensor) -> Tensor:
+    """The loss as a scalar.
+
+    Raises:
+        ValueError: if it is several numbers.
+    """
+    if loss.dim() == 0:
+        return loss
+    if loss.numel() != 1:
+        raise ValueError(f"the loss has the shape {tuple(loss.shape)}, and must be one number: take its mean")
+    return loss.reshape(())

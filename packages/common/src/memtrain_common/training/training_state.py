@@ -129,12 +129,21 @@ def check_resume_key(saved: Mapping[str, Any], now: Mapping[str, Any], where: Pa
             )
 
 
-def all_finite(model: nn.Module) -> Tensor:
-    """Whether every number in the model's state is finite, as a boolean tensor; of this process's shards."""
+def infinite_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that hold infinite numbers, as a mask of −∞ does."""
+    return frozenset(name for name, b in model.named_buffers(remove_duplicate=False) if not bool(b.isfinite().all()))
+
+
+def all_finite(model: nn.Module, but: frozenset[str] = frozenset()) -> Tensor:
+    """Whether every number in the model's state is finite, as a boolean tensor; of this process's shards.
+
+    Args:
+        but: names that are left out.
+    """
     flags = [
         (value.to_local() if hasattr(value, "to_local") else value).isfinite().all()
-        for value in model.state_dict().values()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and name not in but
     ]
     return torch.stack(flags).all() if flags else torch.tensor(True)
 

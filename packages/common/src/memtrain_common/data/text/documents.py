@@ -23,6 +23,7 @@ from ..splits import SPLIT_WORDS
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".html")
 _SAMPLE = 2**20
+_QUOTES = "some programs quote the texts of a TSV file and some do not, so write it as CSV or JSON Lines"
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,23 @@ def _csv(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
     raw, data = _open(path)
     with raw:
         lines = lines_of(io.TextIOWrapper(data, "utf-8-sig", newline=""), path)
-        rows = csv.DictReader(lines, dialect="excel-tab" if ".tsv" in path.suffixes else "excel")
+        tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes]
+        rows = csv.DictReader(lines, dialect="excel-tab" if tabs else "excel", strict=tabs)
         try:
             if column not in (rows.fieldnames or ()):
                 raise UserError(_no_column(str(path), column, rows.fieldnames or ()))
             for row in rows:
-                yield row[column] or None, raw.tell()
+                text, where = row[column], f"{path}, line {rows.line_num}"
+                if None in row or text is None:
+                    cells = len(row) - 1 + len(row.get(None) or ()) if None in row else "fewer"
+                    raise UserError(f"{where} has {cells} cells, and the heading {len(rows.fieldnames or ())}: mend it")
+                if tabs and "\n" in text and "\t" in text:
+                    raise UserError(f"{where} ends a text that a quotation mark began, over tabs and lines: {_QUOTES}")
+                yield text or None, raw.tell()
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num} is not CSV: {error}") from None
+            kind = "TSV" if tabs else "CSV"
+            hint = f": {_QUOTES}" if tabs else ""
+            raise UserError(f"{path}, line {rows.line_num} is not {kind} ({error}){hint}") from None
 
 
 def _jsonl(path: Path, column: str) -> Iterator[tuple[str | None, int]]:

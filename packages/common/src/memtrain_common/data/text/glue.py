@@ -5,6 +5,7 @@ Layout of a task's folder (``DIR/CoLA``, ``DIR/SST-2``, …; the folder itself w
 CoLA has none, and MRPC may come as ``msr_paraphrase_train.txt`` and ``msr_paraphrase_test.txt``.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,17 +125,22 @@ def _parse(spec: GlueTask, path: Path, lines: Sequence[str]) -> GlueSplit:
             raise UserError(f"{path} has no column {missing[0]!r}: its first row names {', '.join(header)}")
         at, label_at = [header.index(c) for c in spec.columns], header.index(spec.label)
         width, first = len(header), 1
-    texts, labels = [], []
+    texts, labels, incomplete = [], [], 0
     for number, line in enumerate(lines[first:], start=first + 1):
         if not line:
             continue
         cells = line.split("\t")
-        if len(cells) <= max(*at, label_at):
+        if len(cells) < width and spec.folder == "QQP":  # the official file has a few such rows
+            incomplete += 1
+            continue
+        if len(cells) > width or len(cells) <= max(*at, label_at):
             raise UserError(f"{path}, line {number}: {len(cells)} columns instead of {width}")
         labels.append(_label(spec, cells[label_at], path, number))
         texts.append(tuple(cells[i] for i in at))
     if not texts:
         raise UserError(f"{path} has no rows")
+    if incomplete:
+        warnings.warn(f"{path}: {incomplete} rows of fewer than {width} columns are left out", stacklevel=2)
     return GlueSplit(tuple(texts), np.array(labels, np.int64 if spec.labels else np.float32))
 
 

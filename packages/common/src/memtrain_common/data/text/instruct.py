@@ -23,7 +23,8 @@ PROMPT = (
 ANSWER_IS = "The answer is: "
 
 # (instruction, response) columns, the first pair that a row has
-PAIRS = (("query", "response"), ("instruction", "output"), ("question", "answer"), ("problem", "solution"))
+GSM8K = ("question", "answer")
+PAIRS = (("query", "response"), ("instruction", "output"), GSM8K, ("problem", "solution"))
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def pair_of(rows: Sequence[Row]) -> tuple[str, str]:
 
 def instruction_of(row: Row, column: str) -> str:
     """The instruction, with Alpaca's further ``input`` below it where there is one."""
-    more = row.values.get("input") or ""
-    return row.text(column) + (f"\n{more}" if isinstance(more, str) and more else "")
+    more = row.text("input") if row.values.get("input") not in (None, "") else ""
+    return row.text(column) + (f"\n{more}" if more else "")
 
 
 def alpaca(row: Row, column: str) -> str:
@@ -146,18 +147,23 @@ def examples(
     rows: Sequence[Row], pair: tuple[str, str] | None = None, prompt: Callable[[Row, str], str] = alpaca
 ) -> list[Example]:
     """Prompts with responses, which follow one another without a space. GSM8K's ``<<2*3=6>>`` are left out and its
-    ``#### 6`` becomes "The answer is: 6", which is what evaluation looks for.
+    last line ``#### 6`` becomes "The answer is: 6", which is what evaluation looks for.
 
     Args:
         pair: the columns of instruction and response; None finds them in the first row, and every row must have them.
         prompt: of a row, whose instruction is in the column that is named.
     """
-    instruction, response = pair_of(rows) if pair is None else pair
-    return [Example(prompt(row, instruction), _response(row.text(response))) for row in rows]
+    instruction, response = chosen = pair_of(rows) if pair is None else pair
+    of_gsm8k = tuple(chosen) == GSM8K
+    return [
+        Example(prompt(row, instruction), _gsm8k(row.text(response)) if of_gsm8k else row.text(response).strip())
+        for row in rows
+    ]
 
 
-def _response(text: str) -> str:
+def _gsm8k(text: str) -> str:
+    """The answer's last line, where it is a number; else the text may be anybody's, with headings of Markdown."""
     body, mark, answer = text.rpartition("\n#### ")
-    if not mark:
+    if not mark or not re.fullmatch(r"[-+$€£]*[\d.,]+\s*%?", answer.strip()):
         return text.strip()
     return re.sub(r"<<[^>]*>>", "", body).strip() + "\n" + ANSWER_IS + answer.strip()
