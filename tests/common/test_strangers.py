@@ -8,17 +8,20 @@ import base64
 import json
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from memtrain_common import files
 from memtrain_common.commands.cli import run_command
 from memtrain_common.console import Console, printable
 from memtrain_common.data import unpacking
 from memtrain_common.data.images import tree
+from memtrain_common.data.images.image_set import ArrayImages
 from memtrain_common.data.images.tree import Tree
 from memtrain_common.data.text.documents import find_sources
 from memtrain_common.data.text.glue import read_split
@@ -28,6 +31,7 @@ from memtrain_common.files import parse_json, read_json, visible_files
 from memtrain_common.measuring.memory import Ledger
 from memtrain_common.models import encoders
 from memtrain_common.models.gpt_files import read_gpt2
+from memtrain_common.models.llama2c import load_llama2c
 from memtrain_common.models.vit_files import read_state_dict, read_vit
 from memtrain_common.runs.run_folder import RunFolder
 from support import ROOT
@@ -355,3 +359,46 @@ def test_a_damaged_result_is_named(tmp_path):
 
 def test_the_limits_are_what_the_readme_says():
     assert (files.MOST_LINE, unpacking.MOST_PICTURE, encoders.MOST_LAYERS) == (64 << 20, 256 << 20, 1024)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_llama2c_file_with_an_output_matrix_of_its_own(tmp_path, shared):
+    """Written as llama2.c's export does it: all layers of a kind, the angles, and an output matrix where there is one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=10, rms_norm_eps=1e-5, tie_word_embeddings=shared,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def neighbours(W, heads):
+        return W.view(heads, 2, -1, W.shape[1]).transpose(1, 2).reshape(W.shape)
+
+    layers = model.model.layers
+    tensors = [model.model.embed_tokens.weight, *(b.input_layernorm.weight for b in layers)]
+    tensors += [neighbours(b.self_attn.q_proj.weight, 4) for b in layers]
+    tensors += [neighbours(b.self_attn.k_proj.weight, 2) for b in layers]
+    for name in ("self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj"):
+        tensors += [b.get_submodule(name).weight for b in layers]
+    tensors += [*(b.mlp.up_proj.weight for b in layers), model.model.norm.weight, torch.randn(2, 10, 2)]
+    tensors += [] if shared else [model.lm_head.weight]
+    header = struct.pack("7i", 16, 24, 2, 4, 2, 19 if shared else -19, 10)
+    numbers = torch.cat([t.detach().flatten() for t in tensors]).numpy().tobytes()
+    (tmp_path / "model.bin").write_bytes(header + numbers)
+    found = load_llama2c(tmp_path / "model.bin")
+    tokens = torch.randint(0, 19, (3, 7))
+    torch.testing.assert_close(found(tokens).logits, model(tokens).logits)
+    (tmp_path / "short.bin").write_bytes(header + numbers[: -4 if not shared else -4 * 41])
+    with pytest.raises(UserError, match="is cut short"):
+        load_llama2c(tmp_path / "short.bin")
+    (tmp_path / "zero.bin").write_bytes(struct.pack("7i", 16, 24, 2, 0, 2, 19, 10) + numbers)
+    with pytest.raises(UserError, match="its header has the sizes"):
+        load_llama2c(tmp_path / "zero.bin")
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 4, 4), np.float32), np.zeros((2, 4, 4), np.uint16), np.zeros((4, 4), np.uint8)]
+)
+def test_pictures_whose_range_nothing_says_are_refused(array):
+    with pytest.raises(ValueError, match="must be uint8"):
+        ArrayImages(array)

@@ -27,6 +27,9 @@ def load_llama2c(path: Path) -> Any:
     if len(raw) < 28:
         raise UserError(f"{path} is no llama2.c model: it has {len(raw)} bytes")
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", raw[:28])
+    shared, vocab = vocab > 0, abs(vocab)  # a negative one says that the output has a matrix of its own
+    if min(dim, hidden, layers, heads, kv_heads, vocab, length) < 1 or dim % heads:
+        raise UserError(f"{path} is no llama2.c model: its header has the sizes {struct.unpack('7i', raw[:28])}")
     kv = dim // heads * kv_heads
     kinds = (
         ("input_layernorm", (dim,)),
@@ -39,7 +42,9 @@ def load_llama2c(path: Path) -> Any:
         ("mlp.down_proj", (dim, hidden)),
         ("mlp.up_proj", (hidden, dim)),
     )
+    angles = length * (dim // heads)  # cosines and sines, which nobody reads
     needed = vocab * dim + layers * sum(torch.Size(s).numel() for _, s in kinds) + dim
+    needed += 0 if shared else angles + vocab * dim
     if len(raw) < 28 + 4 * needed:
         raise UserError(f"{path} is cut short: its header asks for {28 + 4 * needed} bytes, and it has {len(raw)}")
     config = LlamaConfig(
@@ -51,13 +56,13 @@ def load_llama2c(path: Path) -> Any:
         num_key_value_heads=kv_heads,
         max_position_embeddings=length,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shared,
     )
     model = LlamaForCausalLM(config).eval()
     values = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
-    pieces = iter(
-        values.split([vocab * dim] + [layers * torch.Size(s).numel() for _, s in kinds] + [dim, len(values) - needed])
-    )
+    counts = [vocab * dim, *(layers * torch.Size(s).numel() for _, s in kinds), dim]
+    counts += [] if shared else [angles, vocab * dim]
+    pieces = iter(values.split([*counts, len(values) - needed]))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(next(pieces).view(vocab, dim))
         for name, shape in kinds:
@@ -66,6 +71,9 @@ def load_llama2c(path: Path) -> Any:
                     W = _halves(W, heads if name.endswith("q_proj") else kv_heads)
                 layer.get_submodule(name).weight.copy_(W)
         model.model.norm.weight.copy_(next(pieces))
+        if not shared:
+            next(pieces)
+            model.lm_head.weight.copy_(next(pieces).view(vocab, dim))
     return model
 
 

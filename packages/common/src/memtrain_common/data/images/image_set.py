@@ -49,9 +49,17 @@ class Images(Protocol):
 
 
 class ArrayImages:
-    """Pictures of one size in memory: (N, H, W) grey or (N, H, W, 3)."""
+    """Pictures of one size in memory: bytes (N, H, W) of grey, or (N, H, W, 3).
+
+    Raises:
+        ValueError: for another shape or other numbers, whose range nothing says.
+    """
 
     def __init__(self, array: Pixels) -> None:
+        if array.dtype != np.uint8 or not (array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3)):
+            raise ValueError(
+                f"pictures must be uint8 (N, H, W) or (N, H, W, 3), not {array.dtype} {array.shape}: scale them to 0…255"
+            )
         self.array = array
 
     def __len__(self) -> int:
