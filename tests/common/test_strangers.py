@@ -363,7 +363,7 @@ def test_the_limits_are_what_the_readme_says():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_llama2c_file_with_an_output_matrix_of_its_own(tmp_path, shared):
-    """Written as llama2.c's export does it: all layers of a kind, the angles, and an output matrix where there is one."""
+    """Written as llama2.c's export does it: all layers of a kind, the angles, an output matrix where there is one."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

@@ -58,7 +58,7 @@ class ArrayImages:
     def __init__(self, array: Pixels) -> None:
         if array.dtype != np.uint8 or not (array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3)):
             raise ValueError(
-                f"pictures must be uint8 (N, H, W) or (N, H, W, 3), not {array.dtype} {array.shape}: scale them to 0…255"
+                f"pictures must be uint8 (N, H, W) or (N, H, W, 3), not {array.dtype} {array.shape}: scale them so"
             )
         self.array = array
 
