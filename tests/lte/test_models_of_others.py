@@ -327,3 +327,44 @@ def test_convolutions_and_norms_are_cast_too(plain_bfloat16):
     x = torch.randn(4, 3, 4, 4, dtype=torch.bfloat16)
     train(model, x, square)
     assert model(x).dtype == model.eval()(x).dtype == torch.bfloat16
+
+
+def pictures_tower(kind):
+    """One block of a vision model, which casts its pictures to the type of its first weight."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    prefix, model = {"clip": ("CLIPVision", "Model"), "dinov2": ("Dinov2", "Model"), "vit": ("ViT", "Model")}[kind]
+    return getattr(transformers, prefix + model)(getattr(transformers, f"{prefix}Config")(**sizes))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "4bit"])
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "vit"])
+def test_a_bfloat16_model_that_casts_to_the_type_of_a_weight(kind, base, when, plain_bfloat16):
+    model, x = pictures_tower(kind).eval(), torch.randn(4, 3, 16, 16)
+    model = model.bfloat16() if when == "before" else model
+    whole = model(pixel_values=x).last_hidden_state.detach()
+    inject(model, LTEConfig(heads=2, rank=2, alpha=4.0, base=base)).to(torch.bfloat16)
+    answer = model(pixel_values=x).last_hidden_state
+    assert answer.dtype == torch.bfloat16
+    if base != "4bit":
+        torch.testing.assert_close(answer.float(), whole.float(), rtol=0, atol=0.1)
+    train(model, {"pixel_values": x}, lambda out: out.last_hidden_state.float().square().mean(), steps=1)
+    assert model(pixel_values=x).last_hidden_state.dtype == torch.bfloat16
+    model.float()
+    assert model(pixel_values=x).last_hidden_state.dtype == torch.float32
+
+
+def test_a_halved_master_does_not_halve_a_float32_model():
+    """As T5's last layer of a block, whose input is cast to the type of its weight."""
+
+    class Casts(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).to(self[1].weight.dtype))
+
+    plain = Casts(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    x = torch.randn(4, 8)
+    expected = plain(x)
+    model = inject(plain, LTEConfig(heads=2, rank=2, base="bfloat16"))
+    assert model(x).dtype == torch.float32
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-2)

@@ -37,6 +37,7 @@ class LTEConv2d(Headed, nn.Conv2d):
         return matrix.view(len(matrix), self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, c, h, w) -> (N, m, h', w')
+        x = self.in_plain_type(x)
         biases = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
         bias: Tensor | None = self.bias if biases is None else None if self.training else biases[0]
         bias = None if bias is None else bias.to(x.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .bases import join_float32, materialize, quantize_4bit, split_float32
 from .chunks import BatchSize, equal_chunks
 from .config import LTEConfig
+from .masters import staying_wide, type_after, widened
 from .sparse import Sparse
 from .sums import outer_step, sum_of_products, tree_sum
 
@@ -62,6 +63,8 @@ class Headed(nn.Module):
     sent_message: Tensor
     velocity: Tensor
     evaluated: Tensor | None
+    plain_dtype: torch.dtype | None = None
+    """The type that the plain layer would have; None: not known, of a model that an earlier version pickled."""
     under_way = False
     """Whether messages have been sent that are not merged yet."""
     path = ""
@@ -80,9 +83,7 @@ class Headed(nn.Module):
         self.total_heads = config.heads
         self.first_head, self.heads = share or (0, config.heads)
         self.rank, self.scale = (config.rank if weight.dim() > 1 else 1), config.scale
-        master = weight.detach()
-        if master.dtype in (torch.bfloat16, torch.float16):
-            master = master.float()  # merges add small deltas: in bfloat16 a tenth of their sum would be lost
+        self.plain_dtype, master = weight.dtype, widened(weight.detach())
         if base != "float32" and master.dtype != torch.float32:
             raise ValueError(f"base {base!r} keeps float32 weights, and this layer's are {master.dtype}: use 'float32'")
         self.matrix_shape = m, n = len(master), master[0].numel()
@@ -133,14 +134,20 @@ class Headed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """``.to(dtype)`` moves the heads and W, but does not make them bfloat16 or float16: merges would be lost."""
         own = [self._parameters.get("weight"), *(getattr(self, name, None) for name in OWN_TENSORS)]
-        kept = {id(t) for p in own if p is not None for t in (p, p.grad) if t is not None}
+        if self.plain_dtype is not None:
+            self.plain_dtype = type_after(fn, self.plain_dtype, self.lora_A.detach())
+        return super()._apply(staying_wide(fn, own, float32=self.base != "float32"), recurse)
 
-        def moved(t: Tensor) -> Tensor:
-            out = fn(t)
-            narrow = out.dtype in (torch.bfloat16, torch.float16) or self.base != "float32"
-            return t.to(out.device) if id(t) in kept and out.dtype != t.dtype and narrow else out
+    def in_plain_type(self, x: Tensor) -> Tensor:
+        """An input as the plain layer would have met it.
 
-        return super()._apply(moved, recurse)
+        Some models cast it to the type of the layer's weight (transformers' vision towers), which is the master's here:
+        float32 in a 16-bit model. What follows the layer has the model's own type, so the layer must answer in that.
+        """
+        seen = None if self.weight is None else self.weight.dtype
+        if self.plain_dtype is None or x.dtype != seen or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.plain_dtype)
 
     def cut(self, x: Tensor) -> tuple[int, int]:
         """(chunks, rows a chunk) of a batch: one chunk a head, or all in one in sequential mode.

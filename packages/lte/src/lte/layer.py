@@ -43,6 +43,7 @@ class LTELinear(Headed, nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, n) -> (N, …, m)
+        x = self.in_plain_type(x)
         biases: Tensor | None = self.bias() if isinstance(self.bias, LTEVector) else None  # (H, m)
         bias: Tensor | None = self.bias if biases is None else None
         if not self.training:
