@@ -298,3 +298,66 @@ def test_weights_that_are_read_in_training_are_not_said_to_be_evaluated():
     inject(model, TWO)
     with pytest.warns(UserWarning, match="did not reach heads of first, last"):
         trained(model, 1, torch.randn(4, 4))
+
+
+class Twice(nn.Module):
+    """A linear layer under two names, and a block that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again, self.blocks = self.first, nn.ModuleList([Encoder6()] * 2)
+
+    def forward(self, x):
+        x = self.again(self.first(x).relu())
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Encoder6(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize("more", [{}, {"vectors": ("biases",)}, {"merge_density": 0.5}, {"reset": "B"}])
+def test_linear_layers_with_two_names_and_blocks_called_twice(more):
+    plain = Twice()
+    names, parameters = set(plain.state_dict()), [n for n, _ in plain.named_parameters()]
+    model = inject(copy.deepcopy(plain), LTEConfig(heads=2, rank=2, alpha=4.0, **more))
+    assert model.first is model.again
+    assert model.blocks[0] is model.blocks[1]
+    assert type(model.first) is lte.LTELinear
+    x = torch.randn(4, 6)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, rest_lr=1e-2, weight_decay=0.0))
+    merger = Merger(model, 2, optimizer=optimizer)
+    for _ in range(5):
+        model(x).sub(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        merger.step()
+    state, answer = merged_state_dict(model), model.eval()(x)
+    assert set(state) == names
+    assert state["first.weight"] is state["again.weight"]
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(x), answer, rtol=1e-5, atol=1e-6)
+    merge(model, optimizer=optimizer)
+    torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-6)
+    unload(model)
+    assert type(model.first) is nn.Linear
+    assert model.first is model.again
+    assert model.blocks[0][2] is model.blocks[1][2]
+    assert [n for n, _ in model.named_parameters()] == parameters
+    torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_with_two_names_is_found_by_either_and_tied_weights_are_still_refused():
+    def with_heads(config):
+        return {n for n, m in inject(Twice(), config).named_modules() if isinstance(m, lte.LTELinear)}
+
+    assert "first" not in with_heads(LTEConfig(heads=2, rank=2, exclude=("again",)))
+    assert with_heads(LTEConfig(heads=2, rank=2, targets=("again",))) == {"first"}
+    model = Twice()
+    model.last.weight = model.first.weight
+    with pytest.raises(ValueError, match=r"first shares its weight with last\.weight and cannot have heads"):
+        inject(model, TWO)

@@ -273,9 +273,12 @@ def _exchange(places: Places, plain: nn.Module, module: nn.Module) -> tuple[nn.M
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
+    """A parameter -> where modules have it, by each module's first name: a layer with two names is one owner."""
     owners: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(f"{name}.{leaf}" if name else leaf)
     return owners
 
 

@@ -66,10 +66,11 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
         ValueError: if there are none, one cannot have heads, or they are the task's head alone.
     """
     candidates = {name: m for name, m in model.named_modules() if layer_for(m) is not None and not _is_empty(m)}
+    names = all_names(model)
     chosen = {
         name: layer
         for name, layer in candidates.items()
-        if (not config.targets or matches(name, config.targets)) and not matches(name, config.exclude)
+        if (not config.targets or matches(names[layer], config.targets)) and not matches(names[layer], config.exclude)
     }
     if not chosen:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "none"
@@ -85,9 +86,17 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
     return chosen
 
 
-def matches(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a name ends, at a dot, with one of the suffixes."""
-    return any(name == s or name.endswith("." + s) for s in suffixes)
+def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """A module -> its names, of which it may have several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def matches(names: Iterable[str], suffixes: Iterable[str]) -> bool:
+    """Whether one of the names ends, at a dot, with one of the suffixes."""
+    return any(name == s or name.endswith("." + s) for name in names for s in suffixes)
 
 
 def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[float, list[str]]:
@@ -103,7 +112,7 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
     """
     left: dict[str, int] = {}
     total = 0
-    has_blocks = any(_in_a_block(name) for name, _ in model.named_parameters())
+    has_blocks, names = any(_in_a_block(name) for name, _ in model.named_parameters()), all_names(model)
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}"
@@ -113,7 +122,7 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
                 total += math.prod(module.matrix_shape)
             elif _is_matrix(module, p):
                 total += p.numel()
-                if layer_for(module) is None and not matches(name, exclude) and not matches(full, exclude):
+                if layer_for(module) is None and not matches([*names[module], full], exclude):
                     kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", full)
                     left[kind] = left.get(kind, 0) + p.numel()
     return (sum(left.values()) / total if total else 0.0), list(left)
