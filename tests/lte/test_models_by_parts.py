@@ -361,3 +361,156 @@ def test_a_layer_with_two_names_is_found_by_either_and_tied_weights_are_still_re
     model.last.weight = model.first.weight
     with pytest.raises(ValueError, match=r"first shares its weight with last\.weight and cannot have heads"):
         inject(model, TWO)
+
+
+class Partly(nn.Module):
+    """Embeddings, norms and a linear layer of which the model trains a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(7, 6), nn.Embedding(5, 6)
+        self.frozen_norm, self.norm, self.last = nn.LayerNorm(6), nn.LayerNorm(6), nn.LayerNorm(6)
+        self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        for p in (
+            self.positions.weight,
+            *self.frozen_norm.parameters(),
+            self.norm.bias,
+            self.last.weight,
+            self.fc.bias,
+        ):
+            nn.init.normal_(p.requires_grad_(False))
+
+    def forward(self, x):
+        x = self.frozen_norm(self.words(x) + self.positions(x % 5))
+        return self.out(self.last(self.norm(self.fc(x))))
+
+
+FROZEN = ("positions.weight", "frozen_norm.weight", "frozen_norm.bias", "norm.bias", "last.weight", "fc.bias")
+
+
+@pytest.mark.parametrize("sparse", [{}, {"merge_density": 0.5}])
+@pytest.mark.parametrize(
+    "how",
+    [{"replicas": ("embeddings", "norms")}, {"replicas": ("embeddings",), "vectors": ("norms", "biases")}],
+    ids=["copies", "vectors"],
+)
+def test_what_the_model_does_not_train_has_no_copies_and_no_heads(how, sparse):
+    plain = Partly()
+    flags = {n: p.requires_grad for n, p in plain.named_parameters()}
+    model = inject(copy.deepcopy(plain), LTEConfig(heads=3, rank=2, alpha=6.0, **how, **sparse))
+    assert type(model.positions) is nn.Embedding
+    assert type(model.frozen_norm) is nn.LayerNorm
+    assert all(not p.requires_grad for n, p in model.named_parameters() if n in FROZEN)
+    x = torch.randint(0, 7, (6, 4))
+    torch.testing.assert_close(model(x), plain(x))
+    trained(model, 5, x, every=2)
+    state, answer = merged_state_dict(model), model.eval()(x)
+    assert set(state) == set(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(state[name], value) == (name in FROZEN), name
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(x), answer, rtol=1e-5, atol=1e-6)
+    unload(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_vector_that_two_norms_share_stays_one():
+    plain = Partly()
+    plain.last.weight = plain.norm.bias
+    names = [n for n, _ in plain.named_parameters()]
+    for how in ({"vectors": ("norms",)}, {"replicas": ("norms",)}):
+        model = unload(inject(copy.deepcopy(plain), LTEConfig(heads=2, rank=2, **how)))
+        assert [n for n, _ in model.named_parameters()] == names
+        assert model.last.weight is model.norm.bias
+
+
+class Tokens(nn.Module):
+    """As GPT-2's: one row of positions for the whole batch."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(9, 32, dtype=dtype), nn.Embedding(5, 32, dtype=dtype)
+        self.norm, self.fc = nn.LayerNorm(32, dtype=dtype), nn.Linear(32, 16, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.wte(x) + self.wpe(torch.arange(x.shape[1])[None])))
+
+
+@pytest.mark.parametrize("norms", ["replicas", "vectors"])
+def test_exclude_keeps_embeddings_and_norms_whole(norms):
+    x = torch.randint(0, 9, (4, 5))
+    kinds = {"replicas": ("embeddings", "norms")} if norms == "replicas" else {"replicas": ("embeddings",)}
+    more = {"vectors": ("norms",)} if norms == "vectors" else {}
+    model = inject(Tokens(), LTEConfig(heads=2, rank=2, **kinds, **more))
+    with pytest.raises(ValueError, match=r"wpe meets 1 rows, no multiple of the batch of 4.*add it to exclude"):
+        model(x)
+    model = inject(Tokens(), LTEConfig(heads=2, rank=2, exclude=("lm_head", "wpe", "norm"), **kinds, **more))
+    assert type(model.wpe) is nn.Embedding
+    assert type(model.norm) is nn.LayerNorm
+    assert type(model.wte) is lte.Replicas
+    assert model.wpe.weight.requires_grad
+    assert model.norm.weight.requires_grad
+    trained(model, 3, x)
+
+
+class Pair(nn.Module):
+    def __init__(self, second):
+        super().__init__()
+        self.fc, self.second = nn.Linear(8, 8), second
+
+
+@pytest.mark.parametrize(
+    ("second", "replicas", "said"),
+    [
+        (lambda: nn.Bilinear(8, 8, 4), "skipped", "second: Bilinear takes input1, input2, .*add it to exclude, or"),
+        (lambda: nn.Embedding(8, 8, sparse=True), "embeddings", "second: Embedding with sparse=True .*sparse=False"),
+        (lambda: Positions(8, 8), "embeddings", "second: Positions takes input, position_ids, .*add it to exclude, or"),
+    ],
+)
+def test_copies_of_what_they_cannot_answer_for_are_refused_by_name(second, replicas, said):
+    with pytest.raises(ValueError, match=said):
+        inject(Pair(second()), LTEConfig(heads=2, rank=2, replicas=(replicas,)))
+    inject(Pair(second()), LTEConfig(heads=2, rank=2, replicas=(replicas,), exclude=("second",)))
+
+
+class Positions(nn.Embedding):
+    """As OPT's, which is given the places of the tokens."""
+
+    def forward(self, input, position_ids=None):
+        return super().forward(input)
+
+
+def test_skipped_linear_layers_have_copies_though_they_are_excluded():
+    model = inject(Pair(nn.Linear(8, 4)), LTEConfig(heads=2, rank=2, exclude=("second",), replicas=("skipped",)))
+    assert type(model.second) is lte.Replicas
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("more", [{}, {"merge_density": 0.1}, {"merge_density": 0.1, "outer_lr": 0.5}])
+def test_copies_of_a_bfloat16_model_are_summed_in_float32(more, when):
+    """A mean of four copies, or a copy beside what merges made of it, does not fit into 16 bits."""
+    torch.manual_seed(1)
+    config = LTEConfig(heads=4, rank=4, alpha=8.0, exclude=("wpe",), replicas=("embeddings", "norms"), **more)
+    model = inject(Tokens(torch.bfloat16 if when == "before" else torch.float32), config).to(torch.bfloat16)
+    kept = {n: t.dtype for m in (model.wte, model.norm) for n, t in m.state_dict().items()}
+    assert set(kept.values()) == {torch.float32}
+    assert model.wpe.weight.dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    merger, moved, x = Merger(model, 2), 0.0, torch.randint(0, 9, (8, 5))
+    for _ in range(8):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().sub(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = model.wte.means()["weight"]
+        merger.step()
+        moved = max(moved, float((model.wte.means()["weight"] - before).abs().max()))
+    assert (moved < 1e-6) == ("outer_lr" not in more)
+    answer, expected = model.eval()(x), merged_state_dict(model)["wte.weight"].bfloat16()
+    assert answer.dtype == torch.bfloat16
+    unload(model)
+    assert model.wte.weight.dtype == (torch.bfloat16 if when == "before" else torch.float32)
+    assert torch.equal(model.wte.weight.bfloat16(), expected)
+    assert inject(Tokens(torch.bfloat16), config).double().wte.weight.dtype == torch.float64

@@ -29,7 +29,8 @@ class LTEConfig:
     """Name suffixes of the linear and convolution layers that get heads, matched at dots ("attn.c_attn"); empty
     means all."""
     exclude: tuple[str, ...] = ("lm_head",)
-    """Name suffixes of layers that get none. A head tied to an embedding must be here."""
+    """Name suffixes of layers that get none. A head tied to an embedding must be here. Embeddings and norms that are
+    here have no copies and no vectors either; a linear layer or a convolution is "skipped" by it."""
     trainable: tuple[str, ...] = REST
     """What is trained besides the heads: "embeddings"; "norms"; "biases" of layers with heads; "skipped" layers
     and standalone parameters. All four is nanoGPT-LTE's choice; none is upstream's strict mode. A tied parameter is

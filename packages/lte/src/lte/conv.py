@@ -5,6 +5,8 @@ With W (m, c, kh, kw) seen as a matrix (m, n), n = c·kh·kw, that is LTE's line
 with A_h (r, c·kh·kw) and B_h (m, r), and everything else (offsets, merges, resets) is a linear layer's.
 """
 
+from collections.abc import Set
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,13 @@ from .vectors import LTEVector
 class LTEConv2d(Headed, nn.Conv2d):
     """A frozen ``nn.Conv2d`` and its heads; made by :func:`lte.inject`. Gradients as in :class:`lte.LTELinear`."""
 
-    def __init__(self, conv: nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        config: LTEConfig,
+        share: tuple[int, int] | None = None,
+        frozen: Set[Tensor] = frozenset(),
+    ) -> None:
         nn.Module.__init__(self)
         if conv.groups != 1 or conv.padding_mode != "zeros":
             raise ValueError(
@@ -30,7 +38,7 @@ class LTEConv2d(Headed, nn.Conv2d):
         for name in nn.Conv2d.__constants__:
             setattr(self, name, getattr(conv, name))
         self.add_heads(conv.weight, config, share, "float32")
-        self.bias = bias_of(conv, config, share)
+        self.bias = bias_of(conv, config, share, frozen)
         self.train(conv.training)
 
     def in_own_shape(self, matrix: Tensor) -> Tensor:

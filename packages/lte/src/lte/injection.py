@@ -10,12 +10,13 @@ from torch.nn.parameter import is_lazy
 from .chunks import BatchSize
 from .config import LTEConfig
 from .conv import LTEConv2d
+from .copying import copies
 from .headed import OWN_TENSORS, Headed
 from .hooks import hand_over, without_numbers
 from .layer import LTELinear
 from .ranks import Ranks
-from .replicas import Replicas, stacked
-from .survey import layer_for, say_what_has_no_heads, take_slow_paths, targets
+from .replicas import Replicas
+from .survey import all_names, kind, layer_for, matches, say_what_has_no_heads, take_slow_paths, targets
 from .vectors import LTENorm, LTEVector, has_vectors
 
 
@@ -62,12 +63,13 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
         frozen = set()  # all of it: what is trained is for the configuration to say
     for name, layer in chosen.items():
         _refuse_shared(owners, name, layer, "weight", "add it to exclude")
-        if "biases" in config.vectors:
+        if "biases" in config.vectors and getattr(layer, "bias", None) not in frozen:
             _refuse_shared(owners, name, layer, "bias", "add it to exclude")
-    norms = _norms(model) if "norms" in config.vectors else {}
+    norms = _norms(model, config, frozen) if "norms" in config.vectors else {}
     for name, norm in norms.items():
         for leaf in ("weight", "bias"):
-            _refuse_shared(owners, name, norm, leaf, "leave norms out of vectors")
+            if getattr(norm, leaf, None) not in frozen:
+                _refuse_shared(owners, name, norm, leaf, "add it to exclude, or leave norms out of vectors")
     if "" in chosen:
         raise ValueError(
             f"the model is one {type(model).__name__}, and has no layer whose place another could take: put it into "
@@ -81,15 +83,15 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             try:
                 kind_with_heads = layer_for(layer)
                 assert kind_with_heads is not None
-                exchanged.append(_exchange(places, layer, kind_with_heads(layer, config, share)))  # type: ignore[arg-type]
+                exchanged.append(_exchange(places, layer, kind_with_heads(layer, config, share, frozen)))  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         for name, norm in norms.items():
             if not has_vectors(norm):
                 raise ValueError(f"{name} ({type(norm).__name__}) cannot have heads as vectors: use replicas")
-            exchanged.append(_exchange(places, norm, LTENorm(norm, config, share)))  # type: ignore[arg-type]
-        for layer, copies in _copies(model, config, share):
-            exchanged.append(_exchange(places, layer, copies))
+            exchanged.append(_exchange(places, norm, LTENorm(norm, config, share, frozen)))  # type: ignore[arg-type]
+        for layer, copied in copies(model, config, share, frozen):
+            exchanged.append(_exchange(places, layer, copied))
     except ValueError:
         for plain, with_heads in exchanged:
             _replace(places, with_heads, plain)
@@ -124,7 +126,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     everywhere = dict(model.named_modules(remove_duplicate=False))  # a layer that has two names answers to both
     layers = {name: m for name, m in everywhere.items() if isinstance(m, Headed)}
-    copies = {name: m for name, m in everywhere.items() if isinstance(m, Replicas)}
+    copied = {name: m for name, m in everywhere.items() if isinstance(m, Replicas)}
     effective: dict[Headed, Tensor] = {}
     means: dict[tuple[int, ...], Tensor] = {}  # of the copies that tied layers share
     state = model.state_dict(keep_vars=True)
@@ -142,21 +144,26 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 if layer not in effective:
                     effective[layer] = layer.effective_weight().detach()
                 plain[parent if isinstance(layer, LTEVector) else f"{parent}.weight"] = effective[layer]
-        elif parent in copies:
-            if leaf in copies[parent].names():
+        elif parent in copied and leaf not in copied[parent].fixed:
+            if leaf in copied[parent].names():
                 key = (id(value),)
                 if key not in means:
-                    means[key] = copies[parent].means()[leaf].detach()
+                    means[key] = copied[parent].means()[leaf].detach()
                 plain[name] = means[key]
         else:
             plain[name] = value.detach() if isinstance(value, Tensor) else value  # get_extra_state may be anything
     return plain
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The norm layers that have numbers, by name."""
+def _norms(model: nn.Module, config: LTEConfig, frozen: set[nn.Parameter]) -> dict[str, nn.Module]:
+    """The norm layers that get heads, by name: those whose numbers the model trains."""
     found = {name: m for name, m in model.named_modules() if kind(m) == "norms"}
-    return {name: m for name, m in found.items() if next(m.parameters(recurse=False), None) is not None}
+    names = all_names(model)
+    return {
+        name: m
+        for name, m in found.items()
+        if any(p not in frozen for p in m.parameters(recurse=False)) and not matches(names[m], config.exclude)
+    }
 
 
 def _refuse_shared(owners: dict[Tensor, list[str]], name: str, layer: nn.Module, leaf: str, instead: str) -> None:
@@ -165,34 +172,6 @@ def _refuse_shared(owners: dict[Tensor, list[str]], name: str, layer: nn.Module,
     if len(owned) > 1:
         others = ", ".join(o for o in owned if o != f"{name}.{leaf}")
         raise ValueError(f"{name} shares its {leaf} with {others} and cannot have heads: {instead}")
-
-
-def _copies(model: nn.Module, config: LTEConfig, share: tuple[int, int] | None) -> list[tuple[nn.Module, Replicas]]:
-    """A copy for every head of the layers that ``config.replicas`` names, tied layers' parameters staying tied."""
-    modules = {name: m for name, m in model.named_modules() if not isinstance(m, Headed | LTENorm)}
-    inside = {id(p) for m in model.modules() if isinstance(m, Headed | LTENorm) for p in m.parameters()}
-    wanted = {
-        p
-        for m in modules.values()
-        if kind(m) in config.replicas
-        for p in m.parameters(recurse=False)
-        if id(p) not in inside
-    }
-    stacks: dict[Tensor, nn.Parameter] = {}
-    found = []
-    for name, module in modules.items():
-        own = [p for p in module.parameters(recurse=False) if p in wanted]
-        if not own:
-            continue
-        try:
-            fresh = stacked(module, share[1] if share else config.heads)
-        except ValueError as error:
-            raise ValueError(f"{name or 'the model'}: {error}") from None
-        named = dict(module.named_parameters(recurse=False))
-        tied = frozenset(leaf for leaf in fresh if named[leaf] in stacks)
-        shared = {leaf: stacks.setdefault(named[leaf], parameter) for leaf, parameter in fresh.items()}
-        found.append((module, Replicas(module, shared, config, share, tied)))
-    return found
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -214,9 +193,9 @@ def unload(model: nn.Module) -> nn.Module:
         plain = copy.deepcopy(kept).to_empty(device=device).train(module.training)
         for leaf in module.names() if isinstance(module, Replicas) else ():
             setattr(plain, leaf, tied.setdefault(module.get_parameter(leaf), plain.get_parameter(leaf)))
-        bias = module._parameters.get("bias") if isinstance(module, LTELinear | LTEConv2d) else None
-        if bias is not None:  # it may be another layer's, too
-            plain.bias = bias if bias.dtype == plain.bias.dtype else tied.setdefault(bias, plain.get_parameter("bias"))
+        for leaf, own in _taken_over(module).items():  # it may be another layer's, too
+            fresh = plain.get_parameter(leaf)
+            setattr(plain, leaf, own if own.dtype == fresh.dtype else tied.setdefault(own, fresh))
         _replace(places, module, plain)
     take_slow_paths(model)
     model.load_state_dict(state)
@@ -224,6 +203,16 @@ def unload(model: nn.Module) -> nn.Module:
         if name in trained:
             parameter.requires_grad_(trained[name])
     return model
+
+
+def _taken_over(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that what has a plain layer's place took over from it as they were, by name."""
+    changed: tuple[str, ...] = ()
+    if isinstance(module, Headed):
+        changed = (*OWN_TENSORS, "weight")
+    elif isinstance(module, Replicas):
+        changed = (*module.names(),)
+    return {leaf: p for leaf, p in module.named_parameters(recurse=False) if leaf not in changed}
 
 
 def _forget_batch(model: nn.Module) -> dict[str, bool]:
@@ -295,22 +284,11 @@ def _freeze(model: nn.Module, config: LTEConfig, frozen: set[nn.Parameter]) -> N
             if isinstance(module, Headed) and name != "bias":
                 train = name != "weight"  # lora_A and lora_B, never the master
             elif isinstance(module, Replicas):
-                train = True
+                train = name in module.names()
             else:
                 train = kind(module) in config.trainable and parameter not in frozen
             if train:
                 parameter.requires_grad_(True)
-
-
-def kind(module: nn.Module) -> str:
-    """Which word of ``LTEConfig.trainable`` a module's own parameters fall under."""
-    if isinstance(module, Headed):
-        return "biases"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embeddings"
-    if "norm" in type(module).__name__.lower():  # LayerNorm, RMSNorm, BatchNorm2d, and transformers' own
-        return "norms"
-    return "skipped"
 
 
 def _watch(model: nn.Module, trained: dict[str, bool]) -> None:

@@ -12,6 +12,7 @@ In evaluation there is one defined weight: ``W + s·mean_h(B_h A_h − B'_h A'_h
 owed, too: ``W + s·mean_h(B_h A_h − B'_h A'_h + e_h)``.
 """
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -35,11 +36,17 @@ class LTELinear(Headed, nn.Linear):
     means the same in both modes.
     """
 
-    def __init__(self, linear: nn.Linear, config: LTEConfig, share: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        config: LTEConfig,
+        share: tuple[int, int] | None = None,
+        frozen: Set[Tensor] = frozenset(),
+    ) -> None:
         nn.Module.__init__(self)  # the linear layer's own parameters are taken over, not made anew
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.add_heads(linear.weight, config, share, config.base)
-        self.bias = bias_of(linear, config, share)
+        self.bias = bias_of(linear, config, share, frozen)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, n) -> (N, …, m)
@@ -81,9 +88,10 @@ class LTELinear(Headed, nn.Linear):
         return self.effective_weight()
 
 
-def bias_of(layer: nn.Linear | nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None) -> Any:
-    """The layer's own bias, with heads where the configuration gives biases some."""
-    return LTEVector(layer.bias, config, share) if "biases" in config.vectors and layer.bias is not None else layer.bias
+def bias_of(layer: nn.Linear | nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None, frozen: Set[Tensor]) -> Any:
+    """The layer's own bias, with heads where the configuration gives biases some and the model trains this one."""
+    own = layer.bias is None or "biases" not in config.vectors or layer.bias in frozen
+    return layer.bias if own else LTEVector(layer.bias, config, share)
 
 
 def _side_by_side(factor: Tensor | None, dim: int) -> Tensor | None:

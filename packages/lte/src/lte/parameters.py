@@ -41,7 +41,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def copied_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of which every head has a copy, tied ones once."""
-    return list(dict.fromkeys(p for copy in replicas(model).values() for p in copy.parameters()))
+    return list(dict.fromkeys(p for copy in replicas(model).values() for p in map(copy.get_parameter, copy.names())))
 
 
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:

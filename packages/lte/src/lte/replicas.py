@@ -2,6 +2,7 @@
 else is trained besides the heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call
 from .chunks import BatchSize, ScaleGradient, equal_chunks
 from .config import LTEConfig
 from .hooks import without_numbers
+from .masters import staying_wide, type_after
 from .sparse import Sparse
 from .sums import outer_step, tree_sum
 
@@ -19,8 +21,10 @@ class Replicas(nn.Module):
     """A layer (embedding, norm, linear, …) in as many copies as there are heads; made by :func:`lte.inject`.
 
     Each parameter p of the layer is here, under its name, as (h, \\*p.shape), where h of the H heads are held by this
-    process. In training, chunk h of the batch goes through copy h, whose gradient is that of its own chunk's mean
-    loss. In evaluation there is one layer with the mean of all copies, and an exact merge makes all copies that mean.
+    process; what was frozen is one for all, as it was. In training, chunk h of the batch goes through copy h, whose
+    gradient is that of its own chunk's mean loss. In evaluation there is one layer with the mean of all copies, and an
+    exact merge makes all copies that mean. Copies of a 16-bit layer, whose mean 16 bits could not hold, are float32 and
+    are rounded where the layer computes.
 
     A sparse merge moves every copy by what the mean of all messages c says beyond its own: p_h ← p_h + mean c − c_h. So
     the mean of all copies stays, and p_h less ``anchor_p`` is what copy h has learned and not said yet.
@@ -35,6 +39,11 @@ class Replicas(nn.Module):
     """The layer's name in the model."""
     batch: BatchSize | None = None
     """What the model's input says of the batch."""
+    fixed: frozenset[str] = frozenset()
+    """The names of what was frozen."""
+    plain_dtypes: dict[str, torch.dtype] | None = None
+    """The types that the plain layer's parameters would have; None: those of the copies (a model that an earlier
+    version pickled)."""
 
     def __init__(
         self,
@@ -44,15 +53,19 @@ class Replicas(nn.Module):
         share: tuple[int, int] | None = None,
         tied: frozenset[str] = frozenset(),
     ) -> None:
-        """``parameters``: the stacked ones of :func:`stacked`; ``tied``: those of them that another layer merges."""
+        """``parameters``: of :func:`lte.copying.stacked`; ``tied``: those of them that another layer merges."""
         super().__init__()
         self.config, self.total_heads = config, config.heads
         self.first_head, self.heads = share or (0, config.heads)
         self._layer = [without_numbers(layer)]  # in a list: its parameters are not this module's
         self._tied, self.sparse = tied, Sparse.of(config)
         self.evaluated: dict[str, Tensor] | None = None  # the means, while lte.averaged() holds them ready
+        own = dict(layer.named_parameters(recurse=False))
+        self.fixed = frozenset(own) - frozenset(parameters)
+        self.plain_dtypes = {name: own[name].dtype for name in parameters}
+        for name in own:
+            self.register_parameter(name, parameters.get(name, own[name]))
         for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
             if name in tied:
                 continue
             if config.outer or self.sparse is not None:
@@ -65,22 +78,40 @@ class Replicas(nn.Module):
                 self.register_buffer(f"message_{name}", message)
         self.train(layer.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """``.to(dtype)`` leaves copies and what merges made of them float32 where they would become 16-bit."""
+        moments = [t for name, t in self.named_buffers(recurse=False) if not name.startswith("message_")]
+        stacks = [self.get_parameter(name) for name in self.names()]
+        if self.plain_dtypes is None:
+            return super()._apply(fn, recurse)
+        like = stacks[0].detach()
+        self.plain_dtypes = {name: type_after(fn, dtype, like) for name, dtype in self.plain_dtypes.items()}
+        return super()._apply(staying_wide(fn, [*stacks, *moments]), recurse)
+
     def forward(self, x: Tensor) -> Tensor:  # (N, …) -> (N, …)
         layer = self._layer[0].train(self.training)
+        fixed = {name: self.get_parameter(name) for name in self.fixed}
         if not self.training:
-            return functional_call(layer, self.means(), (x,))
+            return functional_call(layer, {n: self._typed(n, p) for n, p in self.means().items()} | fixed, (x,))
         H = self.heads
         if x.dim() < 2 and isinstance(layer, nn.Embedding):
             raise ValueError(
                 "the copies of an embedding need indices (batch, …): these have no batch to cut into chunks"
             )
         equal_chunks(self.path, x.shape[0], H, self.batch)
-        own = {name: ScaleGradient.apply(p, float(H)) for name, p in self.named_parameters(recurse=False)}
+        own = {n: self._typed(n, ScaleGradient.apply(self.get_parameter(n), float(H))) for n in self.names()}
         chunks = x.reshape(H, -1, *x.shape[1:])
-        y = torch.vmap(lambda p, chunk: functional_call(layer, p, (chunk,)), randomness="different")(own, chunks)
+
+        def one(copy: dict[str, Tensor], chunk: Tensor) -> Any:
+            return functional_call(layer, copy | fixed, (chunk,))
+
+        y = torch.vmap(one, randomness="different")(own, chunks)
         if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:  # vmap knows the first copy's alone
             y = torch.where((chunks == layer.padding_idx)[..., None], y.detach(), y)
         return y.flatten(0, 1)
+
+    def _typed(self, name: str, value: Tensor) -> Tensor:
+        return value if self.plain_dtypes is None else value.to(self.plain_dtypes[name])
 
     def own_sum(self, name: str) -> Tensor:
         """The sum of parameter ``name`` over the copies held here."""
@@ -103,7 +134,8 @@ class Replicas(nn.Module):
         return {name: self.own_sum(name).div_(self.heads) for name in self.names()}
 
     def names(self) -> list[str]:
-        return [name for name, _ in self.named_parameters(recurse=False)]
+        """The parameters that there are copies of."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name not in self.fixed]
 
     def head_tensors(self) -> list[str]:
         """The names of what has a copy a row."""
@@ -156,30 +188,3 @@ class Replicas(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._layer[0]}, heads={self.total_heads}"
-
-
-def stacked(layer: nn.Module, held: int) -> dict[str, nn.Parameter]:
-    """The layer's own parameters, each in ``held`` copies.
-
-    Raises:
-        ValueError: if the layer has buffers or children, whose copies would have to be kept as well, or is an
-            embedding whose lookup is more than rows of a weight.
-    """
-    if next(layer.buffers(), None) is not None or next(layer.children(), None) is not None:
-        raise ValueError(
-            f"{type(layer).__name__} has buffers or parts of its own and cannot have copies for heads: leave its kind "
-            "out of replicas"
-        )
-    if getattr(layer, "max_norm", None) is not None:
-        raise ValueError(
-            f"{type(layer).__name__} with max_norm changes its weight in the forward pass and cannot have copies for "
-            "heads: leave its kind out of replicas"
-        )
-    if isinstance(layer, nn.EmbeddingBag) and layer.padding_idx is not None:
-        raise ValueError(
-            "an EmbeddingBag with padding_idx cannot have copies for heads: leave its kind out of replicas"
-        )
-    return {
-        name: nn.Parameter(p.detach().expand(held, *p.shape).clone())
-        for name, p in layer.named_parameters(recurse=False)
-    }

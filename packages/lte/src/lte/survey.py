@@ -86,6 +86,17 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
     return chosen
 
 
+def kind(module: nn.Module) -> str:
+    """Which word of ``LTEConfig.trainable`` a module's own parameters fall under."""
+    if isinstance(module, Headed):
+        return "biases"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embeddings"
+    if "norm" in type(module).__name__.lower():  # LayerNorm, RMSNorm, BatchNorm2d, and transformers' own
+        return "norms"
+    return "skipped"
+
+
 def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """A module -> its names, of which it may have several."""
     names: dict[nn.Module, list[str]] = {}

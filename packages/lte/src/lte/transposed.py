@@ -1,5 +1,6 @@
 """Transformers' ``Conv1D`` (GPT-2 of the hub) with heads: a linear layer that keeps its weight as (n, m)."""
 
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ def is_conv1d(module: nn.Module) -> bool:
 class LTEConv1D(LTELinear):
     """A frozen ``Conv1D`` and its heads; made by :func:`lte.inject`. Inside, W is (m, n) as in a linear layer."""
 
-    def __init__(self, layer: Any, config: LTEConfig, share: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, layer: Any, config: LTEConfig, share: tuple[int, int] | None = None, frozen: Set[Tensor] = frozenset()
+    ) -> None:
         n, m = layer.weight.shape
         linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.weight.detach().T.contiguous())
         linear.bias = layer.bias
         linear.train(layer.training)
-        super().__init__(linear, config, share)
+        super().__init__(linear, config, share, frozen)
         self.nf, self.nx = m, n
 
     def in_own_shape(self, matrix: Tensor) -> Tensor:

@@ -3,6 +3,8 @@ s·b_h·a_h with a vector b_h (C,) that begins at 0 and one number a_h that begi
 merges like any W.
 """
 
+from collections.abc import Set
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,16 +40,25 @@ class LTEVector(Headed):
 
 
 class LTENorm(nn.Module):
-    """``nn.LayerNorm`` or ``nn.RMSNorm`` over the last dimension, whose weight and bias have heads."""
+    """``nn.LayerNorm`` or ``nn.RMSNorm`` over the last dimension, whose weight and bias have heads.
+
+    Args:
+        frozen: which of the two the model does not train: that one stays as it is.
+    """
 
     def __init__(
-        self, norm: nn.LayerNorm | nn.RMSNorm, config: LTEConfig, share: tuple[int, int] | None = None
+        self,
+        norm: nn.LayerNorm | nn.RMSNorm,
+        config: LTEConfig,
+        share: tuple[int, int] | None = None,
+        frozen: Set[Tensor] = frozenset(),
     ) -> None:
         super().__init__()
         self.normalized_shape, self.eps, self.centred = norm.normalized_shape, norm.eps, isinstance(norm, nn.LayerNorm)
-        bias = getattr(norm, "bias", None)
-        self.weight = LTEVector(norm.weight, config, share)
-        self.bias = LTEVector(bias, config, share) if bias is not None else None
+        for name in ("weight", "bias"):
+            vector = getattr(norm, name, None)
+            own = vector is None or vector in frozen
+            setattr(self, name, vector if own else LTEVector(vector, config, share))
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, C) -> (N, …, C)
@@ -55,11 +66,18 @@ class LTENorm(nn.Module):
             y = F.layer_norm(x, self.normalized_shape, eps=self.eps or 0.0)
         else:
             y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
-        parts = y.reshape(*(self.weight.cut(x) if self.training else (1, -1)), x.shape[-1])  # (H, t, C)
-        parts = parts * self.weight()[:, None].to(y.dtype)
+        headed = self.weight if isinstance(self.weight, LTEVector) else self.bias
+        assert isinstance(headed, LTEVector)
+        parts = y.reshape(*(headed.cut(x) if self.training else (1, -1)), x.shape[-1])  # (H, t, C)
+        parts = parts * _of_heads(self.weight).to(y.dtype)
         if self.bias is not None:
-            parts = parts + self.bias()[:, None].to(y.dtype)
+            parts = parts + _of_heads(self.bias).to(y.dtype)
         return parts.view_as(x)
+
+
+def _of_heads(vector: nn.Module | Tensor) -> Tensor:
+    """(H, 1, C), or (C,) where it is one for all heads."""
+    return vector if isinstance(vector, Tensor) else vector()[:, None]
 
 
 def has_vectors(module: nn.Module) -> bool:
