@@ -230,3 +230,24 @@ def test_compiles_whole_and_a_merge_needs_no_recompilation(more):
                 if more:
                     layer.feedback.normal_()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"merge_density": 0.1}, {"base": "4bit"}])
+@pytest.mark.parametrize("reset", ["none", "B", "all"])
+def test_a_layer_merged_by_itself_is_merged_once(reset, more):
+    """Where nothing is taken off B A, another merge must not find it there again."""
+    layer = LTELinear(nn.Linear(7, 5), LTEConfig(heads=2, rank=2, alpha=3.0, reset=reset, **more))
+    before = layer.lora_A.detach().clone()
+    nn.init.normal_(layer.lora_B)
+    if layer.sparse is not None:
+        layer.feedback.normal_()
+    x = torch.randn(4, 7)
+    answer = layer.eval()(x)
+    assert not torch.allclose(answer, nn.functional.linear(x, layer.master(), layer.bias), atol=1e-2)
+    for _ in range(2):
+        layer.merge()
+        torch.testing.assert_close(layer(x), answer, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(nn.functional.linear(x, layer.master(), layer.bias), answer, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.train()(x), answer, rtol=1e-4, atol=1e-4)
+    assert bool(layer.lora_B.any()) == (reset == "none")
+    assert torch.equal(layer.lora_A, before) == (reset != "all")

@@ -240,10 +240,11 @@ class Headed(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← W + mean delta; A', B' ← A, B. The layer's evaluated function does not change; twice is once.
+        """W ← W + mean delta; A', B' ← A, B, or what ``reset`` says. The layer's evaluated function does not change;
+        twice is once.
 
-        That is :func:`lte.merge` for one layer, exact whatever ``merge_density`` is, so that nothing is owed any more,
-        and without resets: those concern the optimizer, too.
+        That is :func:`lte.merge` for one layer, exact whatever ``merge_density`` is, so that nothing is owed any more.
+        No optimizer forgets anything, and a new A is drawn from torch's global generator.
 
         Raises:
             RuntimeError: if messages of an earlier merge are under way (``LTEConfig.merge_delay``).
@@ -253,6 +254,8 @@ class Headed(nn.Module):
         self.take(self.mean_delta(), self.lora_A, self.lora_B)
         if self.sparse is not None:
             self.feedback.zero_()
+        if self.config.reset != "none":  # nothing is taken off their products: they would be merged again
+            self.reset(None, A=self.config.reset == "all")
 
     @torch.no_grad()
     def take(self, delta: Tensor, all_A: Tensor | None = None, all_B: Tensor | None = None) -> None:
@@ -322,7 +325,7 @@ class Headed(nn.Module):
         return torch.stack([*self._owed()])
 
     @torch.no_grad()
-    def reset(self, generator: torch.Generator, *, A: bool) -> None:
+    def reset(self, generator: torch.Generator | None, *, A: bool) -> None:
         """B ← 0, and a new A if asked: after a merge, the function of every head is W's, with what it owes."""
         self.lora_B.zero_()
         if A:

@@ -90,8 +90,9 @@ class LTELinear(Headed, nn.Linear):
 
 def bias_of(layer: nn.Linear | nn.Conv2d, config: LTEConfig, share: tuple[int, int] | None, frozen: Set[Tensor]) -> Any:
     """The layer's own bias, with heads where the configuration gives biases some and the model trains this one."""
-    own = layer.bias is None or "biases" not in config.vectors or layer.bias in frozen
-    return layer.bias if own else LTEVector(layer.bias, config, share)
+    if layer.bias is None or "biases" not in config.vectors or layer.bias in frozen:
+        return layer.bias
+    return LTEVector(layer.bias, config, share)
 
 
 def _side_by_side(factor: Tensor | None, dim: int) -> Tensor | None:

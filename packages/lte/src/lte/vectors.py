@@ -57,8 +57,7 @@ class LTENorm(nn.Module):
         self.normalized_shape, self.eps, self.centred = norm.normalized_shape, norm.eps, isinstance(norm, nn.LayerNorm)
         for name in ("weight", "bias"):
             vector = getattr(norm, name, None)
-            own = vector is None or vector in frozen
-            setattr(self, name, vector if own else LTEVector(vector, config, share))
+            setattr(self, name, vector if vector is None or vector in frozen else LTEVector(vector, config, share))
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, …, C) -> (N, …, C)
