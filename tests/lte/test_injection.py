@@ -140,3 +140,58 @@ def test_a_merged_state_dict_keeps_the_versions_that_modules_ask_for():
     model = nn.Sequential(nn.Linear(4, 4), Versioned(4, 4))
     inject(model, LTEConfig(heads=2, rank=2))
     nn.Sequential(nn.Linear(4, 4), Versioned(4, 4)).load_state_dict(lte.merged_state_dict(model))
+
+
+def in_parts(*configs):
+    """A layer injected by itself for every configuration, and an optimizer."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6)) for _ in configs))
+    for part, config in zip(model, configs, strict=True):
+        inject(part, LTEConfig(**{"heads": 2, "rank": 2, "alpha": 4.0, **config}))
+    return model, torch.optim.AdamW(param_groups(model, lr=0.05, rest_lr=0.05, weight_decay=0.0))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"reset": "B"}, "reset="),
+        ({"merge_density": 0.5}, "merge_density="),
+        ({"merge_density": 0.5, "merge_delay": 1}, "merge_density="),
+    ],
+)
+def test_parts_that_are_merged_otherwise_have_no_common_merge(other, said, swapped):
+    model, optimizer = in_parts(*(({}, other)[:: -1 if swapped else 1]))
+    with pytest.raises(ValueError, match=rf"0\.0 was injected with {said}.* and 1\.0 with .*inject all parts"):
+        Merger(model, 1, optimizer=optimizer)
+    with pytest.raises(ValueError, match=said):
+        merge(model, optimizer=optimizer)
+    for layer in (model[0][0], model[1][0]):
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6)
+    answer = model.eval()(x)
+    for name in ("0.0", "1.0"):  # as the sentence advises
+        merge(model, optimizer=optimizer, only=[name])
+        torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_other_sizes_have_a_common_merge():
+    model, optimizer = in_parts({}, {"rank": 3, "base": "bfloat16"})
+    merger, x = Merger(model, 1, optimizer=optimizer), torch.randn(4, 6)
+    for _ in range(3):
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+        answer = model.eval()(x)
+        merger.step()
+        torch.testing.assert_close(model(x), answer, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_clock_that_could_never_merge_is_refused_at_once():
+    model, optimizer = in_parts({"reset": "all"})
+    with pytest.raises(ValueError, match="reset='all' lets the optimizer forget its state: pass optimizer="):
+        Merger(model, 2)
+    Merger(model, 0)
+    Merger(model, 2, optimizer=optimizer)
+    Merger(in_parts({"reset": "B", "reset_optimizer": False})[0], 2)
+    with pytest.raises(ValueError, match="no LTE heads to merge"):
+        Merger(nn.Linear(2, 2), 1)
+    Merger(nn.Linear(2, 2), 0)

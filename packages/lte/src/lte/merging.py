@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import LTEConfig
 from .headed import Headed
 from .injection import headed, replicas
 from .ranks import Ranks
@@ -45,17 +46,13 @@ def merge(
         only: names of the layers to merge; None: all of them.
 
     Raises:
-        ValueError: if the model has no heads, or resets need the optimizer.
+        ValueError: if the model has no heads, resets need the optimizer, or parts were injected to be merged otherwise.
         RuntimeError: if messages of an earlier merge are under way (``LTEConfig.merge_delay``).
         ConnectionAbortedError: if a process is lost; then nothing is merged here.
     """
     layers, copies = parts(model, only)
-    if not headed(model):
-        raise ValueError("the model has no LTE heads to merge: call lte.inject first")
+    config = _rule(model, layers, copies, optimizer)
     check_none_under_way(layers, copies)
-    config = next(iter(headed(model).values())).config
-    if config.reset != "none" and config.reset_optimizer and optimizer is None:
-        raise ValueError(f"reset={config.reset!r} lets the optimizer forget its state: pass optimizer=")
     if config.merge_density < 1:
         _merge_messages(layers, copies, ranks)
     elif ranks is None or ranks.size == 1:
@@ -77,6 +74,33 @@ def merge(
             if config.reset_optimizer and optimizer is not None:
                 for factor in (layer.lora_A, layer.lora_B)[config.reset == "B" :]:
                     optimizer.state.pop(factor, None)
+
+
+MERGED_ALIKE = ("reset", "reset_optimizer", "merge_density", "merge_delay")
+
+
+def _rule(model: nn.Module, layers: Layers, copies: Copies, optimizer: torch.optim.Optimizer | None) -> LTEConfig:
+    """What says how a merge of these goes: their configuration, in which they may differ otherwise.
+
+    Raises:
+        ValueError: if they have none, or several; or if resets need the optimizer.
+    """
+    if not headed(model):
+        raise ValueError("the model has no LTE heads to merge: call lte.inject first")
+    configs: dict[str, LTEConfig] = {name: layer.config for name, layer in layers.items()}
+    configs |= {name: copy.config for name, copy in copies.items()}
+    first, config = next(iter(configs.items()), ("", LTEConfig()))
+    for name, other in configs.items():
+        for setting in MERGED_ALIKE:
+            one, two = getattr(config, setting), getattr(other, setting)
+            if one != two:
+                raise ValueError(
+                    f"{first} was injected with {setting}={one!r} and {name} with {two!r}, and one merge has one "
+                    f"{setting}: inject all parts with the same, or merge each by itself, by lte.merge with only="
+                )
+    if config.reset != "none" and config.reset_optimizer and optimizer is None:
+        raise ValueError(f"reset={config.reset!r} lets the optimizer forget its state: pass optimizer=")
+    return config
 
 
 def _merge_messages(layers: Layers, copies: Copies, ranks: Ranks | None) -> None:
@@ -125,13 +149,12 @@ def _factors_to_send(layer: Headed) -> tuple[Tensor, Tensor]:
 
 def _mean_copies(copies: Mapping[str, Replicas], ranks: Ranks, purpose: str) -> dict[str, dict[str, Tensor]]:
     """The mean of every layer's copies over all heads; tied layers' is sent once."""
-    places: dict[nn.Parameter, Tensor] = {}
+    places: dict[nn.Parameter, tuple[Tensor, int]] = {}
     for copy in copies.values():
         for name in copy.names():
-            places.setdefault(copy.get_parameter(name), copy.own_sum(name))
-    total = next((copy.total_heads for copy in copies.values()), 1)
-    sums = [t.div_(total) for t in ranks.sum(list(places.values()), purpose)]
-    means = dict(zip(places, sums, strict=True))
+            places.setdefault(copy.get_parameter(name), (copy.own_sum(name), copy.total_heads))
+    sums = ranks.sum([own for own, _ in places.values()], purpose)
+    means = {p: total.div_(heads) for (p, (_, heads)), total in zip(places.items(), sums, strict=True)}
     return {path: {n: means[copy.get_parameter(n)] for n in copy.names()} for path, copy in copies.items()}
 
 
@@ -172,12 +195,15 @@ class Merger:
 
     Args:
         model: with heads.
-        every: T, in optimizer steps (not micro-batches); 0 never merges.
+        every: T, in optimizer steps (not micro-batches); 0 never merges, and needs neither heads nor an optimizer.
         ranks, optimizer: as :func:`merge` takes them.
         seed: of what resets draw.
         unreached: given the sentence that names heads without a gradient after the first step; None warns.
         in_turn: spread the layers over the T steps, each merged at its own every T-th, so that a merge's bytes are sent
             little by little and never all in one step.
+
+    Raises:
+        ValueError: if merges would be refused: see :func:`merge`.
     """
 
     def __init__(
@@ -193,6 +219,8 @@ class Merger:
     ) -> None:
         if every < 0:
             raise ValueError(f"every must be 0 (never) or a number of optimizer steps, got {every}")
+        if every:  # else the first merge would be the first to say so
+            _rule(model, headed(model), replicas(model), optimizer)
         self._delay = next((layer.config.merge_delay for layer in headed(model).values()), 0)
         if every and self._delay > every:
             raise ValueError(
