@@ -514,3 +514,61 @@ def test_copies_of_a_bfloat16_model_are_summed_in_float32(more, when):
     assert model.wte.weight.dtype == (torch.bfloat16 if when == "before" else torch.float32)
     assert torch.equal(model.wte.weight.bfloat16(), expected)
     assert inject(Tokens(torch.bfloat16), config).double().wte.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", ["in a layer", "after all"])
+def test_a_model_is_as_it_was_after_any_failure(wrong, monkeypatch):
+    """Also of what is no refusal: two layers had heads and the third had none."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.LayerNorm(4))
+    model[0].bias.requires_grad_(False)
+    before, flags = [*model.named_modules()], {n: p.requires_grad for n, p in model.named_parameters()}
+    if wrong == "in a layer":
+        made = []
+        orthogonal = nn.init.orthogonal_
+
+        def fails(t, *args):
+            made.append(t)
+            if len(made) > 4:  # two heads a layer
+                raise NotImplementedError("orthogonal_")
+            return orthogonal(t, *args)
+
+        monkeypatch.setattr(nn.init, "orthogonal_", fails)
+    else:
+        monkeypatch.setattr(lte.injection, "say_what_has_no_heads", lambda *_: 1 / 0)
+    with pytest.raises((NotImplementedError, ZeroDivisionError)):
+        inject(model, LTEConfig(heads=2, rank=2, vectors=("norms",)))
+    monkeypatch.undo()
+    assert [*model.named_modules()] == before
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    trained(inject(model, TWO), 1, torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("how", [{}, {"replicas": ("embeddings", "norms")}, {"vectors": ("norms",)}])
+def test_what_is_set_on_a_layer_is_there_under_heads(how):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.norm, self.fc = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+            self.fc.gain, self.norm.gain, self.wte.gain, self.fc.rows = 2.0, 3.0, 4.0, []
+
+        def forward(self, x):
+            x = self.norm(self.wte(x) * self.wte.gain) * self.norm.gain
+            return self.fc(x * (x.shape[-1] / self.wte.embedding_dim)) * self.fc.gain
+
+    plain = Reads()
+    rows, x = plain.fc.rows, torch.randint(0, 5, (4, 3))
+    expected = plain(x)
+    model = inject(plain, LTEConfig(heads=2, rank=2, **how))
+    torch.testing.assert_close(model(x), expected)
+    assert model.fc.rows is rows
+    model.fc.gain = 5.0
+    model.norm.other = 1
+    del model.wte.gain
+    unload(model)
+    assert (model.fc.gain, model.norm.gain) == (5.0, 3.0)
+    assert model.fc.rows is rows
+    assert not hasattr(model.wte, "gain")
+    assert type(model.fc) is nn.Linear
+    assert {*vars(model.fc)} - {"gain", "rows"} == {*vars(nn.Linear(4, 4))}

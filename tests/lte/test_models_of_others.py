@@ -368,3 +368,129 @@ def test_a_halved_master_does_not_halve_a_float32_model():
     model = inject(plain, LTEConfig(heads=2, rank=2, base="bfloat16"))
     assert model(x).dtype == torch.float32
     torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-2)
+
+
+class Codes(nn.Linear):
+    """A quantized layer that answers, as bitsandbytes' and others' do."""
+
+    def __init__(self, n, m, dtype):
+        super().__init__(n, m)
+        self.weight = nn.Parameter((self.weight.data * 50).to(dtype), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 50, self.bias)
+
+
+class Wrapped(torch.Tensor):
+    """A weight that is made of other tensors, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(args[0].inner)
+        plain = [a.inner.float() if isinstance(a, Wrapped) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def wrapped(n, m):
+    layer = nn.Linear(n, m)
+    layer.weight = nn.Parameter(Wrapped(torch.ones(m, n, dtype=torch.int8)), requires_grad=False)
+    return layer
+
+
+def plain_codes(n, m):
+    layer = nn.Linear(n, m)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda n, m: Codes(n, m, torch.int8),
+        lambda n, m: Codes(n, m, torch.float8_e4m3fn),
+        plain_codes,
+        wrapped,
+        lambda n, m: nn.Linear(n, m, dtype=torch.complex64),
+    ],
+    ids=["int8", "float8", "float8 in a plain layer", "made of others", "complex"],
+)
+def test_weights_that_no_delta_can_be_added_to_have_no_heads(layer):
+    model = nn.ModuleList([nn.ModuleDict({"own": nn.Linear(4, 4), "codes": layer(4, 4)}) for _ in range(2)])
+    before, trains = [m["codes"] for m in model], model[0]["codes"].weight.requires_grad
+    with pytest.raises(ValueError, match=r"0\.codes has a weight that deltas cannot be added to .* plain tensor"):
+        inject(model, LTEConfig(heads=2, rank=2, targets=("own", "codes")))
+    assert type(model[0]["own"]) is nn.Linear
+    with pytest.raises(ValueError, match=r"0\.codes has a weight that deltas cannot be added to"):
+        inject(model, LTEConfig(heads=2, rank=2, exclude=("own",)))
+    with pytest.warns(
+        UserWarning, match=r"50% of the weights of the blocks have no heads: \*\.codes\.weight; they are (.*)"
+    ) as said:
+        inject(model, TWO)
+    assert str(said[0].message).endswith("they are " + ("trained whole, one for all heads" if trains else "frozen"))
+    assert list(lte_layers(model)) == ["0.own", "1.own"]
+    assert [m["codes"] for m in model] == before
+    x = torch.randn(4, 4)
+    train(model[0]["own"], x, square)
+    unload(model)
+    assert type(model[0]["own"]) is nn.Linear
+
+
+def test_codes_of_a_model_that_is_frozen_whole_stay_frozen():
+    model = nn.Sequential(nn.Linear(4, 4), Codes(4, 4, torch.int8)).requires_grad_(False)
+    inject(model, LTEConfig(heads=2, rank=2, exclude=("1",)))
+    assert not model[1].weight.requires_grad
+    assert model[1].bias.requires_grad  # "skipped" layers are trained
+    train(model, torch.randn(4, 4), square)
+
+
+def test_a_sequence_first_encoder_is_refused_beside_what_is_not_known():
+    """A warning of one attention ends no search: what follows it is surely cut along the sequence."""
+
+    class Own(nn.Module):
+        def __init__(self, later):
+            super().__init__()
+            self.cross, self.fc, self.later = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), later
+
+    with (
+        warnings.catch_warnings(record=True) as said,
+        pytest.raises(
+            ValueError, match=r"later\.layers\.0\.linear1 is in a TransformerEncoderLayer with batch_first=False"
+        ),
+    ):
+        inject(Own(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1)), TWO)
+    assert not [w for w in said if "has a MultiheadAttention" in str(w.message)]
+    with pytest.warns(UserWarning, match="batch_first=False") as said:
+        inject(Own(Own(nn.Linear(8, 8))), TWO)
+    assert sum("has a MultiheadAttention" in str(w.message) for w in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            dict(targets=("fc", "vproj")),
+            "targets names vproj, but no layer that can have heads is called so in this Mod",
+        ),
+        (dict(targets=("fc", "wte")), "targets names wte, but no layer that can have heads"),
+        (dict(exclude=("lm_head", "wpe", "out")), "exclude names wpe, but nothing is called so in this ModuleDict"),
+        (dict(exclude=("out", "lm_head", *"abcdefgh")), "exclude names a, b, c, d, e, f and 2 more, but nothing"),
+    ],
+)
+def test_words_that_nothing_is_called_by_are_named(words, said):
+    def model():
+        return nn.ModuleDict({"wte": nn.Embedding(4, 4), "fc": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+
+    with pytest.warns(UserWarning, match=said):
+        inject(model(), LTEConfig(heads=2, rank=2, **words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(model(), TWO)
+        inject(model(), LTEConfig(heads=2, rank=2, targets=("fc",), exclude=("lm_head", "wte", "out.weight")))

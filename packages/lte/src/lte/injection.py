@@ -12,8 +12,9 @@ from .config import LTEConfig
 from .conv import LTEConv2d
 from .copying import copies
 from .headed import OWN_TENSORS, Headed
-from .hooks import hand_over, without_numbers
+from .hooks import give_back_attributes, hand_over, lend_attributes, without_numbers
 from .layer import LTELinear
+from .masters import can_be_trained
 from .ranks import Ranks
 from .replicas import Replicas
 from .survey import all_names, kind, layer_for, matches, say_what_has_no_heads, take_slow_paths, targets
@@ -92,14 +93,18 @@ def inject(model: nn.Module, config: LTEConfig, ranks: Ranks | None = None) -> n
             exchanged.append(_exchange(places, norm, LTENorm(norm, config, share, frozen)))  # type: ignore[arg-type]
         for layer, copied in copies(model, config, share, frozen):
             exchanged.append(_exchange(places, layer, copied))
-    except ValueError:
+        _freeze(model, config, frozen)
+        _watch(model, trained)
+        take_slow_paths(model)
+        say_what_has_no_heads(model, config)  # which may be raised, where warnings are errors
+    except BaseException:
         for plain, with_heads in exchanged:
             _replace(places, with_heads, plain)
+        _forget_batch(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        take_slow_paths(model)
         raise
-    _freeze(model, config, frozen)
-    _watch(model, trained)
-    take_slow_paths(model)
-    say_what_has_no_heads(model, config)
     return model
 
 
@@ -196,6 +201,7 @@ def unload(model: nn.Module) -> nn.Module:
         for leaf, own in _taken_over(module).items():  # it may be another layer's, too
             fresh = plain.get_parameter(leaf)
             setattr(plain, leaf, own if own.dtype == fresh.dtype else tied.setdefault(own, fresh))
+        give_back_attributes(module, plain, getattr(module, "lent", ()))  # an earlier version's pickle has none
         _replace(places, module, plain)
     take_slow_paths(model)
     model.load_state_dict(state)
@@ -256,6 +262,7 @@ def _exchange(places: Places, plain: nn.Module, module: nn.Module) -> tuple[nn.M
     Returns:
         the layer, and what has its place.
     """
+    module.lent = lend_attributes(plain, module)  # type: ignore[assignment]
     module.plain_layer = (without_numbers(plain),)  # type: ignore[assignment]
     _replace(places, plain, module)
     return plain, module
@@ -286,7 +293,7 @@ def _freeze(model: nn.Module, config: LTEConfig, frozen: set[nn.Parameter]) -> N
             elif isinstance(module, Replicas):
                 train = name in module.names()
             else:
-                train = kind(module) in config.trainable and parameter not in frozen
+                train = kind(module) in config.trainable and parameter not in frozen and can_be_trained(parameter)
             if train:
                 parameter.requires_grad_(True)
 

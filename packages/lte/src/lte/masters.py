@@ -23,6 +23,11 @@ def can_be_summed_in(t: object) -> bool:
     return plain or isinstance(t, FakeTensor)  # as predictions have them
 
 
+def can_be_trained(t: Tensor) -> bool:
+    """Whether an optimizer can train it, where no merge has to add to it."""
+    return can_be_summed_in(t) or t.is_complex()
+
+
 def staying_wide(
     fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None], *, float32: bool = False
 ) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ from .config import LTEConfig
 from .conv import LTEConv2d
 from .headed import Headed
 from .layer import LTELinear
+from .masters import can_be_summed_in
 from .replicas import Replicas
 from .transposed import LTEConv1D, is_conv1d
 from .vectors import LTENorm
@@ -24,6 +25,8 @@ WORTH_A_LINE = 0.01
 
 def layer_for(module: nn.Module) -> Target | None:
     """The layer with heads that can take this module's place."""
+    if _is_unfit(module):
+        return None
     if is_conv1d(module):
         return LTEConv1D
     for plain, target in ((nn.Linear, LTELinear), (nn.Conv2d, LTEConv2d)):
@@ -31,6 +34,18 @@ def layer_for(module: nn.Module) -> Target | None:
         if type(module) is plain or (isinstance(module, plain) and parametrize.is_parametrized(module, "weight")):
             return target
     return LTELinear if answers_linearly(module) else None
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution by its kind, whatever its weight is made of."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or is_conv1d(module)
+
+
+def _is_unfit(module: nn.Module) -> bool:
+    """Whether a layer's weight is nothing that deltas can be added to: codes of a quantized one, complex numbers."""
+    if not _is_dense(module) or isinstance(module, Headed) or parametrize.is_parametrized(module, "weight"):
+        return False
+    return not can_be_summed_in(getattr(module, "weight", None))
 
 
 @torch.no_grad()
@@ -72,6 +87,7 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
         for name, layer in candidates.items()
         if (not config.targets or matches(names[layer], config.targets)) and not matches(names[layer], config.exclude)
     }
+    _refuse_unfit_weights(names, config, chosen)
     if not chosen:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "none"
         raise ValueError(
@@ -79,6 +95,7 @@ def targets(model: nn.Module, config: LTEConfig) -> dict[str, nn.Module]:
         )
     for name, layer in chosen.items():
         _refuse_made_weights(name, layer)
+    _say_what_is_not_there(model, config, [n for m in candidates.values() for n in names[m]])
     if config.mode == "parallel":
         _refuse_sequence_first(model, chosen)
     if not config.targets:
@@ -112,7 +129,7 @@ def matches(names: Iterable[str], suffixes: Iterable[str]) -> bool:
 
 def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[float, list[str]]:
     """What of the blocks' weights has no heads and no copies because its kind cannot have any: such as 3-D weights of
-    experts, ``nn.MultiheadAttention``'s projections, subclasses of linear layers.
+    experts, ``nn.MultiheadAttention``'s projections, subclasses of linear layers, quantized weights.
 
     Args:
         exclude: name suffixes of what is not counted.
@@ -121,7 +138,13 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
         (their share of all weights in numbered blocks, or in the whole model where none are numbered, their names with
         "*" for a number).
     """
-    left: dict[str, int] = {}
+    total, left = _left_out(model, exclude)
+    return (sum(p.numel() for ps in left.values() for p in ps) / total if total else 0.0), list(left)
+
+
+def _left_out(model: nn.Module, exclude: tuple[str, ...]) -> tuple[int, dict[str, list[Tensor]]]:
+    """(numbers in all weights that are counted, those without heads by their name with "*" for a number)."""
+    left: dict[str, list[Tensor]] = {}
     total = 0
     has_blocks, names = any(_in_a_block(name) for name, _ in model.named_parameters()), all_names(model)
     for name, module in model.named_modules():
@@ -134,18 +157,20 @@ def without_heads(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[floa
             elif _is_matrix(module, p):
                 total += p.numel()
                 if layer_for(module) is None and not matches([*names[module], full], exclude):
-                    kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", full)
-                    left[kind] = left.get(kind, 0) + p.numel()
-    return (sum(left.values()) / total if total else 0.0), list(left)
+                    left.setdefault(re.sub(r"(?<![^.])\d+(?=\.)", "*", full), []).append(p)
+    return total, left
 
 
 def say_what_has_no_heads(model: nn.Module, config: LTEConfig) -> None:
     """A warning that names the weights of the blocks whose kind has no heads, with their share."""
-    share, names = without_heads(model, config.exclude)
+    total, left = _left_out(model, config.exclude)
+    weights = [p for ps in left.values() for p in ps]
+    share = sum(p.numel() for p in weights) / total if total else 0.0
     if share >= WORTH_A_LINE:
-        how = "trained whole, one for all heads" if "skipped" in config.trainable else "frozen"
-        named = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        text = f"{share:.0%} of the weights of the blocks have no heads: {named}; they are {how}"
+        trained = {p.requires_grad for p in weights}
+        how = "trained whole, one for all heads" if True in trained else "frozen"
+        how += " (but for those that the model does not train)" if len(trained) > 1 else ""
+        text = f"{share:.0%} of the weights of the blocks have no heads: {_some(list(left))}; they are {how}"
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
@@ -162,6 +187,40 @@ def take_slow_paths(model: nn.Module) -> None:
             if isinstance(module, kind) and hasattr(module, switch):
                 before = module.__dict__.setdefault("fast_path_without_heads", getattr(module, switch))
                 setattr(module, switch, 0 if inside else before)
+
+
+def _refuse_unfit_weights(names: dict[nn.Module, list[str]], config: LTEConfig, chosen: Iterable[str]) -> None:
+    """Layers that are asked for by name, or are all that there is, and whose weight no delta can be added to."""
+    for module, called in names.items():
+        asked = (matches(called, config.targets) or not chosen) and not matches(called, config.exclude)
+        if asked and _is_unfit(module):
+            weight = getattr(module, "weight", None)
+            how = f"{weight.dtype}, {type(weight).__name__}" if isinstance(weight, Tensor) else "none"
+            raise ValueError(
+                f"{called[0]} has a weight that deltas cannot be added to ({how}) and cannot have heads, which need a "
+                "plain tensor of float16, bfloat16, float32 or float64: load it unquantized, or add it to exclude"
+            )
+
+
+def _say_what_is_not_there(model: nn.Module, config: LTEConfig, candidates: list[str]) -> None:
+    """A warning that names words of targets and exclude that nothing is called by: they may be misspelled."""
+    there = [n for n, _ in model.named_modules(remove_duplicate=False)]
+    there += [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    usual = LTEConfig().exclude  # which many models have not
+    lost = {
+        "targets names {}, but no layer that can have heads": [
+            t for t in config.targets if not matches(candidates, [t])
+        ],
+        "exclude names {}, but nothing": [e for e in config.exclude if e not in usual and not matches(there, [e])],
+    }
+    for what, words in lost.items():
+        if words:
+            text = f"{what.format(_some(words))} is called so in this {type(model).__name__}"
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _refuse_made_weights(name: str, layer: nn.Module) -> None:
@@ -182,6 +241,7 @@ def _refuse_made_weights(name: str, layer: nn.Module) -> None:
 
 def _refuse_sequence_first(model: nn.Module, chosen: Iterable[str]) -> None:
     """Heads cut dim 0 of a layer's input, which must be the batch and not the sequence."""
+    unsure: list[str] = []
     for parent, module in model.named_modules():
         attention = [m for m in module.children() if isinstance(m, nn.MultiheadAttention) and not m.batch_first]
         inside = [name for name in chosen if name.startswith(f"{parent}." if parent else "")]
@@ -192,13 +252,14 @@ def _refuse_sequence_first(model: nn.Module, chosen: Iterable[str]) -> None:
                 f"{inside[0]} is in a {type(module).__name__} with batch_first=False: its dim 0 is the sequence, and "
                 "heads would cut that; build the model with batch_first=True, or use mode='sequential'"
             )
+        unsure.append(parent or "the model")
+    if unsure:
         warnings.warn(
-            f"{parent or 'the model'} has a MultiheadAttention with batch_first=False: if its linear layers get "
+            f"{unsure[0]} has a MultiheadAttention with batch_first=False: if its linear layers get "
             "(sequence, batch, …) too, heads would cut the sequence; use mode='sequential' then",
             UserWarning,
             stacklevel=4,
         )
-        return
 
 
 def _refuse_task_head_alone(model: nn.Module, chosen: Iterable[str]) -> None:
@@ -229,4 +290,5 @@ def _in_a_block(name: str) -> bool:
 def _is_matrix(module: nn.Module, p: Tensor) -> bool:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | Replicas | Headed):
         return False
-    return p.dim() >= 2 and torch.is_floating_point(p) and "norm" not in type(module).__name__.lower()
+    numbers = torch.is_floating_point(p) or _is_dense(module)  # or the codes of a quantized layer
+    return p.dim() >= 2 and numbers and "norm" not in type(module).__name__.lower()
