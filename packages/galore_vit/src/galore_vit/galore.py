@@ -30,7 +30,7 @@ from galore_vit.loading import in_own_dtypes
 from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
 from galore_vit.refreshing import needs_old, put_bases
-from galore_vit.settings import AS_PUBLISHED, FIXED_KEYS, Refresh, check_refresh, check_weights, completed
+from galore_vit.settings import AS_PUBLISHED, Refresh, check_refresh, check_weights, completed, fixed_keys
 from galore_vit.tensors import TensorLayout
 
 
@@ -115,7 +115,7 @@ class GaLore(Optimizer):
                 self._records[p] = Record(p, i, layout, projected, sharding.is_sharded(p))
                 projected += layout is not None
         self._projected = projected
-        self._fixed = [tuple(group.get(key) for key in FIXED_KEYS) for group in self.param_groups]
+        self._fixed = [fixed_keys(group) for group in self.param_groups]
 
     def _record(self, p: Tensor) -> Record:
         if p not in self._records:
@@ -129,11 +129,11 @@ class GaLore(Optimizer):
             ValueError: where a group's key was changed that its states' shapes depend on.
         """
         for i, (group, fixed) in enumerate(zip(self.param_groups, self._fixed, strict=False)):
-            for key, value in zip(FIXED_KEYS, fixed, strict=True):
-                if group.get(key) != value:
+            for (key, value), (_, was) in zip(fixed_keys(group), fixed, strict=True):
+                if value != was:
                     raise ValueError(
-                        f"param_groups[{i}][{key!r}] was changed from {value} to {group.get(key)}, and the states have "
-                        f"the shapes of {value}: set it back, or make a new optimizer"
+                        f"param_groups[{i}][{key!r}] was changed from {was} to {value}, and the states have the shapes "
+                        f"of {was}: set it back, or make a new optimizer"
                     )
         now = [p for group in self.param_groups for p in group["params"]]
         if len(now) != len(self._records) or any(a is not b for a, b in zip(now, self._records, strict=True)):

@@ -12,8 +12,6 @@ from galore_vit.projection import PROJ_TYPES, layout_of
 from galore_vit.tensors import check_rank
 
 GALORE_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "split": 1, "dim": 2}
-FIXED_KEYS = ("rank", "proj_type", "split", "dim")
-"""Keys of a group that decide the shapes of its states."""
 OTHERS_KEYS = {
     "gap": "update_proj_gap", "update_gap": "update_proj_gap", "galore_rank": "rank", "galore_scale": "scale",
     "scale_type": "GaLoreScaled's scaling", "proj": "refresh=Refresh(method=…)",
@@ -139,6 +137,11 @@ def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -
     if own is not None:
         check_refresh(refresh_of(own), draws=draws)
     return group
+
+
+def fixed_keys(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The keys of a group that decide the shapes of its states; groups of earlier versions lack some."""
+    return tuple((key, group.get(key, GALORE_DEFAULTS.get(key))) for key in ("rank", "proj_type", "split", "dim"))
 
 
 def check_weights(group: Mapping[str, Any]) -> list[tuple[int, ...]]:
