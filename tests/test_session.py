@@ -9,7 +9,7 @@ import pytest
 from image_files import image_folder
 from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
-from support import ROOT, assert_refused, run_command, run_ranks, without_pictures
+from support import ROOT, assert_refused, rows, run_command, run_ranks, without_pictures
 
 SHELLS = [
     path
@@ -139,6 +139,12 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
         assert done.returncode == 0, done.stderr
     took = json.loads((tmp_path / "intact" / "result.json").read_text())
     assert took["step"] == 2
+    [logged] = [r for r in rows(tmp_path / "intact") if r["split"] == "val" and r["step"] == 2]
+    reported = took["scores"]["dev" if "dev" in took["scores"] else "val"]  # of these weights, not of the last step's
+    assert {n: v for n, v in reported.items() if n in logged} == pytest.approx(
+        {n: v for n, v in logged.items() if n in reported}
+    )
+    assert took["metric"] in reported
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
 
 

@@ -24,7 +24,6 @@ from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
 from ..measuring.memory import Ledger
-from ..runs import checkpoint
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
 from ..runs.trackers import check_tracker
@@ -35,6 +34,7 @@ from ..training.leaving import say_after_training
 from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
+from .chosen import evaluation_of, verified
 from .installed import draw, with_what_is_installed
 from .result import Outcome, ended_before, result_content, same_command, write_result
 from .summary import count_parameters, ledger_table, run_facts
@@ -195,33 +195,18 @@ class Session:
         say_after_training(step, self._resume_path or (self.run.path if self.run is not None else None))
         if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
             step = result.best[0]
-            state = {**model.state_dict(), **start} if not step else self._verified(step)
+            where = self._resume_path or self.run.path
+            state = {**model.state_dict(), **start} if not step else verified(self.run, step, where)["model"]
             model.load_state_dict(shard_like(state, model.state_dict()))
             self.console.say(
                 f"took the weights of step {step}, the best evaluation; --select last keeps those of the last step"
             )
-        return Outcome(model, result, step, config)
+        return Outcome(model, result, step, config, evaluation_of(step, result, config, self.run))
 
     def _old_key(self, now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint's key under the names of today; with --data-changed ok its hashes are those of now."""
         hashes = {k: v for k, v in now.items() if k.endswith("sha256")} if self.config.data_changed == "ok" else {}
         return {**self.config.modernise(saved), **hashes}
-
-    def _verified(self, step: int) -> dict[str, Any]:
-        """The model's state in a checkpoint whose hashes hold."""
-        checkpoints = self.folder.checkpoints
-        path = checkpoints.path(step)
-        wrong = checkpoint.verify(path)
-        if wrong is None:
-            return checkpoint.load(path)["model"]
-        intact = next(
-            (s for s in reversed(checkpoints.steps()) if checkpoint.verify(checkpoints.path(s)) is None), None
-        )
-        where = self._resume_path or self.folder.path
-        remedy = "no other one is intact: train anew"
-        if intact is not None:
-            remedy = f"that of step {intact} is intact: take it by --resume {where} --select last, or train anew"
-        raise UserError(f"the best checkpoint {path} is damaged ({wrong}), and {remedy}")
 
     @contextmanager
     def judging(self, outcome: Outcome) -> Iterator[nn.Module]:

@@ -128,7 +128,8 @@ class TrainConfig(RunFlags, StepFlags):
     eval_iters: int = 40
     """Batches an evaluation, spread evenly over the validation text."""
     always_save_checkpoint: bool = True
-    """Save after each evaluation; else only where it is the best so far, and at the end."""
+    """Save after each evaluation; else only where it is the best so far, and at the end, and --select is best where
+    the flag is left out (heads over processes: last)."""
     eval_only: bool = False
     """Evaluate --init-from (or --resume) and stop: nothing is trained or written."""
     compare_full: bool = False
