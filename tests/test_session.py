@@ -148,6 +148,28 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_resume_that_fails_leaves_the_run_as_it_was(few_steps, tmp_path, command):
+    """What was asked of it is written down only once the checkpoint has been taken up."""
+    words = [*few_steps[command], *few_steps[""], "--out", "run"]
+    assert run_command(words, tmp_path).returncode == 0
+    config = tmp_path / "run" / "config.json"
+    before = config.read_bytes()
+    manifests = {m: m.read_bytes() for m in (tmp_path / "run" / "checkpoints").glob("*/manifest.json")}
+    for manifest in manifests:
+        manifest.write_text("damaged")
+    again = [*words[: 2 if " " in command else 1], "--resume", "run", "--tracker", "auto"]
+    assert_refused(run_command(again, tmp_path), "no checkpoint in run/checkpoints is intact")
+    assert config.read_bytes() == before
+    for manifest, content in manifests.items():
+        manifest.write_bytes(content)
+    done = run_command(again, tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = read_json(config)
+    assert (content["config"]["tracker"], len(content["resumed"])) == ("auto", 1)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(few_steps, tmp_path, command):
     done = run_command([*few_steps[command], "--device", "cpu", "--tracker", "wandb", "--out", "run"], tmp_path)

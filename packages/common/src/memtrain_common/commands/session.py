@@ -98,7 +98,8 @@ class Session:
         return cls(config, argv, prog, place, device)
 
     def open(self, data: dict[str, Any], *, beside: Collection[str] = (), **about: Any) -> None:
-        """Make the run folder, or open the one that is resumed, and write its config.json.
+        """Make the run folder and write its config.json, or open the one that is resumed, whose config.json is written
+        when its checkpoint has been taken up.
 
         Args:
             data: what the data are; their "sha256" and "parts" tell them from other data
@@ -142,6 +143,7 @@ class Session:
         folder = self.folder.path / name
         again = bool(self.config.resume) and (folder / "config.json").exists()
         run = (RunFolder.open if again else RunFolder.create)(folder, writes=self.place.is_main)
+        run.once_taken_up = self.folder.once_taken_up  # whichever goes on first, the whole run does
         out = str(folder)
         other._enter(run, dataclasses.replace(config, out=out, resume=out if again else ""), **about)
         return other
@@ -151,7 +153,7 @@ class Session:
         argv = [*command, *self.argv]
         self.run, self.config = run, config
         if config.resume:
-            run.add_resume(config, prog=program, argv=argv, **self._changed)
+            run.once_taken_up.append(partial(run.add_resume, config, prog=program, argv=argv, **self._changed))
             return
         about |= {"data": self.data, "device": device_name(self.device), "processes": self.place.size}
         run.write_config(config, prog=program, argv=argv, **about)
@@ -182,9 +184,11 @@ class Session:
             UserError: if the best checkpoint is damaged; which one is intact is said.
         """
         config, model = with_what_is_installed(config, self.device, self.console.say), unwrap(task.model)
-        start = copies(task) if select == "best" else {}
+        start, resume = copies(task) if select == "best" else {}, resume or bool(self.config.resume)
+        if self.run is not None and not resume:
+            self.run.taken_up()
         result = fit(
-            task, config, run=self.run, resume=resume or bool(self.config.resume), resume_path=self._resume_path,
+            task, config, run=self.run, resume=resume, resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
