@@ -265,18 +265,20 @@ def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path):
-    """Each head is copied, moments included: the evaluated model is the same. Three heads are refused."""
+@pytest.mark.parametrize("policy", [COPIES, {**SHARED, "base": "4bit"}])
+def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path, policy):
+    """Each head is copied, moments included: the evaluated model is the same. Six heads are refused. In 4 bits the
+    square layer keeps the merged factors of two heads and, of four, their sum."""
     out = tmp_path / "run"
-    train(out, COPIES, heads=2, steps=40)
+    train(out, policy, heads=2, steps=40)
     before = torch.load(out / "weights-0.pt", weights_only=True)
-    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=40, resume=True))
+    run_ranks(2, lambda: train(out, policy, heads=4, steps=40, resume=True))
     after = torch.load(out / "weights-1.pt", weights_only=True)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
-    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=60, resume=True))
+    run_ranks(2, lambda: train(out, policy, heads=4, steps=60, resume=True))
     assert losses(out)[0][-1] == (60, "val")
-    train(out, COPIES, heads=6, steps=80, resume=True)
+    train(out, policy, heads=6, steps=80, resume=True)
     assert "made with 4 heads, which can become a multiple of 4 but not 6" in (out / "stopped-0").read_text()
 
 
