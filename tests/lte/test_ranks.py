@@ -19,6 +19,7 @@ from lte import (
     inject,
     merged_state_dict,
     param_groups,
+    shared_parameters,
 )
 from lte.merging import sends_factors
 from lte.sparse import Sparse
@@ -313,6 +314,53 @@ def test_sums_are_the_same_bits_everywhere_and_every_byte_is_counted(tmp_path, s
     each = sum(-(-n // size) * bytes_ for n, bytes_ in ((n32, 4), (n64, 8)))  # one N-th, padded
     assert sent[0]["sum"] == size * 2 * (size - 1) * each
     assert sent[0]["gather"] == size * (size - 1) * (n32 * 4 + n64 * 8)
+
+
+class Partly(torch.nn.Module):
+    """One scale is reached by no batch, one by the rows of a marked one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+        self.unused, self.seldom = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(8, 1))
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        return y @ self.seldom if x[0, 0] > 90 else y
+
+
+def partly(out):
+    """Three steps of AdamW; the first row is marked: of several processes the first alone reaches ``seldom``."""
+    place, _ = launch("cpu")
+    torch.manual_seed(0)
+    ranks = Ranks()
+    model = inject(Partly(), LTEConfig(heads=2, rank=2), ranks)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, rest_lr=1e-2, weight_decay=0.5))
+    shared = shared_parameters(model)
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        x[0, 0] = 99.0
+        n = 4 // ranks.size
+        model(x[ranks.rank * n : (ranks.rank + 1) * n]).square().sum().backward()
+        ranks.average_gradients(shared)
+        optimizer.step()
+        optimizer.zero_grad()
+    numbers = sum(p.numel() for p in shared) + len(shared)
+    torch.save((model.unused.detach(), model.seldom.detach(), dict(ranks.sent), numbers), out / f"{place.rank}.pt")
+
+
+def test_a_parameter_that_no_batch_reaches_is_left_alone(tmp_path):
+    """As on one process; one that a single process reaches has the same gradient on both. Every byte is counted."""
+    partly(tmp_path)
+    alone, *_ = torch.load(tmp_path / "0.pt")
+    run_ranks(2, partly, tmp_path)
+    for rank in (0, 1):
+        unused, seldom, sent, numbers = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(unused, torch.ones(4, 4))
+        assert torch.equal(unused, alone)
+        assert torch.equal(seldom, torch.load(tmp_path / "0.pt")[1])
+        assert (seldom != 1).all()
+        assert sent["shared"] == 3 * 2 * 2 * -(-numbers // 2) * 4
 
 
 def overlap(out):
