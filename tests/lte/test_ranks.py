@@ -257,12 +257,14 @@ def owed_of(folder, config, steps, layer):
 
 
 @pytest.mark.slow
-def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
-    """Signals are agreed on at logged steps where T is 0: SIGTERM to one process stops both, with a checkpoint."""
+@pytest.mark.parametrize(("policy", "every", "step"), [(FROZEN, 0, 20), (FROZEN, 1000, 20), (SHARED, 1000, 13)])
+def test_a_signal_stops_all_where_they_next_speak(tmp_path, policy, every, step):
+    """However far off the next merge is: SIGTERM to one process in step 13 stops both, with a checkpoint, at the next
+    logged step, or at once where they share gradients at each."""
     out = tmp_path / "run"
-    run_ranks(2, lambda: train(out, FROZEN, every=0, at=(1, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    run_ranks(2, lambda: train(out, policy, every=every, at=(1, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))))
     for rank in (0, 1):
-        assert "stopped by SIGTERM at step 20; checkpoint" in (out / f"stopped-{rank}").read_text()
+        assert f"stopped by SIGTERM at step {step}; checkpoint" in (out / f"stopped-{rank}").read_text()
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ class HeadShards:
         self._model, self._optimizer, self._ranks, self._merger = model, optimizer, ranks, merger
         self.apart = ranks is not None and ranks.size > 1
         self._shared = shared_parameters(model)
+        self.speaks_each_step = self.apart and bool(self._shared)
         self.heads = next(iter(headed(model).values())).total_heads
 
     def average_gradients(self) -> None:
