@@ -170,6 +170,58 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(few_steps, tmp_path, comma
     assert (content["config"]["tracker"], len(content["resumed"])) == ("auto", 1)
 
 
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory):
+    import transformers
+
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                    image_size=8, patch_size=4, num_labels=2)  # fmt: skip
+    folder = tmp_path_factory.mktemp("small") / "vit"
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("galore-vit train", "weights"), ("backrazor-train", "weights"), ("finetune", "weights"),
+        ("backrazor-glue", "model"), ("lora-xs glue", "model"), ("lora-xs instruct", "model"),
+    ],
+)  # fmt: skip
+def test_what_a_run_began_with_may_lie_elsewhere(few_steps, small_vit, tmp_path, command, flag):
+    """Begun with a path from one folder, gone on with from another; where what it names has moved, it is named anew."""
+    words = list(few_steps[command])
+    if flag == "model":
+        at = words.index("--model") + 1
+        source, words[at] = words[at], "place"
+    else:
+        source, words = small_vit, [*words, "--weights", "place"]
+    here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    shutil.copytree(source, here / "place")
+    done = run_command([*words, *few_steps[""], "--out", str(run)], here)
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "config.json")["config"][flag] == str(here / "place")
+    again = [*words[: 2 if " " in command else 1], "--resume", "../run"]
+    done = run_command(again, there)
+    assert done.returncode == 0, done.stderr
+    (here / "place").rename(there / "moved")
+    assert run_command(again, there).returncode == 2
+    done = run_command([*again, f"--{flag}", "moved"], there)
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "config.json")["config"][flag] == str(there / "moved")
+    assert "checkpoints/step-00000004" in done.stdout
+    (there / "moved").rename(tmp_path / "last")
+    if command == "galore-vit train":
+        assert run_command(["galore-vit", "eval", "--run", str(run)], there).returncode == 2
+        done = run_command(["galore-vit", "eval", "--run", str(run), "--weights", "../last"], there)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(run / "checkpoints")  # it would begin from whatever lies there
+    refused = run_command([*again, f"--{flag}", "../last"], there)
+    assert_refused(refused, f"has a training without a checkpoint, which begins from --{flag} {there / 'moved'}")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(few_steps, tmp_path, command):
     done = run_command([*few_steps[command], "--device", "cpu", "--tracker", "wandb", "--out", "run"], tmp_path)

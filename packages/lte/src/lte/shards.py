@@ -81,8 +81,8 @@ class HeadShards:
         less than its own: those of more heads are not."""
         model = dict(state["model"])
         for path, layer in headed(self._model).items():
-            A, B = (None, None) if layer.telescopes else (model.pop(f"{path}.{t}", None) for t in _ALL)
-            if A is not None:
+            if not layer.telescopes and f"{path}.{_ALL[0]}" in model:
+                A, B = (model.pop(f"{path}.{t}") for t in _ALL)
                 model[f"{path}.weight_delta"] = sum_of_products(A, B).mul_(layer.scale / len(A))
                 model |= {f"{path}.merged_A": A, f"{path}.merged_B": B}
         return {**state, "model": model}

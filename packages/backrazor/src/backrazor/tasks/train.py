@@ -138,7 +138,8 @@ def train_one(session: Session, pictures: ImageSet, made: Classifier | None = No
         units_per_step=per_step,
         tracker=config.tracker,
     )
-    key = session.resume_key(FREE | {"compare_dense"}, data_sha256=pictures.sha256)
+    seen = [list(made.normalize.mean), list(made.normalize.std)]  # of weights that have moved, too
+    key = session.resume_key(FREE | {"compare_dense"}, data_sha256=pictures.sha256, normalize=seen)
     outcome = session.fit(task, fit_config, resume_key=key, label=config.mode, select=config.select)
     with session.judging(outcome) as trained:
         test = score("test", trained)

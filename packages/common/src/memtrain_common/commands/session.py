@@ -35,6 +35,7 @@ from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
 from .chosen import evaluation_of, verified
+from .configure import placed
 from .installed import draw, with_what_is_installed
 from .result import Outcome, ended_before, result_content, same_command, write_result
 from .summary import count_parameters, ledger_table, run_facts
@@ -153,19 +154,21 @@ class Session:
         argv = [*command, *self.argv]
         self.run, self.config = run, config
         if config.resume:
-            run.once_taken_up.append(partial(run.add_resume, config, prog=program, argv=argv, **self._changed))
+            note = partial(run.add_resume, placed(config), prog=program, argv=argv, **self._changed)
+            run.once_taken_up.append(note)
             return
         about |= {"data": self.data, "device": device_name(self.device), "processes": self.place.size}
-        run.write_config(config, prog=program, argv=argv, **about)
+        run.write_config(placed(config), prog=program, argv=argv, **about)
 
     def resume_key(self, free: frozenset[str] | set[str], **more: Any) -> dict[str, Any]:
-        """What a checkpoint must agree in: all flags but those that a resumed run may change.
+        """What a checkpoint must agree in: all flags but those that a resumed run may change, and places.
 
         Args:
-            free: names of those.
+            free: names of the former.
             more: further values, as JSON holds them.
         """
-        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
+        out = {*free, *self.config.PLACES}
+        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in out}
         return {**kept, **more}
 
     def fit(

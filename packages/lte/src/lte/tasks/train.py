@@ -144,7 +144,7 @@ def train_one(
         agree_offset=config.lte_merge_delay % (config.lte_merge_steps or 1),  # when merges arrive, not as they are sent
         patience_s=min(config.peer_timeout, HEARTBEAT_S),
     )
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*MAY_CHANGE, *config.PLACES}}
     key = {**kept, "text_sha256": corpus.sha256}
     label = "full" if full else "lte"
     begun = bool(config.nanogpt_run) and run is not None

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from memtrain_common.commands.run_flags import LearningRate, RunFlags, StepFlags
 from memtrain_common.errors import UserError
@@ -15,6 +15,9 @@ PROG = "lte-train"
 @dataclass(frozen=True)
 class TrainConfig(RunFlags, StepFlags):
     """Every flag of lte-train; kept in the run folder's config.json."""
+
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "tokenizer_dir", "init_from", "nanogpt_run")
+    NAMES: ClassVar[frozenset[str]] = frozenset({"scratch"})
 
     # -- input and output
     init_from: str = "scratch"
