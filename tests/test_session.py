@@ -9,7 +9,7 @@ import pytest
 from image_files import image_folder
 from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
-from support import ROOT, assert_refused, run_command, run_ranks, without_pictures
+from support import ROOT, assert_refused, rows, run_command, run_ranks, without_pictures
 
 SHELLS = [
     path
@@ -139,7 +139,87 @@ def test_a_damaged_best_checkpoint_is_never_reported(few_steps, tmp_path, comman
         assert done.returncode == 0, done.stderr
     took = json.loads((tmp_path / "intact" / "result.json").read_text())
     assert took["step"] == 2
+    [logged] = [r for r in rows(tmp_path / "intact") if r["split"] == "val" and r["step"] == 2]
+    reported = took["scores"]["dev" if "dev" in took["scores"] else "val"]  # of these weights, not of the last step's
+    assert {n: v for n, v in reported.items() if n in logged} == pytest.approx(
+        {n: v for n, v in logged.items() if n in reported}
+    )
+    assert took["metric"] in reported
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_resume_that_fails_leaves_the_run_as_it_was(few_steps, tmp_path, command):
+    """What was asked of it is written down only once the checkpoint has been taken up."""
+    words = [*few_steps[command], *few_steps[""], "--out", "run"]
+    assert run_command(words, tmp_path).returncode == 0
+    config = tmp_path / "run" / "config.json"
+    before = config.read_bytes()
+    manifests = {m: m.read_bytes() for m in (tmp_path / "run" / "checkpoints").glob("*/manifest.json")}
+    for manifest in manifests:
+        manifest.write_text("damaged")
+    again = [*words[: 2 if " " in command else 1], "--resume", "run", "--tracker", "auto"]
+    assert_refused(run_command(again, tmp_path), "no checkpoint in run/checkpoints is intact")
+    assert config.read_bytes() == before
+    for manifest, content in manifests.items():
+        manifest.write_bytes(content)
+    done = run_command(again, tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = read_json(config)
+    assert (content["config"]["tracker"], len(content["resumed"])) == ("auto", 1)
+
+
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory):
+    import transformers
+
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                    image_size=8, patch_size=4, num_labels=2)  # fmt: skip
+    folder = tmp_path_factory.mktemp("small") / "vit"
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("galore-vit train", "weights"), ("backrazor-train", "weights"), ("finetune", "weights"),
+        ("backrazor-glue", "model"), ("lora-xs glue", "model"), ("lora-xs instruct", "model"),
+    ],
+)  # fmt: skip
+def test_what_a_run_began_with_may_lie_elsewhere(few_steps, small_vit, tmp_path, command, flag):
+    """Begun with a path from one folder, gone on with from another; where what it names has moved, it is named anew."""
+    words = list(few_steps[command])
+    if flag == "model":
+        at = words.index("--model") + 1
+        source, words[at] = words[at], "place"
+    else:
+        source, words = small_vit, [*words, "--weights", "place"]
+    here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    shutil.copytree(source, here / "place")
+    done = run_command([*words, *few_steps[""], "--out", str(run)], here)
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "config.json")["config"][flag] == str(here / "place")
+    again = [*words[: 2 if " " in command else 1], "--resume", "../run"]
+    done = run_command(again, there)
+    assert done.returncode == 0, done.stderr
+    (here / "place").rename(there / "moved")
+    assert run_command(again, there).returncode == 2
+    done = run_command([*again, f"--{flag}", "moved"], there)
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "config.json")["config"][flag] == str(there / "moved")
+    assert "checkpoints/step-00000004" in done.stdout
+    (there / "moved").rename(tmp_path / "last")
+    if command == "galore-vit train":
+        assert run_command(["galore-vit", "eval", "--run", str(run)], there).returncode == 2
+        done = run_command(["galore-vit", "eval", "--run", str(run), "--weights", "../last"], there)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(run / "checkpoints")  # it would begin from whatever lies there
+    refused = run_command([*again, f"--{flag}", "../last"], there)
+    assert_refused(refused, f"has a training without a checkpoint, which begins from --{flag} {there / 'moved'}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

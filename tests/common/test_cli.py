@@ -3,12 +3,16 @@
 import dataclasses
 import errno
 import os
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
-from memtrain_common.commands.run_flags import LearningRate, Lr
+from memtrain_common.commands.configure import configure, placed
+from memtrain_common.commands.run_flags import CLASSIFIERS, LearningRate, Lr, RunFlags
 from memtrain_common.errors import DivergedError, Stopped, UserError
+from memtrain_common.models.classifiers import IMAGENET_WEIGHTS, MODELS
+from memtrain_common.runs.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,3 +166,49 @@ def test_a_package_that_only_this_path_needs_is_named_with_the_line_to_type(caps
     )
     with pytest.raises(ModuleNotFoundError):  # a fault of the code, and not of the installation
         run_command(broken, prog="prog", argv=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed(RunFlags):
+    PLACES: ClassVar[tuple[str, ...]] = ("weights", "data")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"weights", "data"})
+    NAMES: ClassVar[frozenset[str]] = frozenset({"imagenet"})
+
+    weights: str = ""
+    """Weights."""
+    data: str = "digits"
+    """A set, or a file."""
+
+
+def test_places_are_kept_absolute_and_an_older_run_goes_on_with_its_relative_one(tmp_path, monkeypatch):
+    """The same place by any name is no change; another is taken where the run has a checkpoint, and a name never is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new", "imagenet", "digits"):
+        Path(name).mkdir()
+    Path("rows.json").write_text("[]")
+
+    def resumed(*words):
+        given = ["--resume", "run", *words]
+        return configure(Placed, given, prog="p", description="", presets={}, check=lambda config, before: config)
+
+    assert placed(Placed(weights="old", data="rows.json")) == Placed(
+        weights=str(tmp_path / "old"), data=str(tmp_path / "rows.json")
+    )
+    for plain in (Placed(weights="imagenet"), Placed(weights="owner/on-the-hub")):
+        assert placed(plain) == plain
+    run = RunFolder.create(Path("run"))
+    run.write_config(Placed(weights="old"), prog="p", argv=[])  # as versions before wrote it
+    assert resumed().weights == "old"
+    for same in ("old", "./old", str(tmp_path / "old")):
+        assert placed(resumed("--weights", same)).weights == str(tmp_path / "old")
+    with pytest.raises(UserError, match=f"a training without a checkpoint, which begins from --weights {tmp_path}/old"):
+        resumed("--weights", "new")
+    (run.path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert resumed("--weights", "new").weights == "new"
+    for words in (["--weights", "nowhere"], ["--weights", "imagenet"], ["--data", "rows.json"]):
+        with pytest.raises(UserError, match="run was begun with"):
+            resumed(*words)
+
+
+def test_names_of_models_are_no_places():
+    assert {*MODELS, IMAGENET_WEIGHTS} == CLASSIFIERS

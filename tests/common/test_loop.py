@@ -124,6 +124,7 @@ class Whole:
     """A model in parts, of which this process holds all."""
 
     apart = True
+    speaks_each_step = False
 
     def average_gradients(self):
         pass
@@ -132,13 +133,25 @@ class Whole:
         return state
 
 
-@pytest.mark.parametrize(("offset", "steps"), [(0, [4, 8, 12]), (3, [3, 7, 11])])
-def test_processes_with_parts_agree_on_stopping_at_their_own_steps(monkeypatch, offset, steps):
+@pytest.mark.parametrize(
+    ("each_step", "more", "steps"),
+    [
+        (False, {}, [4, 8, 12, 13]),
+        (False, {"agree_offset": 3}, [3, 7, 11, 13]),
+        (False, {"log_interval": 5}, [4, 5, 8, 10, 12, 13]),
+        (False, {"eval_interval": 6, "checkpoint_interval": 9}, [4, 6, 8, 9, 12, 13]),
+        (True, {}, [*range(1, 14)]),
+    ],
+)
+def test_processes_with_parts_ask_for_a_signal_wherever_they_speak(monkeypatch, each_step, more, steps):
+    """At their own steps, which may be far apart, at logged steps, evaluations and checkpoints, and at the last."""
     done, asked = [], []
     monkeypatch.setattr("memtrain_common.training.loop.any_rank", lambda flag: asked.append(len(done)) or flag)
+    monkeypatch.setattr(Whole, "speaks_each_step", each_step)
     model = make()
     task = Task(model, batches, loss_fn, adam(model), after_step=lambda: done.append(1), parts=Whole())
-    fit(task, FitConfig(max_iters=13, agree_interval=4, agree_offset=offset, log_interval=100, eval_interval=100))
+    seldom = {"agree_interval": 4, "log_interval": 100, "eval_interval": 100}
+    fit(task, FitConfig(max_iters=13, **{**seldom, **more}))
     assert sorted({step for step in asked if step}) == steps  # after the step, and after what was saved there
 
 

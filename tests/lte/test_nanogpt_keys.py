@@ -204,6 +204,17 @@ def test_the_source_projects_configurations(monkeypatch):
     assert (plain.batch_size, plain.gradient_accumulation_steps, plain.max_iters) == (12, 40, 600_000)
 
 
+def test_a_bench_takes_files_that_say_where_their_training_goes(tmp_path):
+    """It keeps nothing; --out on its own command line is a mistake."""
+    (tmp_path / "x.py").write_text("out_dir = 'out-x'\nn_layer = 3\nn_embd = 48\nn_head = 6\n")
+    file = str(tmp_path / "x.py")
+    bench = configure_bench([file, "--batch_size=4"])
+    assert (bench.n_layer, bench.batch_size, bench.out) == (3, 4, "")
+    for word in ("--out_dir=mine", "--out=mine"):
+        with pytest.raises(UserError, match="--out is lte-train's"):
+            configure_bench([file, word])
+
+
 def test_the_flags_of_nanogpts_sample_py_and_bench_py():
     found = configure_sample(
         ["--init_from=resume", "--out_dir=out-x", "--num_samples=3", "--top_k=5", "--compile=False"]

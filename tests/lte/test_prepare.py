@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import types
@@ -303,6 +304,77 @@ def test_files_that_name_their_splits_keep_them(tmp_path):
     with pytest.raises(UserError, match=r"more\.jsonl names no split, and other files do"):
         prepare([str(folder), "--tokenizer", "bytes", "--out", str(tmp_path / "again")])
     assert not (tmp_path / "again").exists()
+
+
+def files(folder, **texts):
+    for name, text in texts.items():
+        path = folder / name.replace("__", "/").replace("_txt", ".txt").replace("_py", ".py").replace("_md", ".md")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(folder)
+
+
+def bytes_of(out):
+    return {p.stem: np.fromfile(p, np.uint16).astype(np.uint8).tobytes().decode() for p in out.glob("*.bin")}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"test_txt": "the test", "train_txt": "to train on", "val_txt": "held out"},
+        {"ptb.test_txt": "the test", "ptb.train_txt": "to train on", "ptb.valid_txt": "held out"},
+        {"test__a_txt": "the test", "train__a_txt": "to train on", "dev__a_txt": "held out"},
+    ],
+)
+def test_texts_that_name_their_splits_keep_them(tmp_path, texts):
+    """In the order of names the test would come first, and be trained on."""
+    prepare([files(tmp_path / "set", **texts), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert bytes_of(tmp_path / "out") == {"train": "to train on", "val": "held out", "test": "the test"}
+
+
+def test_without_a_val_the_end_of_the_text_that_is_trained_on_is_held_out(tmp_path):
+    folder = files(tmp_path / "set", test_txt="the test", train_txt="0123456789" * 10)
+    prepare([folder, "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert bytes_of(tmp_path / "out") == {"train": "0123456789" * 9, "val": "0123456789", "test": "the test"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "refusal"),
+    [
+        ({"test_txt": "a", "val_txt": "b"}, "test.txt is of the split test by its name, and no file is of train"),
+        ({"book_txt": "a", "val_txt": "b"}, "val.txt is of the split val by its name, and no file is of train"),
+        ({"train_txt": "a", "test_txt": "b", "README_md": "c"}, "README.md names no split, and other files do"),
+        ({"train_notes_txt": "a", "book_txt": "b"}, ""),
+        ({"the_test_of_time_txt": "a", "book_txt": "b"}, ""),
+        ({"train_py": "a", "test_py": "b", "model_py": "c"}, ""),
+        ({"only_training_txt": "a" * 10}, ""),
+    ],
+)
+def test_what_some_names_say_of_splits_is_kept_refused_or_chance(tmp_path, texts, refusal):
+    words = [files(tmp_path / "set", **texts), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    if refusal:
+        with pytest.raises(UserError, match=re.escape(refusal)):
+            prepare(words)
+        assert not (tmp_path / "out").exists()
+    else:
+        prepare(words)
+        assert set(bytes_of(tmp_path / "out")) == {"train", "val"}
+
+
+def test_tables_of_a_test_and_a_validation_alone_are_refused(tmp_path):
+    for split in ("test", "val"):
+        jsonl(tmp_path / "set" / f"{split}.jsonl", ["one", "two"])
+    with pytest.raises(UserError, match=r"test\.jsonl is of the split test by its name, and no file is of train"):
+        prepare([str(tmp_path / "set"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    (tmp_path / "set" / "test.jsonl").unlink()  # a file of one split alone is data like any other
+    prepare([str(tmp_path / "set"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert bytes_of(tmp_path / "out") == {"train": "one\n", "val": "two\n"}
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffhéllo wörld".encode())
+    prepare([str(tmp_path / "a.txt"), "--tokenizer", "chars", "--out", str(tmp_path / "out")])
+    assert read_json(tmp_path / "out" / "meta.json")["characters"] == "".join(sorted(set("héllo wörld")))
 
 
 @pytest.mark.parametrize(("n", "share"), [(2, 0.1), (7, 0.5), (100, 0.07), (1001, 0.0005), (1000, 0.1)])

@@ -19,6 +19,7 @@ from lte import (
     inject,
     merged_state_dict,
     param_groups,
+    shared_parameters,
 )
 from lte.merging import sends_factors
 from lte.sparse import Sparse
@@ -256,27 +257,31 @@ def owed_of(folder, config, steps, layer):
 
 
 @pytest.mark.slow
-def test_without_a_merge_nothing_is_said_until_a_logged_step(tmp_path):
-    """Signals are agreed on at logged steps where T is 0: SIGTERM to one process stops both, with a checkpoint."""
+@pytest.mark.parametrize(("policy", "every", "step"), [(FROZEN, 0, 20), (FROZEN, 1000, 20), (SHARED, 1000, 13)])
+def test_a_signal_stops_all_where_they_next_speak(tmp_path, policy, every, step):
+    """However far off the next merge is: SIGTERM to one process in step 13 stops both, with a checkpoint, at the next
+    logged step, or at once where they share gradients at each."""
     out = tmp_path / "run"
-    run_ranks(2, lambda: train(out, FROZEN, every=0, at=(1, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    run_ranks(2, lambda: train(out, policy, every=every, at=(1, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))))
     for rank in (0, 1):
-        assert "stopped by SIGTERM at step 20; checkpoint" in (out / f"stopped-{rank}").read_text()
+        assert f"stopped by SIGTERM at step {step}; checkpoint" in (out / f"stopped-{rank}").read_text()
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path):
-    """Each head is copied, moments included: the evaluated model is the same. Three heads are refused."""
+@pytest.mark.parametrize("policy", [COPIES, {**SHARED, "base": "4bit"}])
+def test_a_checkpoint_of_two_heads_goes_on_with_four(tmp_path, policy):
+    """Each head is copied, moments included: the evaluated model is the same. Six heads are refused. In 4 bits the
+    square layer keeps the merged factors of two heads and, of four, their sum."""
     out = tmp_path / "run"
-    train(out, COPIES, heads=2, steps=40)
+    train(out, policy, heads=2, steps=40)
     before = torch.load(out / "weights-0.pt", weights_only=True)
-    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=40, resume=True))
+    run_ranks(2, lambda: train(out, policy, heads=4, steps=40, resume=True))
     after = torch.load(out / "weights-1.pt", weights_only=True)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
-    run_ranks(2, lambda: train(out, COPIES, heads=4, steps=60, resume=True))
+    run_ranks(2, lambda: train(out, policy, heads=4, steps=60, resume=True))
     assert losses(out)[0][-1] == (60, "val")
-    train(out, COPIES, heads=6, steps=80, resume=True)
+    train(out, policy, heads=6, steps=80, resume=True)
     assert "made with 4 heads, which can become a multiple of 4 but not 6" in (out / "stopped-0").read_text()
 
 
@@ -311,6 +316,53 @@ def test_sums_are_the_same_bits_everywhere_and_every_byte_is_counted(tmp_path, s
     each = sum(-(-n // size) * bytes_ for n, bytes_ in ((n32, 4), (n64, 8)))  # one N-th, padded
     assert sent[0]["sum"] == size * 2 * (size - 1) * each
     assert sent[0]["gather"] == size * (size - 1) * (n32 * 4 + n64 * 8)
+
+
+class Partly(torch.nn.Module):
+    """One scale is reached by no batch, one by the rows of a marked one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+        self.unused, self.seldom = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(8, 1))
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        return y @ self.seldom if x[0, 0] > 90 else y
+
+
+def partly(out):
+    """Three steps of AdamW; the first row is marked: of several processes the first alone reaches ``seldom``."""
+    place, _ = launch("cpu")
+    torch.manual_seed(0)
+    ranks = Ranks()
+    model = inject(Partly(), LTEConfig(heads=2, rank=2), ranks)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, rest_lr=1e-2, weight_decay=0.5))
+    shared = shared_parameters(model)
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        x[0, 0] = 99.0
+        n = 4 // ranks.size
+        model(x[ranks.rank * n : (ranks.rank + 1) * n]).square().sum().backward()
+        ranks.average_gradients(shared)
+        optimizer.step()
+        optimizer.zero_grad()
+    numbers = sum(p.numel() for p in shared) + len(shared)
+    torch.save((model.unused.detach(), model.seldom.detach(), dict(ranks.sent), numbers), out / f"{place.rank}.pt")
+
+
+def test_a_parameter_that_no_batch_reaches_is_left_alone(tmp_path):
+    """As on one process; one that a single process reaches has the same gradient on both. Every byte is counted."""
+    partly(tmp_path)
+    alone, *_ = torch.load(tmp_path / "0.pt")
+    run_ranks(2, partly, tmp_path)
+    for rank in (0, 1):
+        unused, seldom, sent, numbers = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(unused, torch.ones(4, 4))
+        assert torch.equal(unused, alone)
+        assert torch.equal(seldom, torch.load(tmp_path / "0.pt")[1])
+        assert (seldom != 1).all()
+        assert sent["shared"] == 3 * 2 * 2 * -(-numbers // 2) * 4
 
 
 def overlap(out):

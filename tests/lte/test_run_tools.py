@@ -122,6 +122,56 @@ def test_only_the_best_and_the_last_checkpoint(place, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["best", "nanogpts", "full"])
+def test_the_best_weights_are_what_comes_out(place, tmp_path, capsys, monkeypatch, way):
+    """--select best, and nanoGPT's always_save_checkpoint=False: the loss that is said, the result, exports, a new run
+    and an evaluation alone all have the best evaluation, though the last one is worse."""
+    ruin = {"learning_rate": [1e-3] * 4 + [1.0] * 4}
+    monkeypatch.setattr("lte.tasks.train.lr_factor", lambda config: lambda step: ruin["learning_rate"][step] / 1e-3)
+    flags = {
+        "best": ["--select", "best"], "nanogpts": ["--always_save_checkpoint=False"],
+        "full": ["--select", "best", "--method", "full"],
+    }[way]  # fmt: skip
+    run, bins = tmp_path / "run", ["--data-dir", str(place / "bins")]
+    train([*TINY, *bins, *flags, "--out", str(run), "--compare-full"][: None if way == "best" else -1])
+    losses = {r["step"]: r["loss"] for r in rows(run) if r["split"] == "val"}
+    assert losses[4] < losses[0] < losses[8]
+    result = json.loads((run / "result.json").read_text())
+    assert (result["step"], result["scores"]["val"]["loss"]) == (4, losses[4])
+    said = capsys.readouterr().out
+    assert re.search(rf"{'full' if way == 'full' else 'LTE'} +{losses[4]:.4f}", said)
+    if way == "best":
+        assert json.loads((run / "full" / "result.json").read_text())["scores"]["val"]["loss"] < losses[0]
+    trained = read_run(run)
+    assert (trained.step, trained.newest) == (4, 8)
+    assert loss_of(trained.plain.model(), place) == pytest.approx(losses[4], abs=1e-5)
+    assert read_run(run, "last").step == 8
+    export([str(run), "--out", str(tmp_path / "ckpt.pt")])
+    assert "the model of step 4, the best evaluation" in capsys.readouterr().out
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter_num"] == 4
+    sample([str(run), "--num_samples=1", "--max_new_tokens=3"])
+    assert f"{run}: the model of step 4, the best evaluation" in capsys.readouterr().out
+    train([*TINY, *bins, "--init-from", str(run), "--eval-only"])
+    train(["--resume", str(run), "--eval-only"])
+    said = capsys.readouterr().out
+    assert said.count("the model of step 4") == said.count(f"validation loss {losses[4]:.4f}") == 2
+    train(["--resume", str(run), "--eval-only", "--select", "last"])
+    assert f"validation loss {losses[8]:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_only_got_worse_gives_what_it_began_with(place, tmp_path):
+    """Step 0 has no checkpoint: its weights are made again."""
+    words = [*TINY, "--data-dir", str(place / "bins"), "--learning_rate=1.0", "--rest_learning_rate=1.0"]
+    train([*words, "--select", "best", "--out", str(tmp_path / "run")])
+    losses = [r["loss"] for r in rows(tmp_path / "run") if r["split"] == "val"]
+    assert losses[0] == min(losses)
+    trained = read_run(tmp_path / "run")
+    assert trained.step == 0
+    assert loss_of(trained.plain.model(), place) == pytest.approx(losses[0], abs=1e-5)
+
+
 # -- sampling
 
 

@@ -254,8 +254,11 @@ def test_processes_that_cannot_share_the_heads_are_refused(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_a_multiple_of_its_heads(text, tmp_path):
-    done = run_command([*TINY, "--data-dir", text, "--max-iters", "20", "--out", "run"], tmp_path)
+@pytest.mark.parametrize("base", ["float32", "4bit"])
+def test_a_run_goes_on_with_a_multiple_of_its_heads(text, tmp_path, base):
+    """In 4 bits, layers that kept all heads' merged factors keep a sum from four heads on."""
+    words = [*TINY, "--data-dir", text, "--lte-base", base, "--max-iters", "20", "--out", "run"]
+    done = run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     done = run_command(["lte-train", "--resume", "run", "--lte-heads", "3"], tmp_path)
     assert_refused(done, "run was begun with --lte-heads 2, which can become a multiple of it but not 3")

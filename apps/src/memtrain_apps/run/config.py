@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 from memtrain_common.commands import configure as common
-from memtrain_common.commands.run_flags import ImageFlags, Lr, RunFlags, Select, StepFlags
+from memtrain_common.commands.run_flags import CLASSIFIERS, ImageFlags, Lr, RunFlags, Select, StepFlags
 from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
 
@@ -67,6 +67,9 @@ class FinetuneConfig(RunConfig, ImageFlags):
     """Every flag of finetune; kept in the run folder's config.json."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"recipe": "augment"}
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "model", "weights", "data")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"model", "weights", "data"})
+    NAMES: ClassVar[frozenset[str]] = CLASSIFIERS
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "finetune --train lora --save backrazor",
         "finetune --data pets --data-dir PETS --model vit-s-16 --weights ViT-S_16.npz --optim galore-adamw",
@@ -90,7 +93,8 @@ class FinetuneConfig(RunConfig, ImageFlags):
     proxyless_mobile, resnet20; a folder of transformers, or timm:NAME, with their weights. Text: a transformers folder,
     or a name on the hub."""
     weights: str = ""
-    """Images: pretrained weights (transformers folder, Google's .npz, timm's .safetensors, a state dict)."""
+    """Images: pretrained weights (transformers folder, Google's .npz, timm's .safetensors, a state dict). A resumed run
+    may name anew where they, a model's folder or a file of --data lie."""
     max_length: int = 128
     """Text: longest input in tokens."""
     # -- optimization
@@ -110,6 +114,8 @@ class PretrainConfig(RunConfig):
         "pretrain --model llama --data-dir TEXT --tokenizer chars --max-iters 2000",
         "pretrain --resume runs/NAME",
     )
+
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "tokenizer_dir")
 
     # -- data and model
     data_dir: str = ""

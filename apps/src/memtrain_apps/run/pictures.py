@@ -117,6 +117,7 @@ def picture_workload(config: FinetuneConfig, world: World) -> Workload:
         about={**pictures.describe(), "parts": pictures.parts()},
         units_per_step=per_step,
         notes=tuple(notes),
+        identity={"normalize": [list(classifier.normalize.mean), list(classifier.normalize.std)]},  # of moved weights
         extra={} if config.augment in CENTRED else {"image_processor": ImageProcessor.of(classifier)},
     )
 

@@ -81,7 +81,7 @@ def run(
     )  # fmt: skip
     task = replace(task, evaluate=lambda m: workload.evaluate(m, workload.splits[0]))
     seed_all(config.seed + session.place.rank)  # dropout differs between processes; the weights above must not
-    kept = session.resume_key(MAY_CHANGE, data_sha256=workload.about["sha256"])
+    kept = session.resume_key(MAY_CHANGE, data_sha256=workload.about["sha256"], **workload.identity)
     key = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
     if choice:
         key["chosen_save"] = config.save  # gradients are exact but for Back Razor's

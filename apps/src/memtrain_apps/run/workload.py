@@ -31,6 +31,8 @@ class Workload:
     units_per_step: int = 0
     notes: tuple[str, ...] = ()
     """Sentences about the data that a person should read."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What a checkpoint must agree in, besides flags and data."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What is saved beside the model (a tokenizer, an image processor)."""
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from memtrain_common.commands.cli import changed_fields, flag_value, parse, run_command
-from memtrain_common.commands.configure import saved_config
+from memtrain_common.commands.configure import placed, saved_config
 from memtrain_common.errors import UserError
 
 from .tasks.nanogpt import asked, translate
@@ -64,7 +64,7 @@ def configure(argv: Sequence[str]) -> TrainConfig:
             f"{config.lte_heads}: begin a new run"
         )
     fixed = {"full_learning_rate"} if (folder / "full").exists() else set()
-    for name, (old, new) in changed_fields(before, config).items():
+    for name, (old, new) in changed_fields(placed(before), placed(config)).items():
         if name not in MAY_CHANGE - fixed:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{resume} was begun with {flag} {old}, not {new}: leave the flag out, or begin a new run")

@@ -136,13 +136,16 @@ class Ranks:
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make the gradient of parameters that are one for all heads the mean over the processes.
 
-        A parameter that this process's share of the batch did not reach counts as 0.
+        A parameter that this process's share of the batch did not reach counts as 0; one that no share reached keeps no
+        gradient, as on one process: an optimizer would decay it.
         """
         if self.size == 1 or not parameters:
             return
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter, total in zip(parameters, self.sum(own, "shared"), strict=True):
-            parameter.grad = total.div_(self.size)
+        reached = own[0].new_tensor([p.grad is not None for p in parameters])  # in the message of its dtype
+        *totals, reached = self.sum([*own, reached], "shared")
+        for parameter, total, count in zip(parameters, totals, reached.tolist(), strict=True):
+            parameter.grad = total.div_(self.size) if count else None
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.sent)

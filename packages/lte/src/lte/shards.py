@@ -13,6 +13,7 @@ from .injection import headed, replicas
 from .merging import Merger
 from .parameters import copied_parameters, head_parameters, shared_parameters
 from .ranks import Ranks
+from .sums import sum_of_products
 
 State = dict[str, Any]  # {"model": state dict, "optimizer": state dict, …}
 Rows = dict[str, tuple[int, Tensor]]  # name in the model -> (first row, rows)
@@ -37,6 +38,7 @@ class HeadShards:
         self._model, self._optimizer, self._ranks, self._merger = model, optimizer, ranks, merger
         self.apart = ranks is not None and ranks.size > 1
         self._shared = shared_parameters(model)
+        self.speaks_each_step = self.apart and bool(self._shared)
         self.heads = next(iter(headed(model).values())).total_heads
 
     def average_gradients(self) -> None:
@@ -69,9 +71,20 @@ class HeadShards:
             every = t.repeat_interleave(self.heads // len(t), 0) if len(t) != self.heads else t
             return every if whole else every[first : first + count].clone()
 
-        state = self._each(state, own)
+        state = self._each(self._with_running_sums(state), own)
         everywhere = {f"{path}.{t}" for path, layer in headed(self._model).items() if layer.telescopes for t in _ALL}
         model = {n: own(t, whole=True) if n in everywhere else t for n, t in state["model"].items()}
+        return {**state, "model": model}
+
+    def _with_running_sums(self, state: State) -> State:
+        """The state with W's delta as a sum, where it was kept as the merged factors of fewer heads, whose bytes were
+        less than its own: those of more heads are not."""
+        model = dict(state["model"])
+        for path, layer in headed(self._model).items():
+            if not layer.telescopes and f"{path}.{_ALL[0]}" in model:
+                A, B = (model.pop(f"{path}.{t}") for t in _ALL)
+                model[f"{path}.weight_delta"] = sum_of_products(A, B).mul_(layer.scale / len(A))
+                model |= {f"{path}.merged_A": A, f"{path}.merged_B": B}
         return {**state, "model": model}
 
     def alone(self, state: State) -> State:

@@ -29,11 +29,14 @@ class GlueConfig(RunFlags, StepFlags, ModeFlags):
         "eval_steps": "eval_interval",
     }  # fmt: skip
 
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "model")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"model"})
+
     # -- input and output
     task: str = ""
     """One of cola sst2 qnli mrpc rte stsb mnli qqp."""
     model: str = ""
-    """Folder of a transformers encoder with its tokenizer, or its name on the hub."""
+    """Folder of a transformers encoder with its tokenizer, or its name on the hub. A resumed run may name it anew."""
     data_dir: str = ""
     """Folder with GLUE's TSV files (DIR/RTE/train.tsv, …); empty reads the hub's nyu-mll/glue."""
     keep: float = 0.2

@@ -138,7 +138,8 @@ def train_one(session: Session, pictures: ImageSet, made: Classifier | None = No
         units_per_step=per_step,
         tracker=config.tracker,
     )
-    key = session.resume_key(FREE | {"compare_dense"}, data_sha256=pictures.sha256)
+    seen = [list(made.normalize.mean), list(made.normalize.std)]  # of weights that have moved, too
+    key = session.resume_key(FREE | {"compare_dense"}, data_sha256=pictures.sha256, normalize=seen)
     outcome = session.fit(task, fit_config, resume_key=key, label=config.mode, select=config.select)
     with session.judging(outcome) as trained:
         test = score("test", trained)
@@ -217,7 +218,7 @@ def _report(main: Trained, dense: Trained | None) -> None:
     rows: list[Sequence[str]] = [["", "test accuracy", "test loss", "val accuracy", "samples/s"]]
     for name, arm in arms.items():
         result = arm.outcome.result
-        val = result.evaluation.get("accuracy")
+        val = arm.outcome.evaluation.get("accuracy")
         numbers = [f"{100 * arm.test['accuracy']:.2f} %", f"{arm.test['loss']:.4f}"]
         numbers += ["–" if val is None else f"{100 * val:.2f} %", f"{result.units_per_second:.0f}"]
         rows.append([name, *numbers])
@@ -236,6 +237,6 @@ def _report(main: Trained, dense: Trained | None) -> None:
 
 
 def _scores(arm: Trained) -> dict[str, dict[str, float]]:
-    """Of the tested weights, and of the last evaluation."""
-    val = arm.outcome.result.evaluation
+    """Of the chosen weights."""
+    val = arm.outcome.evaluation
     return {"test": arm.test} | ({"val": val} if val else {})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from memtrain_common.commands.configure import MAY_CHANGE, at_least, below_one, positive, refuse_unused
-from memtrain_common.commands.run_flags import ImageFlags, LearningRate, RunFlags, StepFlags
+from memtrain_common.commands.run_flags import CLASSIFIERS, ImageFlags, LearningRate, RunFlags, StepFlags
 from memtrain_common.errors import UserError
 
 from .razor_flags import ModeFlags, check_razor
@@ -36,6 +36,13 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
 
     OLD_VALUES: ClassVar[Mapping[tuple[str, Any], Any]] = {("razor_mode", "default"): "pruned"}
 
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "weights", "model")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"weights", "model"})
+    NAMES: ClassVar[frozenset[str]] = CLASSIFIERS
+
+    def trainings(self) -> int:
+        return 1 + self.compare_dense
+
     # -- input and output
     data: Data = "digits"
     """Set of pictures: scikit-learn's digits (no file needed), a published set, or a folder (or zip) by class."""
@@ -53,7 +60,7 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags, ModeFlags):
     weights: str = ""
     """Pretrained weights. ViT: a folder of transformers, Google's .npz, timm's .safetensors. CNN: .pth or .safetensors,
     or imagenet (torchvision's, downloaded). timm:NAME: a file of its tensors. Empty begins at random; a folder and
-    timm:NAME bring theirs."""
+    timm:NAME bring theirs. A resumed run may name the place of either anew."""
     patch_size: int = 0
     """Of a ViT with random weights: pixels of a patch's side; 0 takes the model's usual."""
     freeze_bn: bool = False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,10 @@ def configure(
     config = parse(config_type, argv, prog=prog, description=description, default=before)
     if config.out not in (before.out, resume):  # type: ignore[attr-defined]
         raise UserError(f"--out {config.out} differs from --resume {resume}: a resumed run stays in its folder")  # type: ignore[attr-defined]
-    for name, (old, new) in changed_fields(before, config).items():
-        if name not in may_change:
+    for name, (old, new) in changed_fields(placed(before), placed(config)).items():
+        if _has_moved(config, name, old, new):
+            _check_begun(Path(resume), config, name, old)
+        elif name not in may_change:
             raise UserError(f"{resume} was begun with {flag(name)} {old}, not {new}: leave the flag out, or begin anew")
     return check(replace(config, out=resume), before)  # type: ignore[type-var]
 
@@ -79,6 +82,38 @@ def saved_config(config_type: type[Config], folder: Path, prog: str) -> Config:
                 f"{folder / 'config.json'} has {field.name} {value!r}: it must be {_KINDS[usual]}, as the run wrote it"
             )
     return config
+
+
+def placed(config: Config) -> Config:
+    """The configuration with the files and folders that it names by where they are, whatever the working folder is."""
+    names = [n for n in getattr(config, "PLACES", ()) if is_place(config, n, getattr(config, n, ""))]
+    return replace(config, **{n: os.path.abspath(getattr(config, n)) for n in names})  # type: ignore[type-var]
+
+
+def is_place(config: Any, name: str, value: Any) -> bool:
+    """Whether a field's value names a file or a folder that is there."""
+    if not isinstance(value, str) or not value or value in config.NAMES:
+        return False
+    return os.path.isfile(value) and "." in value if name == "data" else os.path.exists(value)
+
+
+def _has_moved(config: Any, name: str, old: Any, new: Any) -> bool:
+    """Whether a flag can say where to find now what ``old`` named."""
+    if name not in config.MOVABLE or not is_place(config, name, new):
+        return False
+    return bool(old) and old not in config.NAMES and ":" not in old and (name != "data" or "." in old)
+
+
+def _check_begun(folder: Path, config: Any, name: str, old: str) -> None:
+    """Raises:
+    UserError: if a training of the run has no checkpoint, and would begin from what is there now.
+    """
+    begun = {p.parent for pattern in ("", "*/") for p in folder.glob(f"{pattern}checkpoints/step-*")}
+    if len(begun) < config.trainings():
+        raise UserError(
+            f"{folder} has a training without a checkpoint, which begins from {flag(name)} {old}: put that back there, "
+            "or begin a new run"
+        )
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}

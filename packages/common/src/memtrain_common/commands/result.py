@@ -34,6 +34,8 @@ class Outcome:
     step: int
     """Whose weights they are."""
     config: FitConfig
+    evaluation: dict[str, float]
+    """The training's evaluation of these weights; ``result.evaluation`` is that of the last step."""
 
 
 def result_content(

@@ -13,6 +13,13 @@ Lr = Annotated[float, tyro.conf.arg(aliases=("--learning-rate",))]
 """Of a field lr, likewise."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Select = Literal["last", "best"]
+CLASSIFIERS = frozenset(
+    {
+        "vit-mini", "vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "resnet18", "resnet50", "mobilenet_v2",
+        "proxyless_mobile", "resnet20", "imagenet",
+    }
+)  # fmt: skip
+"""What --model and --weights say of pictures that is no place."""
 Recipe = Literal["none", "flip", "flip-shift", "vit", "cotuning", "cnn"]
 
 
@@ -28,6 +35,15 @@ class RunFlags:
 
     WITHOUT: ClassVar[Mapping[str, Any]] = {}
     """Fields that the config.json of older runs lacks -> the value that those runs had."""
+
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir",)
+    """Fields that may name a file or a folder, which config.json keeps absolute: a run goes on from anywhere."""
+
+    MOVABLE: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that a resumed run may name anew, since its weights are its checkpoint's."""
+
+    NAMES: ClassVar[frozenset[str]] = frozenset()
+    """What such a field says that is no place, whatever lies there by that name."""
 
     # -- run
     out: str = ""
@@ -46,6 +62,10 @@ class RunFlags:
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "float32"
     """Autocast's dtype; weights stay float32."""
+
+    def trainings(self) -> int:
+        """How many trainings a run has, each with checkpoints of its own."""
+        return 1
 
     @classmethod
     def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:

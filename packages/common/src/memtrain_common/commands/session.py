@@ -24,7 +24,6 @@ from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
 from ..measuring.memory import Ledger
-from ..runs import checkpoint
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
 from ..runs.trackers import check_tracker
@@ -35,6 +34,8 @@ from ..training.leaving import say_after_training
 from ..training.loop import fit
 from ..training.task import Task
 from ..training.trained_state import copies
+from .chosen import evaluation_of, verified
+from .configure import placed
 from .installed import draw, with_what_is_installed
 from .result import Outcome, ended_before, result_content, same_command, write_result
 from .summary import count_parameters, ledger_table, run_facts
@@ -98,7 +99,8 @@ class Session:
         return cls(config, argv, prog, place, device)
 
     def open(self, data: dict[str, Any], *, beside: Collection[str] = (), **about: Any) -> None:
-        """Make the run folder, or open the one that is resumed, and write its config.json.
+        """Make the run folder and write its config.json, or open the one that is resumed, whose config.json is written
+        when its checkpoint has been taken up.
 
         Args:
             data: what the data are; their "sha256" and "parts" tell them from other data
@@ -142,6 +144,7 @@ class Session:
         folder = self.folder.path / name
         again = bool(self.config.resume) and (folder / "config.json").exists()
         run = (RunFolder.open if again else RunFolder.create)(folder, writes=self.place.is_main)
+        run.once_taken_up = self.folder.once_taken_up  # whichever goes on first, the whole run does
         out = str(folder)
         other._enter(run, dataclasses.replace(config, out=out, resume=out if again else ""), **about)
         return other
@@ -151,19 +154,21 @@ class Session:
         argv = [*command, *self.argv]
         self.run, self.config = run, config
         if config.resume:
-            run.add_resume(config, prog=program, argv=argv, **self._changed)
+            note = partial(run.add_resume, placed(config), prog=program, argv=argv, **self._changed)
+            run.once_taken_up.append(note)
             return
         about |= {"data": self.data, "device": device_name(self.device), "processes": self.place.size}
-        run.write_config(config, prog=program, argv=argv, **about)
+        run.write_config(placed(config), prog=program, argv=argv, **about)
 
     def resume_key(self, free: frozenset[str] | set[str], **more: Any) -> dict[str, Any]:
-        """What a checkpoint must agree in: all flags but those that a resumed run may change.
+        """What a checkpoint must agree in: all flags but those that a resumed run may change, and places.
 
         Args:
-            free: names of those.
+            free: names of the former.
             more: further values, as JSON holds them.
         """
-        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
+        out = {*free, *self.config.PLACES}
+        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in out}
         return {**kept, **more}
 
     def fit(
@@ -182,9 +187,11 @@ class Session:
             UserError: if the best checkpoint is damaged; which one is intact is said.
         """
         config, model = with_what_is_installed(config, self.device, self.console.say), unwrap(task.model)
-        start = copies(task) if select == "best" else {}
+        start, resume = copies(task) if select == "best" else {}, resume or bool(self.config.resume)
+        if self.run is not None and not resume:
+            self.run.taken_up()
         result = fit(
-            task, config, run=self.run, resume=resume or bool(self.config.resume), resume_path=self._resume_path,
+            task, config, run=self.run, resume=resume, resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
         if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
@@ -195,33 +202,18 @@ class Session:
         say_after_training(step, self._resume_path or (self.run.path if self.run is not None else None))
         if select == "best" and self.run is not None and result.best is not None and result.best[0] != step:
             step = result.best[0]
-            state = {**model.state_dict(), **start} if not step else self._verified(step)
+            where = self._resume_path or self.run.path
+            state = {**model.state_dict(), **start} if not step else verified(self.run, step, where)["model"]
             model.load_state_dict(shard_like(state, model.state_dict()))
             self.console.say(
                 f"took the weights of step {step}, the best evaluation; --select last keeps those of the last step"
             )
-        return Outcome(model, result, step, config)
+        return Outcome(model, result, step, config, evaluation_of(step, result, config, self.run))
 
     def _old_key(self, now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint's key under the names of today; with --data-changed ok its hashes are those of now."""
         hashes = {k: v for k, v in now.items() if k.endswith("sha256")} if self.config.data_changed == "ok" else {}
         return {**self.config.modernise(saved), **hashes}
-
-    def _verified(self, step: int) -> dict[str, Any]:
-        """The model's state in a checkpoint whose hashes hold."""
-        checkpoints = self.folder.checkpoints
-        path = checkpoints.path(step)
-        wrong = checkpoint.verify(path)
-        if wrong is None:
-            return checkpoint.load(path)["model"]
-        intact = next(
-            (s for s in reversed(checkpoints.steps()) if checkpoint.verify(checkpoints.path(s)) is None), None
-        )
-        where = self._resume_path or self.folder.path
-        remedy = "no other one is intact: train anew"
-        if intact is not None:
-            remedy = f"that of step {intact} is intact: take it by --resume {where} --select last, or train anew"
-        raise UserError(f"the best checkpoint {path} is damaged ({wrong}), and {remedy}")
 
     @contextmanager
     def judging(self, outcome: Outcome) -> Iterator[nn.Module]:

@@ -24,7 +24,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: bool = True, keep_checkpoints: int = 2) -> None:
         self.path, self.writes = path, writes
+        self.once_taken_up: list[Callable[[], None]] = []
+        """What to write when a resumed run goes on: one that cannot go on as it is asked stays as it was."""
         self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints, writes=writes)
         self._metrics = path / "metrics.jsonl"
 
@@ -118,6 +120,11 @@ class RunFolder:
             content = {**self.read_config(), **changed, "config": dataclasses.asdict(config)}
             content["resumed"] = [*content.get("resumed", []), _making(prog, argv)]
             write_json(self.path / "config.json", content)
+
+    def taken_up(self) -> None:
+        """The newest checkpoint is in the model, or there is none to be taken up: write what waits for it."""
+        while self.once_taken_up:
+            self.once_taken_up.pop(0)()
 
     def read_config(self) -> dict[str, Any]:
         """What :meth:`write_config` wrote.

@@ -44,9 +44,10 @@ class FitConfig:
     max_skipped: int = 10
     """Steps skipped in a row (NaN or Inf in a gradient) after which the training counts as diverged; 0 never does."""
     agree_interval: int = 1
-    """With ``parts``: steps between cross-rank checks for a stop signal."""
+    """With ``parts``: steps between those at which every process comes to have the same: between two of them each can
+    save for all when one is lost."""
     agree_offset: int = 0
-    """The checks are after the steps that leave this remainder when divided by ``agree_interval``."""
+    """They leave this remainder when divided by ``agree_interval``."""
     patience_s: float = 0.0
     """With ``parts``: seconds of silence after which another process counts as lost; 0 does not listen."""
 
@@ -60,6 +61,12 @@ class FitConfig:
         for name in ("max_iters", "checkpoint_interval", "workers", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+    def processes_speak(self, step: int) -> bool:
+        """With ``parts``: whether they do at this step anyway, so that to ask for a stop signal holds up nobody."""
+        looks = (self.log_interval, self.eval_interval, self.checkpoint_interval or self.eval_interval)
+        looked_at = step >= self.max_iters or any(step % every == 0 for every in looks)
+        return looked_at or (step - self.agree_offset) % self.agree_interval == 0
 
 
 @dataclass

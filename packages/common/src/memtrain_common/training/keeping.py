@@ -177,6 +177,7 @@ class Keeper:
                 raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
             say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
             self.run.take_back_metrics(0)
+            self.run.taken_up()
             return
         step, state = found
         where = checkpoints.path(step)
@@ -184,6 +185,7 @@ class Keeper:
             self._take_up(step, state, where, read_key)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(f"{where} does not hold what this version's checkpoints do ({error!r})") from None
+        self.run.taken_up()
         say(f"resumed from {where}")
 
     def _take_up(

@@ -292,8 +292,8 @@ class _Trainer:
             self.result.ledger.save(self.run.path / "memory.json", peak_bytes=self.result.peak_bytes)
 
     def _agree_to_stop(self, signals: StopSignals) -> None:
-        """Stop if a signal came to any process; asked at every step, or less often where processes seldom speak."""
-        if self.task.apart and (self.result.step - self.config.agree_offset) % self.config.agree_interval:
+        """Stop if a signal came to any process; asked at every step, or, of parts, where the processes speak."""
+        if self.task.seldom and not (self.scaler.is_enabled() or self.config.processes_speak(self.result.step)):
             return
         signum = any_rank(signals.received)
         if signum:

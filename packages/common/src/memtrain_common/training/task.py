@@ -47,7 +47,8 @@ class Task:
     parts: Parts | None = None
     """On several processes, where each holds a part of the model that no wrapper looks after (LTE's heads): how to
     share gradients, and how checkpoints are put together and cut. ``clip`` then returns this process's part of the
-    norm, and the processes speak at logged steps, evaluations, checkpoints and every ``agree_interval`` steps only."""
+    norm, and the processes speak at logged steps, evaluations, checkpoints and every ``agree_interval`` steps only, or
+    at each step where they have gradients to share."""
 
     def needed_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer.
@@ -88,6 +89,11 @@ class Task:
     def apart(self) -> bool:
         """Whether each process holds a part of the model."""
         return self.parts is not None and self.parts.apart
+
+    @property
+    def seldom(self) -> bool:
+        """Whether such processes have steps at which they say nothing to each other."""
+        return self.parts is not None and self.parts.apart and not self.parts.speaks_each_step
 
 
 def one_number(loss: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class Parts(Protocol):
 
     apart: bool
     """Whether they do: False where this process holds everything, and a state is only converted."""
+    speaks_each_step: bool
+    """Whether :meth:`average_gradients` sends anything."""
 
     def average_gradients(self) -> None:
         """After the backward pass: parameters that all processes have get the mean of their gradients."""

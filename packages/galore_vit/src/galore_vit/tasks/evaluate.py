@@ -1,5 +1,6 @@
 """``galore-vit eval``: a run's best checkpoints, or a file of predictions, against the labels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from memtrain_common.commands.configure import saved_config
@@ -44,6 +45,9 @@ def run_evaluation(config: EvalConfig) -> None:
 def _evaluate_run(config: EvalConfig, console: Console) -> None:
     run = Path(config.run)
     trained = saved_config(TrainConfig, run, f"{PROG} train")
+    if config.weights and not trained.weights:
+        raise UserError(f"{run} began with random weights: leave --weights out")
+    trained = replace(trained, weights=config.weights or trained.weights)
     _, device = launch(config.device)
     place = config.data_dir or trained.data_dir
     images = load_images(trained.data, place, size=trained.size, fit=True, verify=trained.verify)

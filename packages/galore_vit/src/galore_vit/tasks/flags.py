@@ -28,6 +28,11 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """Every flag of galore-vit train; kept in the run folder's config.json."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"lora_rank": "rank", "lora_alpha": "alpha", "scale": "galore_scale"}
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "weights")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    def trainings(self) -> int:
+        return self.seeds * max(1, self.folds)
 
     @classmethod
     def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +49,8 @@ class TrainConfig(RunFlags, ImageFlags, StepFlags):
     """ViT built with random weights: mini (96 wide, 4 blocks), or Ti, S, B, L, H."""
     weights: str = ""
     """Pretrained model instead: a folder of transformers (a ViT, or any other image classifier: Dinov2, DeiT, Swin),
-    Google's .npz, timm's .safetensors, or timm:NAME (a ViT by its name, where timm is installed); decides the size."""
+    Google's .npz, timm's .safetensors, or timm:NAME (a ViT by its name, where timm is installed); decides the size. A
+    resumed run may name its place anew."""
     patch_size: int = 0
     """Pixels of a patch's side; 0 takes the weights', or the largest divisor up to a quarter of the image and 16."""
     dropout: float = 0.0
@@ -112,6 +118,8 @@ class EvalConfig:
     """With --predictions: the set that they are of."""
     data_dir: str = ""
     """Folder with the set's npz file, or of pictures; with --run empty takes the run's."""
+    weights: str = ""
+    """With --run: where its --weights lie now, if they have moved; what is evaluated is in its checkpoint."""
     size: int = 28
     """With --predictions: pixels of the MedMNIST file."""
     verify: bool = True
@@ -230,7 +238,7 @@ def check_eval(config: EvalConfig) -> EvalConfig:
     for name in ("data", "size", "verify"):
         if config.run and getattr(config, name) != getattr(EvalConfig(), name):
             raise UserError(f"{flag(name)} goes with --predictions: a run has its own")
-    for name in ("out", "device"):
+    for name in ("out", "device", "weights"):
         if config.predictions and getattr(config, name) != getattr(EvalConfig(), name):
             raise UserError(f"{flag(name)} goes with --run: predictions are only compared with the labels")
     return config

@@ -138,7 +138,9 @@ def train_one(session: Session, trial: Trial, images: ImageSet) -> Trained:
         units_per_step=config.batch_size * config.gradient_accumulation_steps,
         tracker=config.tracker,
     )
-    key = session.resume_key(MAY_CHANGE, **dataclasses.asdict(trial), images_sha256=images.arrays_sha256)
+    seen = [list(made.normalize.mean), list(made.normalize.std)]  # of weights that have moved, too
+    more = {**dataclasses.asdict(trial), "images_sha256": images.arrays_sha256, "normalize": seen}
+    key = session.resume_key(MAY_CHANGE, **more)
     outcome = session.fit(task, fit_config, resume_key=key, label=trial.name, select=config.select)
     found = {}
     for split in ("val", "test"):

@@ -1,5 +1,6 @@
 """``lora-xs glue``: flags, presets, checks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,12 @@ class GlueConfig(TrainingFlags):
     def modernise(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Runs that do not say how they rounded the warm-up rounded it up, and go on so."""
         return {"warmup_rounding": "up", **super().modernise(values)}
+
+    def trainings(self) -> int:
+        if not self.grid:
+            return 1
+        ranks = (0,) if self.from_adapter else self.grid_ranks
+        return math.prod(map(len, (ranks, self.grid_learning_rates, self.grid_head_learning_rates, self.grid_seeds)))
 
     task: str = ""
     """One of cola sst2 qnli mrpc rte stsb mnli qqp."""

@@ -55,6 +55,7 @@ def run_grid(config: GlueConfig, argv: Sequence[str]) -> list[Row]:
                 scores.setdefault(name, []).append(value)
         rows.append(Row(rank, lr, head_lr, scores))
         say(table(config.task, rows))
+    session.folder.taken_up()  # where every cell had been finished
     if session.place.is_main:
         (folder / "table.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
         (folder / "table.txt").write_text(table(config.task, rows) + "\n")

@@ -93,13 +93,14 @@ def run_instruct(config: InstructConfig, argv: Sequence[str]) -> None:
     rates = (config.learning_rate, config.learning_rate)
     outcome = train(session, task, fit_config, rates=rates, key=key, label="instruct")
     result = outcome.result
-    lines = [("validation loss", f"{result.evaluation['loss']:.4f}")] if result.evaluation else []
+    found = outcome.evaluation
+    lines = [("validation loss", f"{found['loss']:.4f}")] if found else []
     if result.best is not None:
         lines.append((f"lowest (step {result.best[0]})", f"{result.best[1]:.4f}"))
     finish(
         session,
         outcome,
-        scores={"val": result.evaluation} if result.evaluation else {},
+        scores={"val": found} if found else {},
         lines=lines or [("steps", str(result.step))],
         about={"command": "instruct", "data": config.data, "prompt": prompt},
     )

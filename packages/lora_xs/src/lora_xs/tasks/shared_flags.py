@@ -29,10 +29,12 @@ class TrainingFlags(RunFlags, StepFlags):
     """One training of an adapter."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"keep": "select"}
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "model", "from_adapter", "data")
+    MOVABLE: ClassVar[frozenset[str]] = frozenset({"model", "data"})  # both are known by their hashes
 
     # -- input and output
     model: str = ""
-    """Folder of a transformers model with its tokenizer, or its name on the hub."""
+    """Folder of a transformers model with its tokenizer, or its name on the hub. A resumed run may name it anew."""
     data_dir: str = ""
     """Folder with the data set's files; empty reads it from the hub."""
     # -- LoRA-XS

@@ -47,7 +47,10 @@ def configure(argv: Sequence[str]) -> BenchConfig:
         raise UserError("real_data=True needs the data: name it with --data-dir")
     bench_py: dict[str, list[str]] = {"--real_data=True": [], "--real_data=False": [], "--profile=False": []}
     bench_py["--profile=True"] = ["--profile=trace.json"]
+    named_here = any(w.replace("_", "-").startswith("--out") for w in argv)
     argv, notes = translate([word for w in argv for word in bench_py.get(w, [w])], BenchConfig)
+    if not named_here:  # a file of nanoGPT's says where its training goes
+        argv = [w for w in argv if not w.startswith("--out=")]
     for note in notes:
         print(note)
     presets = {name: BenchConfig(**{**asdict(p), "data_dir": ""}) for name, p in SOURCE_PRESETS.items()}

@@ -21,7 +21,10 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, crops: Crops, device: tor
         return
     console = Console()
     what = config.resume or config.init_from
-    model = plain_model(what)[0] if config.resume else starting_gpt(config, resumed=False)
+    if config.resume:
+        model, _ = plain_model(what, console.say, select=config.select)
+    else:
+        model = starting_gpt(config, resumed=False)
     model = model.to(device).eval()
     dtype = DTYPES[config.dtype]
     losses = []

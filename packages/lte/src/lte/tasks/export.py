@@ -80,7 +80,7 @@ def export(argv: Sequence[str]) -> None:
         size = sum(p.stat().st_size for p in out.iterdir())
         if not wanted:
             print(f"without a tokenizer: the tokens are {trained.data['tokenizer']}" + _hint(trained.data["tokenizer"]))
-    print(f"{out}: the model of step {trained.step}, {format_bytes(size)}")
+    print(f"{out}: {trained.choice}, {format_bytes(size)}")
 
 
 _NANOGPT_KEYS = (

@@ -74,8 +74,8 @@ class PrepareConfig:
     """What follows each document: <|endoftext|>, a newline or nothing. Empty: nothing after a single text, else eot
     (newline where the tokenizer has no such token)."""
     val_fraction: float = -1.0
-    """Share for validation where no file's name says train: documents at equal distances, or the end of a single text.
-    Negative takes the data set's, or 0.1."""
+    """Share for validation where no file is named after val: documents at equal distances, or the end of a single
+    text. Negative takes the data set's, or 0.1."""
     workers: int = 0
     """Threads that tokenize; 0 takes one a core."""
 

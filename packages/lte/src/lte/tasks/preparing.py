@@ -10,10 +10,11 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,7 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.data.hub import hub_rows
+from memtrain_common.data.splits import SPLIT_WORDS
 from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.data.text.documents import Source, find_sources, fingerprints, is_table
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
@@ -90,7 +92,8 @@ def _plan(
 ) -> tuple[dict[str, Any], Tokenizer, Cutting]:
     """What the bins depend on, the tokenizer, and how the documents are cut."""
     sources = _sources(config, known, work, console)
-    single = len(sources) == 1 and not is_table(sources[0])
+    texts = Counter(s.split for s in sources)
+    single = not is_table(sources[0]) and max(texts.values()) == 1
     separator = config.separator or ("nothing" if single else "eot" if config.tokenizer == "gpt2" else "newline")
     cutting = Cutting(tuple(sources), config.val_fraction, separator, single)
     coder: Tokenizer
@@ -117,7 +120,8 @@ def _plan(
 def _sources(config: PrepareConfig, known: DataSet | None, work: Path, console: Console) -> list[Source]:
     """The files or the hub's rows; which of them are for training and which for validation."""
     if config.data_dir:
-        sources = find_sources(Path(config.data_dir), config.column)
+        found = find_sources(Path(config.data_dir), config.column)
+        sources = found if Path(config.data_dir).is_file() else _splits_kept(found)
     elif known is not None and known.hub is not None:
         name, subset, revision = known.hub
         sources = []
@@ -129,15 +133,45 @@ def _sources(config: PrepareConfig, known: DataSet | None, work: Path, console: 
     else:
         assert known is not None
         return [_download(known, work / "input.txt", console)]
-    splits = {s.split for s in sources}
-    if "train" not in splits or not any(is_table(s) for s in sources):  # names of texts say nothing of splits
+    if "train" not in {s.split for s in sources}:
         return [replace(s, split=None) for s in sources]
+    return sources
+
+
+def _splits_kept(sources: list[Source]) -> list[Source]:
+    """The files of a folder with the splits that their names speak of, or with none where that is by chance.
+
+    Code names none (test_model.py), and a text is not for training only because its name has the word.
+
+    Raises:
+        UserError: if what some names say cannot be kept: nothing would be trained on, or another file names no split.
+    """
+    tables = is_table(sources[0])
+    sources = [replace(s, split=None) if s.name.endswith(_CODE) else s for s in sources]
+    named = {s.split for s in sources} - {None}
     astray = next((s.name for s in sources if s.split is None), None)
-    if astray is not None:
+    if "train" not in named:
+        held = next((s for s in sources if s.split and (astray is None or _is_split(s.name))), None)
+        if held is not None and (astray is not None or len(named) > 1):  # files of one split alone mix nothing
+            raise UserError(
+                f"{held.name} is of the split {held.split} by its name, and no file is of train: name what is to be "
+                "trained on after train, or give this one another name"
+            )
+    elif astray is not None and (tables or len(named) > 1):
         raise UserError(
             f"{astray} names no split, and other files do: name it after train, val or test, or take it out"
         )
-    return sources
+    kept = "train" in named and (tables or len(named) > 1)
+    return sources if kept else [replace(s, split=None) for s in sources]
+
+
+_CODE = (".py", ".c", ".h")
+
+
+def _is_split(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, is called after a split and nothing else: test-00000-of-00002."""
+    parts = [re.findall("[a-z]+", part.partition(".")[0]) for part in name.lower().split("/")]
+    return any(words and set(words) <= {*SPLIT_WORDS, "of"} for words in parts)
 
 
 def _download(known: DataSet, path: Path, console: Console) -> Source:

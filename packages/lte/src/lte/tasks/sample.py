@@ -94,7 +94,8 @@ def sample(argv: Sequence[str]) -> None:
     if device.type == "cpu" and config.dtype == "bfloat16":
         avoid_broken_amx()
     text = _start(config.start)
-    model, data = plain_model(config.init_from)
+    console = Console()
+    model, data = plain_model(config.init_from, console.say)
     coder = _tokenizer(config, data, model.config.vocab_size)
     ids = _encode(coder, text)
     if not ids:
@@ -102,7 +103,6 @@ def sample(argv: Sequence[str]) -> None:
     model = model.to(device)
     if config.compile:
         model.forward = torch.compile(model.forward, dynamic=True)  # type: ignore[method-assign]
-    console = Console()
     dtype = DTYPES[config.dtype]
     prompt = torch.tensor([ids], device=device)  # (1, T)
     bar = console.progress(config.num_samples * config.max_new_tokens, label="tokens")

@@ -1,10 +1,12 @@
 """Where a model's weights come from: a fresh draw, GPT-2, nanoGPT's checkpoint, or a run of ours, its heads merged."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from memtrain_common.commands.chosen import verified
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.data.text.bins import META, META_PICKLE, describe_tokenizer, read_tokenizer
 from memtrain_common.data.text.corpus import Corpus
@@ -15,7 +17,8 @@ from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2
 from memtrain_common.runs.checkpoint import load, verify
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.runs.state_tree import same_shapes
-from torch import nn
+from memtrain_common.training.rng import seed_all
+from torch import Tensor, nn
 
 from ..injection import inject, merged_state_dict
 from .train_config import PROG, TrainConfig, check, lte_config
@@ -24,17 +27,26 @@ from .unasked import with_shorter_warmup
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest checkpoint as a plain model, and what the run says of itself."""
+    """A run's chosen weights as a plain model, and what the run says of itself."""
 
     plain: PlainGPT
     config: TrainConfig
     data: dict[str, Any]
     """The corpus: ``Corpus.describe()``."""
     step: int
+    newest: int
+    """Step of the newest intact checkpoint."""
     best_loss: float | None
 
+    @property
+    def choice(self) -> str:
+        """Whose weights these are, in words."""
+        return f"the model of step {self.step}" + (", the best evaluation" if self.step != self.newest else "")
 
-def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
+
+def find_weights(
+    init_from: str, say: Callable[[str], None] | None = None, *, select: str = ""
+) -> tuple[PlainGPT, dict[str, Any] | None]:
     """The weights that a word names, and the corpus that they were trained on, where that is known.
 
     nanoGPT's checkpoint names its data set: the corpus is known where ``data/NAME`` is there, as nanoGPT looks for it.
@@ -42,6 +54,8 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     Args:
         init_from: one of OpenAI's four names, a run folder, ``ckpt.pt`` or its folder, or a transformers folder. What
             exists on disk comes before a name.
+        say: told where a run's weights are not those of its last step.
+        select: of a run, as :func:`read_run` has it.
 
     Raises:
         UserError: if there is no such thing, or it is damaged.
@@ -50,7 +64,9 @@ def find_weights(init_from: str) -> tuple[PlainGPT, dict[str, Any] | None]:
     if path.is_file():
         return _read_nanogpts(path)
     if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
-        trained = read_run(path)
+        trained = read_run(path, select)
+        if say is not None and trained.step != trained.newest:
+            say(f"{init_from}: {trained.choice}")
         return trained.plain, trained.data
     if (path / "ckpt.pt").is_file():
         return _read_nanogpts(path / "ckpt.pt")
@@ -79,11 +95,15 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def read_run(folder: Path) -> Trained:
-    """A run's newest valid checkpoint, its heads merged; the run itself is left as it is.
+def read_run(folder: Path, select: str = "") -> Trained:
+    """The weights that a run has chosen, its heads merged: those of its newest valid checkpoint, or with ``--select
+    best`` of its best evaluation so far. The run itself is left as it is.
+
+    Args:
+        select: instead of the run's own ``--select``.
 
     Raises:
-        UserError: if it is no run of lte-train's, or has no checkpoint that verifies.
+        UserError: if it is no run of lte-train's, has no checkpoint that verifies, or its best one is damaged.
     """
     run = RunFolder.open(folder, writes=False)
     content = run.read_config()
@@ -93,25 +113,36 @@ def read_run(folder: Path) -> Trained:
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder} was not made by this version of lte-train: {error}") from None
     wrong = "there is none"
-    for step in reversed(run.checkpoints.steps()):
-        path = run.checkpoints.path(step)
-        wrong = verify(path) or ""
+    for newest in reversed(run.checkpoints.steps()):
+        wrong = verify(run.checkpoints.path(newest)) or ""
         if wrong:
             continue
-        state = load(path)
-        model: nn.Module = GPT(gpt_config(config))
-        if config.method == "lte":  # a run that was to go on with more heads may not have saved any yet
-            heads = next(len(t) for name, t in state["model"].items() if name.endswith(".lora_A"))
-            inject(model, lte_config(replace(config, lte_heads=heads)))
-        difference = same_shapes(state["model"], model.state_dict())
+        step, state = newest, load(run.checkpoints.path(newest))
+        best = state["progress"]["best"]
+        if best and best[0] != newest and (select or config.select) == "best":
+            step = best[0]
+            state = verified(run, step, folder) if step else {}  # no checkpoint is written before the first step
+        weights = _merged(config, state.get("model"), run.checkpoints.path(step))
+        return Trained(PlainGPT(gpt_config(config), weights), config, data, step, newest, best[1] if best else None)
+    raise UserError(f"{folder} has no intact checkpoint ({wrong}): train it first, or for longer")
+
+
+def _merged(config: TrainConfig, state: dict[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
+    """The plain model's weights out of a checkpoint's; without one, those that the run began with."""
+    if state is None:
+        seed_all(config.seed)
+    model: nn.Module = GPT(gpt_config(config)) if state is not None else starting_gpt(config, resumed=False)
+    if config.method == "lte":  # a run that was to go on with more heads may not have saved any yet
+        heads = next((len(t) for name, t in (state or {}).items() if name.endswith(".lora_A")), config.lte_heads)
+        inject(model, lte_config(replace(config, lte_heads=heads)))
+    if state is not None:
+        difference = same_shapes(state, model.state_dict())
         if difference is not None:
             raise UserError(f"{path} belongs to another model: {difference}")
-        model.load_state_dict(state["model"])
-        weights = {name: value.clone() for name, value in merged_state_dict(model).items()}
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        best = state["progress"]["best"]
-        return Trained(PlainGPT(gpt_config(config), weights), config, data, step, best[1] if best else None)
-    raise UserError(f"{folder} has no intact checkpoint ({wrong}): train it first, or for longer")
+        model.load_state_dict(state)
+    weights = {name: value.clone() for name, value in merged_state_dict(model).items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
 
 
 def gpt_config(config: TrainConfig) -> GPTConfig:
@@ -120,8 +151,11 @@ def gpt_config(config: TrainConfig) -> GPTConfig:
     return GPTConfig(**{name: getattr(config, name) for name in names})
 
 
-def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+def with_architecture(config: TrainConfig, corpus: Corpus, say: Callable[[str], None] | None = None) -> TrainConfig:
     """The configuration with the vocabulary of the corpus, or all of the architecture of the weights to begin with.
+
+    Args:
+        say: as :func:`find_weights` has it.
 
     Raises:
         UserError: if the weights do not fit the corpus, the block or the frozen blocks.
@@ -132,7 +166,7 @@ def with_architecture(config: TrainConfig, corpus: Corpus) -> TrainConfig:
         if 0 < config.vocab_size < vocab:
             raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
         return replace(config, vocab_size=config.vocab_size or padded_vocabulary(vocab))
-    plain, data = find_weights(config.init_from)
+    plain, data = find_weights(config.init_from, say)
     theirs = plain.config
     tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None
     if tokenizer not in (None, corpus.tokenizer.name):
@@ -190,7 +224,10 @@ def freeze(model: nn.Module, blocks: int) -> None:
             model.get_submodule(name).requires_grad_(False)
 
 
-def plain_model(name: str) -> tuple[GPT, dict[str, Any] | None]:
-    """A plain GPT in eval mode with the weights that a word names, and its corpus where that is known."""
-    plain, data = find_weights(name)
+def plain_model(
+    name: str, say: Callable[[str], None] | None = None, *, select: str = ""
+) -> tuple[GPT, dict[str, Any] | None]:
+    """A plain GPT in eval mode with the weights that a word names, and its corpus where that is known; ``say`` and
+    ``select`` as :func:`find_weights` has them."""
+    plain, data = find_weights(name, say, select=select)
     return plain.model().eval(), data

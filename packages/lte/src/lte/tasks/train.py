@@ -30,7 +30,7 @@ from .nanogpt import asked, translate
 from .resuming_nanogpt import begin_at_nanogpts_step, with_nanogpts_settings
 from .starting import freeze, gpt_config, starting_gpt, with_architecture, with_length
 from .train_config import MAY_CHANGE, PROG, TrainConfig
-from .unasked import said_of_warmup
+from .unasked import said_of_warmup, with_nanogpts_choice
 
 HEARTBEAT_S = 15.0  # of silence: torchrun gives a process 30 s between SIGTERM and SIGKILL, in which it must have saved
 
@@ -50,7 +50,7 @@ class Trained:
 
     @property
     def loss(self) -> float:
-        return self.outcome.result.evaluation["loss"]
+        return self.outcome.evaluation["loss"]
 
 
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
@@ -58,6 +58,9 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     config = with_nanogpts_settings(config)
     patience = config.peer_timeout if config.parallel == "heads" else None
     session = Session.begin(config, argv, prog=PROG, shared="", patience_s=patience)
+    given = asked(translate(argv, TrainConfig)[0])
+    if not config.resume and "select" not in given:
+        config = with_nanogpts_choice(config, session.place.size)
     check_world(config, session.place)
     corpus = load_corpus(config.data_dir or None, config.tokenizer, config.tokenizer_dir or None)
     crops = Crops(
@@ -69,8 +72,8 @@ def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
         world_size=session.place.size,
         contiguous=config.parallel == "heads",
     )
-    keep_warmup = "warmup_iters" in asked(translate(argv, TrainConfig)[0])
-    config = with_length(with_architecture(config, corpus), corpus, keep_warmup=keep_warmup)
+    config = with_architecture(config, corpus, session.console.say)
+    config = with_length(config, corpus, keep_warmup="warmup_iters" in given)
     session.config = config
     if config.eval_only:
         evaluate_only(config, corpus, crops, session.device, session.place)
@@ -141,7 +144,7 @@ def train_one(
         agree_offset=config.lte_merge_delay % (config.lte_merge_steps or 1),  # when merges arrive, not as they are sent
         patience_s=min(config.peer_timeout, HEARTBEAT_S),
     )
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*MAY_CHANGE, *config.PLACES}}
     key = {**kept, "text_sha256": corpus.sha256}
     label = "full" if full else "lte"
     begun = bool(config.nanogpt_run) and run is not None
@@ -181,15 +184,13 @@ def _report(corpus: Corpus, main: Trained, full: Trained | None) -> None:
         beside = f"LTE {100 * (main.loss / full.loss - 1):+.1f} %" if full.loss > 0 else ""
         losses.append(("full training, same batches", f"{full.loss:.4f}", beside))
         ledgers["full"], curves["full"] = full.outcome.result.ledger, full.session.folder
-        full.session.finish(
-            full.outcome, scores={"val": full.outcome.result.evaluation}, numbers=full.numbers, say=False
-        )
+        full.session.finish(full.outcome, scores={"val": full.outcome.evaluation}, numbers=full.numbers, say=False)
     losses += [(n, f"{value:.4f}") for n, value in entropies.items()]
     if corpus.tokenizer.name != "bytes" and corpus.n_bytes:
         losses.append((f"{name}, nats per byte", f"{main.loss / corpus.bytes_per_token:.4f}"))
     session.finish(
         main.outcome,
-        scores={"val": main.outcome.result.evaluation},
+        scores={"val": main.outcome.evaluation},
         numbers=main.numbers,
         table=f"validation loss, nats per {unit}\n{format_table(losses)}",
         memory=ledger_table({n: ledger for n, ledger in ledgers.items() if ledger is not None}, times=False),

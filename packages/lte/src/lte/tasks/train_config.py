@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from memtrain_common.commands.run_flags import LearningRate, RunFlags, StepFlags
 from memtrain_common.errors import UserError
@@ -15,6 +15,9 @@ PROG = "lte-train"
 @dataclass(frozen=True)
 class TrainConfig(RunFlags, StepFlags):
     """Every flag of lte-train; kept in the run folder's config.json."""
+
+    PLACES: ClassVar[tuple[str, ...]] = ("data_dir", "tokenizer_dir", "init_from", "nanogpt_run")
+    NAMES: ClassVar[frozenset[str]] = frozenset({"scratch"})
 
     # -- input and output
     init_from: str = "scratch"
@@ -128,7 +131,8 @@ class TrainConfig(RunFlags, StepFlags):
     eval_iters: int = 40
     """Batches an evaluation, spread evenly over the validation text."""
     always_save_checkpoint: bool = True
-    """Save after each evaluation; else only where it is the best so far, and at the end."""
+    """Save after each evaluation; else only where it is the best so far, and at the end, and --select is best where
+    the flag is left out (heads over processes: last)."""
     eval_only: bool = False
     """Evaluate --init-from (or --resume) and stop: nothing is trained or written."""
     compare_full: bool = False

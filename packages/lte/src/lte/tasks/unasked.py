@@ -35,6 +35,13 @@ def settle(config: Config, plain: TrainConfig, asked: Set[str], *, nanogpts: boo
     return config, notes
 
 
+def with_nanogpts_choice(config: TrainConfig, processes: int) -> TrainConfig:
+    """With nanoGPT's always_save_checkpoint=False the best checkpoint is the only one that it leaves: the best weights
+    are then what comes out, where each process holds all heads."""
+    apart = processes > 1 and config.method == "lte" and config.parallel == "heads"
+    return config if config.always_save_checkpoint or apart else replace(config, select="best")
+
+
 def with_shorter_warmup(config: Config, steps: int, usual: int) -> Config:
     """The warm-up takes the same part of a run of ``steps`` as of one of ``usual``, where that is longer."""
     return replace(config, warmup_iters=config.warmup_iters * max(steps, 0) // usual) if steps < usual else config

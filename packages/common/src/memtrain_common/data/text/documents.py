@@ -140,7 +140,7 @@ def _open(path: Path) -> tuple[BinaryIO, BinaryIO]:
 def _text(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
     raw, data = _open(path)
     with raw:
-        text = data.read().decode()
+        text = data.read().decode("utf-8-sig")  # a byte order mark is no character of the text
         yield text or None, raw.tell()
 
 

@@ -39,7 +39,8 @@ class Cutting:
     val_fraction: float
     separator: str
     single: bool
-    """One text: its end is for validation, not one in so many documents."""
+    """One text, in each split that files are named after: to divide it, its end is for validation, not one in so many
+    documents."""
     documents: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     """Rows without text."""
@@ -87,10 +88,11 @@ class Cutting:
                     self.skipped += 1
                     continue
                 self.documents += 1
-                if self.single:
+                divides = self.divides and source.split in (None, "train")
+                if self.single and divides:
                     cut = int(len(text) * (1 - self.val_fraction))
                     yield from ((s, t, before + position) for s, t in (("train", text[:cut]), ("val", text[cut:])) if t)
-                elif self.divides and source.split in (None, "train"):
+                elif divides:
                     yield "val" if self._held_out(divided) else "train", text + end, before + position
                     divided += 1
                 else:
