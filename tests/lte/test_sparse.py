@@ -670,3 +670,33 @@ def test_the_readme_has_what_sparse_merges_cost():
     assert "end {:.1f}, {:.1f} and {:.0f} % above".format(*map(statistics.mean, before)) in text
     (one,) = {round(gaps("full, one rate", runs)[1], 3)}
     assert f"| full training, one rate | {found['ddp_bytes_per_step']:,} | 100 % | {one:.3f} |" in text
+
+
+@pytest.mark.parametrize("settings", [{}, SPARSE, {"base": "4bit"}])
+def test_a_layer_at_two_places_is_cut_put_together_and_saved_alone_under_both_names(settings):
+    def twice(heads):
+        torch.manual_seed(0)
+        layer, norm = nn.Linear(64, 64), nn.LayerNorm(64)
+        model = nn.Sequential(layer, norm, layer, nn.Linear(64, 64))
+        more = {"replicas": ("norms",), "trainable": ("norms",)}
+        return inject(model, LTEConfig(heads=heads, rank=2, alpha=4.0, **more, **settings))
+
+    model, larger = twice(2), twice(4)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p) * 0.05)
+    merge(model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p) * 0.05)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0))
+    state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "others": {}}
+    assert {"0.lora_A", "2.lora_A"} <= state["model"].keys()
+    grown = HeadShards(larger, torch.optim.AdamW(param_groups(larger, lr=1, rest_lr=1, weight_decay=0)))
+    larger.load_state_dict(grown.scatter(state)["model"])
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(larger.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    saved = HeadShards(model, optimizer).alone(state)["model"]
+    both = [name.removeprefix("0.") for name in saved if name.startswith("0.")]
+    assert all(torch.equal(saved[f"0.{name}"], saved[f"2.{name}"]) for name in both)
+    twice(2).load_state_dict(saved)

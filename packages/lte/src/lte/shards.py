@@ -3,18 +3,20 @@
 A checkpoint therefore does not say how many processes made it, and any number that divides the heads can go on.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .headed import HEAD_TENSORS, draw_A
+from .headed import HEAD_TENSORS, Headed, draw_A
 from .injection import headed, replicas
 from .merging import Merger
 from .parameters import copied_parameters, head_parameters, shared_parameters
 from .ranks import Ranks
+from .replicas import Replicas
 from .sums import sum_of_products
 
+M = TypeVar("M", bound=nn.Module)
 State = dict[str, Any]  # {"model": state dict, "optimizer": state dict, …}
 Rows = dict[str, tuple[int, Tensor]]  # name in the model -> (first row, rows)
 
@@ -72,7 +74,8 @@ class HeadShards:
             return every if whole else every[first : first + count].clone()
 
         state = self._each(self._with_running_sums(state), own)
-        everywhere = {f"{path}.{t}" for path, layer in headed(self._model).items() if layer.telescopes for t in _ALL}
+        layers = _with_all_names(self._model, Headed)
+        everywhere = {f"{path}.{t}" for path, layer in layers if layer.telescopes for t in _ALL}
         model = {n: own(t, whole=True) if n in everywhere else t for n, t in state["model"].items()}
         return {**state, "model": model}
 
@@ -80,7 +83,7 @@ class HeadShards:
         """The state with W's delta as a sum, where it was kept as the merged factors of fewer heads, whose bytes were
         less than its own: those of more heads are not."""
         model = dict(state["model"])
-        for path, layer in headed(self._model).items():
+        for path, layer in _with_all_names(self._model, Headed):
             if not layer.telescopes and f"{path}.{_ALL[0]}" in model:
                 A, B = (model.pop(f"{path}.{t}") for t in _ALL)
                 model[f"{path}.weight_delta"] = sum_of_products(A, B).mul_(layer.scale / len(A))
@@ -119,6 +122,11 @@ class HeadShards:
                 whole = mean.expand(self.heads, *mean.shape).clone()
                 model[f"{path}.{name}"] = whole if anchor is None else _put(whole, stack, copy.first_head)
                 _clear(model, f"{path}.message_{name}", self.heads)
+        first: dict[nn.Module, str] = {}
+        for path, module in _with_all_names(self._model, nn.Module):
+            known = first.setdefault(module, path)
+            if known != path and isinstance(module, Headed | Replicas):
+                model |= {f"{path}.{name}": model[f"{known}.{name}"] for name in module.state_dict()}
         own = self._own_indices()
         moments = {i: s for i, s in state["optimizer"]["state"].items() if i not in own}
         rescued = {**state, "model": model, "optimizer": {**state["optimizer"], "state": moments}}
@@ -131,11 +139,11 @@ class HeadShards:
         """What this process's heads owe to sparse merges, and its copies, out of the state that :meth:`alone` made: the
         other survivors' are not in the checkpoint of the one that saves. Its mark is the number of merges."""
         rows: Rows = {}
-        for path, layer in headed(self._model).items():
+        for path, layer in _with_all_names(self._model, Headed):
             if layer.sparse is not None:
                 rows[f"{path}.feedback"] = (layer.first_head, layer.owed())
         anchors = self._anchors()
-        for path, copy in replicas(self._model).items():
+        for path, copy in _with_all_names(self._model, Replicas):
             for name in copy.names():
                 if copy.get_parameter(name) in anchors:
                     rows[f"{path}.{name}"] = (copy.first_head, copy.get_parameter(name).detach().clone())
@@ -152,8 +160,8 @@ class HeadShards:
 
     def _each(self, state: State, change: Any) -> State:
         """The state with ``change`` applied to each tensor that has a head a row."""
-        names = {f"{path}.{t}" for path in headed(self._model) for t in HEAD_TENSORS}
-        names |= {f"{path}.{n}" for path, copy in replicas(self._model).items() for n in copy.head_tensors()}
+        names = {f"{path}.{t}" for path, _ in _with_all_names(self._model, Headed) for t in HEAD_TENSORS}
+        names |= {f"{path}.{n}" for path, copy in _with_all_names(self._model, Replicas) for n in copy.head_tensors()}
         done: dict[tuple[int, torch.Size], Tensor] = {}  # tied copies are one tensor, before and after
 
         def changed(tensor: Tensor) -> Tensor:
@@ -181,6 +189,11 @@ class HeadShards:
     def _own_indices(self) -> set[int]:
         own = {*head_parameters(self._model), *copied_parameters(self._model)}
         return {i for i, p in enumerate(self._parameters()) if p in own}
+
+
+def _with_all_names(model: nn.Module, kind: type[M]) -> list[tuple[str, M]]:
+    """The modules of a kind with every name that each has: a layer at two places has its tensors under both."""
+    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
 
 
 def _clear(model: State, name: str, heads: int) -> None:
