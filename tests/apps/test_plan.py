@@ -604,7 +604,7 @@ def test_known_results_are_the_committed_ones():
     assert json.loads(known.FILE.read_text()) == known.collect(ROOT / "benchmarks" / "results")
     scores, overheads, timings = known.read()
     assert all((ROOT / "benchmarks" / "results" / k.source).exists() for k in [*scores, *overheads, *timings])
-    assert [k.rank for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8, 8]  # of two studies
+    assert [k.settings["rank"] for k in known.scores_of(Axes("lora-xs", rank=9), scores)] == [8, 8]  # of two studies
     assert known.scores_of(Axes("melo", "backrazor"), scores) == []
     assert len(known.scores_of(Axes("full", "backrazor", "sgd"), scores)) == 3
     for task in ("text", "pictures", "language"):  # a real pretrained model for it comes first, another's not at all
