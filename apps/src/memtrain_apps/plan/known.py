@@ -182,9 +182,9 @@ def _named(combination: str, content: dict[str, Any]) -> Axes:
     Back Razor's mode are of pruned, which was the only one."""
     name = COMBINATION.fullmatch(combination)
     assert name is not None, combination
-    said = {n: type(getattr(Axes(), n))(name[n]) for n in ("rank", "keep", "galore_rank") if name[n]}
-    choices: Any = (name["train"], name["save"], name["optim"])
-    return Axes(*choices, **said, razor_mode=content.get("razor_mode", "pruned"))
+    said: dict[str, Any] = {n: name[n] for n in ("train", "save", "optim")}
+    said |= {n: type(getattr(Axes, n))(name[n]) for n in ("rank", "keep", "galore_rank") if name[n]}
+    return Axes(**said, razor_mode=content.get("razor_mode", "pruned"))
 
 
 def _razor(results: Path) -> Iterator[Known]:
