@@ -161,7 +161,9 @@ def _notes(plan: Plan, sources: list[str]) -> list[str]:
     timings = {(t.study, t.source) for a in plan.fitting if (t := a.timing)}
     lines += [f"  measured: {study} ({source})" for study, source in sorted(timings)]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
-    lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
+    for o in overheads:
+        over = f"× {o.factor:.3g}" if o.factor != 1 else "no difference from adamw"
+        lines.append(f"  {o.optim}: {over}, measured: {o.study} ({o.source})")
     lines.append("score: - is not measured; in brackets its sources. Compare it with the plain arm of the same source.")
     if any(a.predicted.host for a in plan.fitting):
         lines.append("saved, h: lies in host memory of each process; it crosses the bus twice a step.")
