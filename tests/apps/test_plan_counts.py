@@ -13,13 +13,15 @@ import pytest
 import torch
 from memtrain_apps.compose.axes import GALORE, Axes
 from memtrain_apps.compose.optimizers import build_optimizer
-from memtrain_apps.plan import command, counted, counting, known, picture, reserved, ship
+from memtrain_apps.plan import command, counted, counting, known, picture, reserved, ship, table
+from memtrain_apps.plan.arms import Arm
 from memtrain_apps.plan.config import configure
 from memtrain_apps.plan.counted import MissingError, Store, code_hash, count_law, step_key, unit_of
+from memtrain_apps.plan.counting import combinations_of
 from memtrain_apps.plan.depth import draw_out
-from memtrain_apps.plan.forecast import Workplace, count_step, predict_arm
+from memtrain_apps.plan.forecast import Forecast, Workplace, count_step, predict_arm
 from memtrain_apps.plan.lines import LEAST, Pass, StepLaw, fit, values_of
-from memtrain_apps.plan.plan import make_plan
+from memtrain_apps.plan.plan import _order, make_plan
 from memtrain_apps.plan.step_bytes import StepBytes
 from memtrain_apps.plan.step_use import _growth, composed_step, faked, passes_of, step_use_of
 from memtrain_apps.plan.table import WIDTH, as_json, table_of
@@ -229,13 +231,84 @@ def test_measured_times_are_of_the_same_task():
     assert known.timing_of(Axes("full", "checkpoint"), "language", timings).study.startswith("gpt2")
     assert known.timing_of(Axes("full", "checkpoint", "galore-adamw"), "text", timings) is None
     assert known.timing_of(Axes("lora", "checkpoint"), "text", timings) is None
-    # a time of Back Razor is of the mode that it was measured with
+    # a time is of the settings that it was measured with
+    others = {"rank": 3, "adapt": "attention", "dropout": 0.5, "heads": 2, "keep": 0.01, "razor_mode": "paper",
+              "recompute": "none", "galore_rank": 3, "checkpoint_blocks": "1", "razor_blocks": "1"}  # fmt: skip
     for t in timings:
-        if t.save == "backrazor":
-            other = "pruned" if t.razor_mode == "low-bit" else "low-bit"
-            axes = Axes(t.train, "backrazor", t.optim or "sgd", razor_mode=other)
-            assert known.timing_of(axes, t.task, [t]) is None
-            assert known.timing_of(replace(axes, razor_mode=t.razor_mode), t.task, [t]) is t
+        axes = Axes(t.train, t.save, t.optim or "sgd", **t.settings)
+        assert known.timing_of(axes, t.task, [t]) is t
+        for name in t.settings.keys() & others.keys():
+            assert known.timing_of(replace(axes, **{name: others[name]}), t.task, [t]) is None
+
+
+@pytest.mark.parametrize(
+    ("choices", "task", "settings"),
+    [
+        (("full", "backrazor", "adamw"), "text", {"keep": 0.01}),
+        (("full", "backrazor", "adamw"), "text", {"razor_mode": "pruned"}),
+        (("full", "backrazor", "adamw"), "text", {"recompute": "block"}),
+        (("full", "backrazor", "adamw"), "text", {"razor_blocks": "3"}),
+        (("lora", "all", "adamw"), "text", {"adapt": "attention"}),
+        (("lora", "all", "adamw"), "text", {"dropout": 0.5}),
+        (("lte", "all", "adamw"), "language", {"heads": 32}),
+    ],
+)
+def test_a_score_is_of_the_settings_that_are_planned(choices, task, settings):
+    scores, *_ = known.read()
+    assert known.scores_of(Axes(*choices), scores, task)
+    assert known.scores_of(Axes(*choices, **settings), scores, task) == []
+
+
+def test_the_nearest_rank_is_named_beside_its_score():
+    scores, *_ = known.read()
+
+    def told(axes):
+        sources = []
+        cell = table._score(Arm(axes, scores=known.scores_of(axes, scores, "text")), sources)
+        assert cell.endswith("[1]")
+        return sources[0]
+
+    assert " by --" not in told(Axes("lora"))
+    assert ", by --rank 8 (plain arm there" in told(Axes("lora", rank=256))
+    assert ", by --galore-rank 4 (plain" in told(Axes("full", "all", "galore-adamw", galore_rank=512))
+    only = [k for k in scores if k.source == "lte_default_run.json"]
+    sources = []
+    table._score(Arm(Axes("lte"), scores=only), sources)
+    assert "by --rank 64 --alpha 256 --merge-steps 1 --lte-rest trained (plain" in sources[0]
+    # which blocks are checkpointed changes no score, and is not told beside it
+    assert " by --" not in told(Axes("full", "checkpoint", checkpoint_blocks="4"))
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "factor"),
+    [(0.948, 0.972, 1.011, 1.0), (0.99, 1.02, 1.05, 1.0), (0.9, 0.95, 0.99, 0.95), (1.01, 1.2, 1.3, 1.2)],
+)
+def test_a_ratio_that_is_no_difference_is_1(low, median, high, factor, tmp_path):
+    over = {"median": median, "low": low, "high": high, "pairs": 8}
+    content = {"result": {"model": "ViT-S", "rank": 64, "time_over_adamw": over}}
+    (tmp_path / "galore_train.json").write_text(json.dumps(content))
+    (found,) = known._overheads(tmp_path)
+    assert found.factor == factor
+    assert f"quartiles {low:.3f} to {high:.3f}" in found.study
+
+
+def test_what_takes_as_long_stands_in_the_optimizers_order_then_by_memory():
+    def arm(optim, time, peak):
+        forecast = Forecast(Axes(optim=optim), 1, 1, {}, 0, 0, 0, peak, 1, 7, 7)
+        return Arm(Axes(optim=optim), forecast=forecast, fits=True, time=time)
+
+    arms = [arm("galore-adamw", 0.999, 9), arm("adamw", 1.0, 8), arm("adamw", 1.001, 7), arm("sgd", 0.9, 5)]
+    for order in ("best", "time"):
+        found = sorted(arms, key=lambda a: _order(a, order))
+        assert [(a.axes.optim, a.forecast.peak) for a in found] == [
+            ("sgd", 5), ("adamw", 7), ("adamw", 8), ("galore-adamw", 9)
+        ]  # fmt: skip
+
+
+def test_a_choice_that_is_named_twice_is_planned_once():
+    words = ["--train", "full", "full", "--save", "all", "all", "--optim", "sgd", "adamw", "sgd"]
+    config = configure(["--model", "gpt2", "--budget", "8GiB", *words])
+    assert [a.name for a in combinations_of(config)] == ["full+all+sgd", "full+all+adamw"]
 
 
 @pytest.mark.slow

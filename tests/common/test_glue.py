@@ -74,6 +74,12 @@ def test_metrics_are_scikit_learns():
     assert glue.f1(np.zeros(5), np.zeros(5)) == 0.0
 
 
+def test_a_constant_side_has_no_correlation_though_its_mean_is_rounded():
+    assert glue.pearson(np.full(3, 0.1), np.full(3, 3.3)) == 0.0
+    assert glue.pearson(np.full(3, 0.1, np.float32), np.array([1.0, 2.0, 4.0])) == 0.0
+    assert glue.pearson(np.array([1.0, 2.0, 4.0]), np.full(3, 0.1)) == 0.0
+
+
 def test_reported_metrics_by_task():
     logits = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     found = glue.glue_metrics(

@@ -1,13 +1,19 @@
 """The predicted ledger against the measured one, to the byte."""
 
 import gc
+import warnings
+from collections import namedtuple
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import pytest
 import torch
+from memtrain_common.errors import UserError
+from memtrain_common.measuring import rnn_workspace
 from memtrain_common.measuring.memory import SavedActivations, measure
 from memtrain_common.measuring.peak import memory_in_use
-from memtrain_common.measuring.prediction import LiveBytes, predict
+from memtrain_common.measuring.prediction import LiveBytes, dense_activations, fake_step, predict
+from memtrain_common.measuring.rnn_workspace import rule_holds
 from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -284,3 +290,146 @@ def test_what_counts_finds_its_own_garbage_and_leaves_the_collector_as_it_was(fr
         assert (gc.get_freeze_count() > 0) is frozen
     finally:
         gc.unfreeze()
+
+
+def adamw_of(model):
+    return torch.optim.AdamW(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"input_size": 64, "hidden_size": 128},
+        {"input_size": 17, "hidden_size": 33, "num_layers": 2, "dropout": 0.1},
+        {"input_size": 300, "hidden_size": 40, "bidirectional": True},
+        {"input_size": 20, "hidden_size": 256, "batch_first": True, "bias": False},
+        {"input_size": 16, "hidden_size": 24, "proj_size": 8},
+    ],
+)
+def test_an_lstm_is_predicted_with_onednns_workspace(sizes):
+    if not rule_holds():
+        pytest.skip("this processor's oneDNN keeps another workspace; predict warns of it")
+    build = lambda: nn.LSTM(**sizes)  # noqa: E731
+    loss = lambda m: m(torch.randn(9, 7, m.input_size))[0].square().mean()  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "LSTM with projections")
+        predicted = predict(build, loss, adamw_of)
+        ledger, peak_bytes = real_step(build, loss, adamw_of, nullcontext)
+    assert predicted.ledger == ledger
+    assert predicted.peak_bytes == pytest.approx(peak_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["bfloat16", "another rule"])
+def test_an_unknown_workspace_is_warned_of(known, monkeypatch):
+    monkeypatch.setattr(rnn_workspace, "rule_holds", lambda: known)
+
+    def loss(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=known):
+            return model(torch.randn(4, 3, 16))[0].float().sum()
+
+    with pytest.warns(UserWarning, match="workspace that oneDNN keeps of an LSTM"):
+        predict(lambda: nn.LSTM(16, 16), loss)
+
+
+def test_a_workspace_is_kept_only_for_a_backward_pass():
+    def loss(model):
+        with torch.no_grad():
+            model[1](torch.randn(9, 7, 64))
+        return model[0](torch.randn(2, 4)).sum()
+
+    build = lambda: nn.Sequential(nn.Linear(4, 4), nn.LSTM(64, 128))  # noqa: E731
+    _, peak_bytes = real_step(build, loss, sgd, nullcontext)
+    assert predict(build, loss, sgd).peak_bytes == peak_bytes
+
+
+def test_a_sparse_gradient_is_warned_of():
+    build = lambda: nn.Embedding(50, 16, sparse=True)  # noqa: E731
+    loss = lambda m: m(torch.randint(0, 50, (4, 12))).sum()  # noqa: E731
+    with pytest.warns(UserWarning, match="sparse gradient of weight is predicted as 0 bytes"):
+        predict(build, loss)
+
+
+def square(model):
+    return model(torch.randn(4, 16)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("build", "loss", "word"),
+    [
+        (lambda: nn.Linear(16, 16), lambda m: m(torch.randn(4, 16))[torch.rand(4) > 0].sum(), r"nonzero.*torch\.where"),
+        (
+            lambda: nn.AdaptiveLogSoftmaxWithLoss(16, 50, [10, 30]),
+            lambda m: m(torch.randn(24, 16), torch.randint(0, 50, (24,))).loss,
+            "nonzero gives a tensor whose size",
+        ),
+        (
+            lambda: nn.Linear(16, 10),
+            lambda m: nn.functional.ctc_loss(
+                m(torch.randn(12, 4, 16)).log_softmax(-1), torch.randint(1, 10, (4, 3)), torch.full((4,), 12),
+                torch.full((4,), 3),
+            ),
+            "_ctc_loss",
+        ),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), square, "allclose looks at the numbers"),
+        (lambda: nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16)), square, "lazy module cannot be predicted"),
+    ],
+    ids=["mask", "adaptive softmax", "ctc", "orthogonal", "lazy"],
+)  # fmt: skip
+def test_what_needs_numbers_is_refused_by_name(build, loss, word):
+    with pytest.raises(UserError, match=word):
+        predict(build, loss, adamw_of)
+
+
+def test_a_lazy_model_that_exists_is_refused_until_it_has_sizes():
+    model = nn.Sequential(nn.LazyLinear(8))
+    with pytest.raises(UserError, match=r"lazy module \(LazyLinear\)"):
+        predict(lambda: model, square)
+    model(torch.randn(1, 16))
+    assert predict(lambda: model, square).ledger.total("weights") == 4 * (16 * 8 + 8)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_nadam_reads_its_product(foreach):
+    """It divides by 1 minus a number that begins as 1 and is multiplied."""
+    build = lambda: nn.Linear(16, 16)  # noqa: E731
+    nadam = lambda m: torch.optim.NAdam(m.parameters(), foreach=foreach)  # noqa: E731
+    ledger, _ = real_step(build, square, nadam, nullcontext)
+    assert predict(build, square, nadam).ledger == ledger
+
+
+def test_a_number_that_began_as_1_reads_its_product_until_it_is_changed_otherwise():
+    with fake_step():
+        number, other = torch.tensor(1.0), torch.tensor(1.0)
+        assert number.item() == 1
+        number *= 0.5
+        torch._foreach_mul_([number, other], [0.5, 0.75])
+        assert (number.item(), other.item()) == (0.25, 0.75)
+        number += 3
+        torch._foreach_add_([other], 1)
+        assert (number.item(), other.item()) == (1, 1)
+
+
+Pair = namedtuple("Pair", ("x", "y"))
+
+
+@pytest.mark.parametrize("extra", [3, None, "id-1", ["a", 2], {"name": "b"}, 0.5])
+def test_a_batch_may_hold_what_is_no_tensor(extra):
+    """As it may in fit."""
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch)
+        (x, y), more = batch[0], batch[1]
+        return (model(x) - y).square().mean() + (more == 1)
+
+    batch = [Pair(torch.randn(8, 4), torch.randn(8, 1)), extra]
+    assert dense_activations(nn.Linear(4, 1), loss, batch)
+    assert type(seen[0]) is list
+    assert type(seen[0][0]) is Pair
+    assert seen[0][1] == extra
+
+
+def test_a_mapping_is_a_batch():
+    batch = MappingProxyType({"x": torch.randn(8, 4), "name": "a"})
+    assert dense_activations(nn.Linear(4, 1), lambda m, b: m(b["x"]).square().mean(), batch)

@@ -22,10 +22,10 @@ from .uses import OptimizerUse, StepUse
 
 
 def combinations_of(config: PlanConfig) -> Iterator[Axes]:
-    """Every combination that is asked for, valid or not."""
-    for train in config.train:
-        for save in config.save:
-            for optim in config.optim:
+    """Every combination that is asked for, once, valid or not."""
+    for train in dict.fromkeys(config.train):
+        for save in dict.fromkeys(config.save):
+            for optim in dict.fromkeys(config.optim):
                 yield config.axes(train, save, optim)
 
 

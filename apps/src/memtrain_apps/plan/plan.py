@@ -50,12 +50,12 @@ def _order(arm: Arm, order: str) -> tuple[Any, ...]:
     and the packing are not in the estimate."""
     if arm.forecast is None:
         return (2,)
-    time = arm.time + (1 / 3 if arm.axes.save in ("offload", "backrazor") else 0.0)
+    time = round(arm.time + (1 / 3 if arm.axes.save in ("offload", "backrazor") else 0.0), 2)  # what is shown alike
     optims = ("adamw", "adamw8bit", "galore-scaled", "galore-adamw", "galore-adamw8bit", "galore-adafactor", "sgd")
     lossy = arm.axes.save not in SAME_GRADIENT
     keys = {
-        "best": (-arm.forecast.trained, lossy, time, optims.index(arm.axes.optim)),
-        "time": (time, -arm.forecast.trained, lossy, optims.index(arm.axes.optim)),
+        "best": (-arm.forecast.trained, lossy, time, optims.index(arm.axes.optim), arm.forecast.peak),
+        "time": (time, -arm.forecast.trained, lossy, optims.index(arm.axes.optim), arm.forecast.peak),
         "peak": (arm.forecast.peak, time, -arm.forecast.trained),
     }
     return (0 if arm.fits else 1, *keys[order])

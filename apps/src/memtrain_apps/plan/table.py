@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from memtrain_common.commands.configure import flag
 from memtrain_common.console import format_bytes, format_count, format_table
 
 from ..compose.axes import read_settings, save_words
 from .arms import Arm, Plan
-from .known import Known
+from .known import differing
 
 HEADER = ("train", "save", "optim", "peak", "weights", "grads", "state", "saved", "time", "score")
 WIDTH = 100
@@ -89,7 +90,7 @@ def _row(arm: Arm, unit: Unit, sources: list[str]) -> tuple[str, ...]:
     saved = f"{_amount(found.host, unit)}h" if found.host else _amount(ledger["activations"], unit)
     held = (found.peak, ledger["weights"], ledger["gradients"], ledger["optimizer"])
     amounts = [_amount(n, unit) for n in held]
-    return (*_choices(arm), *amounts, saved, time_of(arm), _scores(arm.scores, sources))
+    return (*_choices(arm), *amounts, saved, time_of(arm), _score(arm, sources))
 
 
 def _choices(arm: Arm) -> tuple[str, str, str]:
@@ -115,12 +116,15 @@ def time_of(arm: Arm) -> str:
     return f"{'≥' if arm.axes.save in ('offload', 'backrazor') else '~'}{arm.time:.2f}×"
 
 
-def _scores(scores: list[Known], sources: list[str]) -> str:
-    """The first score and the number of its source; --json has all."""
-    if not scores:
+def _score(arm: Arm, sources: list[str]) -> str:
+    """The first score and the number of its source, with the settings that are not the planned ones; --json has all."""
+    if not arm.scores:
         return "-"
-    score = scores[0]
-    source = f"{score.metric}, {score.study} (plain arm there: {score.plain:.3g}; {score.source})"
+    score = arm.scores[0]
+    other = {n: v for n, v in differing(score.settings, arm.axes).items() if n != "checkpoint_blocks"}
+    words = [f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in other.items()]
+    there = f", by {' '.join(words)}" if words else ""
+    source = f"{score.metric}, {score.study}{there} (plain arm there: {score.plain:.3g}; {score.source})"
     if source not in sources:
         sources.append(source)
     return f"{score.value:.3g} [{sources.index(source) + 1}]"
@@ -157,7 +161,9 @@ def _notes(plan: Plan, sources: list[str]) -> list[str]:
     timings = {(t.study, t.source) for a in plan.fitting if (t := a.timing)}
     lines += [f"  measured: {study} ({source})" for study, source in sorted(timings)]
     overheads = {a.overhead for a in plan.fitting if a.overhead}
-    lines += [f"  {o.optim}: × {o.factor:.3g}, measured: {o.study} ({o.source})" for o in overheads]
+    for o in overheads:
+        over = f"× {o.factor:.3g}" if o.factor != 1 else "no difference from adamw"
+        lines.append(f"  {o.optim}: {over}, measured: {o.study} ({o.source})")
     lines.append("score: - is not measured; in brackets its sources. Compare it with the plain arm of the same source.")
     if any(a.predicted.host for a in plan.fitting):
         lines.append("saved, h: lies in host memory of each process; it crosses the bus twice a step.")

@@ -12,10 +12,19 @@ T975 = (
 
 
 def mean_and_ci(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95 % confidence interval, t·s/√n; of one value 0, which says nothing."""
+    """The mean and half the width of its 95 % confidence interval, t·s/√n; of one value 0, which says nothing. Half is
+    nan where a value is not finite, so that the table of several runs is not lost to one of them.
+
+    Raises:
+        ValueError: if there are no values.
+    """
     n = len(values)
+    if not n:
+        raise ValueError("mean_and_ci of no values: it needs at least one")
     if n < 2:
         return values[0], 0.0
+    if not all(map(math.isfinite, values)):
+        return sum(values) / n, math.nan
     return statistics.fmean(values), T975[min(n - 1, len(T975)) - 1] * statistics.stdev(values) / math.sqrt(n)
 
 

@@ -9,7 +9,7 @@ allocated, and a model of 7 billion weights takes seconds on a laptop.
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,14 +17,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, any_torch_dispatch_mode_on_stack
 from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UserError
 from . import fake_dispatch
+from .fake_numbers import REFUSED, Numbers, refusal, refuse_lazy, warn_of_sparse
 from .internals import as_if_real, one_fake_mode, swap_fakes
 from .memory import Ledger, SavedActivations, measure, storages_of
+from .rnn_workspace import with_workspace
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ def predict(
     a condition reads True, but False where it is an ``any``: most ask whether something is wrong; and what is read out
     of a ``linspace`` is what it would be, since models make the rates of their blocks by it. A program that goes
     another way on the real numbers is predicted wrongly.
+
+    Raises:
+        UserError: naming the operation, where a size follows from numbers (``logits[mask]``); or for a lazy module.
     """
     with fake_step() as live, ExitStack() as stack:
-        model = _as_fake(build())
+        model = _as_fake(_built(build))
         stack.enter_context(as_if_real())  # again: ``build`` may have imported what must be told
         made = optimizer(model) if optimizer is not None else None
 
@@ -91,6 +96,7 @@ def predict(
         if made is not None:
             made.step()
         ledger = measure(model, made, activations)
+        warn_of_sparse(model)
         if made is not None:
             live.restart()
             peak += live.bytes - before  # the state that the first step made lies beside every pass from now on
@@ -128,8 +134,7 @@ class LiveBytes(TorchDispatchMode):
         self.bytes = 0
         self.peak_bytes = 0
         self._live: dict[int, int] = {}  # a storage's key -> its bytes
-        self._any = WeakIdKeyDictionary()  # results of ``any``
-        self._lines: dict[int, tuple[float, float, int]] = {}  # storages of ``linspace`` -> from, to, numbers
+        self._numbers = Numbers()
         self.mode: FakeTensorMode | None = None
         """The fake mode below, where operations may be remembered: no other mode is to see them."""
         self._froze = False
@@ -157,29 +162,19 @@ class LiveBytes(TorchDispatchMode):
             if func is torch.ops.prim.device.default:  # half of all calls
                 return args[0].fake_device
             if func is torch.ops.aten._local_scalar_dense.default:
-                return self._number(args[0])
+                return self._numbers.read(args[0])
         kwargs = kwargs or {}
-        result = func(*args, **kwargs) if self.mode is None else fake_dispatch.run(self.mode, func, args, kwargs)
-        if func.overloadpacket is torch.ops.aten.any:
-            self._any[result] = True
-        if self._lines and func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            self._lines.pop(args[0].untyped_storage()._cdata, None)  # other numbers from now on
-        if func is torch.ops.aten.linspace.default:
-            self._lines[result.untyped_storage()._cdata] = args[:3]
+        try:
+            result = func(*args, **kwargs) if self.mode is None else fake_dispatch.run(self.mode, func, args, kwargs)
+        except REFUSED as error:
+            raise refusal(error) from None
+        result = with_workspace(func, args, result)
+        self._numbers.note(func, args, result)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 for storage in storages_of(value):
                     self._note(storage)
         return result
-
-    def _number(self, tensor: Tensor) -> bool | int | float:
-        if tensor.dtype == torch.bool:
-            return tensor not in self._any
-        line = self._lines.get(tensor.untyped_storage()._cdata)
-        if line is not None and tensor.dtype.is_floating_point:
-            start, end, numbers = line
-            return start + (end - start) * int(tensor.storage_offset()) / max(1, numbers - 1)
-        return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, n_bytes = storage._cdata, storage.nbytes()
@@ -194,7 +189,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes -= self._live.pop(key)
-        self._lines.pop(key, None)
+        self._numbers.forget(key)
 
     def restart(self) -> None:
         """Forget the peak so far. What was built and dropped in cycles would live until Python's collector comes by, at
@@ -234,12 +229,16 @@ def dense_activations(
 
 
 def _like(batch: Any, device: torch.device) -> Any:
-    """New tensors of the batch's shapes."""
+    """The batch with new tensors of the same shapes; nested as ``data.batches.to_device`` takes it."""
     if isinstance(batch, Tensor):
         return torch.zeros(batch.shape, dtype=batch.dtype, device=device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {k: _like(v, device) for k, v in batch.items()}
-    return tuple(_like(v, device) for v in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
+        return type(batch)(*(_like(v, device) for v in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_like(v, device) for v in batch)
+    return batch
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
@@ -248,6 +247,8 @@ def fake_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in held:
+            if isinstance(tensor, Tensor) and is_lazy(tensor):
+                raise refuse_lazy(type(module).__name__)
             if isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
             elif isinstance(tensor, Tensor):
@@ -258,3 +259,12 @@ def fake_copy(model: nn.Module) -> nn.Module:
 def _as_fake(model: nn.Module) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     return model if all(isinstance(t, FakeTensor) for t in tensors) else fake_copy(model)
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except RuntimeError as error:
+        if "Uninitialized" in str(error):  # a lazy parameter cannot be fake, and torch says so in its own words
+            raise refuse_lazy() from None
+        raise

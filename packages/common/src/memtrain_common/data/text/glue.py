@@ -187,7 +187,9 @@ def matthews(predicted: Array, labels: Array) -> float:
 
 
 def pearson(predicted: Array, labels: Array) -> float:
-    """Correlation; 0 where one side is constant."""
+    """Correlation; 0 where one side is constant, of which rounding would make any number from −1 to 1."""
+    if any(np.all(v == v[:1]) for v in map(np.asarray, (predicted, labels))):
+        return 0.0
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, labels))
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm > 0 else 0.0
