@@ -127,3 +127,9 @@ def test_rows_that_would_lose_text_are_refused(tmp_path, name, content, said):
     [source] = find_sources(tmp_path, "text")
     with pytest.raises(UserError, match=said):
         list(source.documents())
+
+
+def test_empty_cells_at_the_end_of_a_line_are_no_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nhello,1,\nthere,0,,\n")
+    [source] = find_sources(tmp_path, "text")
+    assert [text for text, _ in source.documents()] == ["hello", "there"]

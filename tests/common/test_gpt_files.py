@@ -225,5 +225,5 @@ def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, name, value):
     said = json.loads(path.read_text())
     assert read_gpt2(tmp_path / "gpt2").config == given.config
     path.write_text(json.dumps({**said, name: value}))
-    with pytest.raises(UserError, match=f"has {name} {value!r}, and this GPT computes"):
+    with pytest.raises(UserError, match=f"has {name} {value!r}, and this GPT takes"):
         read_gpt2(tmp_path / "gpt2")

@@ -75,6 +75,7 @@ def test_the_real_files(real_data):
         ({"instruction": "Write a guide", "output": "#### Step 1\nRun `cin <<x>> y`.\n\n#### Step 2\nDone"}, None),
         ({"question": "How?", "answer": "First <<x>>\n#### Step 2"}, None),
         ({"instruction": "Count", "output": "so\n#### 42"}, None),
+        ({"instruction": "2*3?", "output": "it is <<2*3=6>>6\n#### 6"}, "it is 6\nThe answer is: 6"),
         ({"question": "2*3?", "answer": "it is <<2*3=6>>6\n#### $1,006.50"}, "it is 6\nThe answer is: $1,006.50"),
     ],
 )

@@ -653,7 +653,7 @@ def test_left_in_the_first_evaluation_nothing_is_said_to_be_kept(tmp_path):
         return evaluate(model)
 
     task = Task(model := make(), batches, loss_fn, adam(model), evaluate=interrupted)
-    with pytest.raises(Stopped, match=r"at step 0; nothing was saved yet: start it again"):
+    with pytest.raises(Stopped, match=r"at step 0; nothing was saved yet; begin it with --resume"):
         fit(task, FitConfig(3), run=RunFolder.create(tmp_path / "run"))
 
 
@@ -700,3 +700,13 @@ def test_a_configuration_that_cannot_be_is_refused(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=f"{name} must be at least . ?, not {value}".replace(" ?", "")):
         FitConfig(2, **wrong)
+
+
+def test_an_optimizer_with_steps_of_its_own_has_no_rate_to_log(tmp_path):
+    from galore_vit import GaLoreAdafactor
+
+    model = make()
+    optimizer = GaLoreAdafactor([{"params": list(model.parameters())}], lr=None, relative_step=True)
+    run = RunFolder.create(tmp_path / "run")
+    fit(Task(model, batches, loss_fn, optimizer), FitConfig(2, log_interval=1), run=run)
+    assert [row["lr"] for row in lines(run)] == [None, None]

@@ -161,6 +161,11 @@ def test_torchvisions_attention_is_projected_and_its_heads_are_not():
     plain, *rest = param_groups(net, 4)
     assert "classifier.2.weight" in names(net, plain)
     assert all(n.startswith("features.") for g in rest for n in names(net, g))
-    with pytest.raises(ValueError, match="finds no weight to project"):
+    with pytest.raises(ValueError, match="but the head's lies in a numbered block"):
         param_groups(mobile, 4)
     assert param_groups(mobile, 4, targets="classifier")
+    with torch.device("meta"):
+        alex = models.alexnet(num_classes=5)
+    plain, fc = param_groups(alex, 4)
+    assert names(alex, fc) == {"classifier.1.weight", "classifier.4.weight"}
+    assert "classifier.6.weight" in names(alex, plain)

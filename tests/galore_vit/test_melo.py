@@ -272,6 +272,17 @@ def test_other_projections_and_heads_are_refused():
         add_melo(model, MeLo(2))
 
 
+def test_a_configuration_of_transformers_stays_the_models_own(tmp_path):
+    write_melo(trained(MeLo(2)), tmp_path / "three.safetensors")
+    model = vit(labels=2)
+    config = model.config
+    config.other = 3
+    read = read_melo(model, tmp_path / "three.safetensors")
+    assert read.get_base_model().config is config
+    assert read.get_base_model().vit.config is config
+    assert (config.num_labels, config.other) == (3, 3)
+
+
 def test_a_vit_of_ours_takes_a_file_of_other_classes(tmp_path):
     from memtrain_common.models.classifiers import logits_of
     from memtrain_common.models.vit import build_vit

@@ -474,6 +474,23 @@ def test_copies_of_what_they_cannot_answer_for_are_refused_by_name(second, repli
     inject(Pair(second()), LTEConfig(heads=2, rank=2, replicas=(replicas,), exclude=("second",)))
 
 
+class GatedNorm(nn.Module):
+    """As Mamba's, which does without a gate."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+
+    def forward(self, x, gate=None):
+        return nn.functional.rms_norm(x if gate is None else x * gate, x.shape[-1:], self.weight)
+
+
+def test_a_norm_that_may_take_more_has_copies():
+    model = inject(nn.Sequential(nn.Linear(8, 8), GatedNorm(8)), LTEConfig(heads=2, rank=2, replicas=("norms",)))
+    model(torch.randn(4, 8)).square().sum().backward()
+    assert model[1].weight.grad.shape == (2, 8)
+
+
 class Positions(nn.Embedding):
     """As OPT's, which is given the places of the tokens."""
 

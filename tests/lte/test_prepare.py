@@ -348,6 +348,8 @@ def test_without_a_val_the_end_of_the_text_that_is_trained_on_is_held_out(tmp_pa
         ({"the_test_of_time_txt": "a", "book_txt": "b"}, ""),
         ({"train_py": "a", "test_py": "b", "model_py": "c"}, ""),
         ({"only_training_txt": "a" * 10}, ""),
+        ({"index_md": "a", "training_md": "b", "validation_md": "c"}, ""),
+        ({"train_notes_txt": "a", "test_plan_md": "b", "index_md": "c"}, ""),
     ],
 )
 def test_what_some_names_say_of_splits_is_kept_refused_or_chance(tmp_path, texts, refusal):

@@ -41,7 +41,8 @@ def projected_all_reduce(
     @torch.no_grad()
     def hook(_: object, bucket: dist.GradBucket) -> Future[Tensor]:
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
-        pieces = [_sent(optimizer, p, g) for p, g in pairs]
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        pieces = [_sent(optimizer, p, g) if p in held else g for p, g in pairs]  # the others are another optimizer's
         flat = torch.cat([piece.reshape(-1) for piece in pieces]).div_(group_in_use.size())
         work = dist.all_reduce(flat, group=group_in_use, async_op=True)
         assert work is not None
@@ -63,8 +64,6 @@ def projected_all_reduce(
 
 def _sent(optimizer: GaLore, p: Tensor, g: Tensor) -> Tensor:
     """What of p's gradient goes over the wire: R, or g itself."""
-    if not optimizer.holds(p):  # another optimizer's
-        return g
     layout = optimizer.layout(p)
     if layout is None or optimizer.refresh_due(p):
         return g

@@ -227,10 +227,6 @@ class GaLore(Optimizer):
 
     # -- what parallel and in-backward helpers ask --------------------------------------------------------
 
-    def holds(self, p: Tensor) -> bool:
-        """Whether p is one of its parameters."""
-        return p in self._records or any(p is q for group in self.param_groups for q in group["params"])
-
     def layout(self, p: Tensor) -> Layout | TensorLayout | None:
         """How p is projected; None where it is not."""
         return self._record(p).layout

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from galore_vit.projection import layout_of, sides
 from galore_vit.settings import GALORE_DEFAULTS
 
-NUMBERED = re.compile(r"(^|[._])\d+\.")
+NUMBERED = re.compile(r"(^|\.)(encoder_layer_)?\d+\.")
 """Names inside numbered blocks: `blocks.3.`, and torchvision's `encoder_layer_3.`."""
 HEAD = re.compile(r"^(module\.|model\.|_orig_mod\.)*(classifier|heads?)\.")
-"""Names of a head, whose layers some models number."""
+"""Names of a head, whose layers some models number: the last of them is the outputs'."""
 FUSED_QKV = re.compile(r"(^|\.)(qkv|c_attn|in_proj|query_key_value|Wqkv)(_weight|\.weight)$")
 """Names of weights that hold q, k and v as three equal row blocks."""
 
@@ -33,8 +33,8 @@ def param_groups(
     """Groups for a GaLore optimizer: plain parameters, projected ones, and those projected in parts.
 
     Projected are the trainable matrices of linear and attention modules and the stacks of experts inside numbered
-    blocks (`blocks.3.attn.proj.weight`), which leaves out the head (`classifier`, `head`, `heads`), embeddings and
-    everything one-dimensional.
+    blocks (`blocks.3.attn.proj.weight`), which leaves out the head (of `classifier`, `head` or `heads` the last
+    matrix), embeddings and everything one-dimensional.
     A three-dimensional weight that is no convolution's, such as LTE's factors A (H, r, n) and B (H, m, r) or
     a layer of experts (Mixtral's `gate_up_proj`), is a stack of matrices: each of them is projected apart.
 
@@ -62,6 +62,8 @@ def param_groups(
         raise ValueError(f"targets is no regular expression: {targets!r} ({error})") from None
     plain: list[Tensor] = []
     parts: dict[int, list[Tensor]] = {1: []}  # by number of parts
+    in_heads = [p for name, p, _ in _owned(model) if HEAD.match(name) and p.ndim >= 2]
+    outputs = in_heads[-1] if in_heads else None
     for name, p, module in _owned(model):
         if not p.requires_grad:
             continue
@@ -74,7 +76,7 @@ def param_groups(
             holds_matrices = (
                 _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd) or _are_experts(name, p, module)
             )
-            in_block = NUMBERED.search(name) is not None and HEAD.match(name) is None
+            in_block = NUMBERED.search(name) is not None and p is not outputs
             chosen = p.ndim >= 2 and holds_matrices and in_block
         if not chosen:
             plain.append(p)
@@ -121,8 +123,8 @@ def _refuse_nothing(groups: list[dict[str, Any]], paper: bool) -> None:
     weights = [(p, {**GALORE_DEFAULTS, **g, "paper": paper}) for g in groups for p in g["params"]]
     if not weights:
         raise ValueError(
-            "GaLore finds no weight to project: no trainable matrix of a linear or attention layer lies in a "
-            "numbered block of this model; name some by targets, or use a plain optimizer"
+            "GaLore finds no weight to project: no trainable matrix of a linear or attention layer but the head's lies "
+            "in a numbered block of this model; name some by targets, or use a plain optimizer"
         )
     if all(layout_of(p.shape, g) is None for p, g in weights):
         largest = max(min(sides(p.shape, g["split"])[1:]) for p, g in weights)

@@ -186,7 +186,9 @@ def _fit_head(model: Any, task: str, classes: int) -> None:
             old.in_features, classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
         )
         config = getattr(model.get_base_model(), "config", None)
-        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        if config is None or not hasattr(config, "num_labels"):
+            return
+        try:
+            config.num_labels = classes  # by which transformers computes the loss
+        except dataclasses.FrozenInstanceError:
             model.get_base_model().config = dataclasses.replace(config, num_labels=classes)
-        elif config is not None and hasattr(config, "num_labels"):  # by which transformers computes the loss
-            config.num_labels = classes

@@ -12,9 +12,6 @@ from .replicas import Replicas
 from .survey import all_names, kind, layer_for, matches
 from .vectors import LTENorm
 
-MORE_THAN_ROWS = (nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
-"""Torch's own, which take more than x if they are given it, and do without."""
-
 
 def copies(
     model: nn.Module, config: LTEConfig, share: tuple[int, int] | None, frozen: Set[Tensor]
@@ -50,6 +47,15 @@ def copies(
     return found
 
 
+def _inputs(layer: nn.Module) -> list[str]:
+    """What a layer is called with: what it cannot do without, and of a table that is not torch's own all that it takes,
+    since models of positions give them."""
+    optional = kind(layer) == "embeddings" and not isinstance(layer, nn.EmbeddingBag)
+    found = inspect.signature(layer.forward).parameters.values()
+    named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if optional or p.default is p.empty]
+
+
 def _excluded(module: nn.Module, names: list[str], config: LTEConfig) -> bool:
     """Whether a layer's name keeps it from having copies. What could have heads is among the skipped layers by just
     that name, and has copies where those have."""
@@ -77,8 +83,8 @@ def stacked(layer: nn.Module, parameters: dict[str, nn.Parameter], held: int) ->
         raise ValueError(f"{name} with sparse=True cannot have copies for heads: build it with sparse=False, {instead}")
     if isinstance(layer, nn.EmbeddingBag) and layer.padding_idx is not None:
         raise ValueError(f"an EmbeddingBag with padding_idx cannot have copies for heads: {instead}")
-    taken = list(inspect.signature(layer.forward).parameters)
-    if len(taken) != 1 and not isinstance(layer, MORE_THAN_ROWS):
+    taken = _inputs(layer)
+    if len(taken) > 1:
         raise ValueError(
             f"{name} takes {', '.join(taken)}, and cannot have copies for heads, which share out one input: {instead}"
         )

@@ -62,11 +62,12 @@ def rule_holds() -> bool:
     """Whether a small real layer keeps what the rule says."""
     steps, samples, inputs, hidden = SMALL
     with _disable_current_modes(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        weights = [torch.zeros(4 * hidden, n) for n in (inputs, hidden)]
-        biases = [torch.zeros(4 * hidden) for _ in range(2)]
-        states = [torch.zeros(samples, hidden) for _ in range(2)]
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+        weights = [zeros(4 * hidden, n) for n in (inputs, hidden)]
+        biases = [zeros(4 * hidden) for _ in range(2)]
+        states = [zeros(samples, hidden) for _ in range(2)]
         found = torch.ops.aten.mkldnn_rnn_layer(
-            torch.zeros(steps, samples, inputs), *weights, *biases, *states, False, [], 2, hidden, 1, True, False,
+            zeros(steps, samples, inputs), *weights, *biases, *states, False, [], 2, hidden, 1, True, False,
             False, True,
         )  # fmt: skip
     return bool(found[3].nbytes == workspace_bytes(*SMALL))

@@ -28,7 +28,8 @@ _COMPUTED = {
     "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True,), "add_cross_attention": (False,),
 }  # fmt: skip
-"""What else a GPT-2's configuration may say, where every forward pass is this GPT's; transformers' default first."""
+"""What else a GPT-2's configuration may say, transformers' default first. All of these activations are GELU, which is
+computed exactly here."""
 _MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older files
 
 
@@ -168,7 +169,9 @@ def read_gpt2(folder: Path) -> PlainGPT:
             raise UserError(f"{folder} holds the model type {said.get('model_type')!r}: only gpt2 can be taken up")
         for name, computed in _COMPUTED.items():
             if said.get(name, computed[0]) not in computed:
-                raise UserError(f"{folder} has {name} {said[name]!r}, and this GPT computes {computed[0]!r} alone")
+                raise UserError(
+                    f"{folder} has {name} {said[name]!r}, and this GPT takes {' or '.join(map(repr, computed))}"
+                )
         shape = {ours: said[theirs] for ours, theirs in _SHAPE.items()}
         config = GPTConfig(**shape, bias=True)
         named: dict[str, Tensor] = {}

@@ -156,7 +156,10 @@ class Keeper:
         """
         if resume:
             self.restore(read_key)
-        elif self.run is not None and self.run.writes and (steps := self.run.checkpoints.steps()):
+        steps = self.run.checkpoints.steps() if self.run is not None and self.run.writes and not resume else []
+        if any_rank(int(bool(steps))):  # every process, or the others would wait for the one that writes
+            if self.run is None or not steps:
+                raise UserError("another process writes into the folder of a run that has checkpoints: see its message")
             raise UserError(
                 f"{self.run.path} holds a run with checkpoints up to step {steps[-1]}: go on with it (resume=True), or "
                 "begin in another folder"

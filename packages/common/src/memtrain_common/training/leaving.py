@@ -24,7 +24,7 @@ def stop(keeper: Keeper, signum: int) -> None:
     if keeper.run is None:
         raise Stopped(signum, f"{message}; nothing was saved, since there is no run folder")
     if step == 0:
-        raise Stopped(signum, f"{message}; nothing was saved yet: start it again")
+        raise Stopped(signum, f"{message}; nothing was saved yet; begin it with --resume {keeper.resume_path}")
     path = keeper.run.checkpoints.path(step) if keeper.progress.saved_step == step else keeper.save()
     raise Stopped(signum, f"{message}; checkpoint {path}; resume with --resume {keeper.resume_path}")
 

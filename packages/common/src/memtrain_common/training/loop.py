@@ -266,7 +266,7 @@ class _Trainer:
         self.keeper.check_finite()
         config, result = self.config, self.result
         row: dict[str, Any] = {"step": result.step, "split": "train", "loss": loss}
-        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        row["lr"] = None if (lr := self.optimizer.param_groups[0]["lr"]) is None else float(lr)  # Adafactor's own
         if norm is not None:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             if self.task.apart:  # the root of the sum of the parts' squares

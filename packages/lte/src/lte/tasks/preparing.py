@@ -24,7 +24,6 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.data.hub import hub_rows
-from memtrain_common.data.splits import SPLIT_WORDS
 from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.data.text.documents import Source, find_sources, fingerprints, is_table
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
@@ -148,6 +147,8 @@ def _splits_kept(sources: list[Source]) -> list[Source]:
     """
     tables = is_table(sources[0])
     sources = [replace(s, split=None) if s.name.endswith(_CODE) else s for s in sources]
+    if not tables and any(s.split is None for s in sources):
+        sources = [s if _is_split(s.name) else replace(s, split=None) for s in sources]
     named = {s.split for s in sources} - {None}
     astray = next((s.name for s in sources if s.split is None), None)
     if "train" not in named:
@@ -169,9 +170,10 @@ _CODE = (".py", ".c", ".h")
 
 
 def _is_split(name: str) -> bool:
-    """Whether a file, or a folder that it lies in, is called after a split and nothing else: test-00000-of-00002."""
+    """Whether a file, or a folder that it lies in, is called after a split and nothing else: test-00000-of-00002. A
+    page of a manual may be called training or validation."""
     parts = [re.findall("[a-z]+", part.partition(".")[0]) for part in name.lower().split("/")]
-    return any(words and set(words) <= {*SPLIT_WORDS, "of"} for words in parts)
+    return any(words and set(words) <= {"train", "val", "valid", "dev", "test", "of"} for words in parts)
 
 
 def _download(known: DataSet, path: Path, console: Console) -> Source:

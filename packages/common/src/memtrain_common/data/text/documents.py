@@ -156,8 +156,8 @@ def _csv(path: Path, column: str) -> Iterator[tuple[str | None, int]]:
                 raise UserError(_no_column(str(path), column, rows.fieldnames or ()))
             for row in rows:
                 text, where = row[column], f"{path}, line {rows.line_num}"
-                if None in row or text is None:
-                    cells = len(row) - 1 + len(row.get(None) or ()) if None in row else "fewer"
+                if any(row.get(None) or ()) or text is None:  # empty cells at the end of a line are a spreadsheet's
+                    cells = len(row) - 1 + len(row[None]) if None in row else "fewer"
                     raise UserError(f"{where} has {cells} cells, and the heading {len(rows.fieldnames or ())}: mend it")
                 if tabs and "\n" in text and "\t" in text:
                     raise UserError(f"{where} ends a text that a quotation mark began, over tabs and lines: {_QUOTES}")

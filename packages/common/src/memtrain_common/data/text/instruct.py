@@ -154,16 +154,18 @@ def examples(
         prompt: of a row, whose instruction is in the column that is named.
     """
     instruction, response = chosen = pair_of(rows) if pair is None else pair
-    of_gsm8k = tuple(chosen) == GSM8K
-    return [
-        Example(prompt(row, instruction), _gsm8k(row.text(response)) if of_gsm8k else row.text(response).strip())
-        for row in rows
-    ]
+    named = tuple(chosen) == GSM8K
+    return [Example(prompt(row, instruction), _response(row.text(response), named)) for row in rows]
 
 
-def _gsm8k(text: str) -> str:
-    """The answer's last line, where it is a number; else the text may be anybody's, with headings of Markdown."""
+def _response(text: str, named: bool) -> str:
+    """The response, in GSM8K's form made ours. Other texts have headings of Markdown and ``<<`` of their own.
+
+    Args:
+        named: whether the fields have GSM8K's names; else its ``<<2*3=6>>`` tells.
+    """
     body, mark, answer = text.rpartition("\n#### ")
-    if not mark or not re.fullmatch(r"[-+$€£]*[\d.,]+\s*%?", answer.strip()):
+    its = mark and re.fullmatch(r"[-+$€£]*[\d.,]+\s*%?", answer.strip())
+    if not its or not (named or re.search(r"<<[^>]*=[^>]*>>", body)):
         return text.strip()
     return re.sub(r"<<[^>]*>>", "", body).strip() + "\n" + ANSWER_IS + answer.strip()
