@@ -13,7 +13,7 @@ from memtrain_apps.compose.axes import USED_BY, Axes
 from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
 from memtrain_apps.run.finetune import workload_of
 from memtrain_apps.run.pictures import unseen_edge
-from memtrain_apps.run.predicting import NotPredictedError, predict_run
+from memtrain_apps.run.predicting import predict_run
 from memtrain_apps.run.training import too_little
 from memtrain_apps.run.workload import Workload
 from memtrain_common.commands.run_flags import StepFlags
@@ -21,6 +21,7 @@ from memtrain_common.data.images.batches import Normalize, evaluation_batches
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.data.text.glue_batches import prepare_glue
 from memtrain_common.errors import UserError
+from memtrain_common.measuring.fake_numbers import NotPredictedError
 from memtrain_common.models.cifar_resnet import CifarResNet
 from memtrain_common.models.classifiers import logits_of
 from memtrain_common.models.vit import load_vit

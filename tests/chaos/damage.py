@@ -255,6 +255,8 @@ def changed(whole: Whole, number: int, draw: random.Random, cwd: Path) -> Found:
     reference, _ = whole.run(name)
     place(cwd, copied=True)
     shutil.copytree(reference, cwd / "run")
+    config = cwd / "run" / "config.json"  # which names the inputs by where they are
+    write_json(config, json.loads(json.dumps(read_json(config)).replace(str(reference.parent), str(cwd))))
     if kind == "bins":
         shutil.copytree(whole.others() / "bins", cwd / "bins")
     what = f"{name} {kind}: {change(cwd / 'inputs', draw)}"

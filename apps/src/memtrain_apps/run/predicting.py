@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from memtrain_common.errors import UserError
+from memtrain_common.measuring.fake_numbers import NotPredictedError
 from memtrain_common.measuring.flops import Flops
 from memtrain_common.measuring.prediction import LiveBytes, Prediction, fake_copy, fake_step, predict
 from memtrain_common.training.fit_config import DTYPES
 from memtrain_common.training.task import Task
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..compose.axes import Axes
@@ -20,10 +19,6 @@ from ..compose.families import blocks
 from ..compose.partial import BlockMoments, StepMoments
 from .config import RunConfig
 from .workload import Workload
-
-
-class NotPredictedError(UserError):
-    """A step that cannot be followed without numbers. A run needs no prediction, and says so and goes on."""
 
 
 def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> Prediction:
@@ -51,11 +46,9 @@ def predict_run(workload: Workload, config: RunConfig, axes: Axes, *, device: to
             saving=lambda: made[0].saving(),
             micro_batches=config.gradient_accumulation_steps,
         )
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        name = type(workload.task.model).__name__
-        raise NotPredictedError(
-            f"the memory of {name} cannot be predicted: what it computes depends on numbers ({error.func})"
-        ) from None
+    except NotPredictedError as error:
+        name, why = type(workload.task.model).__name__, str(error).removeprefix("this step cannot be predicted: ")
+        raise NotPredictedError(f"the memory of {name} cannot be predicted: {why}") from None
 
 
 def predict_moments(workload: Workload, config: RunConfig, axes: Axes, *, device: torch.device) -> StepMoments:

@@ -10,6 +10,7 @@ from memtrain_common.commands.result import Outcome
 from memtrain_common.commands.session import Session
 from memtrain_common.commands.summary import ledger_table
 from memtrain_common.console import Console, format_bytes, format_table
+from memtrain_common.measuring.fake_numbers import NotPredictedError
 from memtrain_common.measuring.peak import memory_left
 from memtrain_common.measuring.prediction import Prediction
 from memtrain_common.training.distributed import World, parallelize
@@ -26,7 +27,7 @@ from ..compose.first_step import as_errors
 from .choosing import choose_saving
 from .config import MAY_CHANGE, RunConfig, usual_lr
 from .explain import explain
-from .predicting import NotPredictedError, predict_run
+from .predicting import predict_run
 from .workload import Workload
 
 

@@ -26,6 +26,10 @@ REFUSED = (
 )
 
 
+class NotPredictedError(UserError):
+    """A step that needs numbers, which fake tensors do not have. It can be trained all the same."""
+
+
 class Numbers:
     """What ``.item()`` answers: True, False of an ``any``, 1, what a ``linspace`` holds, and the product in a scalar
     that began as 1 (NAdam divides by 1 minus it)."""
@@ -90,7 +94,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def refusal(error: Exception) -> UserError:
+def refusal(error: Exception) -> NotPredictedError:
     """One sentence for what torch refuses on fake tensors."""
     name = str(getattr(error, "func", error)).removesuffix(".default")
     if isinstance(error, DynamicOutputShapeException):
@@ -99,7 +103,7 @@ def refusal(error: Exception) -> UserError:
         why = "looks at the numbers of a tensor"
     else:
         why = "is not known for tensors without numbers"
-    return UserError(
+    return NotPredictedError(
         f"this step cannot be predicted: {name} {why}, and a prediction has no numbers; predict a model and loss "
         "without it, or measure a real step (measuring.memory)"
     )

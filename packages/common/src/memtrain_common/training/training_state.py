@@ -133,7 +133,9 @@ def check_resume_key(saved: Mapping[str, Any], now: Mapping[str, Any], where: Pa
 
 def infinite_buffers(model: nn.Module) -> frozenset[str]:
     """Names of the buffers that hold infinite numbers, as a mask of −∞ does."""
-    return frozenset(name for name, b in model.named_buffers(remove_duplicate=False) if not bool(b.isfinite().all()))
+    found = model.named_buffers(remove_duplicate=False)
+    dense = ((name, b) for name, b in found if b.layout == torch.strided and not b.is_meta)
+    return frozenset(name for name, b in dense if not bool(b.isfinite().all()))
 
 
 def all_finite(model: nn.Module, but: frozenset[str] = frozenset()) -> Tensor:
