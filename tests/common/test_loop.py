@@ -622,7 +622,7 @@ def test_a_run_is_not_begun_in_the_folder_of_another(tmp_path):
     fit(simple(make()), config, run=RunFolder.open_or_create(tmp_path / "run", config))
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"holds a run with checkpoints up to step 8: go on with it \(resume=True\)"):
+    with pytest.raises(UserError, match=r"run holds a run with checkpoints: go on with it \(resume=True\)"):
         fit(simple(make(1)), config, run=RunFolder.open_or_create(tmp_path / "run", config))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
@@ -698,15 +698,24 @@ def test_a_layer_without_a_size_is_refused_in_words():
 )
 def test_a_configuration_that_cannot_be_is_refused(wrong):
     [(name, value)] = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} must be at least . ?, not {value}".replace(" ?", "")):
+    with pytest.raises(ValueError, match=rf"{name} must be at least \d, not {value}"):
         FitConfig(2, **wrong)
 
 
-def test_an_optimizer_with_steps_of_its_own_has_no_rate_to_log(tmp_path):
-    from galore_vit import GaLoreAdafactor
+class WithoutRate(torch.optim.Optimizer):
+    """As Adafactor is, where its steps follow from the weights."""
 
+    def __init__(self, params):
+        super().__init__(params, {"lr": None})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.01 * p.grad.sign())
+
+
+def test_an_optimizer_with_steps_of_its_own_has_no_rate_to_log(tmp_path):
     model = make()
-    optimizer = GaLoreAdafactor([{"params": list(model.parameters())}], lr=None, relative_step=True)
     run = RunFolder.create(tmp_path / "run")
-    fit(Task(model, batches, loss_fn, optimizer), FitConfig(2, log_interval=1), run=run)
+    fit(Task(model, batches, loss_fn, WithoutRate(model.parameters())), FitConfig(2, log_interval=1), run=run)
     assert [row["lr"] for row in lines(run)] == [None, None]

@@ -88,7 +88,7 @@ def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *
     head = head_wrapper(model).modules_to_save[task]
     if bias is None and head.bias is not None:
         warnings.warn(
-            f"{path} holds no head bias (the published code saves none): it is zero now",
+            f"{path} holds no head bias" + ("" if ours else " (the published code saves none)") + ": it is zero now",
             UserWarning,
             stacklevel=2,
         )

@@ -125,8 +125,9 @@ def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -
         ValueError: where its keys are outside their range, or have no meaning together.
     """
     group = dict(given)
-    for key in sorted(OTHERS_KEYS.keys() & group.keys()):
-        raise ValueError(f"a parameter group has {key}, which is {OTHERS_KEYS[key]} here: rename it")
+    if others := sorted(OTHERS_KEYS.keys() & group.keys()):
+        words = ", ".join(f"{key}, which is {OTHERS_KEYS[key]} here" for key in others)
+        raise ValueError(f"a parameter group has {words}: rename it")
     if "rank" in group:
         group = {**GALORE_DEFAULTS, **group}
     elif stray := sorted((GALORE_DEFAULTS.keys() & group.keys()) - {"dim"}):  # the published code adds dim to all

@@ -1,7 +1,7 @@
 """What oneDNN keeps of an LSTM on the CPU for its backward pass, which torch's fake operation leaves out.
 
-The rule is oneDNN's of 3.13 on processors with AVX-512, found by measuring 71 sizes. It is no promise of oneDNN's, so a
-small real layer is asked, once a process, whether it holds here.
+The rule is oneDNN's of 3.13 on processors with AVX-512, found by measuring. It is no promise of oneDNN's, so a small
+real layer is asked, once a process, whether it holds here.
 """
 
 import functools

@@ -156,13 +156,12 @@ class Keeper:
         """
         if resume:
             self.restore(read_key)
-        steps = self.run.checkpoints.steps() if self.run is not None and self.run.writes and not resume else []
-        if any_rank(int(bool(steps))):  # every process, or the others would wait for the one that writes
-            if self.run is None or not steps:
-                raise UserError("another process writes into the folder of a run that has checkpoints: see its message")
+            return
+        begun = self.run is not None and self.run.writes and bool(self.run.checkpoints.steps())
+        if any_rank(int(begun)):  # said by every process, or the others would wait for the one that writes
+            where = self.run.path if self.run is not None else "the folder of another process"
             raise UserError(
-                f"{self.run.path} holds a run with checkpoints up to step {steps[-1]}: go on with it (resume=True), or "
-                "begin in another folder"
+                f"{where} holds a run with checkpoints: go on with it (resume=True), or begin in another folder"
             )
 
     def restore(self, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
