@@ -87,6 +87,7 @@ def test_a_memory_limit_counts_from_what_the_process_has_and_ends_with_the_arm()
     for said in ("can't start new thread", "could not execute a primitive"):
         assert is_out_of_memory(RuntimeError(said), limited=True)
         assert not is_out_of_memory(RuntimeError(said))
+    assert is_out_of_memory(SystemError("error return without exception set"), limited=True)
     assert not is_out_of_memory(ValueError("out of memory"))
 
 

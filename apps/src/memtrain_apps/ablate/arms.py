@@ -168,8 +168,8 @@ def live(job: Job) -> None:
     except BaseException as error:
         traceback.print_exc()
         if is_out_of_memory(error, limited=job.limit_bytes > 0):
-            place = "for a thread's stack" if _any_of(NO_THREAD, error) else "within oneDNN"
             said = _first_line(error)
+            place = next((where for where, words in SHORT_OF_MEMORY.items() if _any_of(words, error)), "")
             limited = f", with --memory-limit {format_bytes(job.limit_bytes)}" if job.limit_bytes else ""
             outcome = {
                 "status": "out of memory",
@@ -258,20 +258,24 @@ def _writable_bytes() -> int:
     return 0
 
 
-NO_THREAD = ("Resource temporarily unavailable", "can't start new thread")
-NO_KERNEL = ("could not execute a primitive", "could not create a primitive", "could not create a memory object")
-"""What is said where memory is short and nothing else is wrong: by threads, and by oneDNN."""
+SHORT_OF_MEMORY = {
+    "for a thread's stack": ("Resource temporarily unavailable", "can't start new thread"),
+    "within oneDNN": ("could not execute a primitive", "could not create a primitive", "could not create a memory object"),
+    "within Python": ("error return without exception set", "without setting an exception"),
+}
+"""Where memory is short and nothing else is wrong, what is said of it: by threads, oneDNN, and extensions in C."""
 
 
 def is_out_of_memory(error: BaseException, *, limited: bool = False) -> bool:
     """Whether an exception says that memory ran out: Python's, torch's on CUDA, or torch's on the CPU.
 
     Args:
-        limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit, and a
-            kernel of oneDNN that cannot run is one whose buffers do not: it says no more.
+        limited: under a memory limit, where a thread that cannot be started is one whose stack does not fit, a kernel
+            of oneDNN that cannot run one whose buffers do not, and a call that fails without an exception one whose
+            exception did not: they say no more.
     """
-    return ran_out_of_memory(error) or (limited and _any_of([*NO_THREAD, *NO_KERNEL], error))
+    return ran_out_of_memory(error) or (limited and any(_any_of(w, error) for w in SHORT_OF_MEMORY.values()))
 
 
 def _any_of(texts: Collection[str], error: BaseException) -> bool:
-    return isinstance(error, RuntimeError | OSError) and any(t in str(error) for t in texts)
+    return isinstance(error, RuntimeError | SystemError | OSError) and any(t in str(error) for t in texts)
