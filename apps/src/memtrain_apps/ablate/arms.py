@@ -260,7 +260,7 @@ def _writable_bytes() -> int:
 
 SHORT_OF_MEMORY = {
     "for a thread's stack": ("Resource temporarily unavailable", "can't start new thread"),
-    "within oneDNN": ("could not execute a primitive", "could not create a primitive", "could not create a memory object"),
+    "within oneDNN": ("could not execute a primitive", "could not create a primitive", "could not create a memory obj"),
     "within Python": ("error return without exception set", "without setting an exception"),
 }
 """Where memory is short and nothing else is wrong, what is said of it: by threads, oneDNN, and extensions in C."""
