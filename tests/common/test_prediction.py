@@ -292,6 +292,18 @@ def test_what_counts_finds_its_own_garbage_and_leaves_the_collector_as_it_was(fr
         gc.unfreeze()
 
 
+def test_only_the_outermost_asks_whether_something_is_frozen(monkeypatch):
+    """To ask takes Python as long as there is much of it: tens of milliseconds with torch and transformers."""
+    asked, ask = [], gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: asked.append(1) or ask())
+    for _ in range(2):
+        with LiveBytes(), LiveBytes():
+            pass
+        with pytest.raises(ValueError), LiveBytes():
+            raise ValueError
+    assert len(asked) == 4
+
+
 def adamw_of(model):
     return torch.optim.AdamW(model.parameters())
 

@@ -129,6 +129,8 @@ def fake_step(live: "LiveBytes | None" = None) -> "Iterator[LiveBytes]":
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that live, real or fake, and answers for the numbers that fake tensors do not have."""
 
+    _entered = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
@@ -140,14 +142,18 @@ class LiveBytes(TorchDispatchMode):
         self._froze = False
 
     def __enter__(self) -> Self:
-        if not gc.get_freeze_count():  # `restart` then looks for garbage among what is made inside, not among libraries
+        # `restart` then looks for garbage among what is made inside, not among libraries. To ask whether something is
+        # frozen takes as long as there is much of it, so only the outermost one asks.
+        if not LiveBytes._entered and not gc.get_freeze_count():
             gc.freeze()
             self._froze = True
+        LiveBytes._entered += 1
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        LiveBytes._entered -= 1
         if self._froze:
             gc.unfreeze()
             self._froze = False
