@@ -122,7 +122,7 @@ class Ray:
         except ConnectionError as error:
             if address := os.environ.get("RAY_ADDRESS"):
                 raise UserError(f"--launcher ray: no cluster answers at RAY_ADDRESS={address}: {error}") from None
-            ray.init(address="local", num_cpus=places, **quiet)
+            ray.init(address="local", num_cpus=places, include_dashboard=False, **quiet)
 
     def submit(self, name: str, needs: Needs) -> Any:
         """-> the task. Its machine needs this environment and this folder."""
