@@ -19,8 +19,8 @@ import torch._dynamo  # every optimizer loads it at its first use
 import tqdm
 
 torch.set_num_threads(1)
-# Python's collector looks at every object of every library when those that live long have become a quarter more, which a
-# file of tests brings about again and again.
+# Python's collector looks at every object of every library when those that live long have become a quarter more, and
+# every file of tests adds some.
 gc.set_threshold(700, 10, 10_000)
 # Autograd's threads start at the first backward pass, one for each device. A fake tensor registers eight CUDA devices
 # where there is none; with their threads a process cannot be forked any more. So the first pass is here, without them.
