@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from memtrain_apps.ablate import cluster
-from memtrain_apps.ablate.ablate import collect
+from memtrain_apps.ablate.ablate import collect, find_places, name_of, run_ablation
 from memtrain_apps.ablate.cluster import RETRIES, _watch
 from memtrain_apps.ablate.config import AblateConfig, Ablation, configure, saved_request
 from memtrain_apps.ablate.grid_file import grid_of
@@ -129,7 +129,7 @@ def test_memory_is_asked_by_the_arms_own_prediction(tmp_path, monkeypatch):
         asked.append(job.name)
         return {"predicted": {"weights": 10**9}, "predicted_peak_bytes": 7 * 10**9 + 1000 * len(asked)}
 
-    monkeypatch.setattr("memtrain_apps.ablate.arm_jobs.predict_job", predicted)
+    monkeypatch.setattr(cluster, "predict_job", predicted)
     monkeypatch.setattr(cluster, "_peaks", {})
     base = Needs(cluster.LIBRARIES, 0, 5, 1)
     arms = runner.left()
@@ -192,6 +192,8 @@ signal.pause()
         (["--launcher", "local", "--time-limit", "1"], "--signal-seconds 120"),
         (["--collect", "a", "--resume", "b"], "give one of them"),
         (["--collect", "a", "--train", "full"], "--collect brings its own grid"),
+        (["--collect", "a", "--memory-limit", "1MiB"], "--collect runs nothing: leave out --memory-limit"),
+        (["--report", "a", "--seeds", "7", "--devices", "cpu"], "--report runs nothing: leave out --seeds --devices"),
     ],
 )
 def test_mistakes_are_one_sentence(words, match):
@@ -271,6 +273,58 @@ def test_a_cluster_that_does_not_answer_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with pytest.raises(UserError, match="no cluster answers at RAY_ADDRESS=head:6379: no answer"):
         Ray(tmp_path, 1)
+
+
+def test_a_launcher_that_is_not_there_changes_nothing(tmp_path, monkeypatch):
+    """Neither the folder of an ablation that is gone on with, nor the name of a new one."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no srun
+    begun(tmp_path / "old")
+    before = (tmp_path / "old" / "config.json").read_bytes()
+    for words in (["--resume", str(tmp_path / "old"), "--seeds", "4"], ["--out", str(tmp_path / "new"), *ARM]):
+        with pytest.raises(UserError, match=r"--launcher slurm: .*choose local, or a machine with sbatch"):
+            run_ablation(configure(["--launcher", "slurm", "--devices", "cpu", *words]), words)
+    assert (tmp_path / "old" / "config.json").read_bytes() == before
+    assert not (tmp_path / "old" / "cluster.json").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named_and_another_machines_is_not_looked_for(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match="--devices cuda:0 needs a CUDA GPU and this machine has none"):
+        find_places(["cpu", "cuda:0"], 4)
+    assert find_places(["cuda"], 4, here=False) == ["cuda:0"]
+    assert name_of("cuda:0", AblateConfig(launcher="slurm")) == "a GPU by slurm"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert find_places(["cuda:0", "cuda:1"], 4) == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="--devices cuda:2 is not one of the 2 CUDA GPUs here"):
+        find_places(["cuda:2"], 4)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_arm_out_of_memory_elsewhere_has_its_predicted_ledger(told, tmp_path, monkeypatch, capsys):
+    runner = begun(tmp_path / "a")
+    write_json(tmp_path / "a" / "cluster.json", {"device": "cpu", "limit_bytes": 1 << 20})
+    name = next(iter(runner.arms))
+
+    def ran(job):
+        job.outcome.parent.mkdir(parents=True, exist_ok=True)
+        write_json(job.outcome, {"status": "out of memory", "why": "no room"})
+
+    def predicted(job):
+        assert told, "nor can this be said"
+        return {"predicted": {"weights": 7}, "predicted_peak_bytes": 9}
+
+    monkeypatch.setattr(cluster, "live", ran)
+    monkeypatch.setattr(cluster, "_end_when_orphaned", lambda: None)
+    monkeypatch.setattr(cluster, "predict_job", predicted)
+    assert cluster.run_arm(tmp_path / "a", name) == 0
+    record = json.loads((tmp_path / "a" / "results" / f"{name}.json").read_text())
+    assert (record["status"], record["why"]) == ("out of memory", "no room")
+    assert record["predicted"] == ({"weights": 7} if told else None)
+    assert ("nor can this be said" in capsys.readouterr().err) is not told
 
 
 @pytest.mark.parametrize(("launcher", "library"), [("local", "submitit"), ("slurm", "submitit"), ("ray", "ray")])

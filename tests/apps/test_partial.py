@@ -75,7 +75,7 @@ def test_blocks_are_named_and_read_again():
         assert numbers_of(words_of(blocks), 6) == blocks
     assert numbers_of("", 3) == (0, 1, 2)
     assert numbers_of("2", 3) == (0, 1)
-    for words in ("0", "4", "1-3", "a", "2-1", "0,,1", "-1"):
+    for words in ("0", "4", "1-3", "a", "2-1", "0,,1", "-1", "1,", "²", "0-99999", "99999999999", "0-99999999999"):
         with pytest.raises(UserError, match=r"names no blocks of the 3.*checkpoint:1 for the first"):
             numbers_of(words, 3)
     assert numbers_of("0", 3, "backrazor") == ()

@@ -43,6 +43,14 @@ def whole(words, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_base_in_another_precision_is_no_base_of_the_adapter(whole, tmp_path):
+    run, _ = whole
+    words = ["lora-xs", "merge", "--adapter", str(run / "adapter"), "--base-dtype", "bfloat16", "--out", "merged"]
+    assert_refused(run_command(words, tmp_path), "in the same precision")
+    assert run_command([*words[:4], *words[6:]], tmp_path).returncode == 0
+
+
+@pytest.mark.slow
 def test_it_learns_and_reports_the_metric(whole):
     run, done = whole
     validation = [r for r in rows(run) if r["split"] == "val"]

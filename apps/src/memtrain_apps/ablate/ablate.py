@@ -24,7 +24,7 @@ from memtrain_common.errors import Stopped, UserError
 from memtrain_common.interrupts import say_from_now_on, unwinding
 
 from .arms import server
-from .config import PROG, Ablation, saved_request
+from .config import PROG, AblateConfig, Ablation, saved_request
 from .results import Summary, read_results, summarise
 from .runner import Runner, meaningful_of, refuse_data_that_is_not_there
 
@@ -52,29 +52,31 @@ def run_ablation(request: Ablation, argv: Sequence[str], *, context: Any = None)
         return collect(Path(request.config.collect), Console())
     if request.config.launcher == "processes":
         context = context or server()  # it loads the libraries while the folder is made
-    from memtrain_common.measuring.environment import device_name
     from memtrain_common.runs.run_folder import RunFolder, default_run_path
 
     config, grid = request.config, request.grid
     meaningful = meaningful_of(grid)
-    places = find_places(config.devices, arms=len(meaningful) * len(grid.seeds))
+    here = config.launcher == "processes"
+    places = find_places(config.devices, arms=len(meaningful) * len(grid.seeds), here=here)
+    named = config.resume or config.out
+    path = Path(named) if named else default_run_path(PROG)
+    launcher = None
+    if not here:  # one that is not there is refused before anything is written
+        from .cluster import launch, launcher_for
+
+        launcher = launcher_for(config, path, places)
     if config.resume:
-        run = RunFolder.open(Path(config.resume))
+        run = RunFolder.open(path)
         run.add_resume(grid, prog=PROG, argv=argv, memory_limit_bytes=request.limit_bytes)
     else:
-        import torch
-
-        if config.launcher == "processes" and grid.pretrain is None:
+        if here and grid.pretrain is None:
             refuse_data_that_is_not_there(grid, meaningful[0])
-        run = RunFolder.create(Path(config.out) if config.out else default_run_path(PROG))
-        device = device_name(torch.device(places[0]))
+        run = RunFolder.create(path)
         limit = {"memory_limit_bytes": request.limit_bytes}
-        run.write_config(grid, prog=PROG, argv=argv, device=device, places=places, **limit)
+        run.write_config(grid, prog=PROG, argv=argv, device=name_of(places[0], config), places=places, **limit)
     console = Console(run.path / "log.txt")
-    if config.launcher != "processes":
-        from .cluster import launch
-
-        launch(request, run.path, console, places)
+    if launcher is not None:
+        launch(request, run.path, console, places, launcher)
         found = draw(run.path, console)
         _end(run.path, [r for s in found for r in s.results])
         return found
@@ -127,15 +129,38 @@ def collect(folder: Path, console: Console) -> list[Summary]:
     return draw(folder, console) if len(left) < len(runner.arms) else []
 
 
-def find_places(devices: Sequence[str], arms: int) -> list[str]:
-    """The places for one arm each; "auto" is every GPU, or one place a core."""
-    if list(devices) == ["auto"]:
-        import torch
+def find_places(devices: Sequence[str], arms: int, *, here: bool = True) -> list[str]:
+    """The places for one arm each; "auto" is every GPU, or one place a core.
 
+    Args:
+        here: whether they are this machine's.
+
+    Raises:
+        UserError: naming a GPU that this machine lacks.
+    """
+    import torch
+
+    if list(devices) == ["auto"]:
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = gpus or ["cpu"] * cores
+    for place in devices if here else ():
+        if place.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--devices {place} needs a CUDA GPU and this machine has none: use --devices cpu")
+        if int(place.partition(":")[2] or 0) >= max(1, torch.cuda.device_count()):
+            raise UserError(
+                f"--devices {place} is not one of the {torch.cuda.device_count()} CUDA GPUs here, cuda:0 and on"
+            )
     return ["cuda:0" if d == "cuda" else d for d in devices][: max(1, arms)]
+
+
+def name_of(place: str, config: AblateConfig) -> str:
+    """The device of an arm, for the report; another machine's processor or GPU is not known here."""
+    import torch
+    from memtrain_common.measuring.environment import device_name
+
+    elsewhere = config.launcher in ("slurm", "ray") and place != "cpu"
+    return f"a GPU by {config.launcher}" if elsewhere else device_name(torch.device(place))
 
 
 def _end(folder: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import read_json, write_json
 from memtrain_common.interrupts import unwinding
 
+from .arm_jobs import predict_job
 from .arms import Job, live, outcome_of, wait_until_free
-from .config import Ablation, saved_request
+from .config import AblateConfig, Ablation, saved_request
 from .grid import Arm
 from .launchers import Launcher, Needs, launcher_of
 from .runner import PRETRAINED, Runner
@@ -64,8 +66,19 @@ def run_arm(folder: Path, name: str) -> int:
     if arm is None:
         runner.keep_pretraining(job, outcome)
     else:
+        if outcome["status"] == "out of memory":  # the limit has ended with the arm
+            outcome = {**outcome, "content": _predicted(job)}
         write_json(runner.result(arm), runner.record(arm, job, outcome))
     return 0
+
+
+def _predicted(job: Job) -> dict[str, Any]:
+    """What the arm would have held; where that cannot be said either, its log has the reason."""
+    try:
+        return predict_job(job)
+    except Exception:
+        traceback.print_exc()
+        return {"predicted": None, "predicted_peak_bytes": None}
 
 
 def _end_when_orphaned() -> None:
@@ -83,20 +96,31 @@ def _end_when_orphaned() -> None:
 # -- where the driver runs -----------------------------------------------------------------------------------------
 
 
-def launch(request: Ablation, folder: Path, console: Console, places: list[str]) -> None:
+def launcher_for(config: AblateConfig, folder: Path, places: list[str]) -> Launcher:
+    """What submits the arms of a folder, which need not be there yet.
+
+    Raises:
+        UserError: if it is not there, or not for these places.
+    """
+    if config.launcher == "local" and _device_of(places) != "cpu":
+        raise UserError("--launcher local is for the CPU: leave it out, and an arm runs on each GPU")
+    return launcher_of(config, folder.resolve(), len(places))
+
+
+def _device_of(places: list[str]) -> str:
+    return "cuda:0" if any(p.startswith("cuda") for p in places) else "cpu"
+
+
+def launch(request: Ablation, folder: Path, console: Console, places: list[str], launcher: Launcher) -> None:
     """Submit every arm that has no result, and watch until each has one.
 
     Raises:
         Stopped: on Ctrl-C. Arms that were submitted go on.
     """
-    config = request.config
-    device = "cuda:0" if any(p.startswith("cuda") for p in places) else "cpu"
-    if config.launcher == "local" and device != "cpu":
-        raise UserError("--launcher local is for the CPU: leave it out, and an arm runs on each GPU")
+    config, device = request.config, _device_of(places)
     write_json(folder / "cluster.json", {"device": device, "limit_bytes": request.limit_bytes})
     runner = Runner(request, folder, console, [device], None)
     runner.prepare()
-    launcher = launcher_of(config, folder.resolve(), len(places))
     base = Needs(LIBRARIES, int(device != "cpu"), config.time_limit, config.signal_seconds)
     try:
         with unwinding():
@@ -138,8 +162,6 @@ def _needs_of(runner: Runner, arms: list[Arm], device: str, base: Needs) -> dict
 
 def _needs(runner: Runner, job: Job, base: Needs) -> Needs:
     """By the arm's own predicted peak, which all seeds share; on a GPU the host holds the weights while they load."""
-    from .arm_jobs import predict_job
-
     words = tuple(w for i, w in enumerate(job.words) if "--seed" not in job.words[max(0, i - 1) : i + 1])
     if words not in _peaks:
         found = predict_job(job)

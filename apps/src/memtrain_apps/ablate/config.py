@@ -103,6 +103,10 @@ class AblateConfig:
     """Keep the checkpoints of finished arms."""
 
 
+RUNNING = ("seeds", "devices", "memory_limit", "launcher", "time_limit", "signal_seconds", "slurm", "keep_checkpoints")
+"""Flags that a call which runs no arm would ignore."""
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A checked request."""
@@ -161,6 +165,9 @@ def _check(config: AblateConfig, named: str, words: Sequence[str]) -> None:
             f"{config.time_limit} minutes"
         )
     if going_on:
+        of_runs = [n for n in RUNNING if getattr(config, n) != getattr(AblateConfig(), n)]
+        if of_runs and not config.resume:
+            raise UserError(f"{going_on} runs nothing: leave out {' '.join(map(flag, of_runs))}")
         changed = [flag(n) for n in LISTED if getattr(config, n)]
         given = ([named] if named else []) + changed + (["--"] if words else [])
         if given:

@@ -11,7 +11,12 @@ from typing import Any, get_args, get_type_hints
 from memtrain_common.errors import UserError
 
 from ..compose.axes import OPTIM, TRAIN, USED_BY, Axes
+from ..compose.partial import names_blocks
 from .grid import AXES, LISTED, OWN_FLAGS, TABLES, Grid
+
+LARGEST = 2**31 - 1
+"""Of a number on an axis."""
+MOST_SEEDS = 10_000
 
 
 def read_grid(path: Path) -> Grid:
@@ -94,12 +99,19 @@ def _setting(name: str, value: Any, where: str) -> Any:
     if kind is str:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise UserError(f"{name}{where} must be words such as '0-3', got {value!r}")
+        if not names_blocks(str(value)):
+            raise UserError(
+                f"{name}{where} {value!r} names no blocks: give 4 for the first four, or numbers from 0, as 0-3,6, in "
+                "at most 64 characters"
+            )
         return str(value)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{name}{where} must be {what}, got {value!r}")
     if name == "lr" and not 0 < value < math.inf:
         raise UserError(f"lr{where} must be above 0, got {value!r}")
+    if not -LARGEST <= value <= LARGEST:
+        raise UserError(f"{name}{where} is out of range: its size is at most {LARGEST:,}")
     return kind(value)
 
 
@@ -121,10 +133,14 @@ def _all_read(own: Mapping[str, Any], product: Mapping[str, list[Any]], where: s
 
 
 def _seeds(given: Any) -> tuple[int, ...]:
-    values = list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
-    whole = isinstance(values, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in values)
+    counted = isinstance(given, int) and not isinstance(given, bool)
+    values = list(range(given)) if counted and given <= MOST_SEEDS else given
+    whole = isinstance(values, list) and all(type(s) is int and 0 <= s < 2**63 for s in values)
     if not whole or not values or len(set(values)) < len(values):
-        raise UserError(f"seeds must be how many, at least 1, or a list of different whole numbers, got {given!r}")
+        raise UserError(
+            f"seeds must be how many, at least 1 and at most {MOST_SEEDS:,}, or a list of different whole numbers "
+            f"below 2^63, got {given!r}"
+        )
     return tuple(values)
 
 

@@ -176,13 +176,8 @@ def merged(model: nn.Module, axes: Axes) -> nn.Module:
         return lora_xs.merge(model, keep=False)
     if axes.train == "lte":
         import lte
-        from lte.injection import lte_layers
 
-        state = lte.merged_state_dict(model)
-        for name, layer in lte_layers(model).items():
-            m, n = layer.weight.shape
-            model.set_submodule(name, nn.Linear(n, m, bias=layer.bias is not None, dtype=layer.weight.dtype))
-        model.load_state_dict(state)
+        return lte.unload(model)
     return model
 
 

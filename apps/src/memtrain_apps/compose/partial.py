@@ -76,19 +76,24 @@ def numbers_of(words: str, n_blocks: int, save: str = "checkpoint") -> tuple[int
         return tuple(range(n_blocks))
     if words == "0" and save == "backrazor":
         return ()
-    if words.isdigit():
+    found: set[int] = set()
+    if re.fullmatch("[0-9]{1,5}", words):
         found = set(range(int(words)))
-    else:
-        parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", w) for w in words.split(",")]
-        found = {n for p in parts if p for n in range(int(p[1]), int(p[2] or p[1]) + 1)}
-        if not all(parts):
-            found = set()
+    elif names_blocks(words):
+        for part in words.split(","):
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
     if not found or max(found) >= n_blocks:
         raise UserError(
             f"--save {save}:{words} names no blocks of the {n_blocks} that there are: give their number, as "
             f"{save}:{max(1, n_blocks // 2)} for the first, or numbers from 0, as {save}:0-{n_blocks - 1}"
         )
     return tuple(sorted(found))
+
+
+def names_blocks(words: str) -> bool:
+    """Whether words can name blocks of some model: at most 64 characters, which are a part of an arm's name, too."""
+    return len(words) <= 64 and re.fullmatch("(?:[0-9]{1,5}(?:-[0-9]{1,5})?(?:,|$))*(?<!,)", words) is not None
 
 
 def words_of(blocks: Sequence[int]) -> str:

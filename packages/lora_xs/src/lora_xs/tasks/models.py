@@ -51,10 +51,14 @@ def load_adapted(adapter: str, model: str = "", dtype: str = "float32") -> tuple
         raise UserError(f"--model is missing: {adapter} does not say which base model it is for")
     if info.heads:
         known = "num_labels" in task
-        base = load_classifier(name, task["num_labels"])[0] if known else _by_architecture(name, dtype)
+        base = _classifier(name, task["num_labels"], dtype) if known else _by_architecture(name, dtype)
     else:
         base = load_causal_lm(name, DTYPES[dtype]) if task else _by_architecture(name, dtype)
     return load_adapter(base, folder).eval(), name
+
+
+def _classifier(name: str, num_labels: int, dtype: str) -> nn.Module:
+    return load_classifier(name, num_labels)[0].to(DTYPES[dtype])
 
 
 def is_foreign(folder: str | Path) -> bool:
