@@ -108,22 +108,25 @@ def rates() -> None:
         folder = Path(place) / "rates"
         ablate(folder, "digits-rates")
         found = json_rows(folder)
-    best: dict[str, dict[str, Any]] = {}
+    by_rate: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for r in found:
         name = r["train"] if r["optim"] == "adamw" else f"{r['train']}+{r['optim']}"
-        key = (-r["val_accuracy"], r["val_loss"])
-        if name not in best or key < (-best[name]["val_accuracy"], best[name]["val_loss"]):
-            best[name] = r
+        by_rate.setdefault(name, {}).setdefault(r["lr"], []).append(r)
+    chosen = {name: min(rates, key=lambda lr: _of_all_seeds(rates[lr])) for name, rates in by_rate.items()}
     write_results(
         RESULTS / "ablation_digits_rates.json",
         argv=["python", "benchmarks/ablation_digits.py", "rates"],
         device=CPU,
         seeds=sorted({r["seed"] for r in found}),
-        chosen_by="validation accuracy of the best checkpoint, then its loss",
-        chosen={name: r["lr"] for name, r in best.items()},
+        chosen_by="mean validation accuracy of the best checkpoints over the seeds, then their mean loss",
+        chosen=chosen,
         arms=found,
     )
-    print(json.dumps({name: r["lr"] for name, r in best.items()}, indent=2))
+    print(json.dumps(chosen, indent=2))
+
+
+def _of_all_seeds(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    return -sum(r["val_accuracy"] for r in rows) / len(rows), sum(r["val_loss"] for r in rows) / len(rows)
 
 
 def json_rows(folder: Path) -> list[dict[str, Any]]:

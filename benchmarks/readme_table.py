@@ -20,7 +20,8 @@ SHOWN = (
     "full+all+adamw", "full+checkpoint+adamw", "full+backrazor-keep0.1+adamw", "full+all+adamw8bit",
     "full+all+galore-adamw-galore-rank4", "full+backrazor-keep0.1+galore-adamw-galore-rank4", "lora-rank8+all+adamw",
     "lora-rank8+checkpoint+adamw", "lora-rank8+backrazor-keep0.1+adamw", "lora-xs-rank8+all+adamw",
-    "lora-xs-rank8+backrazor-keep0.1+adamw", "lte-rank8+all+adamw", "bitfit+all+adamw", "head+all+adamw",
+    "lora-xs-rank8+backrazor-keep0.1+adamw", "lte-rank8-lte-resttrained+all+adamw", "bitfit+all+adamw",
+    "head+all+adamw",
 )  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def table() -> str:
         "| train | save | optim | accuracy | weights | gradients | optimizer | activations | MiB in all | paired |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    lines += [row(name, arms) for name in SHOWN if name in arms]
+    lines += [row(name, arms) for name in SHOWN]
     return "\n".join(lines)
 
 
@@ -68,7 +69,7 @@ def words(choice: str) -> str:
     for mark in ("-galore-rank", "-rank", "-keep"):
         if mark in choice:
             plain, value = choice.split(mark)
-            value = value.replace("-init", ", init ")
+            value = value.replace("-init", ", init ").removesuffix("-lte-resttrained")
             return f"{plain}, {'keep' if mark == '-keep' else 'rank'} {value}"
     return choice.replace("lr", "rate ") if choice[2:3].isdigit() else choice
 

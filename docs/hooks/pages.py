@@ -222,10 +222,9 @@ def choices() -> str:
         lines.append(
             f"| `{arm['combination']}` | {100 * arm['mean']:.1f} ± {100 * arm['ci95']:.1f} % | {total:.1f} MiB |"
         )
-    about = (
-        f"`{result['command']}`, {result['date']}, {result['device']}, seeds {result['seeds']}; Back Razor's mode is"
-    )
-    return "\n".join(lines) + f"\n\n{about} `pruned` ([all numbers](../measurements/ablation_digits.md)).\n"
+    about = f"`{result['command']}`, {result['date']}, {result['device']}, seeds {result['seeds']}"
+    mode = f"Back Razor's mode is `{result['razor_mode']}` ([all numbers](../measurements/ablation_digits.md))"
+    return "\n".join(lines) + f"\n\n{about}; {mode}.\n"
 
 
 REAL = ("minilm-sst2", "minilm-sst2-lengths", "dinov2-cifar10-56", "efficientnet-cifar10", "stories")
