@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,25 @@ def test_a_merged_model_is_saved_whole(base, tmp_path):
     ids = torch.stack([row["input_ids"] for row in rows(4)])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(base, tmp_path, copied):
+    model = inject(copy.deepcopy(base), CONFIG)
+    LoRAXSCallback(model)
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    best = copied(model).eval()
+    for _, layer in layers(best):
+        torch.nn.init.normal_(layer.R["default"])
+    with torch.no_grad():
+        want = best(ids).logits
+        best.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()(ids).logits, want)
+        merge(best, keep=False).save_pretrained(tmp_path / "whole")
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+        torch.testing.assert_close(again.eval()(ids).logits, want)
+    model.save_pretrained(tmp_path / "first")
+    assert (tmp_path / "first" / "adapter.safetensors").exists()
 
 
 class Normed(torch.nn.Module):

@@ -9,9 +9,7 @@ lora_xs.load_adapter(base, "out/checkpoint-500")  # onto the base model, anywher
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -58,11 +56,11 @@ class LoRAXSCallback(TrainerCallback):
         if full_model:
             return
         model.register_load_state_dict_pre_hook(_check)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = _Saving(model, self.name)
         # What Trainer need not find in a checkpoint; it then ties weights anew.
         model._keys_to_ignore_on_save = set(model.state_dict()) - set(_trained(model, self.name))  # type: ignore
-        if isinstance(model, PreTrainedModel):
-            model.save_pretrained = MethodType(_saving(self.name, model.save_pretrained), model)
-        elif not hasattr(model, "tie_weights"):
+        if not hasattr(model, "tie_weights"):
             model.tie_weights = _nothing  # type: ignore[assignment]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,18 +124,29 @@ def _trained(model: nn.Module, name: str) -> dict[str, str]:
     return places
 
 
-def _saving(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(
-        self: nn.Module, save_directory: str | Path, is_main_process: bool = True, **options: Any
-    ) -> None:
-        """The adapter alone, as a folder that Trainer resumes from; the whole model once its adapter is merged."""
-        if not is_adapted(self) or any(layer.merged is not None for _, layer in layers(self)):
-            self._keys_to_ignore_on_save = None  # type: ignore[assignment]
-            whole(save_directory, is_main_process=is_main_process, **options)
-        elif is_main_process:
-            write_checkpoint(self, save_directory, name)
+class _Saving:
+    """`save_pretrained` of a model with adapters. An object, whose attributes follow where the model is copied: what a
+    function has enclosed would stay the first model's."""
 
-    return save_pretrained
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.whole = model.save_pretrained
+        self.ignored = getattr(model, "_keys_to_ignore_on_save", None)
+
+    def __call__(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """The adapter alone, as a folder that Trainer resumes from; the whole model once its adapter is merged."""
+        model = self.model
+        if is_adapted(model) and all(layer.merged is None for _, layer in layers(model)):
+            if is_main_process:
+                write_checkpoint(model, save_directory, self.name)
+            return
+        before = model._keys_to_ignore_on_save
+        model._keys_to_ignore_on_save = self.ignored
+        try:
+            self.whole(save_directory, is_main_process=is_main_process, **options)
+        finally:
+            model._keys_to_ignore_on_save = before
 
 
 def _folder(args: Any, state: Any) -> Path:
