@@ -141,6 +141,25 @@ def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
         trainer(other, tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("full_model", [False, True])
+def test_a_checkpoint_of_an_adapter_with_another_name_is_refused(base, tmp_path, full_model):
+    saved = inject(copy.deepcopy(base), CONFIG)
+    run = trainer(saved, tmp_path, full_model=full_model)
+    run.save_model(str(tmp_path))
+    other = inject(copy.deepcopy(base), CONFIG, name="second")
+    with pytest.raises(LoRAXSError, match="the checkpoint holds the adapter 'default', and this model trains 'second'"):
+        trainer(other, tmp_path, full_model=full_model)._load_from_checkpoint(str(tmp_path))
+    run._load_from_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("targets", [("query",), ("query", "value", "output.dense")])
+def test_a_checkpoint_of_other_targets_is_refused(base, tmp_path, targets):
+    write_checkpoint(inject(copy.deepcopy(base), LoRAXSConfig(4, 16, ("query", "value"))), tmp_path)
+    other = inject(copy.deepcopy(base), LoRAXSConfig(4, 16, targets))
+    with pytest.raises(LoRAXSError, match=r"has an adapter at .*layer\.0.*: inject with the same targets"):
+        trainer(other, tmp_path)._load_from_checkpoint(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_a_callback_for_another_model_is_refused(base, tmp_path):
     models = [inject(copy.deepcopy(base), CONFIG) for _ in range(2)]

@@ -24,7 +24,7 @@ from .adapters import chosen
 from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
-from .layer import is_adapted, layers
+from .layer import ATTRIBUTE, is_adapted, layers
 
 BUFFERS_FILE, BUFFERS_FORMAT = "buffers.safetensors", "lora-xs buffers 1"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,6 +32,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MISSING = "the base weights are not in this folder, load them and then lora_xs.load_adapter(model, folder).safetensors"
 """The file of weights that a checkpoint's config.json names: `from_pretrained` says that there is none of this name."""
+
+TRAINED = "_lora_xs_trained"
+"""Attribute of a model: the adapter that its newest callback is for."""
 
 
 class LoRAXSCallback(TrainerCallback):
@@ -53,9 +56,10 @@ class LoRAXSCallback(TrainerCallback):
         self.full_model = full_model
         self.name = chosen(model, name, "LoRAXSCallback")
         self.model = model
+        setattr(model, TRAINED, self.name)
+        model.register_load_state_dict_pre_hook(_check)
         if full_model:
             return
-        model.register_load_state_dict_pre_hook(_check)
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = _Saving(model, self.name)
         # What Trainer need not find in a checkpoint; it then ties weights anew.
@@ -176,8 +180,11 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def _check(model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-    """Before an adapter's file is read into the model: is it for these base weights, and for these bases?"""
-    if prefix or "probe" not in state or "digests" not in state or not is_adapted(model):
+    """Before a checkpoint's file is read into the model: is it for this adapter, these base weights and these bases?"""
+    if prefix or not is_adapted(model):
+        return
+    _check_adapter(model, state)
+    if "probe" not in state or "digests" not in state:
         return
     digests, probes = state.pop("digests"), state.pop("probe")
     _, short = base_digests(model, reuse=True)
@@ -189,3 +196,20 @@ def _check(model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any
             layer.B.copy_(state.pop(f"B.{i}"))
         elif not bool(((probe(layer.A, layer.B) - probes[i]).abs() <= PROBE_TOLERANCE).all()):
             raise LoRAXSError(f"the bases of {layer.name} are not those that the checkpoint was trained on")
+
+
+def _check_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What a file lacks, Trainer would train on from its untrained start."""
+    wanted = getattr(model, TRAINED)
+    ours = {state_key(layer, "").removesuffix(".") for _, layer in layers(model)}
+    names = {name for place, _, name in (key.rpartition(".") for key in state) if place in ours}
+    if names and wanted not in names:
+        raise LoRAXSError(
+            f"the checkpoint holds the adapter {', '.join(sorted(names))!r}, and this model trains {wanted!r}: "
+            "inject it under the checkpoint's name"
+        )
+    theirs = {key.rpartition(".")[0] for key in state} - {"", "A", "B"}
+    if "probe" in state and theirs and theirs != ours:
+        one = min(theirs ^ ours).partition(f".{ATTRIBUTE}.")[0]
+        where = "the checkpoint" if min(theirs ^ ours) in theirs else "this model"
+        raise LoRAXSError(f"only {where} has an adapter at {one}: inject with the same targets as the checkpoint's")
