@@ -134,11 +134,26 @@ def test_a_checkpoint_for_other_base_weights_is_refused(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
-    trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, steps=3).train()
-    other = inject(copy.deepcopy(base), LoRAXSConfig(4, 32, ROBERTA_TARGETS))
-    with pytest.raises(LoRAXSError, match=r"a scale α/r of 4 for .*, and this model has 8: inject with the same alpha"):
-        trainer(other, tmp_path).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("case", ["same folder", "another folder", "full model", "earlier version"])
+def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path, case):
+    full_model = case == "full model"
+    options = {"steps": 1, "save_steps": 1, "full_model": full_model}
+    trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, **options).train()
+    folder = tmp_path / "checkpoint-1"
+    if case == "earlier version":
+        file = folder / "trainer_state.json"
+        state = json.loads(file.read_text())
+        del state["stateful_callbacks"]["lora_xs"]
+        file.write_text(json.dumps(state))
+    out = tmp_path if case in ("same folder", "earlier version") else tmp_path / "other"
+    for alpha in (16, 32):
+        run = trainer(inject(copy.deepcopy(base), LoRAXSConfig(4, alpha, ROBERTA_TARGETS)), out, **options)
+        if alpha == 16:
+            run.train(resume_from_checkpoint=str(folder))
+            continue
+        message = r"a scale α/r of 4 for .*, and this model has 8: inject with the same alpha"
+        with pytest.raises(LoRAXSError, match=message):
+            run.train(resume_from_checkpoint=str(folder))
 
 
 @pytest.mark.parametrize("full_model", [False, True])

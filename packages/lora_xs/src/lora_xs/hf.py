@@ -21,6 +21,7 @@ from .adapter_checks import PROBE_TOLERANCE, base_digests, probe
 from .adapter_file import describe_adapter, save_adapter, state_key
 from .adapter_header import ADAPTER, HEAD_FILE
 from .adapters import chosen
+from .config import LoRAXSConfig
 from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
@@ -32,6 +33,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MISSING = "the base weights are not in this folder, load them and then lora_xs.load_adapter(model, folder).safetensors"
 """The file of weights that a checkpoint's config.json names: `from_pretrained` says that there is none of this name."""
+
+STATE = "lora_xs"
+"""What Trainer's state calls the adapter's configuration, among the states of its callbacks."""
 
 TRAINED = "_lora_xs_trained"
 """Attribute of a model: the adapter that its newest callback is for."""
@@ -74,10 +78,11 @@ class LoRAXSCallback(TrainerCallback):
             trained = inner
         if trained is not self.model:
             raise LoRAXSError("Trainer trains another model than LoRAXSCallback was made for: give it the same one")
-        folder = _folder(args, state)
-        for one in (folder, folder / "adapter"):
-            if state.global_step and (one / ADAPTER).exists():
-                _check_scale(self.model, self.name, one)
+        if state.global_step and (then := _config_then(args, state)) is not None:
+            _check_scale(self.model, self.name, then)
+        # Trainer writes it into trainer_state.json, and reads it from the folder that it resumes from.
+        now = layers(self.model)[0][1].configs[self.name]
+        state.stateful_callbacks[STATE] = {"config": now.to_json()}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapter where `save_pretrained` has not done so."""
@@ -163,14 +168,23 @@ def _within(model: nn.Module) -> Any:
     return getattr(model, "module", None) or getattr(model, "_orig_mod", None)
 
 
-def _check_scale(model: nn.Module, name: str, folder: Path) -> None:
-    then = describe_adapter(folder).config
+def _config_then(args: Any, state: Any) -> LoRAXSConfig | None:
+    """What the checkpoint that Trainer goes on from was trained with. One from before 2026-12 says it in its adapter's
+    header alone, which is found in the output folder."""
+    if (stored := state.stateful_callbacks.get(STATE)) is not None:
+        return LoRAXSConfig.from_json(stored["config"])
+    folder = _folder(args, state)
+    found = [one for one in (folder, folder / "adapter") if (one / ADAPTER).exists()]
+    return describe_adapter(found[0]).config if found else None
+
+
+def _check_scale(model: nn.Module, name: str, then: LoRAXSConfig) -> None:
     for _, layer in layers(model):
         now = layer.configs[name].scale_of(layer.name)
         if now != then.scale_of(layer.name):
             raise LoRAXSError(
-                f"{folder} was trained at a scale α/r of {then.scale_of(layer.name):g} for {layer.name}, and this "
-                f"model has {now:g}: inject with the same alpha"
+                f"the checkpoint was trained at a scale α/r of {then.scale_of(layer.name):g} for {layer.name}, and "
+                f"this model has {now:g}: inject with the same alpha"
             )
 
 
