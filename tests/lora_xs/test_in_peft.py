@@ -7,6 +7,7 @@ import torch
 from fresh import run_fresh
 from lora_xs import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, LoRAXSError, inject
 from lora_xs.layer import layers
+from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 from lora_xs.peft import LoRAXSPeftConfig  # noqa: E402
@@ -123,6 +124,38 @@ def test_half_precision(llama):
     assert {p.dtype for p in model.to(torch.bfloat16).parameters() if p.requires_grad} == {torch.float32}
     model(x).logits.float().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in Rs)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_cast_after_training_loads_onto_a_base_that_is_cast(roberta, config, tmp_path, cast):
+    base, x = roberta(), ids()
+    model = learn(peft.get_peft_model(copy.deepcopy(base), config), x)
+    exact = {n: b for n, b in model.named_buffers() if "lora_xs_probe" in n}
+    model.to(cast)
+    assert all(torch.equal(b, exact[n]) for n, b in model.named_buffers() if n in exact)
+    want = logits(model, x)
+    for folder, low in ((tmp_path / "one", False), (tmp_path / "two", True)):
+        model.save_pretrained(folder)
+        fresh = copy.deepcopy(base).to(cast)
+        model = peft.PeftModel.from_pretrained(fresh, folder, low_cpu_mem_usage=low).eval()
+        assert torch.equal(logits(model, x), want)
+    other = copy.deepcopy(base).to(cast)
+    with torch.no_grad():
+        other.roberta.encoder.layer[1].output.dense.weight.copy_(torch.rand(32, 64))
+    with pytest.raises(LoRAXSError, match=r"the bases of roberta\.encoder\.layer\.1\.output\.dense are not those"):
+        peft.PeftModel.from_pretrained(other, tmp_path / "one")
+
+
+def test_a_rounded_probe_of_an_earlier_version_is_read(roberta, config, tmp_path):
+    base, x = roberta(), ids()
+    model = learn(peft.get_peft_model(copy.deepcopy(base), config), x)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = {n: t.bfloat16() if "probe" in n else t for n, t in load_file(file).items()}
+    assert not any("bases" in name for name in state)
+    save_file(state, file, {"format": "pt"})
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(logits(again, x), logits(model, x))
 
 
 def test_refusals(roberta):

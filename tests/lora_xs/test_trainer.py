@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -133,11 +134,45 @@ def test_a_checkpoint_for_other_base_weights_is_refused(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path):
-    trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, steps=3).train()
-    other = inject(copy.deepcopy(base), LoRAXSConfig(4, 32, ROBERTA_TARGETS))
-    with pytest.raises(LoRAXSError, match=r"a scale α/r of 4 for .*, and this model has 8: inject with the same alpha"):
-        trainer(other, tmp_path).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("case", ["same folder", "another folder", "full model", "earlier version"])
+def test_another_scale_than_the_checkpoints_is_refused(base, tmp_path, case):
+    full_model = case == "full model"
+    options = {"steps": 1, "save_steps": 1, "full_model": full_model}
+    trainer(inject(copy.deepcopy(base), CONFIG), tmp_path, **options).train()
+    folder = tmp_path / "checkpoint-1"
+    if case == "earlier version":
+        file = folder / "trainer_state.json"
+        state = json.loads(file.read_text())
+        del state["stateful_callbacks"]["lora_xs"]
+        file.write_text(json.dumps(state))
+    out = tmp_path if case in ("same folder", "earlier version") else tmp_path / "other"
+    for alpha in (16, 32):
+        run = trainer(inject(copy.deepcopy(base), LoRAXSConfig(4, alpha, ROBERTA_TARGETS)), out, **options)
+        if alpha == 16:
+            run.train(resume_from_checkpoint=str(folder))
+            continue
+        message = r"a scale α/r of 4 for .*, and this model has 8: inject with the same alpha"
+        with pytest.raises(LoRAXSError, match=message):
+            run.train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("full_model", [False, True])
+def test_a_checkpoint_of_an_adapter_with_another_name_is_refused(base, tmp_path, full_model):
+    saved = inject(copy.deepcopy(base), CONFIG)
+    run = trainer(saved, tmp_path, full_model=full_model)
+    run.save_model(str(tmp_path))
+    other = inject(copy.deepcopy(base), CONFIG, name="second")
+    with pytest.raises(LoRAXSError, match="the checkpoint holds the adapter 'default', and this model trains 'second'"):
+        trainer(other, tmp_path, full_model=full_model)._load_from_checkpoint(str(tmp_path))
+    run._load_from_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("targets", [("query",), ("query", "value", "output.dense")])
+def test_a_checkpoint_of_other_targets_is_refused(base, tmp_path, targets):
+    write_checkpoint(inject(copy.deepcopy(base), LoRAXSConfig(4, 16, ("query", "value"))), tmp_path)
+    other = inject(copy.deepcopy(base), LoRAXSConfig(4, 16, targets))
+    with pytest.raises(LoRAXSError, match=r"has an adapter at .*layer\.0.*: inject with the same targets"):
+        trainer(other, tmp_path)._load_from_checkpoint(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -195,6 +230,25 @@ def test_a_merged_model_is_saved_whole(base, tmp_path):
     ids = torch.stack([row["input_ids"] for row in rows(4)])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(base, tmp_path, copied):
+    model = inject(copy.deepcopy(base), CONFIG)
+    LoRAXSCallback(model)
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    best = copied(model).eval()
+    for _, layer in layers(best):
+        torch.nn.init.normal_(layer.R["default"])
+    with torch.no_grad():
+        want = best(ids).logits
+        best.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()(ids).logits, want)
+        merge(best, keep=False).save_pretrained(tmp_path / "whole")
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+        torch.testing.assert_close(again.eval()(ids).logits, want)
+    model.save_pretrained(tmp_path / "first")
+    assert (tmp_path / "first" / "adapter.safetensors").exists()
 
 
 class Normed(torch.nn.Module):

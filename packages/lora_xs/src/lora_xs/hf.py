@@ -9,9 +9,7 @@ lora_xs.load_adapter(base, "out/checkpoint-500")  # onto the base model, anywher
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,10 +21,11 @@ from .adapter_checks import PROBE_TOLERANCE, base_digests, probe
 from .adapter_file import describe_adapter, save_adapter, state_key
 from .adapter_header import ADAPTER, HEAD_FILE
 from .adapters import chosen
+from .config import LoRAXSConfig
 from .errors import LoRAXSError
 from .head import ATTRIBUTE as HEAD
 from .head import heads
-from .layer import is_adapted, layers
+from .layer import ATTRIBUTE, is_adapted, layers
 
 BUFFERS_FILE, BUFFERS_FORMAT = "buffers.safetensors", "lora-xs buffers 1"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,6 +33,12 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MISSING = "the base weights are not in this folder, load them and then lora_xs.load_adapter(model, folder).safetensors"
 """The file of weights that a checkpoint's config.json names: `from_pretrained` says that there is none of this name."""
+
+STATE = "lora_xs"
+"""What Trainer's state calls the adapter's configuration, among the states of its callbacks."""
+
+TRAINED = "_lora_xs_trained"
+"""Attribute of a model: the adapter that its newest callback is for."""
 
 
 class LoRAXSCallback(TrainerCallback):
@@ -55,14 +60,15 @@ class LoRAXSCallback(TrainerCallback):
         self.full_model = full_model
         self.name = chosen(model, name, "LoRAXSCallback")
         self.model = model
+        setattr(model, TRAINED, self.name)
+        model.register_load_state_dict_pre_hook(_check)
         if full_model:
             return
-        model.register_load_state_dict_pre_hook(_check)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = _Saving(model, self.name)
         # What Trainer need not find in a checkpoint; it then ties weights anew.
         model._keys_to_ignore_on_save = set(model.state_dict()) - set(_trained(model, self.name))  # type: ignore
-        if isinstance(model, PreTrainedModel):
-            model.save_pretrained = MethodType(_saving(self.name, model.save_pretrained), model)
-        elif not hasattr(model, "tie_weights"):
+        if not hasattr(model, "tie_weights"):
             model.tie_weights = _nothing  # type: ignore[assignment]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,10 +78,11 @@ class LoRAXSCallback(TrainerCallback):
             trained = inner
         if trained is not self.model:
             raise LoRAXSError("Trainer trains another model than LoRAXSCallback was made for: give it the same one")
-        folder = _folder(args, state)
-        for one in (folder, folder / "adapter"):
-            if state.global_step and (one / ADAPTER).exists():
-                _check_scale(self.model, self.name, one)
+        if state.global_step and (then := _config_then(args, state)) is not None:
+            _check_scale(self.model, self.name, then)
+        # Trainer writes it into trainer_state.json, and reads it from the folder that it resumes from.
+        now = layers(self.model)[0][1].configs[self.name]
+        state.stateful_callbacks[STATE] = {"config": now.to_json()}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapter where `save_pretrained` has not done so."""
@@ -126,18 +133,29 @@ def _trained(model: nn.Module, name: str) -> dict[str, str]:
     return places
 
 
-def _saving(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(
-        self: nn.Module, save_directory: str | Path, is_main_process: bool = True, **options: Any
-    ) -> None:
-        """The adapter alone, as a folder that Trainer resumes from; the whole model once its adapter is merged."""
-        if not is_adapted(self) or any(layer.merged is not None for _, layer in layers(self)):
-            self._keys_to_ignore_on_save = None  # type: ignore[assignment]
-            whole(save_directory, is_main_process=is_main_process, **options)
-        elif is_main_process:
-            write_checkpoint(self, save_directory, name)
+class _Saving:
+    """`save_pretrained` of a model with adapters. An object, whose attributes follow where the model is copied: what a
+    function has enclosed would stay the first model's."""
 
-    return save_pretrained
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.whole = model.save_pretrained
+        self.ignored = getattr(model, "_keys_to_ignore_on_save", None)
+
+    def __call__(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """The adapter alone, as a folder that Trainer resumes from; the whole model once its adapter is merged."""
+        model = self.model
+        if is_adapted(model) and all(layer.merged is None for _, layer in layers(model)):
+            if is_main_process:
+                write_checkpoint(model, save_directory, self.name)
+            return
+        before = model._keys_to_ignore_on_save
+        model._keys_to_ignore_on_save = self.ignored
+        try:
+            self.whole(save_directory, is_main_process=is_main_process, **options)
+        finally:
+            model._keys_to_ignore_on_save = before
 
 
 def _folder(args: Any, state: Any) -> Path:
@@ -150,14 +168,23 @@ def _within(model: nn.Module) -> Any:
     return getattr(model, "module", None) or getattr(model, "_orig_mod", None)
 
 
-def _check_scale(model: nn.Module, name: str, folder: Path) -> None:
-    then = describe_adapter(folder).config
+def _config_then(args: Any, state: Any) -> LoRAXSConfig | None:
+    """What the checkpoint that Trainer goes on from was trained with. One from before 2026-12 says it in its adapter's
+    header alone, which is found in the output folder."""
+    if (stored := state.stateful_callbacks.get(STATE)) is not None:
+        return LoRAXSConfig.from_json(stored["config"])
+    folder = _folder(args, state)
+    found = [one for one in (folder, folder / "adapter") if (one / ADAPTER).exists()]
+    return describe_adapter(found[0]).config if found else None
+
+
+def _check_scale(model: nn.Module, name: str, then: LoRAXSConfig) -> None:
     for _, layer in layers(model):
         now = layer.configs[name].scale_of(layer.name)
         if now != then.scale_of(layer.name):
             raise LoRAXSError(
-                f"{folder} was trained at a scale α/r of {then.scale_of(layer.name):g} for {layer.name}, and this "
-                f"model has {now:g}: inject with the same alpha"
+                f"the checkpoint was trained at a scale α/r of {then.scale_of(layer.name):g} for {layer.name}, and "
+                f"this model has {now:g}: inject with the same alpha"
             )
 
 
@@ -167,8 +194,11 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def _check(model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-    """Before an adapter's file is read into the model: is it for these base weights, and for these bases?"""
-    if prefix or "probe" not in state or "digests" not in state or not is_adapted(model):
+    """Before a checkpoint's file is read into the model: is it for this adapter, these base weights and these bases?"""
+    if prefix or not is_adapted(model):
+        return
+    _check_adapter(model, state)
+    if "probe" not in state or "digests" not in state:
         return
     digests, probes = state.pop("digests"), state.pop("probe")
     _, short = base_digests(model, reuse=True)
@@ -180,3 +210,20 @@ def _check(model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any
             layer.B.copy_(state.pop(f"B.{i}"))
         elif not bool(((probe(layer.A, layer.B) - probes[i]).abs() <= PROBE_TOLERANCE).all()):
             raise LoRAXSError(f"the bases of {layer.name} are not those that the checkpoint was trained on")
+
+
+def _check_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What a file lacks, Trainer would train on from its untrained start."""
+    wanted = getattr(model, TRAINED)
+    ours = {state_key(layer, "").removesuffix(".") for _, layer in layers(model)}
+    names = {name for place, _, name in (key.rpartition(".") for key in state) if place in ours}
+    if names and wanted not in names:
+        raise LoRAXSError(
+            f"the checkpoint holds the adapter {', '.join(sorted(names))!r}, and this model trains {wanted!r}: "
+            "inject it under the checkpoint's name"
+        )
+    theirs = {key.rpartition(".")[0] for key in state} - {"", "A", "B"}
+    if "probe" in state and theirs and theirs != ours:
+        one = min(theirs ^ ours).partition(f".{ATTRIBUTE}.")[0]
+        where = "the checkpoint" if min(theirs ^ ours) in theirs else "this model"
+        raise LoRAXSError(f"only {where} has an adapter at {one}: inject with the same targets as the checkpoint's")

@@ -36,13 +36,19 @@ class XSMatrices(nn.ParameterDict):
     """R of each adapter by its name. `.to(bfloat16)` of the model leaves them in float32, where small steps count."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XSMatrices:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            lowered = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
-            # What became too coarse is taken from before, to where the rest went.
-            return tensor.to(moved.device, torch.float32) if lowered else moved
+        return super()._apply(in_float32(fn), recurse)
 
-        return super()._apply(keep, recurse)
+
+def in_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves tensors as `fn` does, and makes none coarser than float32."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        lowered = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
+        # What became too coarse is taken from before, to where the rest went.
+        return tensor.to(moved.device, torch.float32) if lowered else moved
+
+    return keep
 
 
 class XSLayer(nn.Module):

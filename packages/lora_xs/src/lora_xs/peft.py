@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter_checks import PROBE_TOLERANCE, probe
+from .adapter_checks import FOLLOWS_TOLERANCE, PROBE_TOLERANCE, probe
 from .bases import Request, default_cache, make_bases
 from .config import LoRAXSConfig
 from .errors import LoRAXSError
-from .kinds import CONV2D, EMBEDDING, dense, is_quantized, kind_of, refusal
-from .layer import XSConv2d, XSEmbedding, XSLayer, XSMatrices
+from .kinds import CONV2D, EMBEDDING, dense, is_quantized, kind_of, matrix_of, refusal
+from .layer import XSConv2d, XSEmbedding, XSLayer, XSMatrices, in_float32
 from .svd import generator
 from .targets import Target
 
@@ -97,6 +98,31 @@ class LoRAXSPeftConfig(PeftConfig):
         )
 
 
+class XSBuffers(BufferDict):
+    """A tensor of each adapter, which `.to(bfloat16)` of the model does not round."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XSBuffers:
+        super()._apply(in_float32(fn), recurse)
+        return self
+
+
+class XSBases(XSBuffers):
+    """A or B of each adapter; a file holds them where they do not follow from the weights."""
+
+    def __init__(self) -> None:
+        super().__init__(persistent=False)
+        self.stored: set[str] = set()
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        self.register_buffer(key, buffer, persistent=key in self.stored)
+
+    def store(self, key: str, *, stored: bool = True) -> None:
+        """Whether a file holds those of adapter `key`."""
+        (self.stored.add if stored else self.stored.discard)(key)
+        if key in self:
+            self[key] = self[key]
+
+
 class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
     """h = W x + (α/r)·B R A x around one module, with an R for each adapter."""
 
@@ -109,9 +135,9 @@ class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.lora_xs_R = XSMatrices()  # adapter → (r×r)
         # Two numbers that betray other bases: saved beside R, compared when they are loaded.
-        self.lora_xs_probe = BufferDict(persistent=True)
-        self.bases_A = BufferDict(persistent=False)  # adapter → (r×in)
-        self.bases_B = BufferDict(persistent=False)  # adapter → (out×r)
+        self.lora_xs_probe = XSBuffers(persistent=True)
+        self.bases_A = XSBases()  # adapter → (r×in)
+        self.bases_B = XSBases()  # adapter → (out×r)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
@@ -131,7 +157,9 @@ class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         request = Request(Target(self.name, base, self.kind), ours.rank)
         ((A, B),) = make_bases([request], ours, default_cache(), None)
-        self.bases_A[adapter_name], self.bases_B[adapter_name] = A, B
+        for bases, made in ((self.bases_A, A), (self.bases_B, B)):
+            bases.store(adapter_name, stored=False)
+            bases[adapter_name] = made
         self.lora_xs_probe[adapter_name] = probe(A, B).to(A.device)
         draw = generator(ours.seed, "R", self.name)
         start = torch.randn(ours.rank, ours.rank, generator=draw, dtype=torch.float32) * ours.r_std
@@ -191,18 +219,63 @@ class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
             out = self.maths.expand(bases, out, u)
         return out
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAXSTunerLayer:
+        before = self.get_base_layer().get_parameter("weight").dtype
+        super()._apply(fn, recurse)
+        if self.get_base_layer().get_parameter("weight").dtype != before:  # whose own bases would be others
+            for adapter in self.lora_xs_R:
+                self.bases_A.store(adapter)
+                self.bases_B.store(adapter)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device alone: PEFT would round R to the type of the weight."""
+        device = self.get_base_layer().get_parameter("weight").device if device is None else device
+        for tensors in (self.lora_xs_R, self.lora_xs_probe, self.bases_A, self.bases_B):
+            if adapter_name in tensors and not tensors[adapter_name].is_meta:
+                tensors[adapter_name].data = tensors[adapter_name].data.to(device)
+
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for adapter, own in self.lora_xs_probe.items():
-            stored = state.get(f"{prefix}lora_xs_probe.{adapter}")
-            if stored is not None and not bool(((own.cpu() - stored.cpu()).abs() <= PROBE_TOLERANCE).all()):
+        for adapter in self.lora_xs_probe:
+            A, B = (state.get(f"{prefix}bases_{which}.{adapter}") for which in "AB")
+            probed = state.get(f"{prefix}lora_xs_probe.{adapter}")
+            if A is not None and B is not None:
+                fit = self._take(adapter, A, B)
+            else:
+                fit = probed is None or self._fits(adapter, probed)
+            if not fit:
                 raise LoRAXSError(
                     f"the bases of {self.name} are not those that the adapter was trained on: load the base model that "
                     "it was trained on, in the same precision"
                 )
         super()._load_from_state_dict(state, prefix, *args)
 
+    def _fits(self, adapter: str, probed: Tensor) -> bool:
+        """Whether a file's adapter was trained on the bases that were made here."""
+        probed = probed.cpu()
+        # Files from before 2026-12 hold a probe that was rounded where the model was cast.
+        allowed = PROBE_TOLERANCE + probed.abs().float() * (torch.finfo(probed.dtype).eps / 2)
+        return bool(((self.lora_xs_probe[adapter].cpu() - probed).abs() <= allowed).all())
+
+    def _take(self, adapter: str, *stored: Tensor) -> bool:
+        """Make room for the bases of a file, unless they are those of other weights than this module's."""
+        W = matrix_of(self.get_base_layer().get_parameter("weight"), self.kind)
+        ours = (self.bases_A[adapter], self.bases_B[adapter])
+        if [x.shape for x in stored] != [x.shape for x in ours] or (_follow(W, *ours) and not _follow(W, *stored)):
+            return False
+        for bases, new in zip((self.bases_A, self.bases_B), stored, strict=True):
+            bases.store(adapter)
+            bases[adapter] = torch.empty_like(new, device=bases[adapter].device)
+        return True
+
     def __repr__(self) -> str:
         return f"lora_xs.{super().__repr__()}"
+
+
+def _follow(W: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether A = BᵀW, but for rounding: random bases do not."""
+    A, B = A.to(W), B.to(W)
+    return bool((B.mT @ W - A).norm() <= FOLLOWS_TOLERANCE * A.norm())
 
 
 class LoRAXSModel(BaseTuner):
@@ -235,6 +308,19 @@ class LoRAXSModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> Any:
+        """Expect bases where the file holds them."""
+        end = ".bases_A"
+        holding = {key.removesuffix(end).removeprefix("base_model.model.") for key in state_dict if key.endswith(end)}
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoRAXSTunerLayer) and name.removeprefix("base_model.model.") in holding:
+                layer.bases_A.store(adapter_name)
+                layer.bases_B.store(adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def register() -> None:
