@@ -162,6 +162,49 @@ def test_a_norm_rounds_the_normalised_input_and_the_next_layer_shares_it():
     close(db, (g @ v).sum((0, 1)))
 
 
+def llama_norm(x, shape, weight, eps):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.25])
+@pytest.mark.parametrize(
+    "norm", [F.rms_norm, llama_norm, lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, 1 + weight, eps)]
+)
+def test_a_row_that_does_not_vary_is_normalised_to_exactly_zero(norm, keep):
+    """As of padding_idx: before a second norm (QK-norm) the gradient of such a row is a thousand times the others'."""
+    torch.manual_seed(0)
+    x, weight, matrix = torch.randn(4, 40, 32), torch.rand(32), torch.randn(16, 32)
+    x[:, 3] = 0
+    x[1, 5] = 3.0 if norm not in (F.rms_norm, llama_norm) else 0.0
+    g = torch.zeros(4, 40, 16)
+    g[:, 3], g[1, 5] = torch.randn(2, 16)
+    found = []
+    for razor in (Razor(keep), Razor(1)):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, matrix)]
+        with razor:
+            y = F.linear(norm(leaves[0], (32,), leaves[1], 1e-6), leaves[2])
+        y.backward(g)
+        found.append([t.grad for t in leaves])
+    for rounded, exact in zip(*found, strict=True):
+        assert torch.allclose(rounded, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.25])
+def test_a_row_near_to_zero_errs_by_no_more_than_itself(keep):
+    torch.manual_seed(0)
+    x, matrix, g = torch.randn(4, 40, 32), torch.randn(16, 32), torch.zeros(4, 40, 16)
+    x[:, 3] *= 1e-5
+    g[:, 3] = torch.randn(16)
+    found = []
+    for razor in (Razor(keep), Razor(1)):
+        weight = matrix.clone().requires_grad_()
+        with razor:
+            F.linear(F.rms_norm(x.clone().requires_grad_(), (32,), None, 1e-6), weight).backward(g)
+        found.append(weight.grad)
+    rounded, exact = found
+    assert (rounded - exact).norm() <= 1.001 * exact.norm()
+
+
 @pytest.mark.parametrize("call", [F.gelu, F.silu, F.mish, torch.tanh, lambda x: x * torch.sigmoid(1.702 * x)])
 def test_an_activations_input_serves_its_derivative_and_the_next_layer(call):
     x, w = leaf(3, 90, 7), leaf(4, 7)

@@ -84,6 +84,47 @@ def test_without_a_trainer_it_is_in_the_history_and_a_later_step_can_be_measured
     assert callback.ledger.total("activations") == by_hand(Net()).total("activations")
 
 
+class Failing(transformers.Trainer):
+    """Raises in the first step: before the forward pass, in it, or after it."""
+
+    failing: str | None = None
+
+    def compute_loss(self, model, inputs, **words):
+        if self.failing == "before":
+            raise KeyError("mine")
+        if self.failing == "in":
+            inputs["labels"] = inputs["labels"].new_full((4,), 7)
+        loss = super().compute_loss(model, inputs, **words)
+        if self.failing == "after":
+            raise KeyError("mine")
+        return loss
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(("failing", "error"), [("before", KeyError), ("in", IndexError), ("after", KeyError)])
+def test_a_step_that_raises_leaves_no_hook_and_the_next_training_is_measured(tmp_path, failing, error, same):
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True,
+        save_strategy="no",
+    )  # fmt: skip
+    model = Net()
+    trainer = Failing(model, args, train_dataset=rows())
+    trainer.add_callback(callback := MemoryLedgerCallback(trainer))
+    trainer.failing = failing
+    with pytest.raises(error):
+        trainer.train()
+    assert not model._forward_hooks
+    assert len(model._forward_pre_hooks) == (failing == "before")  # waits for the pass that never came
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.children())
+    trainer.failing = None
+    if not same:
+        trainer = transformers.Trainer(model, args, train_dataset=rows())
+        trainer.add_callback(callback := MemoryLedgerCallback(trainer))
+    trainer.train()
+    assert callback.ledger.totals == by_hand(Net()).totals
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_step_that_never_comes_is_told(tmp_path):
     with pytest.warns(UserWarning, match="ended at step 3, before the memory of step 9 was measured"):
         run(tmp_path, step=9)

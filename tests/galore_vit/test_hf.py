@@ -98,6 +98,41 @@ def test_lr_decay_and_adams_numbers_come_from_the_arguments():
     assert adafactor.param_groups[0]["lr"] == 3e-3
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        small_bert,
+        lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SMALL, image_size=28)),
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        ),
+    ],
+)
+def test_what_decays_is_what_trainer_decays(make, tmp_path):
+    model = make()
+    args = transformers.TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True)
+    theirs = transformers.Trainer(model, args).create_optimizer()
+    ours = galore_optimizer(model, args, rank=4)
+    one, two = ({p: g["weight_decay"] for g in o.param_groups for p in g["params"]} for o in (theirs, ours))
+    assert {n for n, p in model.named_parameters() if one[p] != two[p]} == set()
+    assert set(two.values()) == {0.0, 0.1}
+
+
+def test_embeddings_that_a_word_names_are_not_projected():
+    """Trainer's own GaLore takes linear layers alone and warns of a module that is none."""
+    model = small_bert()
+    with pytest.warns(UserWarning, match="has 'embeddings', which names no linear layer"):
+        optimizer = galore_optimizer(model, rank=4, targets=["attention", "embeddings"])
+    optimizers = [optimizer, galore_optimizer(model, rank=4, targets=r".*(attention|embeddings).*")]
+    names = {p: name for name, p in model.named_parameters()}
+    for chosen in ([names[p] for g in o.param_groups if "rank" in g for p in g["params"]] for o in optimizers):
+        assert len(chosen) == 8
+        assert all("attention" in name for name in chosen)
+
+
 @pytest.mark.parametrize(
     ("targets", "chosen"),
     [
@@ -130,6 +165,8 @@ def test_trainers_own_words_for_galore(targets, chosen):
         ({}, {"targets": ["nowhere"]}, "has 'nowhere', which is in no module's name"),
         ({}, {"targets": ["query", "*keys"]}, r"has '\*keys', which is in no module's name"),
         ({}, {"rank": 999}, "would project nothing"),
+        ({}, {"targets": "(query"}, "targets is no regular expression"),
+        ({}, {"targets": "bert.embeddings.word_embeddings"}, "finds no weight to project"),
     ],
 )
 def test_what_is_wrong_is_refused(words, settings, match):

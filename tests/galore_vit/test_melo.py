@@ -73,6 +73,57 @@ def test_refused_layers():
         add_melo(torch.nn.Linear(3, 3), MeLo())
 
 
+def tuned_by_peft(**words):
+    """The same, of a configuration of PEFT's own over the names of `vit`."""
+    peft = pytest.importorskip("peft")
+    names = [name for name, _ in projections(vit())]
+    words = {"target_modules": names, "modules_to_save": ["classifier"], **words}
+    model = peft.get_peft_model(vit(), peft.LoraConfig(r=4, lora_alpha=8, **words))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model.eval(), names
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {".*": 64}}, {"rank_pattern": {".*": 2}}, {"scale_by": 3.0}],
+)
+def test_a_file_states_the_scale_that_the_layers_have(tmp_path, images, words):
+    """Of PEFT's own configurations too; its `lora_alpha` and `r` may say another."""
+    factor = words.pop("scale_by", 1.0)
+    model, _ = tuned_by_peft(**words)
+    for _, layer in projections(model):
+        layer.scaling["default"] *= factor
+    write_melo(model, tmp_path / "a.st")
+    back = read_melo(vit(), tmp_path / "a.st").eval()
+    assert torch.allclose(back(images).logits, model(images).logits, atol=1e-6)
+    assert not torch.allclose(back(images).logits, vit()(images).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (lambda first, key: {"alpha_pattern": {first: 64}}, r"differ in their scale \(2.0, 16.0\)"),
+        (lambda first, key: {"rank_pattern": {first: 2}}, r"differ in their rank \(2, 4\)"),
+        (lambda first, key: {"use_dora": True}, "uses DoRA or another variant"),
+        (lambda first, key: {"lora_bias": True}, r"has .*lora_B\.default\.bias, and a MeLo file holds"),
+        (lambda first, key: {"bias": "lora_only"}, "trains biases"),
+        (lambda first, key: {"target_modules": [first, key]}, r"has .*(key|k_proj)\.lora_A"),
+        (lambda first, key: {"modules_to_save": ["classifier", "layernorm"]}, r"has .*layernorm.*modules_to_save"),
+    ],
+)
+def test_what_no_file_can_state_is_refused_at_writing(tmp_path, words, said):
+    first = projections(vit())[0][0]
+    key = first.replace("q_proj", "k_proj").replace("query", "key")
+    model, _ = tuned_by_peft(**words(first, key))
+    with pytest.raises(ValueError, match=said):
+        write_melo(model, tmp_path / "a.st")
+    assert not (tmp_path / "a.st").exists()
+
+
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_a_file_brings_back_adapter_and_whole_head(tmp_path, images, layers):
     model = trained(MeLo(3, 5.0, layers))

@@ -10,7 +10,7 @@ from .coded import Levels, code, rounding
 from .derived import derive
 from .errors import RazorError
 from .groups import groups_for
-from .saved import Dense, Geometry, Saved, eight_bit, low_bit, prune, prune_as_paper
+from .saved import Dense, Geometry, Saved, eight_bit, low_bit, low_bit_normal, prune, prune_as_paper
 from .store import Held, Holder, Store
 from .values import FORMATS
 from .weights import PARAMETER, rank
@@ -80,6 +80,7 @@ class Keeper:
         values: str | None = None,
         probabilities: bool = False,
         own: bool = False,
+        rstd: tuple[Tensor, float] | None = None,
     ) -> Held:
         """What stands for ``x``; stored once for all operations that save it. A weight is kept by reference.
 
@@ -89,12 +90,13 @@ class Keeper:
             values: the mode "paper"'s format for this operation; float16 if not given.
             probabilities: of a softmax: kept in 8 bits where values are in 16.
             own: not shared.
+            rstd: of a norm whose x̂ this is, with its ε.
         """
         if rank(x) == PARAMETER:
             return Held(Holder(Saved((x,), Dense(Geometry.of(x)))), None)
         if self.mode == "low-bit":
             again = self._store.find(x, "recomputed") if kind in self._recomputed else None
-            return again or self._store.hold(x, "kept", lambda: self.low_bit(x, kind, channels))
+            return again or self._store.hold(x, "kept", lambda: self.low_bit(x, kind, channels, rstd))
         if self.mode == "paper" and not probabilities:
             found = self._store.find(x, "kept") if not own and x.is_contiguous() else None
             return found if found is not None else Held(Holder(self.prune(x, values=values)), None)
@@ -107,11 +109,14 @@ class Keeper:
         short = probabilities and self.values in ("bf16", "fp16")
         return prune(x, self._groups, "int8" if short else self.values)
 
-    def low_bit(self, x: Tensor, kind: str, channels: tuple[int, ...]) -> Saved:
+    def low_bit(
+        self, x: Tensor, kind: str, channels: tuple[int, ...], rstd: tuple[Tensor, float] | None = None
+    ) -> Saved:
         """``x`` in the bits of its kind, and not remembered; ``x`` itself at keep = 1."""
         if self.keep == 1:
             return Saved((x,), Dense(Geometry.of(x)))
-        return low_bit(x, width_of(kind, self.keep), channels)
+        width = width_of(kind, self.keep)
+        return low_bit(x, width, channels) if rstd is None else low_bit_normal(x, width, channels, *rstd)
 
     def hold_eight_bit(self, x: Tensor) -> Held:
         """What stands for ``x``, every element in 8.125 bits; ``x`` itself at keep = 1."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import lowbit, packing, paper_packing
 from .groups import Groups
+from .internals import is_fake
 from .layout import Layout, layout_of
 from .rows import Rows, rows_of
 from .values import decode, encode
@@ -115,6 +116,31 @@ class LowBit(Recipe):
 
 
 @dataclass(frozen=True)
+class Normal(Recipe):
+    """A norm's x̂ from codes that know no zero, with rstd beside them: x̂ is 0 where rstd says that x hardly varies.
+
+    A row's mean x̂² is 1 − ε rstd², about 1 but of rows near to zero. Codes err by some 1.4 / (2^width − 1) in every
+    row; one whose x̂ is well below that errs by less as zeros. A norm behind the next layer (QK-norm) would multiply the
+    gradient of such a row, and the error with it, by 1 / √ε, a thousand in many models.
+    """
+
+    base: LowBit
+    eps: float
+    geometry: Geometry
+
+    def rebuild(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        *parts, rstd = tensors
+        x = self.base.rebuild(tuple(parts), dtype)
+        if is_fake(x):
+            return x
+        least = 0.8 / ((1 << self.base.cut.width) - 1)
+        constant = rstd.square().mul_(self.eps) > 1 - least**2
+        if constant.device.type == "cpu" and not bool(constant.any()):  # elsewhere asking would wait for the device
+            return x
+        return x.masked_fill_(constant, 0)
+
+
+@dataclass(frozen=True)
 class PaperPruned(Recipe):
     """What is at least the threshold of its sample (:mod:`.paper_packing`)."""
 
@@ -190,6 +216,14 @@ def low_bit(x: Tensor, width: int, channels: tuple[int, ...]) -> Saved:
     if lowbit.stored_bytes(cut) >= x.numel() * x.element_size():
         return Saved((x,), Dense(geometry))
     return Saved(lowbit.pack(geometry.in_memory_order(x.detach()), cut), LowBit(cut, geometry))
+
+
+def low_bit_normal(x: Tensor, width: int, channels: tuple[int, ...], rstd: Tensor, eps: float) -> Saved:
+    """A norm's x̂ as by :func:`low_bit`, but for rows next to zero, which ``rstd``, kept anyway, tells."""
+    saved = low_bit(x, width, channels)
+    if not isinstance(saved.recipe, LowBit) or rstd.dtype not in (torch.float32, torch.float64):
+        return saved
+    return Saved((*saved.tensors, rstd), Normal(saved.recipe, eps, saved.recipe.geometry))
 
 
 def prune_as_paper(x: Tensor, keep: float, values: str) -> Saved:

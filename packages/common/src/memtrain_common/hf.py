@@ -11,11 +11,13 @@ At the end of training the log has the peaks.
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from .console import format_bytes, format_table
@@ -34,8 +36,9 @@ class MemoryLedgerCallback(TrainerCallback):
     ``memory/peak_evaluation`` (where the system tells), all in MiB. ``memory.json`` in the output folder has every
     layer, in bytes.
 
-    Activations are what the model's forward pass has saved for the backward pass when it returns; of several
-    micro-batches the largest. A loss that Trainer computes outside of the model adds a little that is not seen.
+    Activations are what the model's forward pass has saved for the backward pass when it returns, of a micro-batch's
+    first one with gradients; of several micro-batches the largest. A loss that Trainer computes outside of the model
+    adds a little that is not seen.
 
     Args:
         trainer: through whose ``log`` the numbers go, to TensorBoard and the like too. None: into
@@ -54,22 +57,29 @@ class MemoryLedgerCallback(TrainerCallback):
         self._peak: PeakMeter | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Nothing is told of a training that raised: what it left is put away here."""
+        self._stop()
+        self._due = {}
         self._peak = PeakMeter(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._peak is not None:
             self._peak.begin("train")
         if self.ledger is None and self._watch is None and state.global_step + 1 >= self._step:
-            self._watch = _Forward(given["model"])
+            self._watch = _Forward(given["model"], state)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._watch is not None:
+            self._watch.wait()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """After the step and before the gradients go."""
         model, optimizer = given["model"], given["optimizer"]
         if self._watch is None:
             return
-        self._watch.close()
-        self.ledger = measure(model, optimizer, self._watch.by_layer)
-        self._watch = None
+        activations = self._watch.by_layer
+        self._stop()
+        self.ledger = measure(model, optimizer, activations)
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +100,7 @@ class MemoryLedgerCallback(TrainerCallback):
             self._peak.begin("evaluation")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if self._watch is not None:
-            self._watch.close()
+        self._stop()
         if self.ledger is None:
             warnings.warn(
                 f"training ended at step {state.global_step}, before the memory of step {self._step} was measured",
@@ -105,6 +114,11 @@ class MemoryLedgerCallback(TrainerCallback):
         self._log(state, {name: n for name, n in peaks.items() if n is not None})
         self._peak = None
 
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+
     def _log(self, state: Any, sizes: dict[str, int]) -> None:
         numbers = {f"memory/{name}": n / MIB for name, n in sizes.items()}
         if self._trainer is not None:
@@ -114,33 +128,51 @@ class MemoryLedgerCallback(TrainerCallback):
 
 
 class _Forward:
-    """Records what a model's training forward passes save, until it is closed."""
+    """Records what a model's training forward pass saves, once after every :meth:`wait`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Its hooks go with the pass that they record, also where that raises: Trainer tells a callback of no exception. One
+    that waits for a pass which never came is put away by the next training's.
+    """
+
+    _waiting: ClassVar[weakref.WeakSet[_Forward]] = weakref.WeakSet()
+
+    def __init__(self, model: nn.Module, run: object) -> None:
         self.by_layer: dict[str, int] = {}
-        self._model = model
+        self._model, self._run = model, run
         self._saved: SavedActivations | None = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+        self._hook: RemovableHandle | None = None
+        for other in list(self._waiting):
+            if other._model is model and other._run is not run:
+                other.close()
+        self.wait()
+
+    def wait(self) -> None:
+        """For the next forward pass."""
+        if self._hook is None:
+            self._hook = self._model.register_forward_pre_hook(self._begin)
+            self._waiting.add(self)
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        if model.training and torch.is_grad_enabled() and self._saved is None:
-            self._saved = SavedActivations(model).__enter__()
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        self.close()
+        self._saved = SavedActivations(model).__enter__()
+        # The last hook: where the pass raises, torch goes on through a dictionary from which this removes hooks.
+        self._hook = model.register_forward_hook(self._end, always_call=True)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._saved is None:
-            return
-        found = self._saved.by_layer()
-        self._saved.__exit__(None, None, None)
-        self._saved = None
+        found = self._saved.by_layer() if self._saved is not None else {}
+        self.close()
         if sum(found.values()) > sum(self.by_layer.values()):
             self.by_layer = found
 
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        if self._saved is not None:
+            self._saved.__exit__(None, None, None)
+        if self._hook is not None:
+            self._hook.remove()
+        self._saved = self._hook = None
+        self._waiting.discard(self)
 
 
 def why_no_saving(model: nn.Module, ledger: Ledger) -> list[str]:

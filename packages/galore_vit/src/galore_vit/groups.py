@@ -74,7 +74,7 @@ def param_groups(
             chosen = conv
         else:
             holds_matrices = (
-                _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd) or _are_experts(name, p, module)
+                is_linear(module) or isinstance(module, nn.modules.conv._ConvNd) or _are_experts(name, p, module)
             )
             in_block = NUMBERED.search(name) is not None and p is not outputs
             chosen = p.ndim >= 2 and holds_matrices and in_block
@@ -107,8 +107,8 @@ def _owned(model: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix; GPT-2's Conv1D of transformers is a linear layer, transposed."""
     return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
 
 

@@ -10,6 +10,7 @@ they are set: ``optim="galore_adamw"``, ``optim_args="rank=64, update_proj_gap=1
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from galore_vit.adafactor import GaLoreAdafactor
 from galore_vit.adamw import GaLoreAdamW
 from galore_vit.adamw8bit import GaLoreAdamW8bit
-from galore_vit.groups import param_groups
+from galore_vit.groups import is_linear, param_groups
 from galore_vit.scaled import GaLoreScaled
 
 KINDS: dict[str, type[GaLoreAdamW] | type[GaLoreAdafactor]] = {
@@ -33,12 +34,15 @@ GROUP_KEYS: dict[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25
 """What ``optim_args`` may hold, with Trainer's defaults."""
 NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 
+UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+"""Names of parameters that Trainer does not decay, in small letters."""
+
 
 def galore_optimizer(model: nn.Module, args: Any = None, **settings: Any) -> Optimizer:
     """A GaLore optimizer over a model's trainable parameters, for Trainer's ``optimizers=`` or a loop of one's own.
 
-    The blocks' matrices are projected (:func:`galore_vit.param_groups`); weight decay is that of everything with two
-    dimensions or more, as in Trainer, and not of biases and norms.
+    The blocks' matrices are projected (:func:`galore_vit.param_groups`). Weight decay is of everything that Trainer
+    decays: all parameters but those of ``nn.LayerNorm`` and those whose names speak of a bias or a norm.
 
     Args:
         model: as the loop trains it.
@@ -46,8 +50,9 @@ def galore_optimizer(model: nn.Module, args: Any = None, **settings: Any) -> Opt
             ``optim``, ``optim_args`` and ``optim_target_modules`` where ``optim`` is one of GaLore's.
         settings: what is given here counts before ``args``: ``optim`` (one of ``KINDS``), ``rank``,
             ``update_proj_gap``, ``scale``, ``proj_type``, ``targets`` (module names as in ``optim_target_modules``: a
-            list of parts of names or of regular expressions for their beginnings, or one for whole names), ``lr``,
-            ``weight_decay``, and any option of the optimizer (``refresh``, ``residual``, ``paper``, …).
+            list of parts of names or of regular expressions for their beginnings, or one for whole names; of the
+            modules that these name, linear layers alone are projected, as by Trainer, and GPT-2's Conv1D is one here),
+            ``lr``, ``weight_decay``, and any option of the optimizer (``refresh``, ``residual``, ``paper``, …).
 
     Raises:
         ValueError: where a word is unknown, or nothing would be projected.
@@ -79,7 +84,7 @@ def galore_cls_and_kwargs(
     keys = {key: words.pop(key, default) for key, default in defaults.items()}
     paper = bool(words.get("paper"))
     groups = param_groups(model, **keys, targets=None if targets is None else _pattern(model, targets), paper=paper)
-    return KINDS[optim], {"params": _decayed_apart(groups, decay), **words}
+    return KINDS[optim], {"params": _decayed_apart(model, groups, decay), **words}
 
 
 def _words_of(args: Any) -> dict[str, Any]:
@@ -113,15 +118,24 @@ def _words_of(args: Any) -> dict[str, Any]:
 
 def _pattern(model: nn.Module, targets: str | Sequence[str]) -> str | None:
     """Trainer's target modules as a regular expression for parameters' names; None for "all-linear"."""
-    if isinstance(targets, str):
-        return None if targets.replace("_", "-") == "all-linear" else rf"^(?:{targets})\.weight$"
-    names = [name for name, _ in model.named_modules() if name]
+    linear = {name: is_linear(module) for name, module in model.named_modules() if name}
     chosen: dict[str, None] = {}
+    if isinstance(targets, str):
+        if targets.replace("_", "-") == "all-linear":
+            return None
+        try:
+            chosen = {name: None for name in linear if linear[name] and re.fullmatch(targets, name)}
+        except re.error as error:
+            raise ValueError(f"targets is no regular expression: {targets!r} ({error})") from None
+        targets = ()
     for target in targets:
-        found = [name for name in names if target in name or _begins_with(target, name)]
+        found = [name for name in linear if target in name or _begins_with(target, name)]
         if not found:
             raise ValueError(f"optim_target_modules has {target!r}, which is in no module's name and matches none")
-        chosen.update(dict.fromkeys(found))
+        if not any(linear[name] for name in found):
+            said = f"optim_target_modules has {target!r}, which names no linear layer: it is left out, as by Trainer"
+            warnings.warn(said, UserWarning, stacklevel=4)
+        chosen.update({name: None for name in found if linear[name]})
     return rf"^(?:{'|'.join(map(re.escape, chosen))})\.weight$"
 
 
@@ -133,12 +147,14 @@ def _begins_with(expression: str, name: str) -> bool:
         return False
 
 
-def _decayed_apart(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """Each group in two, those with weight decay and those without."""
+def _decayed_apart(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Each group in two, those with weight decay and those without, by Trainer's ``get_decay_parameter_names``."""
+    undecayed = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    undecayed |= {p for name, p in model.named_parameters() if UNDECAYED.search(name.lower())}
     out = []
     for group in groups:
         for wanted, value in ((True, decay), (False, 0.0)):
-            params = [p for p in group["params"] if (p.ndim >= 2) == wanted]
+            params = [p for p in group["params"] if (p not in undecayed) == wanted]
             if params:
                 out.append({**group, "params": params, "weight_decay": value})
     return out

@@ -24,11 +24,16 @@ HEAD_KEY = re.compile(r"fc_(\d+)in_(\d+)out$")
 
 
 def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
-    """Writes a task's adapter and whole head."""
+    """Writes a task's adapter and whole head.
+
+    Raises:
+        ValueError: if the adapter, one of PEFT's own, computes what a MeLo file cannot state.
+    """
     from safetensors.torch import save_file
 
     pairs, head = adapted(model, task), head_wrapper(model).modules_to_save[task]
-    config = model.peft_config[task]
+    _refuse_what_no_file_holds(model, task)
+    rank, alpha = _rank_and_alpha(model, task)
     with_adapter = [name for name, m in projections(model) if task in getattr(m, "lora_A", {})]
     blocks = sorted({block_of(name) for name in with_adapter})  # PEFT shortens the names in its configuration
     key = f"fc_{head.in_features}in_{head.out_features}out"
@@ -36,11 +41,37 @@ def write_melo(model: Any, path: str | Path, task: str = "default") -> None:
         f"w_b_{i:03d}": B for i, (_, B) in enumerate(pairs)
     }
     tensors |= {key: head.weight} | ({} if head.bias is None else {f"{key}_bias": head.bias})
-    settings = json.dumps({"rank": config.r, "alpha": config.lora_alpha, "layers": blocks})
+    settings = json.dumps({"rank": rank, "alpha": alpha, "layers": blocks})
     plain = {k: v.detach().resolve_neg().contiguous().cpu() for k, v in tensors.items()}
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"{Path(path).absolute().parent} does not exist: make the folder first")
     save_file(plain, str(path), metadata={"melo": settings, "sha256": _checksum(plain, settings)})
+
+
+def _rank_and_alpha(model: Any, task: str) -> tuple[int, float]:
+    """r and the α by which α / r is the scale that the layers multiply by, whatever PEFT made it from."""
+    layers: list[Any] = [m for _, m in projections(model) if task in getattr(m, "lora_A", {})]
+    for what, values in (("rank", {m.r[task] for m in layers}), ("scale", {m.scaling[task] for m in layers})):
+        if len(values) > 1:
+            raise ValueError(
+                f"the layers of task {task!r} differ in their {what} ({', '.join(map(str, sorted(values)))}), and a "
+                "MeLo file states one for all"
+            )
+    rank, scale, alpha = layers[0].r[task], layers[0].scaling[task], model.peft_config[task].lora_alpha
+    return rank, alpha if alpha / rank == scale else scale * rank
+
+
+def _refuse_what_no_file_holds(model: Any, task: str) -> None:
+    """Raises ValueError where a task has more than a pair (A, B) for each projection and a head."""
+    if any(task in getattr(m, "lora_variant", {}) for m in model.modules()):
+        raise ValueError(f"task {task!r} uses DoRA or another variant of LoRA, which a MeLo file does not hold")
+    if model.peft_config[task].bias != "none":
+        raise ValueError(f"task {task!r} trains biases of the model, which a MeLo file does not hold")
+    held = {t for pair in adapted(model, task) for t in pair} | set(head_wrapper(model).parameters())
+    own = re.compile(rf"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{re.escape(task)}(\.|$)")
+    for name, p in model.named_parameters():
+        if own.search(name) and p not in held:
+            raise ValueError(f"task {task!r} has {name}, and a MeLo file holds query, value and the head alone")
 
 
 def read_melo(model: nn.Module | Any, path: str | Path, task: str = "default", *, alpha: float | None = None) -> Any:

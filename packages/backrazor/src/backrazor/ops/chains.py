@@ -59,7 +59,7 @@ def finish(razor: Keeper, a: Tensor, b: Tensor) -> Any:
             continue
         x, expression = known
         if expression[0] == "rsqrt" and left is x and expression[1][0] == "add" and expression[1][1] == MEAN_SQUARE:
-            return Normalised.apply(x, right.detach(), razor)
+            return Normalised.apply(x, right.detach(), expression[1][2], razor)
         own = razor.chains.of(left)
         if alike(expression, ONE_PLUS_TANH) and own is not None and own[0] is x and alike(own[1], HALF_X):
             y = a.detach() * b.detach()

@@ -72,7 +72,7 @@ class LayerNorm(Function):
         if ctx.paper:
             held = razor.hold(x, values="fp32", own=True)
         else:
-            held = _share(razor, razor.hold(normalised(), "norm", dims), weight, bias, y)
+            held = _share(razor, razor.hold(normalised(), "norm", dims, rstd=(rstd, eps)), weight, bias, y)
         save(ctx, x=held, rstd=rstd, mean=mean if ctx.paper else None, weight=weight)
         return y
 

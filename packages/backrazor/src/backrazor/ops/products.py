@@ -116,10 +116,10 @@ class Normalised(Function):
     """x̂ = x r with r = rsqrt(mean(x²) + ε) computed by the caller: dx = r (g − x̂ mean(g x̂)), x̂ pruned, r exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor, razor: Keeper) -> Tensor:
+    def forward(ctx: Any, x: Tensor, r: Tensor, eps: float, razor: Keeper) -> Tensor:
         y = x * r
         ctx.dtype = x.dtype
-        held = razor.hold(y, "norm")
+        held = razor.hold(y, "norm", rstd=(r, eps))
         # By reference it is x that is kept, as PyTorch does: y may be changed in place.
         ctx.normalised = not isinstance(held.saved.recipe, Dense)
         save(ctx, x=held if ctx.normalised else x, r=r)
@@ -132,4 +132,4 @@ class Normalised(Function):
         if not ctx.normalised:
             x.mul_(kept.dense("r", g.dtype))
         inner = x.mul_((x * g).mean(-1, keepdim=True))
-        return torch.sub(g, inner, out=inner).mul_(kept.dense("r", g.dtype)).to(ctx.dtype), None, None
+        return torch.sub(g, inner, out=inner).mul_(kept.dense("r", g.dtype)).to(ctx.dtype), None, None, None
