@@ -282,10 +282,11 @@ def test_a_launcher_that_is_not_there_changes_nothing(tmp_path, monkeypatch):
     begun(tmp_path / "old")
     before = (tmp_path / "old" / "config.json").read_bytes()
     for words in (["--resume", str(tmp_path / "old"), "--seeds", "4"], ["--out", str(tmp_path / "new"), *ARM]):
-        with pytest.raises(UserError, match=r"--launcher slurm: .*choose local, or a machine with sbatch"):
+        with pytest.raises(UserError, match="--launcher slurm: there is no srun here; choose local"):
             run_ablation(configure(["--launcher", "slurm", "--devices", "cpu", *words]), words)
     assert (tmp_path / "old" / "config.json").read_bytes() == before
     assert not (tmp_path / "old" / "cluster.json").exists()
+    cluster.launcher_for(AblateConfig(launcher="local"), tmp_path / "new", ["cpu"])
     assert not (tmp_path / "new").exists()
 
 

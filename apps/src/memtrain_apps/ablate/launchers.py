@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,11 +83,14 @@ class Submitit:
         except ImportError:
             raise needed(cluster, "submitit") from None
         self._slurm, self._folder = slurm if cluster == "slurm" else None, folder
-        try:
-            make = submitit.LocalExecutor if cluster == "local" else submitit.SlurmExecutor
-            self._executor: Any = make(folder / "cluster")
-        except RuntimeError as error:
-            raise UserError(f"--launcher {cluster}: {error}; choose local, or a machine with sbatch") from None
+        self._make = submitit.LocalExecutor if cluster == "local" else submitit.SlurmExecutor
+        if self._make.affinity() < 0:
+            raise UserError(f"--launcher {cluster}: there is no srun here; choose local, or a machine with Slurm")
+
+    @cached_property
+    def _executor(self) -> Any:
+        """Made at the first job, since it makes its folder."""
+        return self._make(self._folder / "cluster")
 
     def submit(self, name: str, needs: Needs) -> Any:
         """-> the job."""
