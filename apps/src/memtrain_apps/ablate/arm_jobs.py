@@ -5,6 +5,9 @@ from typing import Any
 
 from .arms import Job
 
+UNPREDICTED = {"predicted": None, "predicted_peak_bytes": None}
+"""In place of what :func:`predict_job` returns, where that cannot be said."""
+
 
 def configure_finetune(words: Sequence[str]) -> Any:
     """finetune's configuration by its own flags."""

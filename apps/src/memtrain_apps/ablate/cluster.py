@@ -25,7 +25,7 @@ from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import read_json, write_json
 from memtrain_common.interrupts import unwinding
 
-from .arm_jobs import predict_job
+from .arm_jobs import UNPREDICTED, predict_job
 from .arms import Job, live, outcome_of, wait_until_free
 from .config import AblateConfig, Ablation, saved_request
 from .grid import Arm
@@ -78,7 +78,7 @@ def _predicted(job: Job) -> dict[str, Any]:
         return predict_job(job)
     except Exception:
         traceback.print_exc()
-        return {"predicted": None, "predicted_peak_bytes": None}
+        return dict(UNPREDICTED)
 
 
 def _end_when_orphaned() -> None:

@@ -12,7 +12,7 @@ from memtrain_common.errors import UserError
 from memtrain_common.files import read_json, write_json
 
 from ..compose.axes import check, refusal
-from .arm_jobs import configure_finetune, finetune_job, predict_job, with_device
+from .arm_jobs import UNPREDICTED, configure_finetune, finetune_job, predict_job, with_device
 from .arms import Job, run_jobs
 from .config import Ablation
 from .grid import Arm, Combination, Grid, flag_words
@@ -49,7 +49,7 @@ class Runner:
             arm = self.arms[job.name]
             if job.run is predict_job:
                 record = read_json(self.result(arm))
-                record.update(outcome.get("content") or {"predicted": None, "predicted_peak_bytes": None})
+                record.update(outcome.get("content") or UNPREDICTED)
                 write_json(self.result(arm), record)
             else:
                 if outcome["status"] == "stopped":  # this arm alone: where all are stopped, nobody is told of ends
