@@ -131,11 +131,8 @@ def code(x: Tensor, steps: Steps, levels: Levels) -> Saved:
     return Saved((packed,), recipe)
 
 
-MASK = Levels(1, 0.0, 1.0)
-
-
-def mask_bits(mask: Tensor) -> Saved:
-    """A bool tensor in 1 bit an element; rebuilt as zeros and ones."""
+def mask_bits(mask: Tensor, scale: float = 1.0) -> Saved:
+    """A bool tensor in 1 bit an element; rebuilt as 0 and ``scale``."""
     geometry = Geometry.of(mask)
     flat = geometry.in_memory_order(mask).view(-1).view(torch.uint8)
-    return Saved((bits.pack(flat, 1),), Coded(MASK, geometry))
+    return Saved((bits.pack(flat, 1),), Coded(Levels(1, 0.0, scale), geometry))

@@ -19,6 +19,7 @@ typedef int32_t i32;
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
+typedef uint64_t u64;
 
 enum { F32 = 0, BF16 = 1 };
 
@@ -44,7 +45,38 @@ INLINE u16 to_bf16(float f) {
 
 /* Codes (bits.py): pieces of 8, 4, 2 and 1 bits from the lowest bits up; the codes of a byte stand a stretch apart. */
 
-/* codes from ... to of n codes of `width` bits. */
+/* A piece of each of `count` bytes: ((from >> down) & mask) << up, or-ed to what is in `to`. Eight bytes at a time: what a
+ * shift brings over from the neighbour is masked, since a piece lies within its byte before and after. */
+INLINE void move_pieces(const u8 *from, i64 count, int down, int mask, int up, u8 *to) {
+  u64 masks = (u64)mask * 0x0101010101010101u;
+  i64 i = 0;
+  for (; i + 8 <= count; i += 8) {
+    u64 some, there;
+    memcpy(&some, from + i, 8);
+    memcpy(&there, to + i, 8);
+    there |= ((some >> down) & masks) << up;
+    memcpy(to + i, &there, 8);
+  }
+  for (; i < count; i++) to[i] |= (u8)(((from[i] >> down) & mask) << up);
+}
+
+/* codes from ... to of n codes of `width` bits, at most 8. */
+INLINE void decode_bytes(const u8 *packed, i64 n, int width, i64 from, i64 to, u8 *out) {
+  int shift = 0;
+  memset(out, 0, (size_t)(to - from));
+  for (int piece = 8; piece; piece >>= 1)
+    for (; width >= piece; width -= piece, shift += piece) {
+      i64 lanes = 8 / piece, stretch = (n + lanes - 1) / lanes;
+      for (i64 i = from; i < to;) {
+        i64 lane = i / stretch, end = least(to, (lane + 1) * stretch);
+        move_pieces(packed + i - lane * stretch, end - i, (int)lane * piece, (1 << piece) - 1, shift, out + i - from);
+        i = end;
+      }
+      packed += (n * piece + 7) / 8;
+    }
+}
+
+/* The same of codes of any width. */
 INLINE void decode_range(const u8 *packed, i64 n, int width, i64 from, i64 to, i32 *out) {
   int shift = 0;
   for (i64 i = from; i < to; i++) out[i - from] = 0;
@@ -62,73 +94,69 @@ INLINE void decode_range(const u8 *packed, i64 n, int width, i64 from, i64 to, i
     }
 }
 
-/* Bytes from ... to of one piece, from codes that `code(first, count, out)` gives. */
-#define ENCODE_PIECES(n, width, out, CODES)                                              \
-  do {                                                                                   \
-    int left = (width), shift = 0;                                                       \
-    u8 *plane = (out);                                                                   \
-    for (int piece = 8; piece; piece >>= 1)                                              \
-      for (; left >= piece; left -= piece, shift += piece) {                             \
-        i64 lanes = 8 / piece, stretch = ((n) + lanes - 1) / lanes;                      \
-        i64 bytes = ((n) * piece + 7) / 8;                                               \
-        PARALLEL for (i64 at = 0; at < bytes; at += W) {                                 \
-          u8 sum[W] = {0};                                                               \
-          i32 codes[W];                                                                  \
-          i64 here = least(W, bytes - at);                                               \
-          for (i64 lane = 0; lane < lanes; lane++) {                                     \
-            i64 first = lane * stretch + at, count = least(here, (n) - first);           \
-            if (count <= 0) break;                                                       \
-            CODES(first, count, codes);                                                  \
-            int mask = (1 << piece) - 1, up = (int)lane * piece;                         \
-            for (i64 i = 0; i < count; i++) sum[i] |= (u8)(((codes[i] >> shift) & mask) << up); \
-          }                                                                              \
-          memcpy(plane + at, sum, (size_t)here);                                         \
-        }                                                                                \
-        plane += bytes;                                                                  \
-      }                                                                                  \
+/* n codes of `width` bits into `out`, a stretch of bytes at a time: ADD(first, count, shift, mask, up, sum) ors a piece of
+ * codes first ... first + count, moved up by `up`, to the bytes of `sum`. */
+#define ENCODE_PIECES(n, width, out, ADD)                                       \
+  do {                                                                          \
+    int left = (width), shift = 0;                                              \
+    u8 *plane = (out);                                                          \
+    for (int piece = 8; piece; piece >>= 1)                                     \
+      for (; left >= piece; left -= piece, shift += piece) {                    \
+        i64 lanes = 8 / piece, stretch = ((n) + lanes - 1) / lanes;             \
+        i64 bytes = ((n) * piece + 7) / 8;                                      \
+        int mask = (1 << piece) - 1;                                            \
+        PARALLEL for (i64 at = 0; at < bytes; at += W) {                        \
+          u8 sum[W] = {0};                                                      \
+          i64 here = least(W, bytes - at);                                      \
+          for (i64 lane = 0; lane < lanes; lane++) {                            \
+            i64 first = lane * stretch + at, count = least(here, (n) - first);  \
+            if (count <= 0) break;                                              \
+            ADD(first, count, shift, mask, (int)lane * piece, sum);             \
+          }                                                                     \
+          memcpy(plane + at, sum, (size_t)here);                                \
+        }                                                                       \
+        plane += bytes;                                                         \
+      }                                                                         \
   } while (0)
 
-void br_pack_bytes(const u8 *codes_in, i64 n, int width, u8 *out) {
-#define FROM_BYTES(first, count, codes) \
-  for (i64 i = 0; i < (count); i++) codes[i] = codes_in[(first) + i]
-  ENCODE_PIECES(n, width, out, FROM_BYTES);
+void br_pack_bytes(const u8 *codes, i64 n, int width, u8 *out) {
+#define ADD_BYTES(first, count, shift, mask, up, sum) move_pieces(codes + (first), count, shift, mask, up, sum)
+  ENCODE_PIECES(n, width, out, ADD_BYTES);
 }
 
 static void pack_ranks(const i32 *ranks, i64 n, int width, u8 *out) {
-#define FROM_INTS(first, count, codes) memcpy(codes, ranks + (first), (size_t)(count) * 4)
-  ENCODE_PIECES(n, width, out, FROM_INTS);
+#define ADD_INTS(first, count, shift, mask, up, sum) \
+  for (i64 i = 0; i < (count); i++) sum[i] |= (u8)(((ranks[(first) + i] >> (shift)) & (mask)) << (up))
+  ENCODE_PIECES(n, width, out, ADD_INTS);
 }
 
 void br_unpack_bytes(const u8 *packed, i64 n, int width, u8 *out) {
-  PARALLEL for (i64 at = 0; at < n; at += W) {
-    i32 codes[W];
-    i64 count = least(W, n - at);
-    decode_range(packed, n, width, at, at + count, codes);
-    for (i64 i = 0; i < count; i++) out[at + i] = (u8)codes[i];
-  }
+  PARALLEL for (i64 at = 0; at < n; at += W) decode_bytes(packed, n, width, at, least(n, at + W), out + at);
 }
 
 /* code = first + sum of steps[j] over the points[j] that x exceeds (coded.py). */
 void br_code(const float *x, i64 n, const float *points, const i32 *steps, int n_points, int first_code, int width,
              u8 *out) {
-#define FROM_POINTS(first, count, codes)                                               \
-  do {                                                                                 \
-    for (i64 i = 0; i < (count); i++) codes[i] = first_code;                           \
-    for (int p = 0; p < n_points; p++) {                                               \
-      float point = points[p];                                                         \
-      i32 step = steps[p];                                                             \
-      for (i64 i = 0; i < (count); i++) codes[i] += x[(first) + i] > point ? step : 0; \
-    }                                                                                  \
+#define ADD_POINTS(first, count, shift, mask, up, sum)                                                  \
+  do {                                                                                                  \
+    i32 codes[W];                                                                                       \
+    for (i64 i = 0; i < (count); i++) codes[i] = first_code;                                            \
+    for (int p = 0; p < n_points; p++) {                                                                \
+      float point = points[p];                                                                          \
+      i32 step = steps[p];                                                                              \
+      for (i64 i = 0; i < (count); i++) codes[i] += x[(first) + i] > point ? step : 0;                  \
+    }                                                                                                   \
+    for (i64 i = 0; i < (count); i++) sum[i] |= (u8)(((codes[i] >> (shift)) & (mask)) << (up));         \
   } while (0)
-  ENCODE_PIECES(n, width, out, FROM_POINTS);
+  ENCODE_PIECES(n, width, out, ADD_POINTS);
 }
 
 /* code * step + first, times `factor` if there is one. */
 void br_decode(const u8 *packed, i64 n, int width, float first, float step, const float *factor, float *out) {
   PARALLEL for (i64 at = 0; at < n; at += W) {
-    i32 codes[W];
+    u8 codes[W];
     i64 count = least(W, n - at);
-    decode_range(packed, n, width, at, at + count, codes);
+    decode_bytes(packed, n, width, at, at + count, codes);
     if (factor)
       for (i64 i = 0; i < count; i++) out[at + i] = ((float)codes[i] * step + first) * factor[at + i];
     else
@@ -420,7 +448,7 @@ void br_lowbit_unpack(const u8 *packed, const u16 *ends, i64 blocks, i64 rows, i
   i64 strips = (columns + W - 1) / W;
   PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
     float first[W], step[W];
-    i32 codes[W];
+    u8 codes[W];
     i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
     i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
     i64 start = (b * rows + g * group) * columns + c0;
@@ -432,14 +460,84 @@ void br_lowbit_unpack(const u8 *packed, const u16 *ends, i64 blocks, i64 rows, i
     if (columns == 1)
       for (i64 r = 0; r < here; r += W) {
         i64 part = least(W, here - r);
-        decode_range(packed, n, width, start + r, start + r + part, codes);
+        decode_bytes(packed, n, width, start + r, start + r + part, codes);
         for (i64 i = 0; i < part; i++) out[start + r + i] = (float)codes[i] * step[0] + first[0];
       }
     else
       for (i64 r = 0; r < here; r++) {
         i64 at = start + r * columns;
-        decode_range(packed, n, width, at, at + count, codes);
+        decode_bytes(packed, n, width, at, at + count, codes);
         for (i64 c = 0; c < count; c++) out[at + c] = (float)codes[c] * step[c] + first[c];
       }
+  }
+}
+
+/* PyTorch's random numbers on a CPU: a Mersenne Twister (Matsumoto and Nishimura, 1998). */
+
+#define MT_SIZE 624
+#define MT_AHEAD 397
+
+INLINE u32 mt_mix(u32 high, u32 low) {
+  return (((high & 0x80000000u) | (low & 0x7FFFFFFFu)) >> 1) ^ ((low & 1) ? 0x9908B0DFu : 0);
+}
+
+static void mt_next_state(u32 *s) {
+  for (int i = 0; i < MT_SIZE - MT_AHEAD; i++) s[i] = s[i + MT_AHEAD] ^ mt_mix(s[i], s[i + 1]);
+  for (int i = MT_SIZE - MT_AHEAD; i < MT_SIZE - 1; i++) s[i] = s[i + MT_AHEAD - MT_SIZE] ^ mt_mix(s[i], s[i + 1]);
+  s[MT_SIZE - 1] = s[MT_AHEAD - 1] ^ mt_mix(s[MT_SIZE - 1], s[0]);
+}
+
+static void mt_outputs(const u32 *s, u32 *out) {
+  for (int i = 0; i < MT_SIZE; i++) {
+    u32 y = s[i];
+    y ^= y >> 11;
+    y ^= (y << 7) & 0x9D2C5680u;
+    y ^= (y << 15) & 0xEFC60000u;
+    out[i] = y ^ (y >> 18);
+  }
+}
+
+/* kept[i] = whether the i-th number in [0, 2^53) is below `below`: two outputs each, the first for the high bits. The
+ * generator is PyTorch's, as Generator.get_state gives it, and is moved on: outputs left + 1 (int32 at 8), the place of
+ * the next (uint64 at 16), 624 words (uint64 each, from 24). */
+void br_bernoulli(u8 *generator, i64 n, i64 below, u8 *kept) {
+  u32 state[MT_SIZE], outputs[MT_SIZE];
+  u64 words[MT_SIZE], place;
+  i32 left;
+  memcpy(&left, generator + 8, sizeof left);
+  memcpy(&place, generator + 16, sizeof place);
+  memcpy(words, generator + 24, sizeof words);
+  for (int i = 0; i < MT_SIZE; i++) state[i] = (u32)words[i];
+  int at = left == 1 ? MT_SIZE : (int)place;
+  mt_outputs(state, outputs);
+  for (i64 i = 0; i < n;) {
+    i64 pairs = least((MT_SIZE - at) / 2, n - i);
+    for (i64 j = 0; j < pairs; j++) {
+      u64 high = outputs[at + 2 * j] & 0x1FFFFFu, low = outputs[at + 2 * j + 1];
+      kept[i + j] = (i64)(high << 32 | low) < below;
+    }
+    i += pairs;
+    at += (int)(2 * pairs);
+    if (i == n) break;
+    u64 high = outputs[MT_SIZE - 1] & 0x1FFFFFu;
+    int split = at == MT_SIZE - 1; /* a number's outputs lie on both sides of the next state */
+    mt_next_state(state);
+    mt_outputs(state, outputs);
+    if (split) kept[i++] = (i64)(high << 32 | outputs[0]) < below;
+    at = split;
+  }
+  for (int i = 0; i < MT_SIZE; i++) words[i] = state[i];
+  left = MT_SIZE - at + 1;
+  place = (u64)at;
+  memcpy(generator + 8, &left, sizeof left);
+  memcpy(generator + 16, &place, sizeof place);
+  memcpy(generator + 24, words, sizeof words);
+}
+
+/* y = x * (kept ? scale : 0), as a product, so that what is no number stays none. */
+void br_dropout(const float *x, const u8 *kept, i64 n, float scale, float *y) {
+  PARALLEL for (i64 at = 0; at < n; at += W) {
+    i64 end = least(n, at + W);
+    for (i64 i = at; i < end; i++) y[i] = x[i] * (kept[i] ? scale : 0.0f);
   }
 }

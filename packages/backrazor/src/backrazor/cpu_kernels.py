@@ -11,6 +11,7 @@ the compiler and the processor. ``CC`` names another compiler. Its threads are t
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -49,6 +50,8 @@ SIGNATURES = {
     "br_decode8": "ppllp",
     "br_lowbit_pack": "pillllifpp",
     "br_lowbit_unpack": "ppllllip",
+    "br_bernoulli": "pllp",
+    "br_dropout": "pplfp",
 }
 
 
@@ -252,3 +255,22 @@ def lowbit_unpack(codes: Tensor, ends: Tensor, cut: Rows, dtype: torch.dtype) ->
         codes.data_ptr(), ends.data_ptr(), cut.blocks, cut.rows, cut.columns, cut.group, cut.width, out.data_ptr()
     )
     return out
+
+
+def bernoulli(state: Tensor, p: float, kept: Tensor) -> bool:
+    """Fill ``kept``, bool, as ``bernoulli_(p)`` would by a generator in ``state``, which is moved on; False: not done."""
+    if kept.dtype != torch.bool or not _fits(state, kept):
+        return False
+    library().br_bernoulli(state.data_ptr(), kept.numel(), math.ceil(math.ldexp(p, 53)), kept.data_ptr())
+    return True
+
+
+def dropout(x: Tensor, kept: Tensor, scale: float) -> Tensor | None:
+    """x · scale where ``kept``, bool, and x · 0 elsewhere; both without holes, in the same order of memory."""
+    if x.dtype != torch.float32 or x.stride() != kept.stride() or type(x) is not Tensor or x.device.type != "cpu":
+        return None
+    y = torch.empty_like(x)
+    if y.stride() != x.stride() or library() is None:
+        return None
+    library().br_dropout(x.data_ptr(), kept.data_ptr(), x.numel(), scale, y.data_ptr())
+    return y

@@ -21,11 +21,11 @@ from torch import Tensor
 from ..chains import Scores
 from ..coded import mask_bits
 from ..function import Function, Kept, save
-from ..internals import is_fake
 from ..keeper import Keeper
 from ..saved import Geometry, Saved
 from ..store import Held, Holder
 from ..weights import LEAF, rank
+from .attention_dropout import attention_with_dropout
 from .attention_low_bit import heads_and, low_bit_attention
 from .linear import Linear, again
 
@@ -191,15 +191,13 @@ def _as_pytorch(
     p_drop = settings["dropout_p"]
     if p_drop and query.device.type != "cpu":
         return None, None
-    drawn = None
-    before = torch.get_rng_state() if p_drop and not is_fake(query) else None
+    kept = None
     with torch.no_grad():
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
-    if p_drop:
-        drawn = query.new_empty(shape, dtype=torch.bool)
-        if before is not None:
-            drawn.bernoulli_(1 - p_drop, generator=torch.Generator().set_state(before))
-    return out.reshape(*shape[:3], -1), drawn
+        if p_drop:
+            out, kept = attention_with_dropout(query, key, value, mask, **settings)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    return out.reshape(*shape[:3], -1), kept.reshape(shape) if kept is not None else None
 
 
 def _alone(saved: Saved) -> Held:

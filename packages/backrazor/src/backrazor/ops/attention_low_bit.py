@@ -8,6 +8,7 @@ the same Q̃ and K̃, so no error is exponentiated against another. For dropout 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..function import Function, Kept, save
 from ..internals import own_saving, random_numbers, random_state
 from ..keeper import Keeper
+from .attention_dropout import attention_with_dropout
 
 
 class Replay:
@@ -51,13 +53,14 @@ def run(
     tensors: tuple[Tensor, ...], needs: tuple[bool, ...], settings: dict[str, Any], random: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention as PyTorch computes it where gradients are needed, with the dropout of ``random`` if it is given."""
-    call = torch.ops.aten.scaled_dot_product_attention  # is not met by a Razor
+    by_steps = settings["dropout_p"] > 0 and tensors[0].device.type == "cpu"
     with torch.enable_grad(), own_saving():
         leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        if random is None:
-            return call(*leaves[:3], *leaves[3:], **settings), leaves
-        with random_numbers(leaves[0].device, random):
-            return call(*leaves[:3], *leaves[3:], **settings), leaves
+        with random_numbers(leaves[0].device, random) if random is not None else nullcontext():
+            if by_steps:
+                return attention_with_dropout(*leaves, **settings)[0], leaves
+            # PyTorch's function by its other name, which a Razor does not meet.
+            return torch.ops.aten.scaled_dot_product_attention(*leaves, **settings), leaves
 
 
 class LowBitAttention(Function):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import bits
 from ..coded import mask_bits
+from ..drawing import dropped, kept_of, scale_of
 from ..function import Function, Kept, save
 from ..keeper import Keeper
 from ..store import Held, Holder
@@ -20,19 +21,22 @@ class Dropout(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, razor: Keeper) -> Tensor:
-        y, mask = torch.native_dropout(x, p, True)
-        ctx.scale = 1 / (1 - p) if p < 1 else 0.0
-        saved = mask_bits(mask)
+        if x.device.type == "cpu":
+            mask = kept_of(x, p)
+            y, scale = dropped(x, mask, p), scale_of(p, x.dtype)
+        else:
+            y, mask = torch.native_dropout(x, p, True)
+            scale = 1 / (1 - p) if p < 1 else 0.0
+        saved = mask_bits(mask, scale)
         save(ctx, mask=Held(Holder(saved), None))
         before = razor.find(x)
         if before is not None:  # y's next user makes it from what is kept of x
-            scale = ctx.scale
-            razor.derive(y, lambda x, mask: x * mask * scale, (before, Held(Holder(saved), None)))
+            razor.derive(y, torch.mul, (before, Held(Holder(saved), None)))
         return y
 
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return Kept(ctx).times("mask", g).mul_(ctx.scale), None, None
+        return Kept(ctx).times("mask", g), None, None
 
 
 def dropout(razor: Keeper, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
