@@ -26,7 +26,7 @@ def kept_of(x: Tensor, p: float) -> Tensor:
         return kept.fill_(False)
     if is_fake(x) or kept.numel() == 0:
         return kept
-    if _draws_the_same():
+    if draws_the_same():
         state = torch.default_generator.get_state()
         if cpu_kernels.bernoulli(state, 1 - p, in_memory_order(kept)):
             torch.default_generator.set_state(state)
@@ -47,7 +47,7 @@ def dropped(x: Tensor, kept: Tensor, p: float) -> Tensor:
 
 
 @functools.cache
-def _draws_the_same() -> bool:
+def draws_the_same() -> bool:
     """Whether the C kernel's numbers, and the state that it leaves, are PyTorch's: from an odd place, over two states."""
     if cpu_kernels.library() is None:
         return False

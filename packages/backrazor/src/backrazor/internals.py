@@ -48,7 +48,10 @@ def is_fake(x: Tensor) -> bool:
 
 def is_wrapper(x: Any) -> bool:
     """Whether ``x`` is a tensor made of other tensors (quantised weights, DTensor): more than its elements."""
-    return isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
+    return type(x) not in PLAIN and isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
+
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def on_real_tensors() -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ from .keeper import Keeper
 from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
+COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -154,7 +155,10 @@ class Razor(Keeper, TorchFunctionMode):
         hook = saved_tensor_hook()
         if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
-        return any(isinstance(v, Tensor) and (v.is_complex() or is_wrapper(v)) for v in values)
+        for value in values:
+            if isinstance(value, Tensor) and (value.dtype in COMPLEX or is_wrapper(value)):
+                return True
+        return False
 
 
 def _refuse_compile(compiled: bool) -> None:

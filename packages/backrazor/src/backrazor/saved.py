@@ -1,5 +1,6 @@
 """What stands in the graph instead of an activation: its tensors, and a recipe that makes the activation from them."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,13 +28,7 @@ class Geometry:
     @classmethod
     def of(cls, x: Tensor) -> "Geometry":
         """The geometry of ``x``, or the contiguous one where ``x`` has holes or overlaps."""
-        if _fills_its_memory(x):
-            return cls(tuple(x.shape), tuple(x.stride()))
-        stride, step = [], 1
-        for size in reversed(x.shape):
-            stride.append(step)
-            step *= max(size, 1)
-        return cls(tuple(x.shape), tuple(reversed(stride)))
+        return _geometry(x.shape, x.stride())
 
     def order(self) -> list[int]:
         """Dimensions from the outermost in memory to the innermost."""
@@ -53,14 +48,25 @@ class Geometry:
         return x.new_empty_strided(self.shape, self.stride).copy_(x.view(self.shape))
 
 
-def _fills_its_memory(x: Tensor) -> bool:
-    step = 1
-    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda d: (d[1], d[0])):
+@functools.lru_cache(4096)
+def _geometry(shape: torch.Size, stride: tuple[int, ...]) -> Geometry:
+    if _fills_its_memory(shape, stride):
+        return Geometry(tuple(shape), stride)
+    contiguous, step = [], 1
+    for size in reversed(shape):
+        contiguous.append(step)
+        step *= max(size, 1)
+    return Geometry(tuple(shape), tuple(reversed(contiguous)))
+
+
+def _fills_its_memory(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda d: (d[1], d[0])):
         if size == 1:
             continue
-        if stride != step:
+        if step != expected:
             return False
-        step *= size
+        expected *= size
     return True
 
 
