@@ -322,20 +322,32 @@ INLINE float downwards(float f) {
   return as_float((bits >> 31) && cut != bits ? cut + 0x10000u : cut);
 }
 
+/* What is taken of x: its elements, or with `rstd` a norm's x^ = (x - mean) rstd, of which both are one a row. */
+typedef struct {
+  const float *mean, *rstd;
+} Norm;
+
+INLINE float mean_of(const Norm *norm, i64 row) { return norm && norm->mean ? norm->mean[row] : 0.0f; }
+INLINE float normal(const Norm *norm, float v, float mean, float rstd) { return norm ? (v - mean) * rstd : v; }
+
 /* Least and largest of what is there and of `rows` rows, `count` columns side by side. A NaN stays. */
-INLINE void find_ends_further(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low,
-                              float *high) {
-  for (i64 r = 0; r < rows; r++)
+INLINE void find_ends_further(const void *x, int kind, const Norm *norm, i64 row, i64 start, i64 columns, i64 rows,
+                              i64 count, float *low, float *high) {
+  for (i64 r = 0; r < rows; r++) {
+    float mean = mean_of(norm, row + r), rstd = norm ? norm->rstd[row + r] : 1.0f;
     for (i64 c = 0; c < count; c++) {
-      float v = load(x, kind, start + r * columns + c);
+      float v = normal(norm, load(x, kind, start + r * columns + c), mean, rstd);
       low[c] = (v < low[c]) | (v != v) ? v : low[c];
       high[c] = (v > high[c]) | (v != v) ? v : high[c];
     }
+  }
 }
 
-INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows, i64 count, float *low, float *high) {
-  for (i64 c = 0; c < count; c++) low[c] = high[c] = load(x, kind, start + c);
-  find_ends_further(x, kind, start + columns, columns, rows - 1, count, low, high);
+INLINE void find_ends(const void *x, int kind, const Norm *norm, i64 row, i64 start, i64 columns, i64 rows, i64 count,
+                      float *low, float *high) {
+  float mean = mean_of(norm, row), rstd = norm ? norm->rstd[row] : 1.0f;
+  for (i64 c = 0; c < count; c++) low[c] = high[c] = normal(norm, load(x, kind, start + c), mean, rstd);
+  find_ends_further(x, kind, norm, row + 1, start + columns, columns, rows - 1, count, low, high);
 }
 
 #define LANES 16
@@ -343,11 +355,11 @@ INLINE void find_ends(const void *x, int kind, i64 start, i64 columns, i64 rows,
 INLINE void find_ends_alone(const void *x, int kind, i64 start, i64 rows, float *low, float *high) {
   i64 tall = rows / LANES;
   if (tall) {
-    find_ends(x, kind, start, LANES, tall, LANES, low, high);
-    find_ends_further(x, kind, start + tall * LANES, LANES, 1, rows % LANES, low, high);
+    find_ends(x, kind, 0, 0, start, LANES, tall, LANES, low, high);
+    find_ends_further(x, kind, 0, 0, start + tall * LANES, LANES, 1, rows % LANES, low, high);
   } else {
     for (i64 l = 0; l < LANES; l++) low[l] = high[l] = load(x, kind, start);
-    find_ends_further(x, kind, start, LANES, 1, rows, low, high);
+    find_ends_further(x, kind, 0, 0, start, LANES, 1, rows, low, high);
   }
 }
 
@@ -371,23 +383,25 @@ INLINE u8 lowbit_code(float x, float first, float inverse, float top) {
   return (u8)(i32)(q < top ? q : top);
 }
 
-INLINE void lowbit_codes(const void *x, int kind, i64 blocks, i64 rows, i64 columns, i64 group, int width, float shrink,
-                         u16 *ends, u8 *codes) {
+INLINE void lowbit_codes(const void *x, int kind, const Norm *norm, i64 blocks, i64 rows, i64 columns, i64 group,
+                         int width, float shrink, u16 *ends, u8 *codes) {
   i64 groups = (rows + group - 1) / group, strips = (columns + W - 1) / W;
   float top = (float)((1 << width) - 1);
   PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
     float low[W], high[W], inverse[W];
     i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
     i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
-    i64 start = (b * rows + g * group) * columns + c0;
+    i64 row = b * rows + g * group, start = row * columns + c0;
     u16 *to = ends + (b * groups + g) * 2 * columns + c0;
-    find_ends(x, kind, start, columns, here, count, low, high);
+    find_ends(x, kind, norm, row, start, columns, here, count, low, high);
     set_levels(count, shrink, top, low, high, inverse, to, to + columns, 1);
-    for (i64 r = 0; r < here; r++)
+    for (i64 r = 0; r < here; r++) {
+      float mean = mean_of(norm, row + r), rstd = norm ? norm->rstd[row + r] : 1.0f;
       for (i64 c = 0; c < count; c++) {
         i64 at = start + r * columns + c;
-        codes[at] = lowbit_code(load(x, kind, at), low[c], inverse[c], top);
+        codes[at] = lowbit_code(normal(norm, load(x, kind, at), mean, rstd), low[c], inverse[c], top);
       }
+    }
   }
 }
 
@@ -421,20 +435,23 @@ INLINE void lowbit_codes_alone(const void *x, int kind, i64 blocks, i64 rows, i6
   }
 }
 
-/* Returns 0, or 1 without memory. */
-int br_lowbit_pack(const void *x, int kind, i64 blocks, i64 rows, i64 columns, i64 group, int width, float shrink,
-                   u16 *ends, u8 *packed) {
+/* Of x, or with `rstd` of a norm's x^ of more than one column. Returns 0, or 1 without memory. */
+int br_lowbit_pack(const void *x, int kind, const float *mean, const float *rstd, i64 blocks, i64 rows, i64 columns,
+                   i64 group, int width, float shrink, u16 *ends, u8 *packed) {
   i64 n = blocks * rows * columns;
+  Norm norm = {mean, rstd};
   u8 *codes = width == 8 ? packed : malloc((size_t)n);
   if (!codes) return 1;
   if (columns == 1 && kind == F32)
     lowbit_codes_alone(x, F32, blocks, rows, group, width, shrink, ends, codes);
   else if (columns == 1)
     lowbit_codes_alone(x, BF16, blocks, rows, group, width, shrink, ends, codes);
+  else if (rstd)
+    lowbit_codes(x, F32, &norm, blocks, rows, columns, group, width, shrink, ends, codes);
   else if (kind == F32)
-    lowbit_codes(x, F32, blocks, rows, columns, group, width, shrink, ends, codes);
+    lowbit_codes(x, F32, 0, blocks, rows, columns, group, width, shrink, ends, codes);
   else
-    lowbit_codes(x, BF16, blocks, rows, columns, group, width, shrink, ends, codes);
+    lowbit_codes(x, BF16, 0, blocks, rows, columns, group, width, shrink, ends, codes);
   if (width == 8) return 0;
   br_pack_bytes(codes, n, width, packed);
   free(codes);

@@ -48,7 +48,7 @@ SIGNATURES = {
     "br_unpack": "pippllllililp",
     "br_encode8": "pllpp",
     "br_decode8": "ppllp",
-    "br_lowbit_pack": "pillllifpp",
+    "br_lowbit_pack": "pippllllifpp",
     "br_lowbit_unpack": "ppllllip",
     "br_bernoulli": "pllp",
     "br_dropout": "pplfp",
@@ -232,13 +232,24 @@ def decode8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-def lowbit_pack(x: Tensor, cut: Rows, shrink: float, ends: Tensor, n_bytes: int) -> Tensor | None:
-    """Packed codes, uint8 (n_bytes,), of ``x`` (blocks, rows, columns); fills in the ends."""
+def lowbit_pack(
+    x: Tensor, cut: Rows, shrink: float, ends: Tensor, n_bytes: int, norm: "tuple[Tensor | None, Tensor] | None" = None
+) -> Tensor | None:
+    """Packed codes, uint8 (n_bytes,), of ``x`` (blocks, rows, columns); fills in the ends.
+
+    With ``norm``, mean and rstd of each row, of (x − mean) · rstd, which then is never there as a whole.
+    """
     if x.dtype not in KINDS or not _fits(x, ends):
+        return None
+    mean, rstd = norm if norm is not None else (None, None)
+    given = [t for t in (mean, rstd) if t is not None]
+    whole = all(t.dtype == torch.float32 and t.numel() == cut.blocks * cut.rows for t in given)
+    if given and (x.dtype != torch.float32 or cut.columns == 1 or not whole or not _fits(*given)):
         return None
     out = x.new_empty(n_bytes, dtype=torch.uint8)
     failed = library().br_lowbit_pack(
-        x.data_ptr(), KINDS[x.dtype], cut.blocks, cut.rows, cut.columns, cut.group, cut.width, shrink,
+        x.data_ptr(), KINDS[x.dtype], mean.data_ptr() if mean is not None else None,
+        rstd.data_ptr() if rstd is not None else None, cut.blocks, cut.rows, cut.columns, cut.group, cut.width, shrink,
         ends.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     if failed:

@@ -10,7 +10,7 @@ from .coded import Levels, code, rounding
 from .derived import derive
 from .errors import RazorError
 from .groups import groups_for
-from .saved import Dense, Geometry, Saved, eight_bit, low_bit, low_bit_normal, prune, prune_as_paper
+from .saved import Dense, Geometry, Saved, eight_bit, low_bit, low_bit_norm, low_bit_normal, prune, prune_as_paper
 from .store import Held, Holder, Store
 from .values import FORMATS
 from .weights import PARAMETER, rank
@@ -117,6 +117,12 @@ class Keeper:
             return Saved((x,), Dense(Geometry.of(x)))
         width = width_of(kind, self.keep)
         return low_bit(x, width, channels) if rstd is None else low_bit_normal(x, width, channels, *rstd)
+
+    def hold_norm(self, x: Tensor, at: tuple[Tensor | None, Tensor], dims: tuple[int, ...], eps: float) -> Held | None:
+        """What stands for a norm's x̂ = (x − mean) · rstd with these ``at`` each row, where x̂ need not be made for it."""
+        if self.mode != "low-bit" or self.keep == 1 or x.dtype != torch.float32 or x.device.type != "cpu":
+            return None
+        return Held(Holder(low_bit_norm(x, at, width_of("norm", self.keep), dims, eps)), None)
 
     def hold_eight_bit(self, x: Tensor) -> Held:
         """What stands for ``x``, every element in 8.125 bits; ``x`` itself at keep = 1."""

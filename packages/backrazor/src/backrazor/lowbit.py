@@ -27,8 +27,11 @@ def shrink(width: int) -> float:
     return 0.05 if width == 2 else 0.0
 
 
-def pack(x: Tensor, cut: Rows) -> tuple[Tensor, Tensor]:
-    """Pack ``x``, contiguous, of as many elements as the cut.
+def pack(
+    x: Tensor, cut: Rows, norm: tuple[Tensor | None, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pack ``x``, contiguous, of as many elements as the cut; with ``norm``, mean (None: 0) and rstd of each of its
+    blocks · rows rows, (x − mean) · rstd.
 
     Returns:
         Codes, uint8 (:func:`.bits.packed_bytes`), and ends, bfloat16 (blocks, groups, 2, columns): first and step.
@@ -38,9 +41,13 @@ def pack(x: Tensor, cut: Rows) -> tuple[Tensor, Tensor]:
     if is_fake(x):
         return x.new_empty(n_bytes, dtype=torch.uint8), ends
     x = x.detach().reshape(cut.blocks, cut.rows, cut.columns)
-    quick = cpu_kernels.lowbit_pack(x, cut, shrink(cut.width), ends, n_bytes)
+    quick = cpu_kernels.lowbit_pack(x, cut, shrink(cut.width), ends, n_bytes, norm)
     if quick is not None:
         return quick, ends
+    if norm is not None:
+        mean, rstd = norm
+        rows = (cut.blocks, cut.rows, 1)
+        x = (x - mean.view(rows) if mean is not None else x) * rstd.view(rows)
     if x.is_cuda:
         from .triton_lowbit import pack_cuda
 

@@ -214,14 +214,20 @@ def prune(x: Tensor, groups: Groups | None, values: str) -> Saved:
 def low_bit(x: Tensor, width: int, channels: tuple[int, ...]) -> Saved:
     """``x`` in codes of ``width`` bits, in groups of one channel; in 8 bits where that gives no groups."""
     geometry = Geometry.of(x)
-    order = geometry.order()
-    among = {order.index(c % x.dim()) for c in channels} if x.dim() else set()
-    cut = rows_of(tuple(x.shape[d] for d in order), among, width) if x.numel() else None
-    if cut is None or (x.dim() <= 2 and x.numel() <= HEAD):
+    cut = _cut(x, geometry, width, channels)
+    if cut is None:
         return eight_bit(x)
     if lowbit.stored_bytes(cut) >= x.numel() * x.element_size():
         return Saved((x,), Dense(geometry))
     return Saved(lowbit.pack(geometry.in_memory_order(x.detach()), cut), LowBit(cut, geometry))
+
+
+def _cut(x: Tensor, geometry: Geometry, width: int, channels: tuple[int, ...]) -> Rows | None:
+    """The groups of ``x`` in the order of its memory; None where it is too small or too short for them."""
+    if x.numel() == 0 or (x.dim() <= 2 and x.numel() <= HEAD):
+        return None
+    order = geometry.order()
+    return rows_of(tuple(x.shape[d] for d in order), {order.index(c % x.dim()) for c in channels}, width)
 
 
 def low_bit_normal(x: Tensor, width: int, channels: tuple[int, ...], rstd: Tensor, eps: float) -> Saved:
@@ -230,6 +236,20 @@ def low_bit_normal(x: Tensor, width: int, channels: tuple[int, ...], rstd: Tenso
     if not isinstance(saved.recipe, LowBit) or rstd.dtype not in (torch.float32, torch.float64):
         return saved
     return Saved((*saved.tensors, rstd), Normal(saved.recipe, eps, saved.recipe.geometry))
+
+
+def low_bit_norm(x: Tensor, at: tuple[Tensor | None, Tensor], width: int, dims: tuple[int, ...], eps: float) -> Saved:
+    """x̂ of a norm of ``x`` over its last dimensions ``dims``, as by :func:`low_bit_normal`, without making x̂ first.
+
+    Args:
+        at: mean (None: 0) and rstd of each row, which they have 1 for each of ``dims`` for.
+    """
+    x = x.detach().contiguous()
+    geometry, (mean, rstd) = Geometry.of(x), at
+    cut = _cut(x, geometry, width, dims)
+    if cut is None or lowbit.stored_bytes(cut) >= x.numel() * x.element_size():
+        return low_bit_normal((x - mean if mean is not None else x) * rstd, width, dims, rstd, eps)
+    return Saved((*lowbit.pack(x, cut, at), rstd), Normal(LowBit(cut, geometry), eps, geometry))
 
 
 def prune_as_paper(x: Tensor, keep: float, values: str) -> Saved:
