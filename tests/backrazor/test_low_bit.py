@@ -67,6 +67,25 @@ def test_the_kernels_and_torch_give_the_same_bits(monkeypatch, shape, channels):
         assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
 
 
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize(("shape", "dims"), [((5, 41, 37), 1), ((3, 40, 8, 33), 2), ((150, 300), 1)])
+def test_a_norm_is_packed_as_if_it_had_been_made(monkeypatch, shape, dims, mean):
+    x = uneven(shape)
+    last = tuple(range(-dims, 0))
+    rstd = x.var(last, keepdim=True).add(1e-5).rsqrt()
+    centre = x.mean(last, keepdim=True) if mean else None
+    normal = (x - centre if mean else x) * rstd
+    for width in (2, 3, 5, 8):
+        cut = rows_of(shape, {d % len(shape) for d in last}, width)
+        expected = lowbit.pack(normal, cut)
+        for kernels in (True, False):
+            with monkeypatch.context() as m:
+                if not kernels:
+                    m.setattr(cpu_kernels, "library", lambda: None)
+                made = lowbit.pack(x, cut, (centre, rstd))
+            assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
 @pytest.mark.parametrize(("shape", "channels"), SHAPES)
 def test_a_number_that_is_none_spoils_its_own_group_alone(shape, channels):
     x, cut = uneven(shape), rows_of(shape, channels, 4)

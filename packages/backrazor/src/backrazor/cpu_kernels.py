@@ -269,7 +269,7 @@ def lowbit_unpack(codes: Tensor, ends: Tensor, cut: Rows, dtype: torch.dtype) ->
 
 
 def bernoulli(state: Tensor, p: float, kept: Tensor) -> bool:
-    """Fill ``kept``, bool, as ``bernoulli_(p)`` would by a generator in ``state``, which is moved on; False: not done."""
+    """Fill ``kept``, bool, as ``bernoulli_(p)`` would by a generator in ``state``, which moves on; False: not done."""
     if kept.dtype != torch.bool or not _fits(state, kept):
         return False
     library().br_bernoulli(state.data_ptr(), kept.numel(), math.ceil(math.ldexp(p, 53)), kept.data_ptr())

@@ -48,7 +48,7 @@ def dropped(x: Tensor, kept: Tensor, p: float) -> Tensor:
 
 @functools.cache
 def draws_the_same() -> bool:
-    """Whether the C kernel's numbers, and the state that it leaves, are PyTorch's: from an odd place, over two states."""
+    """Whether the C kernel's numbers, and the state that it leaves, are PyTorch's, from an odd place in a state on."""
     if cpu_kernels.library() is None:
         return False
     generator = torch.Generator()

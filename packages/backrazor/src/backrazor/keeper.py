@@ -119,7 +119,7 @@ class Keeper:
         return low_bit(x, width, channels) if rstd is None else low_bit_normal(x, width, channels, *rstd)
 
     def hold_norm(self, x: Tensor, at: tuple[Tensor | None, Tensor], dims: tuple[int, ...], eps: float) -> Held | None:
-        """What stands for a norm's x̂ = (x − mean) · rstd with these ``at`` each row, where x̂ need not be made for it."""
+        """What stands for a norm's x̂ = (x − mean) · rstd, with both ``at`` each row; None where x̂ itself is needed."""
         if self.mode != "low-bit" or self.keep == 1 or x.dtype != torch.float32 or x.device.type != "cpu":
             return None
         return Held(Holder(low_bit_norm(x, at, width_of("norm", self.keep), dims, eps)), None)

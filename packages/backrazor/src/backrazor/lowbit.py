@@ -27,9 +27,7 @@ def shrink(width: int) -> float:
     return 0.05 if width == 2 else 0.0
 
 
-def pack(
-    x: Tensor, cut: Rows, norm: tuple[Tensor | None, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def pack(x: Tensor, cut: Rows, norm: tuple[Tensor | None, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Pack ``x``, contiguous, of as many elements as the cut; with ``norm``, mean (None: 0) and rstd of each of its
     blocks · rows rows, (x − mean) · rstd.
 

@@ -155,10 +155,7 @@ class Razor(Keeper, TorchFunctionMode):
         hook = saved_tensor_hook()
         if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
-        for value in values:
-            if isinstance(value, Tensor) and (value.dtype in COMPLEX or is_wrapper(value)):
-                return True
-        return False
+        return any(isinstance(v, Tensor) and (v.dtype in COMPLEX or is_wrapper(v)) for v in values)
 
 
 def _refuse_compile(compiled: bool) -> None:

@@ -7,8 +7,8 @@ With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V, and hats on w
 
 P is not made again from pruned Q and K: an error in S would be exponentiated, and rows would not sum to what the
 forward pass saw. The output is PyTorch's own, of the kernel that it chooses; P is formed for a few samples at a time,
-only to be packed. On a CPU dropout's mask is the one that PyTorch drew, drawn a second time; on a GPU, where a kernel
-draws it, the output is computed here, with another mask of the same probability.
+only to be packed. On a CPU dropout's mask is the one that PyTorch would draw; on a GPU, where a kernel draws it, the
+output is computed here, with another mask of the same probability.
 """
 
 import math
@@ -27,6 +27,7 @@ from ..store import Held, Holder
 from ..weights import LEAF, rank
 from .attention_dropout import attention_with_dropout
 from .attention_low_bit import heads_and, low_bit_attention
+from .attention_steps import by_head, folded, probabilities, repeated, softmax_backward
 from .linear import Linear, again
 
 
@@ -55,11 +56,6 @@ class Softmax(Function):
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         ds = softmax_backward(g, Kept(ctx).dense("p", g.dtype), ctx.dim)
         return ds.to(ctx.dtype), None, None, None
-
-
-def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
-    """P ∘ (g − Σ g ∘ P)."""
-    return torch._softmax_backward_data(g, p, dim, g.dtype)
 
 
 class Matmul(Function):
@@ -126,7 +122,7 @@ class Attention(Function):
             elif p_drop:
                 p, drop = torch.native_dropout(p, p_drop, True)
                 named[f"drop{i}"] = _alone(mask_bits(drop))
-                outs.append(p.to(v.dtype) @ _repeat(v[i : i + step], q.shape[1]))
+                outs.append(p.to(v.dtype) @ repeated(v[i : i + step], q.shape[1]))
         if out is None:
             out = torch.cat(outs)
         save(
@@ -153,27 +149,27 @@ class Attention(Function):
         for i in range(0, batch, ctx.step):
             at = slice(i, i + ctx.step)
             p = kept.dense(f"p{i}", g.dtype)  # (b, H, N, M)
-            gi = _by_head(g[at])
+            gi = by_head(g[at])
             drop = kept.dense(f"drop{i}", g.dtype).mul_(1 / (1 - p_drop)) if p_drop else None
             if dv is not None:
                 dropped = p * drop if drop is not None else p
-                dv[at] = _fold(torch.bmm(_by_head(dropped).mT, gi), heads, kv_heads)
+                dv[at] = folded(torch.bmm(by_head(dropped).mT, gi), heads, kv_heads)
             if v is None:
                 continue
-            dp = torch.bmm(gi, _by_head(_repeat(v[at], heads)).mT).view(p.shape)
+            dp = torch.bmm(gi, by_head(repeated(v[at], heads)).mT).view(p.shape)
             if drop is not None:
                 dp = dp.mul_(drop)
             ds = softmax_backward(dp, p)
             del dp, p
-            by_head = _by_head(ds)
+            of_heads = by_head(ds)
             if dq is not None:
                 assert k is not None
-                part = torch.bmm(by_head, _by_head(_repeat(k[at], heads)))
+                part = torch.bmm(of_heads, by_head(repeated(k[at], heads)))
                 dq[at] = part.mul_(scale).view(dq[at].shape)
             if dk is not None:
                 assert q is not None
-                part = torch.bmm(by_head.mT, _by_head(q[at]))
-                dk[at] = _fold(part.mul_(scale), heads, kv_heads)
+                part = torch.bmm(of_heads.mT, by_head(q[at]))
+                dk[at] = folded(part.mul_(scale), heads, kv_heads)
             if needs[3]:
                 shape, _ = ctx.mask_like
                 if dmask is None:
@@ -204,39 +200,9 @@ def _alone(saved: Saved) -> Held:
     return Held(Holder(saved), None)
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    """Grouped queries: each key and value head serves heads / H_kv query heads in a row."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """(b, H, N, d) -> (b · H, N, d), in which a product may be told to transpose where (b, H, d, N) would be copied."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _fold(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """(b · H, N, d) -> (b, H_kv, N, d), the sum over the query heads of each: the transpose of :func:`_repeat`."""
-    grouped = x.view(-1, kv_heads, heads // kv_heads, *x.shape[1:])
-    return grouped[:, :, 0] if heads == kv_heads else grouped.sum(2)
-
-
 def _part(mask: Tensor | None, i: int, step: int, batch: int) -> Tensor | None:
     """The mask of samples i … i + step."""
     return mask[i : i + step] if mask is not None and mask.dim() == 4 and mask.shape[0] == batch > 1 else mask
-
-
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask): (b, H, N, M); a row that is masked everywhere is zero."""
-    q3, k3 = _by_head(q), _by_head(_repeat(k, q.shape[1]))
-    s = q.new_empty(len(q3), q.shape[-2], k.shape[-2])
-    s = torch.baddbmm(s, q3, k3.mT, beta=0, alpha=scale, out=s).view(*q.shape[:-1], -1)
-    if causal:
-        n, m = s.shape[-2:]
-        s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
-    if mask is not None:
-        s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
-        return torch.ops.aten._safe_softmax(s, -1)
-    return torch.softmax(s, -1)  # every row has a key
 
 
 def softmax(

@@ -4,11 +4,11 @@
 
 The forward pass is PyTorch's own call, of the kernel that it chooses. So is the backward pass: the same call runs again
 on what was kept. Its O is the input of the output projection, which is not stored either. P and its rows' sums are of
-the same Q̃ and K̃, so no error is exponentiated against another. For dropout the state of the random numbers is kept.
+the same Q̃ and K̃, so no error is exponentiated against another. For dropout the state of the random numbers is kept, and
+on a CPU both passes are taken in steps (:mod:`.attention_dropout`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,24 @@ from torch import Tensor
 from ..function import Function, Kept, save
 from ..internals import own_saving, random_numbers, random_state
 from ..keeper import Keeper
-from .attention_dropout import attention_with_dropout
+from .attention_dropout import Stepwise, attention_with_dropout, by_steps
+
+
+class Recorded:
+    """Attention as PyTorch computes it where gradients are needed, and its graph."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], settings: dict[str, Any]) -> None:
+        with torch.enable_grad(), own_saving():
+            self.leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+            if by_steps(settings, tensors[0]):
+                self.out, _ = attention_with_dropout(*self.leaves, **settings)
+            else:  # PyTorch's function by its other name, which a Razor does not meet
+                self.out = torch.ops.aten.scaled_dot_product_attention(*self.leaves, **settings)
+
+    def gradients(self, g: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """dQ, dK, dV and dmask of those that ``needs`` names."""
+        grads = iter(torch.autograd.grad(self.out, [t for t in self.leaves if t.requires_grad], g.to(self.out.dtype)))
+        return [next(grads) if need else None for need in needs]
 
 
 class Replay:
@@ -27,40 +44,29 @@ class Replay:
         self.settings, self.needs, self.random = settings, needs, random
         self.waiting = True
         """Whether the gradients are still to come, for which what is made for O is kept."""
-        self._made: tuple[Tensor, list[Tensor]] | None = None
+        self._made: Recorded | Stepwise | None = None
 
     def output(self, *tensors: Tensor) -> Tensor:
         """O from Q, K, V and the mask."""
-        out, leaves = self._run(tensors)
+        run = self._run(tensors)
         if self.waiting:
-            self._made = (out, leaves)
-        return out.detach()
+            self._made = run
+        return run.out.detach()
 
-    def gradients(self, g: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> Iterator[Tensor | None]:
+    def gradients(self, g: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> list[Tensor | None]:
         """dQ, dK, dV and dmask."""
         self.waiting = False
-        out, leaves = self._made if self._made is not None else self._run(make())
+        run = self._made if self._made is not None else self._run(make())
         self._made = None
-        wanted = [t for t in leaves if t.requires_grad]
-        grads = iter(torch.autograd.grad(out, wanted, g.to(out.dtype)))
-        return iter([next(grads) if t.requires_grad else None for t in leaves])
+        return run.gradients(g, self.needs)
 
-    def _run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        return run(tensors, self.needs, self.settings, self.random)
-
-
-def run(
-    tensors: tuple[Tensor, ...], needs: tuple[bool, ...], settings: dict[str, Any], random: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Attention as PyTorch computes it where gradients are needed, with the dropout of ``random`` if it is given."""
-    by_steps = settings["dropout_p"] > 0 and tensors[0].device.type == "cpu"
-    with torch.enable_grad(), own_saving():
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        with random_numbers(leaves[0].device, random) if random is not None else nullcontext():
-            if by_steps:
-                return attention_with_dropout(*leaves, **settings)[0], leaves
-            # PyTorch's function by its other name, which a Razor does not meet.
-            return torch.ops.aten.scaled_dot_product_attention(*leaves, **settings), leaves
+    def _run(self, tensors: tuple[Tensor, ...]) -> "Recorded | Stepwise":
+        if self.random is None:
+            return Recorded(tensors, self.needs, self.settings)
+        with random_numbers(tensors[0].device, self.random):  # the dropout of the forward pass
+            if Stepwise.fits(tensors):
+                return Stepwise(tensors, self.settings)
+            return Recorded(tensors, self.needs, self.settings)
 
 
 class LowBitAttention(Function):
@@ -95,7 +101,11 @@ def low_bit_attention(
     given = tuple(t for t in (q, k, v, mask) if t is not None)
     needs = tuple(t.requires_grad for t in given)
     random = random_state(q) if settings["dropout_p"] > 0 else None
-    out = [run(given, needs, settings)[0].detach()]
+    if by_steps(settings, q):
+        with torch.no_grad():
+            out = [attention_with_dropout(*given, **settings)[0]]
+    else:
+        out = [Recorded(given, needs, settings).out.detach()]
     held = tuple(
         razor.hold(t, kind, heads_and(-1, t)) for t, kind in zip((q, k, v), ("query", "key", "value"), strict=True)
     )

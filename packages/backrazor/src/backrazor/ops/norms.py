@@ -72,8 +72,8 @@ class LayerNorm(Function):
         if ctx.paper:
             held = razor.hold(x, values="fp32", own=True)
         else:
-            held = razor.hold_norm(x, (mean, rstd), dims, eps)
-            held = held or razor.hold(normalised(), "norm", dims, rstd=(rstd, eps))
+            unmade = razor.hold_norm(x, (mean, rstd), dims, eps)
+            held = unmade or razor.hold(normalised(), "norm", dims, rstd=(rstd, eps))
             _share(razor, held, weight, bias, y)
         save(ctx, x=held, rstd=rstd, mean=mean if ctx.paper else None, weight=weight)
         return y
