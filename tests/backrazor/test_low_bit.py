@@ -1,6 +1,7 @@
 """The mode "low-bit": its packing against a slow twin, its formulas, its dial, and what it leaves exact."""
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 
@@ -13,7 +14,7 @@ from backrazor.rows import Rows, rows_of
 from backrazor.table import names
 from backrazor.widths import EXTRA, width_of
 from memtrain_common.measuring.memory import SavedActivations
-from memtrain_common.measuring.prediction import predict
+from memtrain_common.measuring.prediction import fake_step, predict
 from slow import low_bit
 from test_operations import CASES
 from torch import nn
@@ -675,3 +676,25 @@ def test_scores_in_float32_of_a_model_in_half_precision(dtype, least):
         for a, b in zip(torch.autograd.grad(y, (q, k, v), g), plain, strict=True):
             assert a.isfinite().all()
             assert F.cosine_similarity(a.flatten().float(), b.flatten().float(), 0) > 0.9
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()])
+def test_an_activations_gradient_takes_the_place_of_its_input(monkeypatch, activation):
+    """The dense x̃ is needed no more: without that there would be one tensor of its size more at the peak."""
+
+    def peak():
+        with fake_step() as live:
+            model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 512), activation, nn.Linear(512, 64))
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            x = torch.randn(40, 100, 64)
+            with Razor(0.1):
+                loss = model(x).sum()
+            live.peak_bytes = live.bytes
+            loss.backward()
+            return live.peak_bytes
+
+    here = peak()
+    call = F.silu if isinstance(activation, nn.SiLU) else F.gelu
+    monkeypatch.setitem(ACTIVATIONS, call, dataclasses.replace(ACTIVATIONS[call], into=None))
+    assert 0.95 < (peak() - here) / (40 * 100 * 512 * 4) <= 1  # but for the weight's gradient at the next peak

@@ -87,6 +87,14 @@ class Kept:
         x = seen_as(x, geometry)
         return x.clone() if own and not alone else x
 
+    def dense_and_alone(self, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """The dense tensor, and whether nobody else has it, so that it may be written over."""
+        tensors, recipe, geometry = self._parts[name]
+        if recipe is None:
+            return tensors[0].to(dtype), tensors[0].dtype != dtype
+        x, alone = self._made(name, recipe, tensors, dtype)
+        return seen_as(x, geometry), alone
+
     def as_given(self, name: str, dtype: torch.dtype) -> Tensor:
         """As :meth:`dense`, but what was saved by reference and is no number keeps its type."""
         tensors, recipe, _ = self._parts[name]

@@ -41,6 +41,8 @@ class Activation:
     backward: Callable[..., Tensor]
     """(g, x, *settings) -> g · f'(x)."""
     levels: dict[int, Levels]
+    into: Callable[..., Tensor] | None = None
+    """The same, which writes its result over x."""
 
 
 def _sigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
@@ -58,9 +60,13 @@ def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[Any, Activation] = {
     F.gelu: Activation(
-        lambda g, x, approximate="none": aten.gelu_backward(g, x, approximate=approximate), OVERSHOOTING
+        lambda g, x, approximate="none": aten.gelu_backward(g, x, approximate=approximate),
+        OVERSHOOTING,
+        lambda g, x, approximate="none": aten.gelu_backward(g, x, approximate=approximate, grad_input=x),
     ),
-    F.silu: Activation(lambda g, x: aten.silu_backward(g, x), OVERSHOOTING),
+    F.silu: Activation(
+        lambda g, x: aten.silu_backward(g, x), OVERSHOOTING, lambda g, x: aten.silu_backward(g, x, grad_input=x)
+    ),
     F.hardswish: Activation(lambda g, x: aten.hardswish_backward(g, x), WIDE),
     F.mish: Activation(lambda g, x: aten.mish_backward(g, x), OVERSHOOTING),
     F.softplus: Activation(lambda g, x, beta=1, threshold=20: aten.softplus_backward(g, x, beta, threshold), UNIT),
@@ -98,9 +104,10 @@ class Pointwise(Function):
         inplace: bool = False,
         held: Held | None = None,
     ) -> Tensor:
-        ctx.dtype, ctx.by_x = x.dtype, None
+        ctx.dtype, ctx.by_x, ctx.into_x = x.dtype, None, None
         if razor.keep == 1 or razor.mode != "pruned":
-            ctx.by_x = lambda g, x: activation.backward(g, x, **settings)
+            ctx.by_x = functools.partial(activation.backward, **settings)
+            ctx.into_x = functools.partial(activation.into, **settings) if activation.into is not None else None
             save(ctx, x=held or (x if razor.keep == 1 else x.detach().to(torch.float16, copy=inplace)))
         else:
             levels = activation.levels[razor.derivative_bits]
@@ -114,7 +121,12 @@ class Pointwise(Function):
     @staticmethod
     def grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(ctx)
-        dx = ctx.by_x(g, kept.dense("x", g.dtype)) if ctx.by_x is not None else kept.times("derivative", g)
+        if ctx.by_x is None:
+            dx = kept.times("derivative", g)
+        else:
+            x, alone = kept.dense_and_alone("x", g.dtype)
+            over = alone and ctx.into_x is not None and x.shape == g.shape
+            dx = ctx.into_x(g, x) if over else ctx.by_x(g, x)
         return dx.to(ctx.dtype), None, None, None, None, None, None
 
 
