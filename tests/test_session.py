@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 from image_files import image_folder
+from memtrain_common.commands.result import ended_before
 from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
+from memtrain_common.training.fit_config import FitResult
 from support import ROOT, assert_refused, rows, run_command, run_ranks, without_pictures
 
 SHELLS = [
@@ -227,6 +229,15 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(few_
     done = run_command([*few_steps[command], "--device", "cpu", "--tracker", "wandb", "--out", "run"], tmp_path)
     assert_refused(done, "wandb")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("here", "kept"), [(None, (7.5, "RAPL package-0")), (9.0, (9.0, "NVML gpu 0"))])
+def test_a_run_that_had_ended_keeps_its_joules_where_there_is_no_counter(tmp_path, here, kept):
+    before = {"command": "x", "steps": 4, "joules": 7.5, "energy_source": "RAPL package-0"}
+    (tmp_path / "result.json").write_text(json.dumps(before))
+    result = FitResult(step=4, joules=here, energy_source="NVML gpu 0" if here else "unavailable")
+    assert ended_before(tmp_path, result) == before
+    assert (result.joules, result.energy_source) == kept
 
 
 def _dispatch(words, folder):

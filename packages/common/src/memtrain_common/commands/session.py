@@ -23,7 +23,6 @@ from ..console import Console
 from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
-from ..measuring.memory import Ledger
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
 from ..runs.trackers import check_tracker
@@ -194,8 +193,6 @@ class Session:
             task, config, run=self.run, resume=resume, resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
-        if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
-            result.ledger = Ledger.read(self.run.path / "memory.json")
         if self.run is not None and self.config.resume:
             self._before = ended_before(self.run.path, result)
         step = result.step

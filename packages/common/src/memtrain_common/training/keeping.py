@@ -10,12 +10,16 @@ from torch import Tensor
 
 from ..console import Console
 from ..errors import DivergedError, UserError
+from ..files import read_json
+from ..measuring.memory import Ledger
 from ..runs.run_folder import RunFolder
 from ..runs.state_tree import check
 from .distributed import any_rank, unwrap
 from .fit_config import FitResult
 from .task import Task
 from .training_state import Stateful, all_finite, capture, check_resume_key, infinite_buffers, put_back
+
+LEDGER = "memory.json"
 
 
 @dataclass
@@ -137,6 +141,7 @@ class Keeper:
             "step": result.step,
             "evaluated": self.progress.evaluated,
             "seconds": result.seconds,
+            "units_per_second": result.units_per_second,
             "skipped": result.skipped_steps,
             "evaluation": result.evaluation,
             "best": result.best,
@@ -146,6 +151,26 @@ class Keeper:
             self.model, self.optimizer, self._others, parts=self.task.parts, alone=alone, progress=progress,
             identity=self.resume_key,
         )  # fmt: skip
+
+    def save_ledger(self) -> None:
+        """Write ``memory.json``, once a step was measured."""
+        result = self.progress.result
+        if self.run is not None and self.run.writes and result.ledger is not None:
+            result.ledger.save(self.run.path / LEDGER, peak_bytes=result.peak_bytes)
+
+    def take_measurements(self) -> None:
+        """Where this process measured no step, since all were taken: what the one that took them had measured.
+
+        Raises:
+            UserError: if its ``memory.json`` is damaged.
+        """
+        result = self.progress.result
+        if self.run is None or result.ledger is not None or not (self.run.path / LEDGER).is_file():
+            return
+        result.ledger = Ledger.read(self.run.path / LEDGER)
+        before = read_json(self.run.path / LEDGER).get("peak_bytes") or {}
+        now = {phase: n for phase, n in result.peak_bytes.items() if n is not None}
+        result.peak_bytes = {**result.peak_bytes, **before, **now}
 
     def begin(self, resume: bool, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Go on from the newest checkpoint, or begin at step 0.
@@ -205,6 +230,7 @@ class Keeper:
         saved, result = state["progress"], self.progress.result
         result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
         result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
-        result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it
+        result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it, nor the rate
+        result.units_per_second = saved.get("units_per_second", 0.0)
         if not self.run.take_back_metrics(saved["metrics_bytes"], saved.get("metrics_sha256", "")):
             say(f"{self.run.path / 'metrics.jsonl'} is gone: it begins again behind step {step}")

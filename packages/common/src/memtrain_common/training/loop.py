@@ -140,7 +140,8 @@ class _Trainer:
                     result.seconds += spent
                     if result.step == first + 1:
                         timed_from = result.seconds
-                        self._save_ledger()
+                        self.keeper.save_ledger()
+                    result.note_rate(config.units_per_step, first, timed_from)  # a checkpoint knows it
                     bar.update()
                     if logged:
                         steps = result.step - max(first, (result.step - 1) // config.log_interval * config.log_interval)
@@ -157,7 +158,8 @@ class _Trainer:
                 self.tracker.close()
         result.peak_bytes = {phase: self.peaks.peak(phase) for phase in ("training", "evaluation")}
         result.note_rate(config.units_per_step, first, timed_from)
-        self._save_ledger()
+        self.keeper.save_ledger()
+        self.keeper.take_measurements()
         return result
 
     def _step(self, source: Iterator[Batch], measuring: bool) -> tuple[Tensor, Tensor | None]:
@@ -286,10 +288,6 @@ class _Trainer:
             self.run.append_metrics([row])
         if self.tracker is not None:
             self.tracker.log(row)
-
-    def _save_ledger(self) -> None:
-        if self.run is not None and self.run.writes and self.result.ledger is not None:
-            self.result.ledger.save(self.run.path / "memory.json", peak_bytes=self.result.peak_bytes)
 
     def _agree_to_stop(self, signals: StopSignals) -> None:
         """Stop if a signal came to any process; asked at every step, or, of parts, where the processes speak."""
