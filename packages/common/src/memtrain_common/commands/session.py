@@ -25,9 +25,9 @@ from ..errors import UserError
 from ..measuring.environment import device_name
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
-from ..runs.trackers import check_tracker
+from ..runs.trackers import check_login, check_tracker
 from ..training.cpu_workarounds import avoid_broken_amx
-from ..training.distributed import World, gather_objects, launch, unwrap
+from ..training.distributed import World, gather_objects, launch, refusing_together, unwrap
 from ..training.fit_config import DTYPES, FitConfig
 from ..training.leaving import say_after_training
 from ..training.loop import fit
@@ -95,6 +95,8 @@ class Session:
             flag = "--" + shared.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, shared)} must be divisible by the {place.size} processes")
         check_tracker(config.tracker)
+        if config.tracker == "wandb":
+            refusing_together(check_login if place.is_main else lambda: None)
         return cls(config, argv, prog, place, device)
 
     def open(self, data: dict[str, Any], *, beside: Collection[str] = (), **about: Any) -> None:
