@@ -28,12 +28,13 @@ class SaveLess(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         module.training_step = Razor(keep=0.1)(module.training_step)  # an attribute before the class's method
 
-    def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        del module.training_step
+    def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: BaseException) -> None:
+        vars(module).pop("training_step", None)
+
+    on_exception = on_fit_end  # only one of them is called
 
 
-model = Digits()
+model, data = Digits(), DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True)
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", callbacks=[SaveLess()], **quiet)
-trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True))
+lightning.Trainer(max_epochs=5, accelerator="cpu", callbacks=[SaveLess()], **quiet).fit(model, data)
 print(f"accuracy {accuracy(model.network.eval(), test_x, test_y):.3f}")

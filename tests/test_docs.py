@@ -36,6 +36,16 @@ def test_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, encoder):
     assert done.returncode == 0, f"{page}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_script_of_ones_own_is_started_again(tmp_path):
+    """Which the page says: the finished run is taken up, and tells the same of itself."""
+    source = "\n".join(code_blocks((ROOT / "docs" / "start" / "own-loop.md").read_text(), "python"))
+    first, again = run_script(source, tmp_path), run_script(source, tmp_path)
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr
+    assert first.stdout == again.stdout
+    assert "'weights': " in first.stdout
+
+
 def scripts(project):
     return tomllib.loads(project.read_text())["project"].get("scripts", {})
 

@@ -1,15 +1,20 @@
 """What holds of every command that trains: one way to a run folder, verified weights, refusals that leave nothing."""
 
 import ast
+import importlib.machinery
 import json
 import os
 import shutil
+import sys
+import types
 
 import pytest
 from image_files import image_folder
+from memtrain_common.commands.result import ended_before
 from memtrain_common.files import read_json
 from memtrain_common.runs import checkpoint
-from support import ROOT, assert_refused, rows, run_command, run_ranks, without_pictures
+from memtrain_common.training.fit_config import FitResult
+from support import ROOT, assert_refused, rows, run_command, run_on, run_ranks, without_pictures
 
 SHELLS = [
     path
@@ -227,6 +232,62 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(few_
     done = run_command([*few_steps[command], "--device", "cpu", "--tracker", "wandb", "--out", "run"], tmp_path)
     assert_refused(done, "wandb")
     assert list(tmp_path.iterdir()) == []
+
+
+def stand_in(**functions):
+    """A ``before``: the package wandb, with functions of these names."""
+
+    def before():
+        module = types.ModuleType("wandb")
+        module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        module.__dict__.update(functions)
+        sys.modules["wandb"] = module
+
+    return before
+
+
+def refuse(**_):
+    raise RuntimeError("No API key configured.")
+
+
+NOBODY = stand_in(login=refuse)
+NO_INIT = stand_in(login=lambda: True, init=refuse)
+SAID = "--tracker wandb does not open (No API key configured)"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tracker_without_a_login_is_refused_before_anything_is_read(few_steps, tmp_path, command):
+    nowhere = ["--data-dir", "nowhere"] if "--data-dir" in few_steps[command] else ["--model", "nowhere"]
+    words = [*few_steps[command], *nowhere, "--device", "cpu", "--tracker", "wandb", "--out", "run"]
+    assert_refused(run_command(words, tmp_path, before=NOBODY), SAID)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wandb", [NOBODY, NO_INIT], ids=["login", "init"])
+def test_every_process_refuses_a_tracker_that_does_not_open(few_steps, tmp_path, wandb):
+    words = [*few_steps["pretrain"], "--device", "cpu", "--tracker", "wandb", "--out", "run"]
+    for done in run_on(2, words, tmp_path, wandb):
+        assert_refused(done, SAID)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_whose_tracker_does_not_open_stays_as_it_was(few_steps, tmp_path):
+    words = [*few_steps["pretrain"], *few_steps[""], "--out", "run"]
+    assert run_command(words, tmp_path).returncode == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
+    done = run_command(["pretrain", "--resume", "run", "--tracker", "wandb"], tmp_path, before=NO_INIT)
+    assert_refused(done, SAID)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")} == before
+
+
+@pytest.mark.parametrize(("here", "kept"), [(None, (7.5, "RAPL package-0")), (9.0, (9.0, "NVML gpu 0"))])
+def test_a_run_that_had_ended_keeps_its_joules_where_there_is_no_counter(tmp_path, here, kept):
+    before = {"command": "x", "steps": 4, "joules": 7.5, "energy_source": "RAPL package-0"}
+    (tmp_path / "result.json").write_text(json.dumps(before))
+    result = FitResult(step=4, joules=here, energy_source="NVML gpu 0" if here else "unavailable")
+    assert ended_before(tmp_path, result) == before
+    assert (result.joules, result.energy_source) == kept
 
 
 def _dispatch(words, folder):

@@ -80,6 +80,55 @@ def test_adapter_in_peft(output):
     assert accuracy(text) > 0.85
 
 
+FIT_AGAIN = """
+def fails(self, batch, _):
+    raise ZeroDivisionError
+
+works, Digits.training_step = Digits.training_step, fails
+module, data = Digits(), DataLoader(TensorDataset(x[:64], y[:64]), batch_size=64)
+for again in (False, True):
+    Digits.training_step = works if again else fails
+    try:
+        lightning.Trainer(max_epochs=1, accelerator="cpu", callbacks=[SaveLess()], **quiet).fit(module, data)
+        print("fitted")
+    except ZeroDivisionError:
+        print("failed", "training_step" in vars(module))
+"""
+HOOKS = """
+class Trainer:  # of Lightning's, what it calls
+    def __init__(self, callbacks, **_):
+        [self.callback] = callbacks
+
+    def fit(self, module, data):
+        try:
+            self.callback.on_fit_start(self, module)
+            for i, batch in enumerate(data):
+                module.training_step(batch, i).backward()
+        except BaseException as error:
+            self.callback.on_exception(self, module, error)
+            raise
+        self.callback.on_fit_end(self, module)
+
+import sys, torch, types
+sys.modules["lightning"] = types.SimpleNamespace(LightningModule=torch.nn.Module, Callback=object, Trainer=Trainer)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stand_in", [HOOKS, ""], ids=["hooks", "lightning"])
+def test_a_fit_in_lightning_that_failed_leaves_the_module_as_it_was(tmp_path, stand_in):
+    if not stand_in:
+        pytest.importorskip("lightning", reason="lightning is not installed")
+    file = EXAMPLES / "razor_in_lightning.py"
+    classes, [quiet] = (
+        file.read_text().split("\nmodel, data = ")[0],
+        re.findall("^quiet = .*", file.read_text(), re.MULTILINE),
+    )
+    done = run_script("\n".join((stand_in, classes, quiet, FIT_AGAIN)), tmp_path, file=file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["failed False", "fitted"]
+
+
 @pytest.mark.slow
 def test_razor_in_lightning(output):
     pytest.importorskip("lightning", reason="lightning is not installed")

@@ -4,18 +4,20 @@ import json
 import shlex
 import shutil
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from memtrain_apps.compose.axes import USED_BY, Axes
+from memtrain_apps.compose.compose import saving
 from memtrain_apps.run.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, checked, refuse_unused
 from memtrain_apps.run.finetune import workload_of
 from memtrain_apps.run.pictures import unseen_edge
 from memtrain_apps.run.predicting import predict_run
-from memtrain_apps.run.training import too_little
+from memtrain_apps.run.training import run, too_little
 from memtrain_apps.run.workload import Workload
+from memtrain_common.commands import session
 from memtrain_common.commands.run_flags import StepFlags
 from memtrain_common.data.images.batches import Normalize, evaluation_batches
 from memtrain_common.data.images.sets import load_images
@@ -24,6 +26,7 @@ from memtrain_common.errors import UserError
 from memtrain_common.measuring.fake_numbers import NotPredictedError
 from memtrain_common.models.cifar_resnet import CifarResNet
 from memtrain_common.models.classifiers import logits_of
+from memtrain_common.models.gpt import GPT, GPTConfig, next_token_loss
 from memtrain_common.models.vit import load_vit
 from memtrain_common.training.distributed import World
 from memtrain_common.training.task import Task
@@ -336,6 +339,54 @@ def test_a_run_of_lte_from_when_norms_were_trained_goes_on_so(tmp_path):
     states = [load_file(newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("whole", "older")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[1][n], value) for n, value in states[0].items())
+
+
+class Unnumbered(torch.nn.Module):
+    """Two layers by names, as timm's DenseNet has its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def a_workload(model, batch, loss):
+    return Workload(Task(model, lambda i: batch, loss), lambda m, split: {"loss": 1.0}, "loss", False, 1, 1,
+                    {"name": "mine", "sha256": ""})  # fmt: skip
+
+
+def unnumbered():
+    return a_workload(Unnumbered(), torch.ones(3, 4), lambda m, x: m(x).square().mean())
+
+
+def of_one_block():
+    gpt = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4))
+    return a_workload(gpt, (torch.ones(2, 4).long(), torch.ones(2, 4).long()), next_token_loss)
+
+
+@pytest.mark.parametrize(("make", "save"), [(unnumbered, "all"), (of_one_block, "all"), (of_one_block, "checkpoint")])
+def test_few_blocks_or_none_are_refused_only_where_something_asks_for_them(make, save, tmp_path, monkeypatch):
+    """What is trained is what was predicted; DenseNet, and every model of one block, was refused under each choice."""
+    monkeypatch.setattr(session, "draw", lambda *args, **kwargs: "")
+    config = FinetuneConfig(device="cpu", tracker="none", save_model=False, save=save, out=str(tmp_path / "run"))
+    result = run(config, lambda *_: make(), ["--out", "run"], "finetune")
+    assert result["steps"] == 1
+    assert result["measured"] == result["predicted"]
+
+
+def test_a_model_without_numbered_blocks_is_neither_checkpointed_nor_sharded(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="Unnumbered has no numbered blocks to checkpoint: choose save all"):
+        saving(Unnumbered(), Axes(save="checkpoint"))
+    with pytest.raises(UserError, match="Unnumbered has no numbered blocks that Back Razor could leave out"):
+        saving(Unnumbered(), Axes(save="backrazor", razor_blocks="1"))
+    monkeypatch.setattr(session, "launch", lambda *_, **__: (World(0, 2, 0, 2), torch.device("cpu")))
+    config = FinetuneConfig(device="cpu", tracker="none", parallel="fsdp", out=str(tmp_path / "run"))
+    for explains in (False, True):  # what is explained is what would be trained
+        with pytest.raises(UserError, match="no numbered blocks that fsdp could gather one after another: choose"):
+            run(replace(config, explain_memory=explains), lambda *_: unnumbered(), [], "finetune")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from memtrain_common.errors import DivergedError, Stopped, UserError
+from memtrain_common.measuring.peak import PeakMeter
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.loop import FitConfig, Task, fit, mean_loss
 from memtrain_common.training.schedule import cosine_with_warmup
@@ -404,6 +405,30 @@ def test_a_finished_run_resumes_to_its_end_and_can_be_prolonged(tmp_path):
     more = make(seed=4)
     fit(Task(more, batches, loss_fn, adam(more), evaluate=evaluate), FitConfig(max_iters=6), run=run, resume=True)
     assert torch.equal(flat(more), flat(longer))
+
+
+def test_a_finished_run_that_is_resumed_tells_what_the_one_before_did(tmp_path, monkeypatch):
+    """Not what a call without a step measures, which is nothing."""
+    peaks = {"training": 9 << 20, "evaluation": 5 << 20}
+    monkeypatch.setattr(PeakMeter, "peak", lambda self, phase: peaks and peaks[phase])
+    run, config = RunFolder.create(tmp_path / "r"), FitConfig(max_iters=4, units_per_step=6)
+
+    def once(resume):
+        model = make()
+        return fit(Task(model, batches, loss_fn, adam(model), evaluate=evaluate), config, run=run, resume=resume)
+
+    first, written = once(resume=False), (run.path / "memory.json").read_bytes()
+    peaks = None
+    again = once(resume=True)
+    assert again.ledger == first.ledger
+    assert again.peak_bytes == first.peak_bytes == {"training": 9 << 20, "evaluation": 5 << 20}
+    assert again.units_per_second == first.units_per_second > 0
+    assert again.seconds == first.seconds
+    assert (again.joules is None, again.energy_source) == (first.joules is None, first.energy_source)
+    assert (run.path / "memory.json").read_bytes() == written
+    (run.path / "memory.json").write_text("{}")
+    with pytest.raises(UserError, match=r"memory.json is not a memory ledger"):
+        once(resume=True)
 
 
 def test_no_steps_at_all(tmp_path):

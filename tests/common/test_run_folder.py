@@ -5,6 +5,7 @@ import json
 import sys
 import types
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -195,19 +196,85 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
 
 
-@pytest.mark.parametrize("library", ["wandb", "trackio"])
-def test_online_trackers_are_imported_only_when_named(tmp_path, monkeypatch, library):
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """What stand-ins for wandb and trackio were called with."""
+    found = []
     fake = types.SimpleNamespace(
-        init=lambda **k: calls.append(("init", k["name"])),
-        log=lambda row, step: calls.append((step, row)),
-        finish=lambda: calls.append("finish"),
+        init=lambda **given: found.append(given),
+        log=lambda row, step: found.append((step, row)),
+        finish=lambda: found.append("finish"),
     )
-    monkeypatch.setitem(sys.modules, library, fake)
+    for library in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, library, fake)
+    return found
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_online_trackers_are_imported_only_when_named(tmp_path, calls, library):
+    (tmp_path / "my-run").mkdir()
     tracker = open_tracker(library, tmp_path / "my-run", {"a": 1})
     tracker.log({"step": 3, "split": "val", "loss": 1.0})
     tracker.close()
-    assert calls == [("init", "my-run"), (3, {"val/loss": 1.0}), "finish"]
+    assert (calls[0]["name"], calls[0]["config"]) == ("my-run", {"a": 1})
+    assert calls[1:] == [(3, {"val/loss": 1.0}), "finish"]
+
+
+def test_a_resumed_run_is_the_same_one_of_the_online_trackers(tmp_path, calls):
+    """W&B knows it by an id, trackio by its name; a new run is another one in both."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    open_tracker("wandb", one, {})
+    open_tracker("wandb", one, {}, resume_step=7)
+    open_tracker("wandb", two, {})
+    ids = [given["id"] for given in calls]
+    assert ids[0] == ids[1] != ids[2]
+    assert {given["resume"] for given in calls} == {"allow"}
+    calls.clear()
+    open_tracker("trackio", one, {}, resume_step=7)  # it begins there, where another run may have this name
+    open_tracker("trackio", one, {}, resume_step=9, name="other")
+    open_tracker("wandb", one, {}, resume_step=9)
+    assert [(given["name"], given["resume"]) for given in calls[:2]] == [("one", "never"), ("one", "allow")]
+    assert calls[2]["id"] == ids[0]
+    (one / "tracker.json").write_text('{"wandb": 1}')
+    with pytest.raises(UserError, match=r"tracker\.json is damaged"):
+        open_tracker("wandb", one, {}, resume_step=9)
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio", "tensorboard"])
+def test_a_tracker_that_does_not_open_is_refused_in_one_sentence(tmp_path, monkeypatch, library):
+    def refuse(*_, **__):
+        raise RuntimeError("No API key configured.\nUse the Force.")
+
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(init=refuse))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", refuse)
+    said = rf"^--tracker {library} does not open \(No API key configured\): mend that, or use another tracker$"
+    with pytest.raises(UserError, match=said):
+        open_tracker(library, tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("console", [True, False])
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_tracker_that_fails_ends_no_training_and_is_said_once(tmp_path, calls, capsys, monkeypatch, fails, console):
+    def fail(*_, **__):
+        calls.append("failed")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(sys.modules["wandb"], fails, fail)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    task = Task(model, lambda i: torch.ones(2, 3), lambda m, x: m(x).square().mean(), torch.optim.SGD([model.weight]))
+    run, config = RunFolder.create(tmp_path / "r"), FitConfig(max_iters=3, log_interval=1, tracker="wandb")
+    with nullcontext() if console else pytest.warns(RuntimeWarning, match="--tracker wandb failed") as told:
+        fit(task, config, run=run, console=Console() if console else None)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    assert run.checkpoints.steps() == [3]
+    assert calls.count("failed") == 1
+    assert ("finish" in calls) == (fails == "log")  # it is closed, too
+    said = capsys.readouterr().out if console else str(told[0].message)
+    assert said.count("--tracker wandb failed (no route): the run goes on without it") == 1
 
 
 @pytest.mark.parametrize("library", ["wandb", "trackio"])

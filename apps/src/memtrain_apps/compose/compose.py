@@ -194,12 +194,12 @@ def saving(model: nn.Module, axes: Axes) -> Callable[[], AbstractContextManager[
         razor = partial(backrazor.Razor, axes.keep, mode=axes.razor_mode, recompute=recompute)
         if not axes.razor_blocks:
             return razor
-        found = list(blocks(model).values())
+        found = list(blocks(model, " that Back Razor could leave out: choose --save backrazor without them").values())
         chosen = numbers_of(axes.razor_blocks, len(found), "backrazor")
         others = CheckpointBlocks(block for i, block in enumerate(found) if i not in chosen)
         return partial(_both, others, razor)
     if axes.save == "checkpoint":
-        found = list(blocks(model).values())
+        found = list(blocks(model, " to checkpoint: choose save all or backrazor").values())
         return partial(CheckpointBlocks, [found[i] for i in numbers_of(axes.checkpoint_blocks, len(found))])
     if axes.save == "offload":
         if device.type == "cpu":

@@ -35,11 +35,14 @@ def inside(name: str, modules: Sequence[str]) -> bool:
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
+def blocks(model: nn.Module, instead: str = "") -> dict[str, nn.Module]:
     """The repeated parts, by name: the outermost numbered modules with parameters ("vit.layers.0", "layer1.0").
 
+    Args:
+        instead: the end of the sentence: what they are for, and what a model without them can have.
+
     Raises:
-        UserError: if there are fewer than two.
+        UserError: if there are none.
     """
     head = head_name(model)
     found = {
@@ -50,8 +53,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         and name.split(".")[0] != head
         and any(True for _ in module.parameters())
     }
-    if len(found) < 2:
-        raise UserError(f"{type(model).__name__} has no numbered blocks, between which its inputs could be kept")
+    if not found:
+        raise UserError(f"{type(model).__name__} has no numbered blocks{instead}")
     return found
 
 
@@ -75,7 +78,8 @@ def matrices(model: nn.Module, which: str, heads: Sequence[str] | None = None) -
     suffixes = ATTENTION if which == "attention" else (*ATTENTION, *MLP)
     chosen = [n for n, _ in layers if ends_in(n, suffixes)]
     if which == "all" and not chosen:  # a CNN: what lies in its blocks
-        of_blocks = tuple(f"{b}." for b in blocks(model))
+        instead = " whose layers adapters could be on: choose train full, bitfit or head"
+        of_blocks = tuple(f"{b}." for b in blocks(model, instead))
         chosen = [n for n, m in layers if n.startswith(of_blocks) and getattr(m, "groups", 1) == 1]
     if not chosen:
         there = ", ".join(sorted({n.rpartition(".")[2] for n, _ in layers})) or "none of this kind"

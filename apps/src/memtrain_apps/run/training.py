@@ -30,6 +30,8 @@ from .explain import explain
 from .predicting import predict_run
 from .workload import Workload
 
+NO_SHARDS = " that fsdp could gather one after another: choose --parallel ddp"
+
 
 def run(
     config: RunConfig, make: Callable[[Any, World], Workload], argv: Sequence[str], prog: str
@@ -46,6 +48,9 @@ def run(
         session.console.say(chosen.why)
         choice = {n: getattr(chosen.axes, n) for n in ("save", *BLOCK_FLAGS.values())}
     saving(workload.task.model, replace(config, **choice))  # refuses what the model has not, before there is a folder
+    sharded = config.parallel == "fsdp" and session.place.size > 1
+    if sharded:
+        blocks(workload.task.model, NO_SHARDS)
     if config.explain_memory:
         session.console.say(explain(workload, replace(config, **choice), device))
         return None
@@ -70,9 +75,9 @@ def run(
     plain: list[nn.Module] = []  # what the whole model is gathered into where its parts lie on several processes
 
     def wrap(model: nn.Module) -> nn.Module:
-        if config.save_model and config.parallel == "fsdp" and session.place.size > 1 and session.place.is_main:
+        if config.save_model and sharded and session.place.is_main:
             plain.append(skeleton(model))
-        return parallelize(model, config.parallel, device, blocks=blocks(model).values())
+        return parallelize(model, config.parallel, device, blocks=blocks(model, NO_SHARDS).values() if sharded else ())
 
     # the composition: inject, wrap, build; then fit enters the saving context around each forward pass
     task = compose(
@@ -110,7 +115,7 @@ def run(
     )
     if config.save_model:
         trained = outcome.model
-        if config.parallel == "fsdp" and session.place.size > 1:
+        if sharded:
             gather_whole(trained, plain[0] if plain else None)
             trained = plain[0] if plain else trained
         if session.place.is_main:

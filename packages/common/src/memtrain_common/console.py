@@ -65,12 +65,12 @@ class Console:
     """
 
     def __init__(self, log: Path | None = None, *, quiet: bool = False) -> None:
-        self._log, self._quiet = log, quiet
+        self._log, self.quiet = log, quiet
         self._unlogged: list[str] = []
 
     def logging_to(self, log: Path | None) -> "Console":
         """The same with a log file, which begins with what was said before there was one."""
-        console = Console(log, quiet=self._quiet)
+        console = Console(log, quiet=self.quiet)
         if log is not None and self._unlogged:
             console._keep("\n".join(self._unlogged))
         return console
@@ -83,7 +83,7 @@ class Console:
             file.write(text + "\n")
 
     def say(self, text: str = "") -> None:
-        if self._quiet:
+        if self.quiet:
             return
         text = printable(text)
         try:
@@ -103,14 +103,14 @@ class Console:
             lines: also print lines on stdout where that is no terminal; not where stdout is a command's result.
         """
         return Progress(
-            lines=self.say if lines and not self._quiet and not sys.stdout.isatty() else None,
+            lines=self.say if lines and not self.quiet and not sys.stdout.isatty() else None,
             total=total,
             initial=initial,
             desc=label,
             dynamic_ncols=True,
             mininterval=0.2,
             unit_scale=scale,
-            disable=True if self._quiet else None,
+            disable=True if self.quiet else None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 

@@ -124,8 +124,9 @@ def ended_before(folder: Path, result: FitResult) -> dict[str, Any] | None:
         return None
     if before is None or before.get("steps") != result.step or "command" not in before:
         return None
-    result.peak_bytes = before.get("peak_bytes") or result.peak_bytes
-    result.units_per_second = before.get("units_per_second") or result.units_per_second
+    result.units_per_second = before.get("units_per_second") or result.units_per_second  # of an older checkpoint
+    if result.joules is None and before.get("joules") is not None:  # it ended where there was a counter
+        result.joules, result.energy_source = before["joules"], before["energy_source"]
     return before
 
 

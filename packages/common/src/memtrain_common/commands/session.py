@@ -23,12 +23,11 @@ from ..console import Console
 from ..data.fingerprint import changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
-from ..measuring.memory import Ledger
 from ..runs.run_folder import RunFolder, default_run_path
 from ..runs.state_tree import shard_like
-from ..runs.trackers import check_tracker
+from ..runs.trackers import check_login, check_tracker
 from ..training.cpu_workarounds import avoid_broken_amx
-from ..training.distributed import World, gather_objects, launch, unwrap
+from ..training.distributed import World, gather_objects, launch, refusing_together, unwrap
 from ..training.fit_config import DTYPES, FitConfig
 from ..training.leaving import say_after_training
 from ..training.loop import fit
@@ -96,6 +95,8 @@ class Session:
             flag = "--" + shared.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, shared)} must be divisible by the {place.size} processes")
         check_tracker(config.tracker)
+        if config.tracker == "wandb":
+            refusing_together(check_login if place.is_main else lambda: None)
         return cls(config, argv, prog, place, device)
 
     def open(self, data: dict[str, Any], *, beside: Collection[str] = (), **about: Any) -> None:
@@ -194,8 +195,6 @@ class Session:
             task, config, run=self.run, resume=resume, resume_path=self._resume_path,
             resume_key=resume_key, read_key=partial(self._old_key, resume_key), console=self.console, label=label,
         )  # fmt: skip
-        if result.ledger is None and self.run is not None and (self.run.path / "memory.json").is_file():
-            result.ledger = Ledger.read(self.run.path / "memory.json")
         if self.run is not None and self.config.resume:
             self._before = ended_before(self.run.path, result)
         step = result.step

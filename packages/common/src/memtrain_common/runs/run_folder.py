@@ -12,6 +12,7 @@
       memory.json      the memory ledger
       loss.png, memory.png
       tensorboard/
+      tracker.json     what W&B or trackio knows the run by
       checkpoints/     see memtrain_common.runs.checkpoint
       .lock            held while a process trains in the folder
 """

@@ -4,8 +4,9 @@ import contextlib
 from pathlib import Path
 
 from .lock import LOCK, release
+from .trackers import KNOWN_AS
 
-OWN = frozenset({"config.json", "log.txt", LOCK})
+OWN = frozenset({"config.json", "log.txt", KNOWN_AS, LOCK})
 """Files of a run that has not taken a step."""
 
 _made: dict[Path, tuple[Path, ...]] = {}

@@ -6,7 +6,7 @@ Without torchrun everything here is the single process: rank 0 of 1.
 import datetime
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +217,21 @@ def gather_objects(value: Any) -> list[Any]:
     with speaking():
         dist.all_gather_object(values, value)
     return values
+
+
+def refusing_together(action: Callable[[], None]) -> None:
+    """Call it, and refuse in every process what one of them refuses: the others would wait for that one.
+
+    Raises:
+        UserError: with the sentence of the first process that has one.
+    """
+    why = ""
+    try:
+        action()
+    except UserError as error:
+        why = str(error)
+    if said := next(filter(None, gather_objects(why)), ""):
+        raise UserError(said)
 
 
 @contextmanager

@@ -81,8 +81,10 @@ class FitResult:
     best: tuple[int, float] | None = None
     """Step and value of the best evaluation."""
     units_per_second: float = 0.0
-    """Mean over the steps of this process after the first (which measures memory, and compiles)."""
+    """Mean over the steps of this process after the first (which measures memory, and compiles); where it took no
+    other, that of the process before."""
     ledger: Ledger | None = None
+    """Of this process's first step; of a run that had ended, what its ``memory.json`` says, peaks included."""
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
     """Of "training" and "evaluation", apart."""
     skipped_steps: int = 0
@@ -93,7 +95,8 @@ class FitResult:
     energy_source: str = "unavailable"
 
     def note_rate(self, units_per_step: int, first: int, timed_from: float) -> None:
-        """Set ``units_per_second``: over the steps after this process's first, or over all where it timed none.
+        """Set ``units_per_second``: over the steps after this process's first; where it timed none it stays what the
+        checkpoint has, or is that over all steps.
 
         Args:
             first: step that this process began with.
@@ -102,5 +105,5 @@ class FitResult:
         timed = self.step - first - 1
         if timed > 0:
             self.units_per_second = timed * units_per_step / (self.seconds - timed_from)
-        elif self.seconds > 0:
+        elif self.seconds > 0 and not self.units_per_second:
             self.units_per_second = self.step * units_per_step / self.seconds

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from ..console import Console
 from ..errors import DivergedError, UserError
+from ..files import read_json
+from ..measuring.memory import Ledger
 from ..runs.run_folder import RunFolder
 from ..runs.state_tree import check
-from .distributed import any_rank, unwrap
-from .fit_config import FitResult
+from ..runs.trackers import Tracker, open_tracker
+from .distributed import any_rank, refusing_together, unwrap
+from .fit_config import FitConfig, FitResult
 from .task import Task
 from .training_state import Stateful, all_finite, capture, check_resume_key, infinite_buffers, put_back
+
+LEDGER = "memory.json"
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Keeper:
         self.progress = Progress(torch.ones((), dtype=torch.bool, device=next(self.model.parameters()).device))
         self._others: dict[str, Stateful] = {**task.stateful, "scaler": scaler}
         self._infinite = infinite_buffers(self.model)
+        self._tracker: Tracker | None = None
         if run is not None:
             self._check_storable()
 
@@ -137,6 +143,7 @@ class Keeper:
             "step": result.step,
             "evaluated": self.progress.evaluated,
             "seconds": result.seconds,
+            "units_per_second": result.units_per_second,
             "skipped": result.skipped_steps,
             "evaluation": result.evaluation,
             "best": result.best,
@@ -147,15 +154,41 @@ class Keeper:
             identity=self.resume_key,
         )  # fmt: skip
 
-    def begin(self, resume: bool, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Go on from the newest checkpoint, or begin at step 0.
+    def save_ledger(self) -> None:
+        """Write ``memory.json``, once a step was measured."""
+        result = self.progress.result
+        if self.run is not None and self.run.writes and result.ledger is not None:
+            result.ledger.save(self.run.path / LEDGER, peak_bytes=result.peak_bytes)
+
+    def take_measurements(self) -> None:
+        """Where this process measured no step, since all were taken: what the one that took them had measured.
+
+        Raises:
+            UserError: if its ``memory.json`` is damaged.
+        """
+        result = self.progress.result
+        if self.run is None or result.ledger is not None or not (self.run.path / LEDGER).is_file():
+            return
+        result.ledger = Ledger.read(self.run.path / LEDGER)
+        before = read_json(self.run.path / LEDGER).get("peak_bytes") or {}
+        now = {phase: n for phase, n in result.peak_bytes.items() if n is not None}
+        result.peak_bytes = {**result.peak_bytes, **before, **now}
+
+    def begin(
+        self, config: FitConfig, resume: bool, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> None:
+        """Go on from the newest checkpoint, or begin at step 0; open the tracker.
 
         Raises:
             UserError: as :meth:`restore`; or where a run would begin in the folder of another, whose checkpoints its
-                own first one would replace.
+                own first one would replace; or if the tracker does not open.
         """
         if resume:
-            self.restore(read_key)
+            said = self.restore(read_key)
+            self._open_tracker(config, self.progress.result.step)
+            assert self.run is not None
+            self.run.taken_up()
+            self.console.say(said)
             return
         begun = self.run is not None and self.run.writes and bool(self.run.checkpoints.steps())
         if any_rank(int(begun)):  # said by every process, or the others would wait for the one that writes
@@ -163,9 +196,36 @@ class Keeper:
             raise UserError(
                 f"{where} holds a run with checkpoints: go on with it (resume=True), or begin in another folder"
             )
+        self._open_tracker(config, None)
 
-    def restore(self, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Take up the newest valid checkpoint; where there is none, begin the run anew.
+    def _open_tracker(self, config: FitConfig, resume_step: int | None) -> None:
+        """Before anything is written: where it does not open, a run that is resumed stays as it was."""
+
+        def opening() -> None:
+            if self.run is not None and self.run.writes:
+                self._tracker = open_tracker(
+                    config.tracker, self.run.path, self.resume_key, resume_step=resume_step,
+                    project=config.tracker_project, name=config.tracker_name,
+                    say=None if self.console.quiet else self.console.say,
+                )  # fmt: skip
+
+        if config.tracker != "none":
+            refusing_together(opening)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to ``metrics.jsonl``, and give it to the tracker."""
+        if self.run is not None:
+            self.run.append_metrics([row])
+        if self._tracker is not None:
+            self._tracker.log(row)
+
+    def close(self) -> None:
+        """The tracker gets no more rows."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def restore(self, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> str:
+        """Take up the newest valid checkpoint; where there is none, begin the run anew; -> what to say of it.
 
         Raises:
             UserError: if no checkpoint is intact, or the newest one is of another training.
@@ -177,18 +237,15 @@ class Keeper:
         if found is None:
             if checkpoints.steps():
                 raise UserError(f"no checkpoint in {checkpoints.folder} is intact: begin a new run with another --out")
-            say(f"{self.run.path} has no checkpoint yet: beginning at step 0")
             self.run.take_back_metrics(0)
-            self.run.taken_up()
-            return
+            return f"{self.run.path} has no checkpoint yet: beginning at step 0"
         step, state = found
         where = checkpoints.path(step)
         try:
             self._take_up(step, state, where, read_key)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(f"{where} does not hold what this version's checkpoints do ({error!r})") from None
-        self.run.taken_up()
-        say(f"resumed from {where}")
+        return f"resumed from {where}"
 
     def _take_up(
         self,
@@ -205,6 +262,7 @@ class Keeper:
         saved, result = state["progress"], self.progress.result
         result.step, result.seconds, result.evaluation = step, saved["seconds"], saved["evaluation"]
         result.best, self.progress.evaluated, self.progress.saved_step = saved["best"], saved["evaluated"], step
-        result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it
+        result.skipped_steps = saved.get("skipped", 0)  # older checkpoints do not know it, nor the rate
+        result.units_per_second = saved.get("units_per_second", 0.0)
         if not self.run.take_back_metrics(saved["metrics_bytes"], saved.get("metrics_sha256", "")):
             say(f"{self.run.path / 'metrics.jsonl'} is gone: it begins again behind step {step}")

@@ -21,7 +21,6 @@ from ..measuring.energy import EnergyMeter
 from ..measuring.memory import SavedActivations, measure
 from ..measuring.peak import PeakMeter, memory_in_use
 from ..runs.run_folder import RunFolder
-from ..runs.trackers import Tracker, open_tracker
 from .distributed import any_rank, gpus_of, mean_over_ranks, synchronising, unwrap, world
 from .evaluation import mean_loss as mean_loss
 from .fit_config import DTYPES, FitConfig, FitResult
@@ -94,7 +93,6 @@ class _Trainer:
         self.peaks = PeakMeter(self.device)
         self.keeper = Keeper(task, self.scaler, run, console, resume_path=resume_path, resume_key=resume_key)
         self.progress, self.result = self.keeper.progress, self.keeper.progress.result
-        self.tracker: Tracker | None = None
         self.after_step = task.called_after_steps()
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -103,15 +101,10 @@ class _Trainer:
 
     def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
-        self.keeper.begin(resume, read_key)
+        self.keeper.begin(config, resume, read_key)
         gpus = gpus_of(self.device)
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
-        if self.run and self.run.writes:
-            since = result.step if resume else None
-            names = {"project": config.tracker_project, "name": config.tracker_name}
-            key = self.keeper.resume_key
-            self.tracker = open_tracker(config.tracker, self.run.path, key, resume_step=since, **names)
         bar = self.console.progress(config.max_iters, initial=result.step, label=label, lines=True)
         micro = config.gradient_accumulation_steps
         source = numbered(self.task.batches, range(result.step * micro, config.max_iters * micro), config.workers)
@@ -140,7 +133,8 @@ class _Trainer:
                     result.seconds += spent
                     if result.step == first + 1:
                         timed_from = result.seconds
-                        self._save_ledger()
+                        self.keeper.save_ledger()
+                    result.note_rate(config.units_per_step, first, timed_from)  # a checkpoint knows it
                     bar.update()
                     if logged:
                         steps = result.step - max(first, (result.step - 1) // config.log_interval * config.log_interval)
@@ -153,11 +147,11 @@ class _Trainer:
         finally:
             bar.close()
             self.peaks.end()
-            if self.tracker is not None:
-                self.tracker.close()
+            self.keeper.close()
         result.peak_bytes = {phase: self.peaks.peak(phase) for phase in ("training", "evaluation")}
         result.note_rate(config.units_per_step, first, timed_from)
-        self._save_ledger()
+        self.keeper.save_ledger()
+        self.keeper.take_measurements()
         return result
 
     def _step(self, source: Iterator[Batch], measuring: bool) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +240,7 @@ class _Trainer:
             if best is None or (value > best[1] if config.higher_is_better else value < best[1]):
                 self.result.best = (step, value)
                 new_best = True
-            self._write({"step": step, "split": "val", **row})
+            self.keeper.write({"step": step, "split": "val", **row})
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
             self.console.say(f"step {step}: validation {numbers}")
             progress.evaluated = True
@@ -275,21 +269,11 @@ class _Trainer:
         row |= {f"{config.unit}_per_second": round(rate, 1)} if config.units_per_step else {}
         row["seconds"] = round(result.seconds, 3)
         row |= {"skipped": result.skipped_steps} if result.skipped_steps else {}
-        self._write(row)
+        self.keeper.write(row)
         speed = f"{format_count(rate)} {config.unit}/s, " if config.units_per_step else ""
         shown = f"loss {loss:.4f}, {speed}{format_bytes(memory_in_use(self.device))}"
         shown += f", {result.skipped_steps} skipped" if result.skipped_steps else ""
         bar.set_postfix_str(shown, refresh=False)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.run is not None:
-            self.run.append_metrics([row])
-        if self.tracker is not None:
-            self.tracker.log(row)
-
-    def _save_ledger(self) -> None:
-        if self.run is not None and self.run.writes and self.result.ledger is not None:
-            self.result.ledger.save(self.run.path / "memory.json", peak_bytes=self.result.peak_bytes)
 
     def _agree_to_stop(self, signals: StopSignals) -> None:
         """Stop if a signal came to any process; asked at every step, or, of parts, where the processes speak."""
