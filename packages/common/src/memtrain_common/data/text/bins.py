@@ -63,8 +63,12 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         meta = read_json(path)
         for split in ("train", "val"):
             int(meta["splits"][split]["tokens"]), int(meta["splits"][split]["text_bytes"])
-        letters = isinstance(meta["characters"], str) if meta["tokenizer"] == "chars" else True
-        if meta["tokenizer"] in ("gpt2", "chars", "bytes") and int(meta["vocab_size"]) > 0 and letters:
+        if meta["tokenizer"] == "chars":
+            letters = isinstance(meta["characters"], str) and len(set(meta["characters"])) == meta["vocab_size"]
+            known = letters and len(meta["characters"]) == meta["vocab_size"]
+        else:
+            known = meta["tokenizer"] in ("gpt2", "bytes")
+        if known and int(meta["vocab_size"]) > 0:
             return meta
     except (ValueError, KeyError, TypeError, OSError):
         pass

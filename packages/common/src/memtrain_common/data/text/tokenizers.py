@@ -40,21 +40,33 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """A token is a character; the vocabulary is the sorted set of a corpus's characters (nanoGPT's ``meta``)."""
+    """A token is a character: its place in the vocabulary. :meth:`of_text` sorts a text's, as nanoGPT's ``prepare.py``
+    does; bins may have any other order (``meta.pkl``), which is kept."""
 
     name = "chars"
 
     def __init__(self, characters: str) -> None:
-        self.characters = "".join(sorted(set(characters)))
-        self.vocab_size = len(self.characters)
-        self._codes = np.frombuffer(self.characters.encode("utf-32-le"), np.uint32)  # sorted code points
+        """``characters``: the vocabulary, each of them once, in the order of their tokens."""
+        if len(set(characters)) != len(characters):
+            raise ValueError("a vocabulary has each character once: CharTokenizer.of_text makes one from a text")
+        self.characters = characters
+        self.vocab_size = len(characters)
+        codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
+        self._order = np.argsort(codes)  # the tokens, by their code points
+        self._codes = codes[self._order]
+
+    @classmethod
+    def of_text(cls, text: str) -> "CharTokenizer":
+        """The vocabulary of a text: its characters, sorted."""
+        return cls("".join(sorted(set(text))))
 
     def encode(self, raw: bytes) -> Tokens:
         codes = np.frombuffer(raw.decode().encode("utf-32-le"), np.uint32)
-        tokens = np.searchsorted(self._codes, codes)
-        wrong = (tokens == self.vocab_size) | (self._codes[np.minimum(tokens, self.vocab_size - 1)] != codes)
+        places = np.searchsorted(self._codes, codes)
+        wrong = (places == self.vocab_size) | (self._codes[np.minimum(places, self.vocab_size - 1)] != codes)
         if wrong.any():
             raise UserError(f"the character {chr(int(codes[wrong][0]))!r} is not in the vocabulary of this corpus")
+        tokens = self._order[places]
         return tokens.astype(np.uint16) if self.vocab_size <= 2**16 else tokens.astype(np.uint32)
 
     def decode(self, tokens: Tokens) -> bytes:
