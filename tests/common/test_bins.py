@@ -142,6 +142,25 @@ def test_a_damaged_pickle_never_shows_a_traceback(tmp_path, seed):
         read_meta_pickle(path)
 
 
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+def test_wider_tokens_are_not_read_as_twice_as_many(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("memtrain_common.data.text.bins._CHUNK", 8)
+    tokens = np.random.default_rng(0).integers(1, 50257, 40)
+    folder = bins(tmp_path / "x", tokens, tokens)
+    (folder / "val.bin").write_bytes(tokens.astype(dtype).tobytes())
+    with pytest.raises(UserError, match=r"val\.bin has a 0 at every second place.*numpy\.uint16"):
+        load_corpus(str(folder))
+
+
+def test_zeros_at_every_second_place_may_be_meant(tmp_path):
+    """UTF-16 as bytes, which lte-prepare has counted; and nanoGPT's zeros in a part of the text alone."""
+    utf16 = [*"the quick brown fox".encode("utf-16-le")]
+    folder = bins(tmp_path / "counted", utf16, utf16, tokenizer="bytes", vocab_size=256)
+    assert load_corpus(str(folder)).train.tolist() == utf16
+    folder = bins(tmp_path / "part", [*utf16, 1, 1], [1, 1, *utf16])
+    assert load_corpus(str(folder)).val.tolist() == [1, 1, *utf16]
+
+
 def damaged(folder, **change):
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, **change}))

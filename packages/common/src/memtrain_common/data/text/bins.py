@@ -21,6 +21,8 @@ META, META_PICKLE, UNFINISHED = "meta.json", "meta.pkl", ".preparing"
 SPLITS = ("train", "val", "test")
 GPT2_VOCAB, GPT2_FILES = 50257, ("encoder.json", "vocab.bpe")
 _CHUNK = 2**24
+_ENOUGH = 16
+"""Tokens from which on zeros at every second place are no text's."""
 
 
 def is_bins(folder: Path) -> bool:
@@ -37,8 +39,8 @@ def read_bins(folder: Path, tokenizer_dir: Path | None = None) -> dict[str, Any]
         tokenizer_dir: GPT-2's ``encoder.json`` and ``vocab.bpe``; None takes those beside the bins, or tiktoken's.
 
     Raises:
-        UserError: if a bin is missing, empty, of odd length, other than ``meta.json`` says, or holds a token beyond the
-            vocabulary.
+        UserError: if a bin is missing, empty, of odd length, of wider tokens, other than ``meta.json`` says, or holds a
+            token beyond the vocabulary.
     """
     if (folder / UNFINISHED).exists():
         raise UserError(f"{folder} is not prepared to its end: give the same lte-prepare command again, which goes on")
@@ -122,6 +124,7 @@ def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tupl
     tokens: npt.NDArray[np.uint16] = np.memmap(path, "<u2", "r")
     digest = hashlib.sha256()
     bar = Console(quiet=size < 2**28).progress(size, label=f"checking {path.name}", scale=True)
+    wider = said is None and len(tokens) >= _ENOUGH  # what meta.json counted has the width that was counted
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
         if chunk.max() >= coder.vocab_size:
@@ -130,9 +133,15 @@ def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tupl
                 f"{path} holds the token {chunk[at]} at position {start + at}, beyond the vocabulary of "
                 f"{coder.vocab_size} ({coder.name}): it was made with another tokenizer, or is damaged"
             )
+        wider = wider and not chunk[1::2].any()
         digest.update(chunk.data)
         bar.update(chunk.nbytes)
     bar.close()
+    if wider:
+        raise UserError(
+            f"{path} has a 0 at every second place, as tokens of 32 or 64 bits have it: bins hold uint16; write it again "
+            "with the dtype numpy.uint16, or prepare the data again with lte-prepare"
+        )
     sha = digest.hexdigest()
     if said is not None and said.get("sha256", sha) != sha:
         raise UserError(f"{path} does not have the SHA-256 that {META} recorded: it is damaged; prepare the data again")
