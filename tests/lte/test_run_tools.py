@@ -220,6 +220,39 @@ def test_end_of_text_in_a_prompt_is_its_token(real_data):
     assert _encode(coder, "a<|endoftext|>b") == [64, 50256, 65]
 
 
+@pytest.mark.slow
+def test_gpt2s_files_are_those_of_the_run(tmp_path, capsys, monkeypatch):
+    """Nothing is downloaded where a run was trained with --tokenizer-dir; an export takes the files along."""
+
+    def download(name):
+        raise ConnectionError
+
+    monkeypatch.setattr("tiktoken.get_encoding", download)
+    files, text = tmp_path / "files", tmp_path / "text"
+    for folder in (files, text):
+        folder.mkdir()
+    letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256))]
+    letters += [chr(256 + i) for i in range(68)]  # GPT-2's signs for the bytes that do not print
+    (files / "encoder.json").write_text(json.dumps({c: i for i, c in enumerate([*letters, "ab", "<|endoftext|>"])}))
+    (files / "vocab.bpe").write_text("#version: 0.2\na b\n")
+    (text / "a.txt").write_text("ab ba\n" * 500)
+    run, words = str(tmp_path / "run"), ["--num_samples=1", "--max_new_tokens=3", "--start=ab"]
+    gpt2 = ["--tokenizer", "gpt2", "--tokenizer-dir", str(files), "--data-dir", str(text)]
+    train([*TINY, *gpt2, "--max-iters", "1", "--method", "full", "--out", run])
+    export([run, "--format", "transformers"])
+    assert "without a tokenizer" not in capsys.readouterr().out
+    for source in (run, f"{run}/gpt2"):
+        sample([source, *words])
+        assert capsys.readouterr().out.startswith("ab")
+    for name in ("encoder.json", "vocab.bpe"):
+        (files / name).rename(text / name)
+    sample([run, *words])
+    (text / "vocab.bpe").unlink()
+    with pytest.raises(UserError, match="could not download the GPT-2 vocabulary"):
+        sample([run, *words])
+    sample([run, *words, "--tokenizer-dir", f"{run}/gpt2"])  # under transformers' names
+
+
 # -- export
 
 

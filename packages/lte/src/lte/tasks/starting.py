@@ -10,6 +10,7 @@ from memtrain_common.commands.chosen import verified
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.data.text.bins import META, META_PICKLE, describe_tokenizer, read_tokenizer
 from memtrain_common.data.text.corpus import Corpus
+from memtrain_common.data.text.tokenizers import gpt2_files
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
@@ -39,6 +40,12 @@ class Trained:
     best_loss: float | None
 
     @property
+    def tokenizer_dir(self) -> Path | None:
+        """Where GPT-2's files are: the run's own --tokenizer-dir, or its data folder; None where they are not there."""
+        folders = (Path(name) for name in (self.config.tokenizer_dir, self.config.data_dir) if name)
+        return next((folder for folder in folders if gpt2_files(folder)), None)
+
+    @property
     def choice(self) -> str:
         """Whose weights these are, in words."""
         return f"the model of step {self.step}" + (", the best evaluation" if self.step != self.newest else "")
@@ -47,7 +54,8 @@ class Trained:
 def find_weights(
     init_from: str, say: Callable[[str], None] | None = None, *, select: str = ""
 ) -> tuple[PlainGPT, dict[str, Any] | None]:
-    """The weights that a word names, and the corpus that they were trained on, where that is known.
+    """The weights that a word names, and the corpus that they were trained on, where that is known; of a run with the
+    "tokenizer_dir" where GPT-2's files are.
 
     nanoGPT's checkpoint names its data set: the corpus is known where ``data/NAME`` is there, as nanoGPT looks for it.
 
@@ -67,7 +75,7 @@ def find_weights(
         trained = read_run(path, select)
         if say is not None and trained.step != trained.newest:
             say(f"{init_from}: {trained.choice}")
-        return trained.plain, trained.data
+        return trained.plain, {**trained.data, "tokenizer_dir": trained.tokenizer_dir}
     if (path / "ckpt.pt").is_file():
         return _read_nanogpts(path / "ckpt.pt")
     if (path / "config.json").is_file():

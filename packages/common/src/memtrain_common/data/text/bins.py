@@ -15,11 +15,11 @@ from ...console import Console
 from ...errors import UserError
 from ...files import read_json
 from .nanogpt_meta import read_meta_pickle
-from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, gpt2_files
 
 META, META_PICKLE, UNFINISHED = "meta.json", "meta.pkl", ".preparing"
 SPLITS = ("train", "val", "test")
-GPT2_VOCAB, GPT2_FILES = 50257, ("encoder.json", "vocab.bpe")
+GPT2_VOCAB = 50257
 _CHUNK = 2**24
 _ENOUGH = 16
 """Tokens from which on zeros at every second place are no text's."""
@@ -81,12 +81,11 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 def read_tokenizer(folder: Path, tokenizer_dir: Path | None = None) -> Tokenizer:
     """The tokenizer of the bins in a folder, by ``meta.json``, by nanoGPT's ``meta.pkl``, or else GPT-2's."""
-    beside = all((folder / name).exists() for name in GPT2_FILES)
     meta = _read_meta(folder)
     if meta is None and (folder / META_PICKLE).exists():
         return CharTokenizer(read_meta_pickle(folder / META_PICKLE))
     described = meta or {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
-    return tokenizer_of(described, tokenizer_dir or (folder if beside else None))
+    return tokenizer_of(described, tokenizer_dir or (folder if gpt2_files(folder) else None))
 
 
 def describe_tokenizer(coder: Tokenizer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ...errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_FILES = ("encoder.json", "vocab.bpe")
 Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
@@ -76,8 +77,8 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding: 50,257 tokens, of which the last is ``<|endoftext|>``.
 
-    Read from a folder that holds ``encoder.json`` and ``vocab.bpe``, or, without one, by tiktoken, which downloads
-    the same two files once and verifies their hashes.
+    Read from a folder that holds ``encoder.json`` and ``vocab.bpe`` (:func:`gpt2_files`), or, without one, by tiktoken,
+    which downloads the same two files once and verifies their hashes.
     """
 
     name = "gpt2"
@@ -125,14 +126,24 @@ class GPT2Tokenizer:
         return self._encoding.decode_bytes([int(t) for t in tokens])
 
 
+def gpt2_files(folder: Path) -> tuple[Path, Path] | None:
+    """GPT-2's two files of a vocabulary in a folder, under OpenAI's names or transformers'; None where they are not."""
+    for names in (GPT2_FILES, ("vocab.json", "merges.txt")):
+        encoder, merges = (folder / name for name in names)
+        if encoder.is_file() and merges.is_file():
+            return encoder, merges
+    return None
+
+
 def _local_gpt2(folder: Path) -> dict[str, Any]:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-    encoder, merges = folder / "encoder.json", folder / "vocab.bpe"
-    for path in (encoder, merges):
-        if not path.is_file():
-            raise UserError(f"{path} is missing: --tokenizer-dir needs GPT-2's encoder.json and vocab.bpe")
+    found = gpt2_files(folder)
+    if found is None:
+        lacking = next(path for name in GPT2_FILES if not (path := folder / name).is_file())
+        raise UserError(f"{lacking} is missing: --tokenizer-dir needs GPT-2's encoder.json and vocab.bpe")
+    encoder, merges = found
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
     except (AssertionError, KeyError, ValueError):
