@@ -332,8 +332,8 @@ def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
-    """read_run takes the newest that verifies."""
+def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, capsys):
+    """read_run takes the newest that verifies; what reads a run says which was damaged, once."""
     import shutil
 
     shutil.copytree(place / "both", tmp_path / "run")
@@ -341,6 +341,22 @@ def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
     assert load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert read_run(tmp_path / "run").step == 4
+    capsys.readouterr()
+    said = f"passed over checkpoint {weights.parent}: model.safetensors does not have the SHA-256"
+    run = str(tmp_path / "run")
+    words = [*TINY, "--data-dir", str(place / "bins")]
+    for command, argv in (
+        (sample, [run, "--num_samples=1", "--max_new_tokens=2"]),
+        (export, [run, "--out", str(tmp_path / "ckpt.pt")]),
+        (train, ["--resume", run, "--eval-only"]),
+        (train, [*words, "--init-from", run, "--eval-only"]),
+        (train, [*words, "--init-from", run, "--max-iters", "0", "--out", str(tmp_path / "next")]),
+    ):
+        command(argv)
+        assert capsys.readouterr().out.count(said) == 1, (command, argv)
+    weights.parent.with_name("step-00000004").joinpath("manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no intact checkpoint \(passed over .*manifest\.json is missing\)"):
+        read_run(tmp_path / "run")
 
 
 # -- figures

@@ -53,7 +53,7 @@ def export(argv: Sequence[str]) -> None:
 
     from .starting import read_run
 
-    trained = read_run(Path(config.run))
+    trained = read_run(Path(config.run), say=print)
     asked = trained.config
     if config.format == "nanogpt":
         globals_of_nanogpt = {

@@ -15,7 +15,6 @@ from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
 from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt_run
-from memtrain_common.runs.checkpoint import load, verify
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.runs.state_tree import same_shapes
 from memtrain_common.training.rng import seed_all
@@ -62,7 +61,7 @@ def find_weights(
     Args:
         init_from: one of OpenAI's four names, a run folder, ``ckpt.pt`` or its folder, or a transformers folder. What
             exists on disk comes before a name.
-        say: told where a run's weights are not those of its last step.
+        say: told where a run's weights are not those of its last step, and which checkpoints were passed over and why.
         select: of a run, as :func:`read_run` has it.
 
     Raises:
@@ -72,7 +71,7 @@ def find_weights(
     if path.is_file():
         return _read_nanogpts(path)
     if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
-        trained = read_run(path, select)
+        trained = read_run(path, select, say)
         if say is not None and trained.step != trained.newest:
             say(f"{init_from}: {trained.choice}")
         return trained.plain, {**trained.data, "tokenizer_dir": trained.tokenizer_dir}
@@ -103,15 +102,17 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def read_run(folder: Path, select: str = "") -> Trained:
+def read_run(folder: Path, select: str = "", say: Callable[[str], None] | None = None) -> Trained:
     """The weights that a run has chosen, its heads merged: those of its newest valid checkpoint, or with ``--select
     best`` of its best evaluation so far. The run itself is left as it is.
 
     Args:
         select: instead of the run's own ``--select``.
+        say: told which checkpoints were passed over and why.
 
     Raises:
-        UserError: if it is no run of lte-train's, has no checkpoint that verifies, or its best one is damaged.
+        UserError: if it is no run of lte-train's, has no checkpoint that verifies or one of a newer format, or its best
+            one is damaged.
     """
     run = RunFolder.open(folder, writes=False)
     content = run.read_config()
@@ -120,19 +121,20 @@ def read_run(folder: Path, select: str = "") -> Trained:
         config = replace(config, vocab_size=config.vocab_size or padded_vocabulary(data["vocab_size"]))
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder} was not made by this version of lte-train: {error}") from None
-    wrong = "there is none"
-    for newest in reversed(run.checkpoints.steps()):
-        wrong = verify(run.checkpoints.path(newest)) or ""
-        if wrong:
-            continue
-        step, state = newest, load(run.checkpoints.path(newest))
-        best = state["progress"]["best"]
-        if best and best[0] != newest and (select or config.select) == "best":
-            step = best[0]
-            state = verified(run, step, folder) if step else {}  # no checkpoint is written before the first step
-        weights = _merged(config, state.get("model"), run.checkpoints.path(step))
-        return Trained(PlainGPT(gpt_config(config), weights), config, data, step, newest, best[1] if best else None)
-    raise UserError(f"{folder} has no intact checkpoint ({wrong}): train it first, or for longer")
+    passed_over: list[str] = []
+    found = run.checkpoints.load_newest(passed_over.append)
+    if found is None:
+        why = passed_over[-1] if passed_over else "there is none"
+        raise UserError(f"{folder} has no intact checkpoint ({why}): train it first, or for longer")
+    for line in passed_over if say is not None else ():
+        say(line)
+    newest, state = found
+    step, best = newest, state["progress"]["best"]
+    if best and best[0] != newest and (select or config.select) == "best":
+        step = best[0]
+        state = verified(run, step, folder) if step else {}  # no checkpoint is written before the first step
+    weights = _merged(config, state.get("model"), run.checkpoints.path(step))
+    return Trained(PlainGPT(gpt_config(config), weights), config, data, step, newest, best[1] if best else None)
 
 
 def _merged(config: TrainConfig, state: dict[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
