@@ -138,8 +138,8 @@ def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tupl
     bar.close()
     if wider:
         raise UserError(
-            f"{path} has a 0 at every second place, as tokens of 32 or 64 bits have it: bins hold uint16; write it again "
-            "with the dtype numpy.uint16, or prepare the data again with lte-prepare"
+            f"{path} has a 0 at every second place, as tokens of 32 or 64 bits have it: bins hold uint16; write it "
+            "again with the dtype numpy.uint16, or prepare the data again with lte-prepare"
         )
     sha = digest.hexdigest()
     if said is not None and said.get("sha256", sha) != sha:
