@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -332,10 +333,47 @@ def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [["--eval-only"], ["--data-changed", "ok"]])
+def test_a_run_is_not_resumed_on_other_letters(place, tmp_path, how):
+    """Its tokens would be other letters of the other text, or bytes."""
+    other = tmp_path / "other"
+    (tmp_path / "b.txt").write_text("abcdefghij klmno\n" * 200)
+    prepare([str(tmp_path / "b.txt"), "--tokenizer", "chars", "--out", str(other)])
+    shutil.copytree(place / "full", tmp_path / "chars")
+    alone = "--eval-only" in how
+    for run, words, expected in (
+        ("chars", [], "trained on other characters than other has" if alone else "the tokens are other characters"),
+        ("bytes", [], "reads bytes tokens and other has chars" if alone else "the tokens are chars and were bytes"),
+    ):
+        if run == "bytes":
+            text = tmp_path / "text"
+            text.mkdir()
+            (text / "a.txt").write_text(TEXT)
+            train(
+                [*TINY, "--max-iters", "1", "--method", "full", "--data-dir", str(text), "--out", str(tmp_path / run)]
+            )
+        with pytest.raises(UserError, match=expected):
+            train(["--resume", str(tmp_path / run), "--data-dir", str(other), *words, *how])
+    shutil.copytree(place / "bins", tmp_path / "moved")
+    train(["--resume", str(tmp_path / "chars"), "--data-dir", str(tmp_path / "moved"), *how])
+
+
+@pytest.mark.slow
+def test_evaluation_alone_says_the_tokens_that_it_looked_at(place, tmp_path, capsys):
+    """Of few tokens there are fewer rows than batches ask for: 40 have two blocks of 16 with their targets."""
+    letters = "".join(sorted(set(TEXT)))
+    tokens = np.array([letters.index(c) for c in TEXT[:400]], "<u2")
+    (tmp_path / "few").mkdir()
+    for split, part in (("train", tokens), ("val", tokens[:40])):
+        part.tofile(tmp_path / "few" / f"{split}.bin")
+    shutil.copy(place / "bins" / "meta.pkl", tmp_path / "few")
+    train(["--resume", str(place / "full"), "--data-dir", str(tmp_path / "few"), "--eval-only"])
+    assert "on 32 characters of few" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, capsys):
     """read_run takes the newest that verifies; what reads a run says which was damaged, once."""
-    import shutil
-
     shutil.copytree(place / "both", tmp_path / "run")
     weights = newest_checkpoint(tmp_path / "run") / "model.safetensors"
     assert load_file(weights)

@@ -168,24 +168,23 @@ def with_architecture(config: TrainConfig, corpus: Corpus, say: Callable[[str], 
         say: as :func:`find_weights` has it.
 
     Raises:
-        UserError: if the weights do not fit the corpus, the block or the frozen blocks.
+        UserError: if the weights do not fit the corpus, the block or the frozen blocks; or if the tokens that
+            --eval-only looks at are not those that the run knows.
     """
     vocab = corpus.tokenizer.vocab_size
     config = replace(config, tokenizer=corpus.tokenizer.name)  # type: ignore[arg-type]
+    if config.resume and config.eval_only:
+        before = RunFolder.open(Path(config.resume), writes=False).read_config().get("data") or {}
+        if before.get("sha256") != corpus.sha256:
+            _check_tokens(config.resume, before, corpus)
     if config.init_from == "scratch" or config.resume:
         if 0 < config.vocab_size < vocab:
             raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
         return replace(config, vocab_size=config.vocab_size or padded_vocabulary(vocab))
     plain, data = find_weights(config.init_from, say)
     theirs = plain.config
-    tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None
-    if tokenizer not in (None, corpus.tokenizer.name):
-        raise UserError(
-            f"{config.init_from} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the "
-            f"text for it (--tokenizer {tokenizer}, or lte-prepare)"
-        )
-    if data and data.get("characters") != corpus.describe().get("characters"):
-        raise UserError(f"{config.init_from} was trained on other characters than {corpus.name} has: its tokens differ")
+    known = data or ({"tokenizer": "gpt2"} if theirs.vocab_size in (50257, 50304) else {})
+    _check_tokens(config.init_from, known, corpus)
     if theirs.vocab_size < vocab:
         raise UserError(f"{config.init_from} knows {theirs.vocab_size} tokens and {corpus.name} has {vocab}")
     if config.block_size > theirs.block_size:
@@ -198,6 +197,22 @@ def with_architecture(config: TrainConfig, corpus: Corpus, say: Callable[[str], 
         raise UserError(f"--freeze-n {config.freeze_n} is more than the {theirs.n_layer} blocks of {config.init_from}")
     shape = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
     return replace(config, **shape)
+
+
+def _check_tokens(run: str, data: dict[str, Any], corpus: Corpus) -> None:
+    """Refuse a corpus whose tokens are not those that a run was trained on.
+
+    Args:
+        data: the run's corpus, as far as it is known.
+    """
+    tokenizer = data.get("tokenizer", corpus.tokenizer.name)
+    if tokenizer != corpus.tokenizer.name:
+        raise UserError(
+            f"{run} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the text for it "
+            f"(--tokenizer {tokenizer}, or lte-prepare)"
+        )
+    if "tokenizer" in data and data.get("characters") != corpus.describe().get("characters"):
+        raise UserError(f"{run} was trained on other characters than {corpus.name} has: its tokens differ")
 
 
 def with_length(config: TrainConfig, corpus: Corpus, *, keep_warmup: bool = True) -> TrainConfig:
