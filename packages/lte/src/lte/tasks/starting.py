@@ -126,8 +126,9 @@ def read_run(folder: Path, select: str = "", say: Callable[[str], None] | None =
     if found is None:
         why = passed_over[-1] if passed_over else "there is none"
         raise UserError(f"{folder} has no intact checkpoint ({why}): train it first, or for longer")
-    for line in passed_over if say is not None else ():
-        say(line)
+    if say is not None:
+        for line in passed_over:
+            say(line)
     newest, state = found
     step, best = newest, state["progress"]["best"]
     if best and best[0] != newest and (select or config.select) == "best":
