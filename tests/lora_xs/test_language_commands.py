@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lora_xs import LoRAXSConfig, inject, load_adapter, save_adapter
+from lora_xs import LoRAXSConfig, LoRAXSError, inject, load_adapter, save_adapter
 from lora_xs.tasks.evaluate import generate
 from lora_xs.tasks.models import write_task
 from memtrain_common.data.text.answers import gsm8k_answer, gsm8k_correct
@@ -107,6 +107,36 @@ def test_the_weight_makes_the_mean_of_processes_that_of_the_batch(language_model
     parts = [loss_of(model, shared_batch(batch, tokenizer.pad_token_id, r, 2)) for r in range(2)]
     torch.testing.assert_close(sum(parts) / 2, whole)
     assert abs(parts[0] - parts[1]) > 0.1 * whole
+
+
+def test_info_reads_all_of_an_adapter(roberta, tmp_path, capsys):
+    """As merge does: a flipped bit in the adapter or in its head, a head that is missing or another's."""
+    from lora_xs.tasks.commands import COMMANDS
+
+    for name in ("sound", "other"):
+        torch.manual_seed(ord(name[0]))
+        save_adapter(inject(roberta(), LoRAXSConfig(4), cache=False), tmp_path / name)
+
+    def info(folder):
+        COMMANDS["info"][0](["--adapter", str(folder)], "")
+
+    info(tmp_path / "sound")
+    assert "trained numbers in R" in capsys.readouterr().out
+    for file in ("adapter.safetensors", "head.safetensors"):
+        folder = tmp_path / f"damaged-{file}"
+        shutil.copytree(tmp_path / "sound", folder)
+        content = bytearray((folder / file).read_bytes())
+        content[-3] ^= 1
+        (folder / file).write_bytes(content)
+        with pytest.raises(LoRAXSError, match=rf"{file} is damaged: its contents do not have the SHA-256"):
+            info(folder)
+    shutil.copy(tmp_path / "other" / "head.safetensors", folder)
+    with pytest.raises(LoRAXSError, match="belongs to another adapter"):
+        info(folder)
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(LoRAXSError, match="there is no file"):
+        info(folder)
+    assert capsys.readouterr().out == ""
 
 
 def evaluate(cwd, flags, *more):
