@@ -9,8 +9,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from memtrain_common.data.text.bins import describe_tokenizer, tokenizer_of
 from memtrain_common.data.text.corpus import Crops, load_corpus
 from memtrain_common.data.text.nanogpt_meta import read_meta_pickle, write_meta_pickle
+from memtrain_common.data.text.tokenizers import CharTokenizer
 from memtrain_common.errors import UserError
 
 WORDS = "the quick brown fox, naïve 日本 jumps\n"
@@ -77,6 +79,37 @@ def test_a_vocabulary_as_nanogpt_pickles_it(tmp_path, protocol):
     assert pickle.loads(path.read_bytes()) == meta
 
 
+def test_the_letters_keep_the_order_of_their_tokens(tmp_path):
+    """In nanoGPT's meta.pkl, in meta.json, and in what a run remembers; a text's own are sorted."""
+    letters = "".join(dict.fromkeys(WORDS))
+    assert letters != "".join(sorted(letters))
+    tokens = [letters.index(c) for c in WORDS]
+    described = {"tokenizer": "chars", "vocab_size": len(letters), "characters": letters}
+    pickled = bins(tmp_path / "pickled", tokens, tokens)
+    write_meta_pickle(pickled / "meta.pkl", letters)
+    for folder in (pickled, bins(tmp_path / "meta", tokens, tokens, **described)):
+        corpus = load_corpus(str(folder))
+        assert describe_tokenizer(corpus.tokenizer) == described
+        for coder in (corpus.tokenizer, tokenizer_of(corpus.describe())):
+            assert coder.decode(corpus.train).decode() == WORDS
+            assert coder.encode(WORDS.encode()).tolist() == tokens
+    assert CharTokenizer.of_text(WORDS).characters == "".join(sorted(letters))
+
+
+def test_a_vocabulary_that_says_two_things_is_refused(tmp_path):
+    twice = bins(tmp_path / "twice", tokenizer="chars", vocab_size=10, characters="abcdefghia")
+    more = bins(tmp_path / "more", tokenizer="chars", vocab_size=10, characters="abcdefghi")
+    for folder in (twice, more):
+        with pytest.raises(UserError, match=r"meta\.json is not what lte-prepare writes"):
+            load_corpus(str(folder))
+    for itos, stoi in (({0: "a", 1: "a"}, {"a": 1}), ({0: "a", 1: "b"}, {"a": 1, "b": 0})):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": itos, "stoi": stoi}))
+        with pytest.raises(UserError, match="not a vocabulary as nanoGPT writes it"):
+            read_meta_pickle(tmp_path / "meta.pkl")
+    with pytest.raises(ValueError, match="each character once"):
+        CharTokenizer("aba")
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/pwned-by-meta",)
@@ -107,6 +140,25 @@ def test_a_damaged_pickle_never_shows_a_traceback(tmp_path, seed):
     path.write_bytes(raw)
     with contextlib.suppress(UserError):
         read_meta_pickle(path)
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+def test_wider_tokens_are_not_read_as_twice_as_many(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("memtrain_common.data.text.bins._CHUNK", 8)
+    tokens = np.random.default_rng(0).integers(1, 50257, 40)
+    folder = bins(tmp_path / "x", tokens, tokens)
+    (folder / "val.bin").write_bytes(tokens.astype(dtype).tobytes())
+    with pytest.raises(UserError, match=r"val\.bin has a 0 at every second place.*numpy\.uint16"):
+        load_corpus(str(folder))
+
+
+def test_zeros_at_every_second_place_may_be_meant(tmp_path):
+    """UTF-16 as bytes, which lte-prepare has counted; and nanoGPT's zeros in a part of the text alone."""
+    utf16 = [*"the quick brown fox".encode("utf-16-le")]
+    folder = bins(tmp_path / "counted", utf16, utf16, tokenizer="bytes", vocab_size=256)
+    assert load_corpus(str(folder)).train.tolist() == utf16
+    folder = bins(tmp_path / "part", [*utf16, 1, 1], [1, 1, *utf16])
+    assert load_corpus(str(folder)).val.tolist() == [1, 1, *utf16]
 
 
 def damaged(folder, **change):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from image_files import image_folder, random_file
 from memtrain_common.data import fingerprint
-from memtrain_common.data.fingerprint import by_file_or_folder, changed_part, file_digests
+from memtrain_common.data.fingerprint import by_file_or_folder, changed_meaning, changed_part, file_digests
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 
@@ -152,6 +152,23 @@ def test_what_has_changed_is_named():
         "a.png has another content (and 1 more have changed)"
     )
     assert changed_part(before, of({"a.png": "1", "b.png": "2", "c.png": "3"})) == "c.png is new"
+
+
+def test_other_classes_and_other_tokens_are_another_meaning():
+    def of(*classes, **tokens):
+        return {"sha256": "x", "classes": list(classes), **tokens}
+
+    before = of("cat", "dog", "fox")
+    assert changed_meaning(before, {**before, "sha256": "other", "train": 5}) is None
+    assert changed_meaning(before, of("dog", "cat", "fox")) == "the classes are others (in another order)"
+    assert changed_meaning(before, of("dog", "fox", "kitten")) == "the classes are others (not cat but kitten)"
+    assert changed_meaning(before, of("cat", "dog")) == "the classes are others (not fox)"
+    assert changed_meaning({"classes": 3}, before) is None  # of a version that kept their number
+    assert changed_meaning({"classes": 2}, before) == "the classes are 3 and were 2"
+    letters = {"tokenizer": "chars", "characters": "ab"}
+    assert changed_meaning(letters, letters) is changed_meaning({}, letters) is changed_meaning({}, before) is None
+    assert changed_meaning(letters, {**letters, "characters": "ba"}) == "the tokens are other characters"
+    assert changed_meaning({"tokenizer": "gpt2"}, letters) == "the tokens are chars and were gpt2"
 
 
 def data_of(images):

@@ -129,4 +129,5 @@ def test_pictures(places, name):
             for batch in evaluation_batches(test, size, recipe=recipe, normalize=Normalize(), batch=4,
                                             multi_label=images.multi_label):  # fmt: skip
                 found += batch
-    assert (of_words(images.describe()), digest(found)) == AS_PICTURES[name]
+    described = {**images.describe(), "classes": len(images.classes)}  # which were not named then
+    assert (of_words(described), digest(found)) == AS_PICTURES[name]

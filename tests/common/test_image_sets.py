@@ -381,6 +381,39 @@ def test_folders_in_splits_and_without(tmp_path):
     assert all(set(s.labels) == {0, 1, 2} for s in one.splits.values())
 
 
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_what_is_not_read_is_said(tmp_path, form):
+    """Sub-folders, other endings, and pictures that lie in no class's folder; notes beside the classes are none."""
+    flat = image_folder(tmp_path / "flat", 10, splits=("pets",)) / "pets"
+    for name in (
+        "cat/far/0.png",
+        "dog/1.gif",
+        "dog/notes.txt",
+        "top.JPG",
+        "README.md",
+        "cat/.hidden.png",
+        ".git/x.png",
+    ):
+        (flat / name).parent.mkdir(exist_ok=True)
+        (flat / name).write_bytes(b"x")
+    zipped(flat, tmp_path / "pets.zip")
+    place, said = tmp_path / "pets.zip" if form == "zip" else flat, []
+    found = load_images("folder", str(place), bad="unchecked", say=said.append)
+    assert sum(map(len, found.splits.values())) == 20
+    assert [line.split(";")[0] for line in said] == [
+        f"left out 4 files of {place.name}: cat/far/0.png, dog/1.gif, dog/notes.txt and 1 more"
+    ]
+    said.clear()
+    load_images("folder", str(image_folder(tmp_path / "clean", 3)), bad="unchecked", say=said.append)
+    assert said == []
+
+
+def test_a_split_of_another_name_is_said(tmp_path):
+    folder, said = image_folder(tmp_path / "x", 2, splits=("train", "val", "test", "extra")), []
+    load_images("folder", str(folder), size=8, fit=True, say=said.append)
+    assert said[0].startswith("left out 4 files of x: extra/cat/0.png, extra/cat/1.png, extra/dog/0.png and 1 more; ")
+
+
 def test_refused_folders(tmp_path):
     with pytest.raises(UserError, match="needs --data-dir"):
         load_images("folder")

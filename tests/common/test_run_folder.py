@@ -372,7 +372,7 @@ def test_without_a_terminal_progress_is_told_every_ten_seconds_or_two_percent():
     Progress(total=10, disable=True, lines=None).update(10)
 
 
-# -- one process of several writes
+# -- a run on other data
 
 
 @dataclass(frozen=True)
@@ -380,6 +380,29 @@ class Flags:
     out: str
     resume: str = ""
     data_changed: str = "refuse"
+
+
+def test_no_flag_goes_on_with_data_of_another_meaning(tmp_path):
+    """Of other pictures a run may go on with --data-changed ok; of other classes a head knows nothing."""
+    data = {"name": "pets", "sha256": "1", "parts": {"cat": "1", "dog": "2"}, "classes": ["cat", "dog"]}
+    out = tmp_path / "run"
+    Session(Flags(str(out)), [], "prog", World(), torch.device("cpu")).open(data)
+    for other, allowed in (
+        ({"parts": {"cat": "1", "dog": "3"}}, True),
+        ({"sha256": "2", "classes": ["cat", "fox"]}, False),
+    ):
+        for changed in ("refuse", "ok"):
+            again = Session(Flags("", resume=str(out), data_changed=changed), [], "prog", World(), torch.device("cpu"))
+            if allowed and changed == "ok":
+                again.open({**data, **other})
+                continue
+            with pytest.raises(UserError, match="was trained on other data: ") as error:
+                again.open({**data, **other})
+            assert ("--data-changed ok" in str(error.value)) == allowed
+            assert ("not dog but fox" in str(error.value)) != allowed
+
+
+# -- one process of several writes
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -256,6 +256,36 @@ def test_eval_agrees_with_train_and_with_its_own_predictions(tmp_path, pictures)
     assert_refused(galore_vit(tmp_path, "eval", *words), "is not a file of predictions")
 
 
+@pytest.mark.slow
+def test_eval_knows_the_pictures_of_the_run(tmp_path, pictures):
+    """A folder that grew, renamed classes, another set; the run's own scores stay."""
+    flat = tmp_path / "pets"
+    shutil.copytree(pictures / "train", flat)
+    assert train(tmp_path, "--epochs", "1", "--out", "run", data=flat).returncode == 0
+    own = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    shutil.copytree(flat, tmp_path / "moved")
+    evaluate = ["eval", "--run", "run", "--data-dir"]
+    done = galore_vit(tmp_path, *evaluate, "moved", "--out", "same")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "same" / "test.json").read_bytes() == own["test.json"]
+    shutil.copy(pictures / "val" / "cat" / "0.png", flat / "cat" / "new.png")
+    refused = galore_vit(tmp_path, "eval", "--run", "run")
+    assert_refused(refused, "run was trained on other data: ", "--data-changed ok --out FOLDER")
+    other, ok = str(image_folder(tmp_path / "other", 12, seed=1)), ["--data-changed", "ok"]
+    assert_refused(galore_vit(tmp_path, *evaluate, other), "run was trained on other data: ")
+    for out in ([], ["--out", "run"], ["--out", str(tmp_path / "run")]):
+        assert_refused(galore_vit(tmp_path, *evaluate, other, *ok, *out), "--data-changed ok needs --out")
+    done = galore_vit(tmp_path, *evaluate, other, *ok, "--out", "transfer")
+    assert done.returncode == 0, done.stderr
+    assert "whose training may have seen some of them" in done.stdout
+    assert json.loads((tmp_path / "transfer" / "test.json").read_text())["images"] == 24
+    (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "zebra")  # now the second class
+    refused = galore_vit(tmp_path, *evaluate, "moved", *ok, "--out", "renamed")
+    assert_refused(refused, "the classes are others (not cat but zebra)")
+    assert not (tmp_path / "renamed").exists()
+    assert own == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
 def test_info(tmp_path):
     random_file(tmp_path, "breastmnist", 20)
     done = galore_vit(tmp_path, "info", "--data-dir", ".", "--model", "s", "--ranks", "64")
@@ -350,6 +380,7 @@ def test_a_resumed_run_keeps_its_settings_and_images(tmp_path, pictures):
     (["eval"], "needs either --run"),
     (["eval", "--run", "a", "--predictions", "b"], "needs either --run"),
     (["eval", "--run", "a", "--size", "64"], "--size goes with --predictions"),
+    (["eval", "--predictions", "b", "--data-changed", "ok"], "--data-changed goes with --run"),
     (["eval", "--run", "nowhere"], "nowhere is not a run"),
     (["info", "--ranks", "0"], "--ranks takes whole numbers"),
     (["info", "--image-size", "30"], "do not fill images of 30"),

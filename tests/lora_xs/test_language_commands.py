@@ -1,18 +1,24 @@
 """lora-xs instruct, eval, merge, export-peft and info, end to end on a small Llama."""
 
+import contextlib
 import copy
 import json
 import re
+import shutil
 import signal
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from lora_xs import load_adapter
+from lora_xs import LoRAXSConfig, LoRAXSError, inject, load_adapter, save_adapter
+from lora_xs.tasks.evaluate import generate
+from lora_xs.tasks.models import write_task
 from memtrain_common.data.text.answers import gsm8k_answer, gsm8k_correct
 from memtrain_common.data.text.instruct import Example
 from memtrain_common.data.text.instruct_batches import IGNORED, collate, loss_of, shared_batch, tokenize
+from memtrain_common.errors import UserError
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_tokenizer
 from safetensors.torch import load_file
@@ -103,6 +109,45 @@ def test_the_weight_makes_the_mean_of_processes_that_of_the_batch(language_model
     assert abs(parts[0] - parts[1]) > 0.1 * whole
 
 
+def test_info_reads_all_of_an_adapter(roberta, tmp_path, capsys):
+    """As merge does: a flipped bit in the adapter or in its head, a head that is missing or another's."""
+    from lora_xs.tasks.commands import COMMANDS
+
+    for name in ("sound", "other"):
+        torch.manual_seed(ord(name[0]))
+        save_adapter(inject(roberta(), LoRAXSConfig(4), cache=False), tmp_path / name)
+
+    def info(folder):
+        COMMANDS["info"][0](["--adapter", str(folder)], "")
+
+    info(tmp_path / "sound")
+    assert "trained numbers in R" in capsys.readouterr().out
+    for file in ("adapter.safetensors", "head.safetensors"):
+        folder = tmp_path / f"damaged-{file}"
+        shutil.copytree(tmp_path / "sound", folder)
+        content = bytearray((folder / file).read_bytes())
+        content[-3] ^= 1
+        (folder / file).write_bytes(content)
+        with pytest.raises(LoRAXSError, match=rf"{file} is damaged: its contents do not have the SHA-256"):
+            info(folder)
+    shutil.copy(tmp_path / "other" / "head.safetensors", folder)
+    with pytest.raises(LoRAXSError, match="belongs to another adapter"):
+        info(folder)
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(LoRAXSError, match="there is no file"):
+        info(folder)
+    assert capsys.readouterr().out == ""
+
+
+def evaluate(cwd, flags, *more):
+    """lora-xs eval in this process, in a folder."""
+    from lora_xs.tasks.commands import COMMANDS
+
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with contextlib.chdir(cwd):
+        COMMANDS["eval"][0]([*words, *more], "")
+
+
 @pytest.mark.slow
 def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
     run, _ = tuned
@@ -124,7 +169,86 @@ def test_eval_scores_and_keeps_predictions(tuned, sums, tmp_path):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "p.jsonl").read_text().splitlines() == lines
     other = run_command([*words, "--resume", "--official-metric"], tmp_path)
-    assert_refused(other, "other predictions")
+    assert_refused(other, "other predictions", "official_metric of line 1 is False")
+
+
+def test_predictions_are_gone_on_with_by_what_made_them(language_model, sums, tmp_path):
+    """Adapter, model, flags and answers; the refused command leaves what was there."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    for name in ("a", "b"):
+        adapted = inject(copy.deepcopy(model), LoRAXSConfig(4), cache=False)
+        with torch.no_grad():
+            next(p for p in adapted.parameters() if p.requires_grad).add_(ord(name) * 1e-3)
+        save_adapter(adapted, tmp_path / name)
+        write_task(tmp_path / name, model=language_model)
+    shutil.copytree(language_model, tmp_path / "moved")
+    shutil.copytree(language_model, tmp_path / "other")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    out, data = tmp_path / "p.jsonl", tmp_path / "sums.jsonl"
+    shutil.copy(sums, data)
+    words = {"adapter": "a", "data": str(data), "out": str(out), "device": "cpu", "max_new_tokens": "2", "limit": "3"}
+    evaluate(tmp_path, words)
+    lines = out.read_bytes().splitlines(keepends=True)
+    killed = b"".join([*lines[:2], lines[2][:15]])
+    about = (tmp_path / "p.jsonl.about.json").read_bytes()
+    changed = (b'#### 0"', b'#### 9"')
+    assert changed[0] in data.read_bytes().splitlines()[0]
+    for more, expected in (
+        ({"adapter": "b"}, "were made by another adapter"),
+        ({"adapter": "", "model": "other"}, "were made by an adapter"),
+        ({"num_beams": "2"}, "were made by --num-beams 1, not 2"),
+        ({"max_new_tokens": "3"}, "were made by --max-new-tokens 2, not 3"),
+        (changed, "expected of line 1 is '0', and would be '9'"),
+        (about[:-9], "cannot be read"),
+        (None, "there is no p.jsonl.about.json beside it"),
+    ):
+        out.write_bytes(killed)
+        (tmp_path / "p.jsonl.about.json").write_bytes(about)
+        data.write_bytes(Path(sums).read_bytes().replace(*(more if isinstance(more, tuple) else (b"", b""))))
+        if isinstance(more, bytes):
+            (tmp_path / "p.jsonl.about.json").write_bytes(more)
+        elif more is None:
+            (tmp_path / "p.jsonl.about.json").unlink()
+        with pytest.raises(UserError, match=re.escape(expected)):
+            evaluate(tmp_path, {**words, **(more if isinstance(more, dict) else {})}, "--resume")
+        assert out.read_bytes() == killed
+    data.write_bytes(Path(sums).read_bytes())
+    (tmp_path / "p.jsonl.about.json").write_bytes(about)
+    evaluate(tmp_path, {**words, "model": "moved", "limit": "4", "batch_size": "1"}, "--resume")
+    assert out.read_bytes().splitlines(keepends=True)[:3] == lines
+    assert len(out.read_bytes().splitlines()) == 4
+    words |= {"adapter": "", "model": language_model, "out": str(tmp_path / "base")}
+    evaluate(tmp_path, words)
+    for more, expected in (
+        ({"model": "other"}, "another base model ("),
+        ({"adapter": "a"}, "the base model alone"),
+        ({"base_dtype": "float16"}, "--base-dtype float32, not float16"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"were made by {expected}")):
+            evaluate(tmp_path, {**words, **more}, "--resume")
+    for what in ("notes", '{"a": 1}\n'):
+        (tmp_path / "mine").write_text(what)
+        with pytest.raises(UserError, match="mine holds other"):
+            evaluate(tmp_path, {**words, "out": str(tmp_path / "mine")}, "--resume")
+        assert (tmp_path / "mine").read_text() == what
+
+
+def test_a_kill_in_the_first_batch_loses_no_prediction(language_model, sums, tmp_path, monkeypatch):
+    words = {"model": language_model, "data": sums, "out": str(tmp_path / "p"), "device": "cpu", "max_new_tokens": "1"}
+    evaluate(tmp_path, {**words, "limit": "3"})
+    before = (tmp_path / "p").read_bytes()
+    seen = []
+
+    def killed(*_, **__):
+        seen.append((tmp_path / "p").read_bytes())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_xs.tasks.evaluate.generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, words, "--resume")
+    assert seen == [before]
 
 
 @pytest.mark.slow
@@ -143,6 +267,24 @@ def test_eval_goes_on_with_questions_that_hold_unicodes_own_line_ends(tuned, tmp
     again = run_command([*words, "--resume"], tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "p.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_does_not_depend_on_its_neighbours(language_model, beams):
+    """A model of 128 positions: beside a prompt that fills them a short one has its own room all the same."""
+    tokenizer = load_tokenizer(language_model)
+    tokenizer.padding_side = "left"
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model).eval()
+    prompts = ["1 plus 2?" * n for n in (1, 20, 3, 24, 2, 23)]
+    assert 110 < len(tokenizer(prompts[3])["input_ids"]) < 128
+    alone = [generate(model, tokenizer, [p], beams=beams, longest=100)[0] for p in prompts]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in alone]
+    assert max(lengths) > 20  # more than the longest one leaves
+    assert generate(model, tokenizer, prompts, beams=beams, longest=100) == alone
+    stop = alone[0][30:40]
+    for asked in ([prompts[0]], [prompts[0], prompts[3]]):
+        ended = generate(model, tokenizer, asked, beams=beams, longest=100, stops=(stop,))[0]
+        assert ended == alone[0][: alone[0].find(stop)]
 
 
 def test_the_interval_of_a_share():

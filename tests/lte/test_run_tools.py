@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,39 @@ def test_end_of_text_in_a_prompt_is_its_token(real_data):
     assert _encode(coder, "a<|endoftext|>b") == [64, 50256, 65]
 
 
+@pytest.mark.slow
+def test_gpt2s_files_are_those_of_the_run(tmp_path, capsys, monkeypatch):
+    """Nothing is downloaded where a run was trained with --tokenizer-dir; an export takes the files along."""
+
+    def download(name):
+        raise ConnectionError
+
+    monkeypatch.setattr("tiktoken.get_encoding", download)
+    files, text = tmp_path / "files", tmp_path / "text"
+    for folder in (files, text):
+        folder.mkdir()
+    letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256))]
+    letters += [chr(256 + i) for i in range(68)]  # GPT-2's signs for the bytes that do not print
+    (files / "encoder.json").write_text(json.dumps({c: i for i, c in enumerate([*letters, "ab", "<|endoftext|>"])}))
+    (files / "vocab.bpe").write_text("#version: 0.2\na b\n")
+    (text / "a.txt").write_text("ab ba\n" * 500)
+    run, words = str(tmp_path / "run"), ["--num_samples=1", "--max_new_tokens=3", "--start=ab"]
+    gpt2 = ["--tokenizer", "gpt2", "--tokenizer-dir", str(files), "--data-dir", str(text)]
+    train([*TINY, *gpt2, "--max-iters", "1", "--method", "full", "--out", run])
+    export([run, "--format", "transformers"])
+    assert "without a tokenizer" not in capsys.readouterr().out
+    for source in (run, f"{run}/gpt2"):
+        sample([source, *words])
+        assert capsys.readouterr().out.startswith("ab")
+    for name in ("encoder.json", "vocab.bpe"):
+        (files / name).rename(text / name)
+    sample([run, *words])
+    (text / "vocab.bpe").unlink()
+    with pytest.raises(UserError, match="could not download the GPT-2 vocabulary"):
+        sample([run, *words])
+    sample([run, *words, "--tokenizer-dir", f"{run}/gpt2"])  # under transformers' names
+
+
 # -- export
 
 
@@ -299,15 +333,68 @@ def test_weights_that_do_not_fit_are_one_sentence(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(place, tmp_path):
-    """read_run takes the newest that verifies."""
-    import shutil
+@pytest.mark.parametrize("how", [["--eval-only"], ["--data-changed", "ok"]])
+def test_a_run_is_not_resumed_on_other_letters(place, tmp_path, how):
+    """Its tokens would be other letters of the other text, or bytes."""
+    other = tmp_path / "other"
+    (tmp_path / "b.txt").write_text("abcdefghij klmno\n" * 200)
+    prepare([str(tmp_path / "b.txt"), "--tokenizer", "chars", "--out", str(other)])
+    shutil.copytree(place / "full", tmp_path / "chars")
+    alone = "--eval-only" in how
+    for run, words, expected in (
+        ("chars", [], "trained on other characters than other has" if alone else "the tokens are other characters"),
+        ("bytes", [], "reads bytes tokens and other has chars" if alone else "the tokens are chars and were bytes"),
+    ):
+        if run == "bytes":
+            text = tmp_path / "text"
+            text.mkdir()
+            (text / "a.txt").write_text(TEXT)
+            train(
+                [*TINY, "--max-iters", "1", "--method", "full", "--data-dir", str(text), "--out", str(tmp_path / run)]
+            )
+        with pytest.raises(UserError, match=expected):
+            train(["--resume", str(tmp_path / run), "--data-dir", str(other), *words, *how])
+    shutil.copytree(place / "bins", tmp_path / "moved")
+    train(["--resume", str(tmp_path / "chars"), "--data-dir", str(tmp_path / "moved"), *how])
 
+
+@pytest.mark.slow
+def test_evaluation_alone_says_the_tokens_that_it_looked_at(place, tmp_path, capsys):
+    """Of few tokens there are fewer rows than batches ask for: 40 have two blocks of 16 with their targets."""
+    letters = "".join(sorted(set(TEXT)))
+    tokens = np.array([letters.index(c) for c in TEXT[:400]], "<u2")
+    (tmp_path / "few").mkdir()
+    for split, part in (("train", tokens), ("val", tokens[:40])):
+        part.tofile(tmp_path / "few" / f"{split}.bin")
+    shutil.copy(place / "bins" / "meta.pkl", tmp_path / "few")
+    train(["--resume", str(place / "full"), "--data-dir", str(tmp_path / "few"), "--eval-only"])
+    assert "on 32 characters of few" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, capsys):
+    """read_run takes the newest that verifies; what reads a run says which was damaged, once."""
     shutil.copytree(place / "both", tmp_path / "run")
     weights = newest_checkpoint(tmp_path / "run") / "model.safetensors"
     assert load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert read_run(tmp_path / "run").step == 4
+    capsys.readouterr()
+    said = f"passed over checkpoint {weights.parent}: model.safetensors does not have the SHA-256"
+    run = str(tmp_path / "run")
+    words = [*TINY, "--data-dir", str(place / "bins")]
+    for command, argv in (
+        (sample, [run, "--num_samples=1", "--max_new_tokens=2"]),
+        (export, [run, "--out", str(tmp_path / "ckpt.pt")]),
+        (train, ["--resume", run, "--eval-only"]),
+        (train, [*words, "--init-from", run, "--eval-only"]),
+        (train, [*words, "--init-from", run, "--max-iters", "0", "--out", str(tmp_path / "next")]),
+    ):
+        command(argv)
+        assert capsys.readouterr().out.count(said) == 1, (command, argv)
+    weights.parent.with_name("step-00000004").joinpath("manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no intact checkpoint \(passed over .*manifest\.json is missing\)"):
+        read_run(tmp_path / "run")
 
 
 # -- figures

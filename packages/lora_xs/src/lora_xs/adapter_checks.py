@@ -111,12 +111,18 @@ def matching_modules(model: nn.Module, info: AdapterInfo, file: Path) -> list[Ta
     return found
 
 
-def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path, adapter_sha256: str) -> dict[str, Tensor]:
-    """The task heads of the adapter file with that SHA-256, if they fit the model."""
+def stored_heads(info: AdapterInfo, folder: Path, adapter_sha256: str) -> dict[str, Tensor]:
+    """The task heads of the adapter file with that SHA-256, verified."""
     state, header = files.read(folder / HEAD_FILE, HEAD_FORMAT)
     adapter = header.get("adapter_sha256", adapter_sha256)  # files did not say it before 2026-11-30
     if header.get("base_sha256") != info.base_sha256 or adapter != adapter_sha256:
         raise LoRAXSError(f"{folder / HEAD_FILE} belongs to another adapter than {folder / ADAPTER}")
+    return state
+
+
+def matching_heads(model: nn.Module, info: AdapterInfo, folder: Path, adapter_sha256: str) -> dict[str, Tensor]:
+    """The task heads of the adapter file with that SHA-256, if they fit the model."""
+    state = stored_heads(info, folder, adapter_sha256)
     known = model.state_dict()
     own = tuple(f"{name}." for name in find_heads(model, info.config) if name in info.heads)
     for key in known:

@@ -31,6 +31,7 @@ from .adapter_checks import (
     matching_heads,
     matching_modules,
     probe,
+    stored_heads,
 )
 from .adapter_header import (
     ADAPTER,
@@ -123,6 +124,17 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
     """What is in the adapter folder `path`, from its header alone."""
     file = Path(path) / ADAPTER
     return parse_header(file, files.read_header(file, ADAPTER_FORMAT))
+
+
+def verify_adapter(path: str | Path) -> AdapterInfo:
+    """What is in the adapter folder `path`, after reading all of it: a damaged file, and a task head that is missing or
+    of another adapter, are refused."""
+    file = Path(path) / ADAPTER
+    _, header = files.read(file, ADAPTER_FORMAT)
+    info = parse_header(file, header)
+    if info.heads:
+        stored_heads(info, Path(path), header["sha256"])
+    return info
 
 
 def load_adapter(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..console import Console
-from ..data.fingerprint import changed_part
+from ..data.fingerprint import changed_meaning, changed_part
 from ..errors import UserError
 from ..measuring.environment import device_name
 from ..runs.run_folder import RunFolder, default_run_path
@@ -110,7 +110,8 @@ class Session:
             about: is kept in config.json besides.
 
         Raises:
-            UserError: if the folder is taken, or the run that is resumed had other data.
+            UserError: if the folder is taken, or the run that is resumed had other data: with --data-changed ok, other
+                classes or tokens.
         """
         self.data = data
         main = self.place.is_main
@@ -118,15 +119,15 @@ class Session:
             run = RunFolder.open(Path(self.config.resume), writes=main)
             before = run.read_config().get("data") or {}
             wrong = changed_part(before, data)
+            other = changed_meaning(before, data) if wrong is not None else None
+            if wrong is not None and (other is not None or self.config.data_changed != "ok"):
+                ways = "or begin a new run" if other else "begin a new run, or go on with these by --data-changed ok"
+                raise UserError(
+                    f"{self.config.resume} was trained on other data: {other or wrong}; give it the same files, {ways}"
+                )
             if wrong is not None:
-                if self.config.data_changed == "ok":
-                    self._changed = {"data": data, "data_before": before}
-                    self.console.say(f"goes on with other data: {wrong}")
-                else:
-                    raise UserError(
-                        f"{self.config.resume} was trained on other data: {wrong}; give it the same files, begin a "
-                        "new run, or go on with these by --data-changed ok"
-                    )
+                self._changed = {"data": data, "data_before": before}
+                self.console.say(f"goes on with other data: {wrong}")
         else:
             own = Path(self.config.out) if self.config.out else default_run_path(self.prog.replace(" ", "-"))
             run = RunFolder.create(gather_objects(own)[0], writes=main, beside=beside)  # the first one's clock

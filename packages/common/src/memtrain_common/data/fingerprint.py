@@ -52,6 +52,30 @@ def changed_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | Non
     return " before, and now ".join(names)
 
 
+def changed_meaning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What a model's numbers stand for that is not as it was, as part of a sentence; None if all is.
+
+    Whoever goes on with other data asks for other pictures or texts: no one for another order of classes or letters.
+
+    Args:
+        before: a run's ``data``: "classes" (their names in the order of the outputs; older runs have their number), the
+            "tokenizer" and its "characters".
+        now: the same, of what is found now.
+    """
+    was, classes = before.get("classes"), now.get("classes")
+    if isinstance(was, list) and isinstance(classes, list) and was != classes:
+        gone, new = ([c for c in one if c not in other] for one, other in ((was, classes), (classes, was)))
+        found = [f"{word} {', '.join(map(str, names[:3]))}" for word, names in (("not", gone), ("but", new)) if names]
+        return f"the classes are others ({' '.join(found) or 'in another order'})"
+    if isinstance(was, int) and isinstance(classes, list) and was != len(classes):
+        return f"the classes are {len(classes)} and were {was}"
+    if "tokenizer" in before and before["tokenizer"] != now.get("tokenizer"):
+        return f"the tokens are {now.get('tokenizer')} and were {before['tokenizer']}"
+    if "tokenizer" in before and before.get("characters") != now.get("characters"):
+        return "the tokens are other characters"
+    return None
+
+
 def combined(parts: Iterable[tuple[str, str]]) -> str:
     """One SHA-256 of names with their hashes, whatever their order."""
     return hashlib.sha256("".join(f"{name}\0{value}\0" for name, value in sorted(parts)).encode(*_AS)).hexdigest()

@@ -190,11 +190,11 @@ def read_gpt2(folder: Path) -> PlainGPT:
     return _checked(config, weights, folder)
 
 
-def write_gpt2(folder: Path, plain: PlainGPT, *, tokenizer_dir: Path | None = None) -> None:
+def write_gpt2(folder: Path, plain: PlainGPT, *, tokenizer: tuple[Path, Path] | None = None) -> None:
     """Write a folder that ``GPT2LMHeadModel.from_pretrained`` loads: the same logits. It must not exist yet.
 
     Args:
-        tokenizer_dir: holds ``encoder.json`` and ``vocab.bpe``, which go along under transformers' names.
+        tokenizer: GPT-2's ``encoder.json`` and ``vocab.bpe``, which go along under transformers' names.
     """
     from safetensors.torch import save_file
 
@@ -218,9 +218,9 @@ def write_gpt2(folder: Path, plain: PlainGPT, *, tokenizer_dir: Path | None = No
     partial.mkdir(parents=True)
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "config.json").write_text(json.dumps(said, indent=2) + "\n")
-    if tokenizer_dir is not None:
-        shutil.copyfile(tokenizer_dir / "encoder.json", partial / "vocab.json")
-        shutil.copyfile(tokenizer_dir / "vocab.bpe", partial / "merges.txt")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer[0], partial / "vocab.json")
+        shutil.copyfile(tokenizer[1], partial / "merges.txt")
         length = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
         (partial / "tokenizer_config.json").write_text(json.dumps(length, indent=2) + "\n")
     os.replace(partial, folder)

@@ -6,19 +6,21 @@ from pathlib import Path
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.commands.result import read_result
 from memtrain_common.console import Console, format_table
-from memtrain_common.data.images.image_set import check_classes
+from memtrain_common.data.fingerprint import changed_meaning, changed_part
+from memtrain_common.data.images.image_set import ImageSet, check_classes
 from memtrain_common.data.images.medmnist_results import read_predictions
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.runs import checkpoint
+from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.training.distributed import launch
 from memtrain_common.training.rng import seed_all
 from torch import nn
 
 from .flags import PROG, EvalConfig, TrainConfig
-from .models import make_model
+from .models import describe, make_model
 from .scoring import Score, predict, score, write_all
 from .train import trial_folder, trial_images, trials
 
@@ -29,7 +31,9 @@ def run_evaluation(config: EvalConfig) -> None:
     """Everything that ``galore-vit eval`` does once its flags are checked."""
     console = Console()
     if config.predictions:
-        images = load_images(config.data, config.data_dir, size=config.size, fit=True, verify=config.verify)
+        images = load_images(
+            config.data, config.data_dir, size=config.size, fit=True, verify=config.verify, say=console.say
+        )
         scores = read_predictions(Path(config.predictions))
         wanted = len(images.classes)
         if not (scores.shape[1] == wanted or (images.task == "binary-class" and scores.shape[1] == 1)):
@@ -50,7 +54,8 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
     trained = replace(trained, weights=config.weights or trained.weights)
     _, device = launch(config.device)
     place = config.data_dir or trained.data_dir
-    images = load_images(trained.data, place, size=trained.size, fit=True, verify=trained.verify)
+    images = load_images(trained.data, place, size=trained.size, fit=True, verify=trained.verify, say=console.say)
+    _check_images(config, images, console)
     found: list[Score] = []
     rows: list[tuple[str, ...]] = [HEADING]
     for trial in trials(trained):
@@ -75,6 +80,31 @@ def _evaluate_run(config: EvalConfig, console: Console) -> None:
     console.say(f"{run}: {images.name}, {config.split}")
     console.say(format_table(rows))
     console.say(f"predictions, confusion matrices and ROC curves in {config.out or run}")
+
+
+def _check_images(config: EvalConfig, images: ImageSet, console: Console) -> None:
+    """Whether the images are those of the run: a folder that grew is cut anew, and then tests what was trained on.
+
+    Raises:
+        UserError: if its classes are others, or its images, where that was not asked for.
+    """
+    run = Path(config.run)
+    before = RunFolder.open(run, writes=False).read_config().get("data") or {}
+    now = {**describe(images), "parts": images.parts()}
+    wrong = changed_part(before, now)
+    if wrong is None:
+        return
+    other = changed_meaning(before, now)
+    if other is not None:
+        raise UserError(f"{run} was trained on other data: {other}; its outputs mean nothing for these")
+    if config.data_changed != "ok":
+        raise UserError(
+            f"{run} was trained on other data: {wrong}; give it the same files, or evaluate it on these by "
+            "--data-changed ok --out FOLDER"
+        )
+    if not config.out or Path(config.out).resolve() == run.resolve():
+        raise UserError(f"--data-changed ok needs --out, another folder than {run}, which keeps its own scores")
+    console.say(f"other images than the run's, whose training may have seen some of them: {wrong}")
 
 
 def _chosen_step(folder: Path) -> int | None:

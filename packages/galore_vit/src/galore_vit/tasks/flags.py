@@ -117,7 +117,9 @@ class EvalConfig:
     data: Data = "digits"
     """With --predictions: the set that they are of."""
     data_dir: str = ""
-    """Folder with the set's npz file, or of pictures; with --run empty takes the run's."""
+    """Folder with the set's npz file, or of pictures; with --run empty takes the run's, whose pictures they must be."""
+    data_changed: Literal["refuse", "ok"] = "refuse"
+    """With --run: ok evaluates it on other pictures of its classes, into --out."""
     weights: str = ""
     """With --run: where its --weights lie now, if they have moved; what is evaluated is in its checkpoint."""
     size: int = 28
@@ -238,7 +240,7 @@ def check_eval(config: EvalConfig) -> EvalConfig:
     for name in ("data", "size", "verify"):
         if config.run and getattr(config, name) != getattr(EvalConfig(), name):
             raise UserError(f"{flag(name)} goes with --predictions: a run has its own")
-    for name in ("out", "device", "weights"):
+    for name in ("out", "device", "weights", "data_changed"):
         if config.predictions and getattr(config, name) != getattr(EvalConfig(), name):
             raise UserError(f"{flag(name)} goes with --run: predictions are only compared with the labels")
     return config

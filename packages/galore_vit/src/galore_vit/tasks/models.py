@@ -23,8 +23,7 @@ def image_size(config: TrainConfig, images: ImageSet) -> int:
 
 def describe(images: ImageSet) -> dict[str, Any]:
     """What a run's config.json keeps of its images."""
-    more = {"classes": list(images.classes), "size": images.size, "sha256": images.arrays_sha256}
-    return {**images.describe(), **more}
+    return {**images.describe(), "size": images.size, "sha256": images.arrays_sha256}
 
 
 def make_model(config: TrainConfig, images: ImageSet, say: Callable[[str], None]) -> Classifier:

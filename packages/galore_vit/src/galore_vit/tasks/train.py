@@ -76,13 +76,18 @@ def trial_images(images: ImageSet, config: TrainConfig, trial: Trial) -> ImageSe
 def run_training(config: TrainConfig, argv: Sequence[str]) -> None:
     """Everything that ``galore-vit train`` does once its flags are checked."""
     session = Session.begin(config, argv, prog=f"{PROG} train")
-    images = load_images(config.data, config.data_dir, size=config.size, fit=True, verify=config.verify)
+    left_out: list[str] = []
+    images = load_images(
+        config.data, config.data_dir, size=config.size, fit=True, verify=config.verify, say=left_out.append
+    )
     for trial in trials(config):
         check_classes(trial_images(images, config, trial))
     session.open({**describe(images), "parts": images.parts()})
     config, say = session.config, session.console.say
     counts = ", ".join(f"{len(split)} {name}" for name, split in images.splits.items())
     say(f"{session.folder.path}: {images.name}, {images.size} pixels, {len(images.classes)} classes, {counts} images")
+    for line in left_out:
+        say(line)
     done = []
     for trial in trials(config):
         own = session

@@ -9,7 +9,7 @@ from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.errors import UserError
 from memtrain_common.models.encoders import load_tokenizer
 
-from ..adapter_file import describe_adapter, save_adapter
+from ..adapter_file import describe_adapter, save_adapter, verify_adapter
 from ..adapter_header import ADAPTER, HEAD_FILE
 from ..adapters import trained
 from ..config import CAUSAL_LM_TARGETS, ROBERTA_TARGETS, LoRAXSConfig, matches
@@ -80,7 +80,8 @@ def run_info(config: InfoConfig) -> None:
 def _describe(config: InfoConfig) -> None:
     """What an adapter's files say; with a model, whether they fit it."""
     folder = Path(config.adapter)
-    info, task, xs = describe_adapter(folder), read_task(folder), describe_adapter(folder).config
+    info, task = verify_adapter(folder), read_task(folder)
+    xs = info.config
     ranks = sorted({m.rank for m in info.modules})
     rows: list[tuple[str, Any]] = [
         ("rank", ", ".join(map(str, ranks))),

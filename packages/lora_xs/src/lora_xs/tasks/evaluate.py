@@ -1,6 +1,5 @@
 """The composition behind ``lora-xs eval``: questions, generation in batches, answers, predictions as JSON Lines."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from memtrain_common.data.text.answers import OPTIONS, boxed, gsm8k_expected, ru
 from memtrain_common.data.text.instruct import Row, find_file, read_rows, rows_from_hub
 from memtrain_common.data.text.prompts import RESPONSE, evaluation_prompt
 from memtrain_common.errors import UserError
-from memtrain_common.files import parse_json
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_causal_lm, load_tokenizer
 from memtrain_common.runs.run_folder import default_run_path
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from .eval_flags import EvalConfig
 from .models import load_adapted, read_task
+from .predictions import about_of, begin, finished, line_of
 
 STOPS = ("### Instruction", "### Response")
 OFFICIAL_STOPS = ("Instruction", "Response")  # for gsm8k and math; for commonsense it has none
@@ -53,7 +52,7 @@ def run_eval(config: EvalConfig) -> None:
         avoid_broken_amx()
     kind, asked = questions(config)
     out = Path(config.out) if config.out else default_run_path("lora-xs-eval").with_suffix(".jsonl")
-    done = _finished(out, config, asked)
+    done, whole = finished(out, config.resume, [_kept(question, config) for question in asked])
     if config.adapter:
         model, name = load_adapted(config.adapter, config.model, config.base_dtype)
     else:
@@ -62,13 +61,15 @@ def run_eval(config: EvalConfig) -> None:
         raise UserError(
             f"{name} is no language model: lora-xs eval generates answers, and lora-xs glue reports GLUE's metrics"
         )
-    model.to(device)
     tokenizer = load_tokenizer(name)
     tokenizer.padding_side = "left"
     console = Console()
     beams, longest = OFFICIAL[kind]
     beams, longest = config.num_beams or beams, config.max_new_tokens or longest
     metric = "official metric" if config.official_metric else "correct rules"
+    settings = {"num_beams": beams, "max_new_tokens": longest, "base_dtype": config.base_dtype}
+    begin(out, done, whole, about_of(model, tokenizer, name, config.adapter, **settings))
+    model.to(device)
     console.say(f"{out}: {len(asked):,} questions of {config.data}, {beams} beams, up to {longest} tokens, {metric}")
     stops = STOPS if not config.official_metric else () if kind == "commonsense" else OFFICIAL_STOPS
     room = getattr(model.config, "max_position_embeddings", None)
@@ -79,10 +80,8 @@ def run_eval(config: EvalConfig) -> None:
             f"{fits.count(False):,} prompts fill the model's {room} tokens: they have no answer, and count wrong"
         )
     right = [bool(row["correct"]) for row in done]
-    out.parent.mkdir(parents=True, exist_ok=True)
     bar = console.progress(len(asked), initial=len(done), label="eval")
-    with out.open("w") as file:
-        file.writelines(_line(row) for row in done)
+    with out.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(asked), config.batch_size):
             batch = range(start, min(start + config.batch_size, len(asked)))
             answered = [i for i in batch if fits[i]]
@@ -92,7 +91,7 @@ def run_eval(config: EvalConfig) -> None:
             for i in batch:
                 row = scored(i, asked[i], texts.get(i, ""), kind, config.official_metric)
                 right.append(row["correct"])
-                file.write(_line(row))
+                file.write(line_of(row))
             file.flush()
             bar.update(len(batch))
             bar.set_postfix_str(f"accuracy {100 * sum(right) / len(right):.1f}", refresh=False)
@@ -121,51 +120,47 @@ def scored(index: int, question: Question, text: str, kind: str, official: bool)
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _finished(out: Path, config: EvalConfig, asked: Sequence[Question]) -> list[dict[str, Any]]:
-    """The whole lines of a file that is gone on with; they must answer the same questions by the same rules."""
-    if not out.exists():
-        if config.resume:
-            raise UserError(f"there is no {out} to go on with: leave --resume out")
-        return []
-    if not config.resume:
-        raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
-    text = out.read_text(errors="replace")
-    try:
-        rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
-        same = len(rows) <= len(asked) and all(
-            row["prompt"] == q.prompt and row["official_metric"] == config.official_metric
-            for row, q in zip(rows, asked, strict=False)
-        )
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{out} holds other predictions than these: choose another --out")
-    return rows
+def _kept(question: Question, config: EvalConfig) -> dict[str, Any]:
+    """What a finished row must have to be this question's."""
+    return {"prompt": question.prompt, "expected": question.expected, "official_metric": config.official_metric}
 
 
 @torch.inference_mode()
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, beams: int, longest: int, stops: Sequence[str] = STOPS
 ) -> list[str]:
-    """The likeliest continuation of each prompt, up to the first of the ``stops``; all must fit the model."""
+    """The likeliest continuation of each prompt, up to the first of the ``stops``; all must fit the model.
+
+    A prompt has the room that its own tokens leave. A batch has that of its longest prompt: a prompt that needed more
+    is asked again alone.
+    """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(next(model.parameters()).device)
     inputs.pop("token_type_ids", None)
     room = getattr(model.config, "max_position_embeddings", None)
     width = inputs["input_ids"].shape[1]
+    limit = longest if room is None else min(longest, room - width)
     ids = model.generate(  # type: ignore[operator]
         **inputs,
         num_beams=beams,
         do_sample=False,
-        max_new_tokens=longest if room is None else min(longest, room - width),
+        max_new_tokens=limit,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=transformers.StoppingCriteriaList([_Stops(tokenizer, width, stops)]),
     )
-    texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    ids = ids[:, width:]  # (rows, tokens)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if limit < longest and (beams > 1 or ids.shape[1] == limit):
+        for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+            ended = bool(torch.isin(ids[i], _ends(model).to(ids.device)).any()) or any(s in texts[i] for s in stops)
+            if length < width and (beams > 1 or not ended):  # beams that went on might have found a likelier answer
+                texts[i] = generate(model, tokenizer, [prompts[i]], beams=beams, longest=longest, stops=stops)[0]
     return [_cut(text, stops) for text in texts]
+
+
+def _ends(model: nn.Module) -> Tensor:
+    """The tokens at which an answer ends."""
+    found = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return torch.tensor(found if isinstance(found, list) else [] if found is None else [found], dtype=torch.long)
 
 
 class _Stops(transformers.StoppingCriteria):

@@ -27,13 +27,13 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, crops: Crops, device: tor
         model = starting_gpt(config, resumed=False)
     model = model.to(device).eval()
     dtype = DTYPES[config.dtype]
-    losses = []
+    losses, tokens = [], 0
     with closing(console.progress(config.eval_iters, label="evaluating")) as bar:
         for batch in crops.validation(config.eval_iters):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses.append(next_token_loss(model, to_device(batch, device)).item())
+            tokens += batch[1].numel()
             bar.update()
     unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[corpus.tokenizer.name]
-    tokens = len(losses) * crops.batch_size * crops.block_size
     mean = sum(losses) / len(losses)
     console.say(f"{what}: validation loss {mean:.4f} nats per {unit} on {tokens:,} {unit}s of {corpus.name}")

@@ -29,7 +29,8 @@ class ExportConfig:
     dataset: str = ""
     """nanogpt: the folder in nanoGPT's data/ with the vocabulary (meta.pkl); empty takes the data folder's name."""
     tokenizer_dir: str = ""
-    """transformers: folder with GPT-2's encoder.json and vocab.bpe, to go along; empty looks beside the bins."""
+    """transformers: folder with GPT-2's encoder.json and vocab.bpe, to go along; empty takes the run's, or
+    those beside the bins."""
 
 
 def export(argv: Sequence[str]) -> None:
@@ -47,12 +48,12 @@ def export(argv: Sequence[str]) -> None:
     if config.format == "transformers" and config.dataset:
         raise UserError("--dataset is for --format nanogpt, whose sample.py looks for a vocabulary there")
     from memtrain_common.console import format_bytes
-    from memtrain_common.data.text.bins import GPT2_FILES
+    from memtrain_common.data.text.tokenizers import GPT2_FILES, gpt2_files
     from memtrain_common.models.gpt_files import write_gpt2, write_nanogpt
 
     from .starting import read_run
 
-    trained = read_run(Path(config.run))
+    trained = read_run(Path(config.run), say=print)
     asked = trained.config
     if config.format == "nanogpt":
         globals_of_nanogpt = {
@@ -70,15 +71,14 @@ def export(argv: Sequence[str]) -> None:
         )
         size = out.stat().st_size
     else:
-        beside = Path(asked.data_dir) if asked.data_dir else None
-        folder = Path(config.tokenizer_dir) if config.tokenizer_dir else beside
-        has_files = folder is not None and all((folder / name).is_file() for name in GPT2_FILES)
-        if config.tokenizer_dir and not has_files:
+        folder = Path(config.tokenizer_dir) if config.tokenizer_dir else trained.tokenizer_dir
+        files = gpt2_files(folder) if folder is not None else None
+        if config.tokenizer_dir and files is None:
             raise UserError(f"{folder} does not hold {' and '.join(GPT2_FILES)}: --tokenizer-dir needs both")
-        wanted = trained.data["tokenizer"] == "gpt2" and has_files
-        write_gpt2(out, trained.plain, tokenizer_dir=folder if wanted else None)
+        files = files if trained.data["tokenizer"] == "gpt2" else None
+        write_gpt2(out, trained.plain, tokenizer=files)
         size = sum(p.stat().st_size for p in out.iterdir())
-        if not wanted:
+        if files is None:
             print(f"without a tokenizer: the tokens are {trained.data['tokenizer']}" + _hint(trained.data["tokenizer"]))
     print(f"{out}: {trained.choice}, {format_bytes(size)}")
 

@@ -24,11 +24,19 @@ from typing import Any
 
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.data.hub import hub_rows
-from memtrain_common.data.text.bins import GPT2_FILES, META, META_PICKLE, SPLITS, UNFINISHED
+from memtrain_common.data.text.bins import META, META_PICKLE, SPLITS, UNFINISHED
 from memtrain_common.data.text.documents import Source, find_sources, fingerprints, is_table
 from memtrain_common.data.text.nanogpt_meta import write_meta_pickle
 from memtrain_common.data.text.pieces import Cutting, Piece
-from memtrain_common.data.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, Tokens
+from memtrain_common.data.text.tokenizers import (
+    GPT2_FILES,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    Tokens,
+    gpt2_files,
+)
 from memtrain_common.errors import Stopped, UserError
 from memtrain_common.files import read_json, write_json
 from memtrain_common.runs.lock import LOCK, lock_folder
@@ -331,8 +339,8 @@ def _describe(
         with path.open("rb") as file:
             splits[split] = {**numbers, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     if config.tokenizer == "gpt2" and config.tokenizer_dir:
-        for name in GPT2_FILES:
-            shutil.copyfile(Path(config.tokenizer_dir) / name, work / name)
+        for path, name in zip(gpt2_files(Path(config.tokenizer_dir)) or (), GPT2_FILES, strict=True):
+            shutil.copyfile(path, work / name)
     if isinstance(coder, CharTokenizer):
         write_meta_pickle(work / META_PICKLE, coder.characters)
     made = {"command": shlex.join(words), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}

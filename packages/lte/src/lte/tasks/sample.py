@@ -44,7 +44,8 @@ class SampleConfig:
     """Folder of bins whose vocabulary nanoGPT's checkpoint uses (meta.json or meta.pkl); a run knows its own, and a
     checkpoint the name of its data set, which is looked for in data/."""
     tokenizer_dir: str = ""
-    """Folder with GPT-2's encoder.json and vocab.bpe; empty lets tiktoken download them."""
+    """Folder with GPT-2's encoder.json and vocab.bpe; empty takes the run's, and lets tiktoken download them where it
+    has none."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -133,16 +134,26 @@ def _start(start: str) -> str:
 
 
 def _tokenizer(config: SampleConfig, data: dict[str, Any] | None, vocab_size: int) -> "Tokenizer":
-    """The tokenizer that a run remembers, that of the bins, or GPT-2's where the vocabulary is as large."""
-    from memtrain_common.data.text.bins import read_tokenizer, tokenizer_of
+    """The tokenizer that a run remembers, that of the bins, or GPT-2's where the vocabulary is as large.
 
-    folder = Path(config.tokenizer_dir) if config.tokenizer_dir else None
+    GPT-2's files are those of ``--tokenizer-dir``, else those that lie beside the bins, that the run was trained with,
+    or that lie in the model's own folder; tiktoken downloads them where there are none.
+    """
+    from memtrain_common.data.text.bins import read_tokenizer, tokenizer_of
+    from memtrain_common.data.text.tokenizers import GPT2Tokenizer, gpt2_files
+
+    own = data.get("tokenizer_dir") if data is not None else Path(config.init_from)
+    places = [own, Path(config.data_dir)] if config.data_dir else [own]
+    found = next((place for place in reversed(places) if place is not None and gpt2_files(place)), None)
+    folder = Path(config.tokenizer_dir) if config.tokenizer_dir else found
     if config.data_dir:
         coder = read_tokenizer(Path(config.data_dir), folder)
     elif data is not None and "folder" in data:  # that of nanoGPT's bins
         coder = read_tokenizer(Path(data["folder"]), folder)
     elif data is not None:
         coder = tokenizer_of(data, folder)
+    elif found is not None:
+        coder = GPT2Tokenizer(found)
     elif vocab_size in (50257, 50304):
         coder = tokenizer_of({"tokenizer": "gpt2", "vocab_size": 50257}, folder)
     else:

@@ -10,11 +10,11 @@ from memtrain_common.commands.chosen import verified
 from memtrain_common.commands.configure import saved_config
 from memtrain_common.data.text.bins import META, META_PICKLE, describe_tokenizer, read_tokenizer
 from memtrain_common.data.text.corpus import Corpus
+from memtrain_common.data.text.tokenizers import gpt2_files
 from memtrain_common.errors import UserError
 from memtrain_common.files import read_json
 from memtrain_common.models.gpt import GPT, GPTConfig, padded_vocabulary
 from memtrain_common.models.gpt_files import GPT2_NAMES, PlainGPT, download_gpt2, read_gpt2, read_nanogpt_run
-from memtrain_common.runs.checkpoint import load, verify
 from memtrain_common.runs.run_folder import RunFolder
 from memtrain_common.runs.state_tree import same_shapes
 from memtrain_common.training.rng import seed_all
@@ -39,6 +39,12 @@ class Trained:
     best_loss: float | None
 
     @property
+    def tokenizer_dir(self) -> Path | None:
+        """Where GPT-2's files are: the run's own --tokenizer-dir, or its data folder; None where they are not there."""
+        folders = (Path(name) for name in (self.config.tokenizer_dir, self.config.data_dir) if name)
+        return next((folder for folder in folders if gpt2_files(folder)), None)
+
+    @property
     def choice(self) -> str:
         """Whose weights these are, in words."""
         return f"the model of step {self.step}" + (", the best evaluation" if self.step != self.newest else "")
@@ -47,14 +53,15 @@ class Trained:
 def find_weights(
     init_from: str, say: Callable[[str], None] | None = None, *, select: str = ""
 ) -> tuple[PlainGPT, dict[str, Any] | None]:
-    """The weights that a word names, and the corpus that they were trained on, where that is known.
+    """The weights that a word names, and the corpus that they were trained on, where that is known; of a run with the
+    "tokenizer_dir" where GPT-2's files are.
 
     nanoGPT's checkpoint names its data set: the corpus is known where ``data/NAME`` is there, as nanoGPT looks for it.
 
     Args:
         init_from: one of OpenAI's four names, a run folder, ``ckpt.pt`` or its folder, or a transformers folder. What
             exists on disk comes before a name.
-        say: told where a run's weights are not those of its last step.
+        say: told where a run's weights are not those of its last step, and which checkpoints were passed over and why.
         select: of a run, as :func:`read_run` has it.
 
     Raises:
@@ -64,10 +71,10 @@ def find_weights(
     if path.is_file():
         return _read_nanogpts(path)
     if (path / "config.json").is_file() and _is_run(path / "config.json"):  # which may hold exports besides
-        trained = read_run(path, select)
+        trained = read_run(path, select, say)
         if say is not None and trained.step != trained.newest:
             say(f"{init_from}: {trained.choice}")
-        return trained.plain, trained.data
+        return trained.plain, {**trained.data, "tokenizer_dir": trained.tokenizer_dir}
     if (path / "ckpt.pt").is_file():
         return _read_nanogpts(path / "ckpt.pt")
     if (path / "config.json").is_file():
@@ -95,15 +102,17 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def read_run(folder: Path, select: str = "") -> Trained:
+def read_run(folder: Path, select: str = "", say: Callable[[str], None] | None = None) -> Trained:
     """The weights that a run has chosen, its heads merged: those of its newest valid checkpoint, or with ``--select
     best`` of its best evaluation so far. The run itself is left as it is.
 
     Args:
         select: instead of the run's own ``--select``.
+        say: told which checkpoints were passed over and why.
 
     Raises:
-        UserError: if it is no run of lte-train's, has no checkpoint that verifies, or its best one is damaged.
+        UserError: if it is no run of lte-train's, has no checkpoint that verifies or one of a newer format, or its best
+            one is damaged.
     """
     run = RunFolder.open(folder, writes=False)
     content = run.read_config()
@@ -112,19 +121,21 @@ def read_run(folder: Path, select: str = "") -> Trained:
         config = replace(config, vocab_size=config.vocab_size or padded_vocabulary(data["vocab_size"]))
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder} was not made by this version of lte-train: {error}") from None
-    wrong = "there is none"
-    for newest in reversed(run.checkpoints.steps()):
-        wrong = verify(run.checkpoints.path(newest)) or ""
-        if wrong:
-            continue
-        step, state = newest, load(run.checkpoints.path(newest))
-        best = state["progress"]["best"]
-        if best and best[0] != newest and (select or config.select) == "best":
-            step = best[0]
-            state = verified(run, step, folder) if step else {}  # no checkpoint is written before the first step
-        weights = _merged(config, state.get("model"), run.checkpoints.path(step))
-        return Trained(PlainGPT(gpt_config(config), weights), config, data, step, newest, best[1] if best else None)
-    raise UserError(f"{folder} has no intact checkpoint ({wrong}): train it first, or for longer")
+    passed_over: list[str] = []
+    found = run.checkpoints.load_newest(passed_over.append)
+    if found is None:
+        why = passed_over[-1] if passed_over else "there is none"
+        raise UserError(f"{folder} has no intact checkpoint ({why}): train it first, or for longer")
+    if say is not None:
+        for line in passed_over:
+            say(line)
+    newest, state = found
+    step, best = newest, state["progress"]["best"]
+    if best and best[0] != newest and (select or config.select) == "best":
+        step = best[0]
+        state = verified(run, step, folder) if step else {}  # no checkpoint is written before the first step
+    weights = _merged(config, state.get("model"), run.checkpoints.path(step))
+    return Trained(PlainGPT(gpt_config(config), weights), config, data, step, newest, best[1] if best else None)
 
 
 def _merged(config: TrainConfig, state: dict[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
@@ -158,24 +169,23 @@ def with_architecture(config: TrainConfig, corpus: Corpus, say: Callable[[str], 
         say: as :func:`find_weights` has it.
 
     Raises:
-        UserError: if the weights do not fit the corpus, the block or the frozen blocks.
+        UserError: if the weights do not fit the corpus, the block or the frozen blocks; or if the tokens that
+            --eval-only looks at are not those that the run knows.
     """
     vocab = corpus.tokenizer.vocab_size
     config = replace(config, tokenizer=corpus.tokenizer.name)  # type: ignore[arg-type]
+    if config.resume and config.eval_only:
+        before = RunFolder.open(Path(config.resume), writes=False).read_config().get("data") or {}
+        if before.get("sha256") != corpus.sha256:
+            _check_tokens(config.resume, before, corpus)
     if config.init_from == "scratch" or config.resume:
         if 0 < config.vocab_size < vocab:
             raise UserError(f"--vocab-size {config.vocab_size} is below the {vocab} tokens of {corpus.name}")
         return replace(config, vocab_size=config.vocab_size or padded_vocabulary(vocab))
     plain, data = find_weights(config.init_from, say)
     theirs = plain.config
-    tokenizer = data["tokenizer"] if data else "gpt2" if theirs.vocab_size in (50257, 50304) else None
-    if tokenizer not in (None, corpus.tokenizer.name):
-        raise UserError(
-            f"{config.init_from} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the "
-            f"text for it (--tokenizer {tokenizer}, or lte-prepare)"
-        )
-    if data and data.get("characters") != corpus.describe().get("characters"):
-        raise UserError(f"{config.init_from} was trained on other characters than {corpus.name} has: its tokens differ")
+    known = data or ({"tokenizer": "gpt2"} if theirs.vocab_size in (50257, 50304) else {})
+    _check_tokens(config.init_from, known, corpus)
     if theirs.vocab_size < vocab:
         raise UserError(f"{config.init_from} knows {theirs.vocab_size} tokens and {corpus.name} has {vocab}")
     if config.block_size > theirs.block_size:
@@ -188,6 +198,22 @@ def with_architecture(config: TrainConfig, corpus: Corpus, say: Callable[[str], 
         raise UserError(f"--freeze-n {config.freeze_n} is more than the {theirs.n_layer} blocks of {config.init_from}")
     shape = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
     return replace(config, **shape)
+
+
+def _check_tokens(run: str, data: dict[str, Any], corpus: Corpus) -> None:
+    """Refuse a corpus whose tokens are not those that a run was trained on.
+
+    Args:
+        data: the run's corpus, as far as it is known.
+    """
+    tokenizer = data.get("tokenizer", corpus.tokenizer.name)
+    if tokenizer != corpus.tokenizer.name:
+        raise UserError(
+            f"{run} reads {tokenizer} tokens and {corpus.name} has {corpus.tokenizer.name}: prepare the text for it "
+            f"(--tokenizer {tokenizer}, or lte-prepare)"
+        )
+    if "tokenizer" in data and data.get("characters") != corpus.describe().get("characters"):
+        raise UserError(f"{run} was trained on other characters than {corpus.name} has: its tokens differ")
 
 
 def with_length(config: TrainConfig, corpus: Corpus, *, keep_warmup: bool = True) -> TrainConfig:

@@ -24,13 +24,14 @@ _BINARY = {
 }
 
 
-def read_cifar(name: str, data_dir: Path) -> ImageSet:
+def read_cifar(name: str, data_dir: Path, say: Callable[[str], None] = print) -> ImageSet:
     """The set, with a tenth of train as val.
 
     Args:
         name: "cifar10" or "cifar100".
         data_dir: the folder of binary files, one around it, the binary archive itself, or one with the archive in
             it; or pictures as ``train/CLASS/*.png`` in a folder or zip.
+        say: told which files of such a folder were left out.
 
     Raises:
         UserError: naming what is missing or damaged.
@@ -47,7 +48,7 @@ def read_cifar(name: str, data_dir: Path) -> ImageSet:
             return _from_binary(name, partial(_read, folder), str(folder))
     zips = sorted(data_dir.glob("*.zip"))
     if data_dir.is_file() or (data_dir / "train").is_dir() or len(zips) == 1:
-        found = picture_folder(data_dir if data_dir.is_file() or not zips else zips[0])
+        found = picture_folder(data_dir if data_dir.is_file() or not zips else zips[0], say)
         if len(found.classes) != classes:
             raise UserError(f"{data_dir} has {len(found.classes)} classes of pictures, and {name} has {classes}")
         return in_memory(replace(found, name=name), SIDE)

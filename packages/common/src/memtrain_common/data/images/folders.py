@@ -1,5 +1,6 @@
 """Labelled pictures in folders named for their classes, on disk or in a zip."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from .image_set import SPLITS, FileImages, ImageSet, ImageSplit
 from .tree import PICTURES, Tree
 
 
-def picture_folder(path: Path) -> ImageSet:
+def picture_folder(path: Path, say: Callable[[str], None] = print) -> ImageSet:
     """``path/train/CLASS/*.png``, likewise val and test; or ``path/CLASS/*.png``, cut 8 : 1 : 1.
 
     A split may have another usual name (valid, validation or dev for val). Where there is train and test but no val, a
     tenth of train validates. In a zip the same; folders around the whole are passed over.
+
+    Args:
+        say: told how many files were left out, and which.
 
     Raises:
         UserError: if the folders are not so, naming which.
@@ -42,6 +46,7 @@ def picture_folder(path: Path) -> ImageSet:
     if len(classes) < 2:
         raise UserError(f"{path} has no two folders of pictures side by side, and there must be one for each class")
     splits = {split: _split(tree, root, classes) for split, root in roots.items()}
+    _say_left_out(tree, splits, [f"{root}/{name}/".lstrip("/") for root in roots.values() for name in classes], say)
     if "all" in splits:
         parts = stratified(splits["all"].labels, 10, seed=0)
         whole = splits["all"]
@@ -58,6 +63,19 @@ def picture_folder(path: Path) -> ImageSet:
         )
     task = "binary-class" if len(classes) == 2 else "multi-class"
     return ImageSet(path.resolve().name.removesuffix(".zip"), task, tuple(classes), splits)
+
+
+def _say_left_out(tree: Tree, splits: dict[str, ImageSplit], places: list[str], say: Callable[[str], None]) -> None:
+    """Name the pictures that lie elsewhere than in a class's own folder, and what else lies in or below those."""
+    read = {name for split in splits.values() for name in split.images.names}  # type: ignore[attr-defined]
+    inside = tuple(places)
+    others = [n for n in tree.files() if n not in read and (n.startswith(inside) or n.lower().endswith(PICTURES))]
+    if others:
+        which = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        say(
+            f"left out {len(others):,} file{'s' * (len(others) > 1)} of {tree.root.name}: {which}; "
+            f"pictures are read in a class's own folder, with the endings {', '.join(PICTURES)}"
+        )
 
 
 def _named_splits(inside: list[str], path: Path) -> dict[str, str]:

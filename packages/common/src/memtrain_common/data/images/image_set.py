@@ -211,9 +211,9 @@ class ImageSet:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The set's name, its counts, and :attr:`sha256`."""
+        """The set's name, its classes in the order of a model's outputs, its counts, and :attr:`sha256`."""
         counts = {name: len(self.splits[name]) for name in SPLITS if name in self.splits}
-        return {"name": self.name, "task": self.task, "classes": len(self.classes), **counts, "sha256": self.sha256}
+        return {"name": self.name, "task": self.task, "classes": list(self.classes), **counts, "sha256": self.sha256}
 
     def parts(self) -> dict[str, str]:
         """Hashes of all content of all images, and of their names, labels and order, for a run's ``data``."""

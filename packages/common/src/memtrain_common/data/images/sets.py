@@ -61,11 +61,11 @@ def load_images(
     if name == "digits":
         found = digits()
     elif name == "folder":
-        found = picture_folder(folder)
+        found = picture_folder(folder, say)
     elif name in SETS:
         found = read_medmnist(name, folder, size, verify=verify)
     elif name in CIFAR:
-        found = read_cifar(name, folder)
+        found = read_cifar(name, folder, say)
     else:
         found = READERS[name](folder)
     found = in_memory(found, size, fit=True) if fit else without_damaged(found, bad, say)

@@ -62,6 +62,19 @@ class Tree:
             names = (f"{prefix}/{p.name}" for p in (self.root / prefix).iterdir() if p.is_file())
         return sorted(n for n in names if n.lower().endswith(PICTURES) and not n.rpartition("/")[2].startswith("."))
 
+    def files(self) -> list[str]:
+        """Paths of all files, sorted; without those that are hidden or in hidden folders."""
+        if self.zipped:
+            return sorted(
+                n for n in self._files if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))
+            )
+        found = []
+        for place, folders, names in os.walk(self.root):
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            at = Path(place).relative_to(self.root).as_posix() + "/" if place != str(self.root) else ""
+            found += [at + name for name in names if not name.startswith(".")]
+        return sorted(found)
+
     def holds(self, name: str) -> bool:
         return name in self._files if self.zipped else (self.root / name).is_file()
 

@@ -15,12 +15,14 @@ from ...console import Console
 from ...errors import UserError
 from ...files import read_json
 from .nanogpt_meta import read_meta_pickle
-from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from .tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, gpt2_files
 
 META, META_PICKLE, UNFINISHED = "meta.json", "meta.pkl", ".preparing"
 SPLITS = ("train", "val", "test")
-GPT2_VOCAB, GPT2_FILES = 50257, ("encoder.json", "vocab.bpe")
+GPT2_VOCAB = 50257
 _CHUNK = 2**24
+_ENOUGH = 16
+"""Tokens from which on zeros at every second place are no text's."""
 
 
 def is_bins(folder: Path) -> bool:
@@ -37,8 +39,8 @@ def read_bins(folder: Path, tokenizer_dir: Path | None = None) -> dict[str, Any]
         tokenizer_dir: GPT-2's ``encoder.json`` and ``vocab.bpe``; None takes those beside the bins, or tiktoken's.
 
     Raises:
-        UserError: if a bin is missing, empty, of odd length, other than ``meta.json`` says, or holds a token beyond the
-            vocabulary.
+        UserError: if a bin is missing, empty, of odd length, of wider tokens, other than ``meta.json`` says, or holds a
+            token beyond the vocabulary.
     """
     if (folder / UNFINISHED).exists():
         raise UserError(f"{folder} is not prepared to its end: give the same lte-prepare command again, which goes on")
@@ -63,8 +65,12 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         meta = read_json(path)
         for split in ("train", "val"):
             int(meta["splits"][split]["tokens"]), int(meta["splits"][split]["text_bytes"])
-        letters = isinstance(meta["characters"], str) if meta["tokenizer"] == "chars" else True
-        if meta["tokenizer"] in ("gpt2", "chars", "bytes") and int(meta["vocab_size"]) > 0 and letters:
+        if meta["tokenizer"] == "chars":
+            letters = isinstance(meta["characters"], str) and len(set(meta["characters"])) == meta["vocab_size"]
+            known = letters and len(meta["characters"]) == meta["vocab_size"]
+        else:
+            known = meta["tokenizer"] in ("gpt2", "bytes")
+        if known and int(meta["vocab_size"]) > 0:
             return meta
     except (ValueError, KeyError, TypeError, OSError):
         pass
@@ -75,12 +81,11 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 def read_tokenizer(folder: Path, tokenizer_dir: Path | None = None) -> Tokenizer:
     """The tokenizer of the bins in a folder, by ``meta.json``, by nanoGPT's ``meta.pkl``, or else GPT-2's."""
-    beside = all((folder / name).exists() for name in GPT2_FILES)
     meta = _read_meta(folder)
     if meta is None and (folder / META_PICKLE).exists():
         return CharTokenizer(read_meta_pickle(folder / META_PICKLE))
     described = meta or {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
-    return tokenizer_of(described, tokenizer_dir or (folder if beside else None))
+    return tokenizer_of(described, tokenizer_dir or (folder if gpt2_files(folder) else None))
 
 
 def describe_tokenizer(coder: Tokenizer) -> dict[str, Any]:
@@ -118,6 +123,7 @@ def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tupl
     tokens: npt.NDArray[np.uint16] = np.memmap(path, "<u2", "r")
     digest = hashlib.sha256()
     bar = Console(quiet=size < 2**28).progress(size, label=f"checking {path.name}", scale=True)
+    wider = said is None and len(tokens) >= _ENOUGH  # what meta.json counted has the width that was counted
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
         if chunk.max() >= coder.vocab_size:
@@ -126,9 +132,15 @@ def _read_bin(path: Path, coder: Tokenizer, said: dict[str, Any] | None) -> tupl
                 f"{path} holds the token {chunk[at]} at position {start + at}, beyond the vocabulary of "
                 f"{coder.vocab_size} ({coder.name}): it was made with another tokenizer, or is damaged"
             )
+        wider = wider and not chunk[1::2].any()
         digest.update(chunk.data)
         bar.update(chunk.nbytes)
     bar.close()
+    if wider:
+        raise UserError(
+            f"{path} has a 0 at every second place, as tokens of 32 or 64 bits have it: bins hold uint16; write it "
+            "again with the dtype numpy.uint16, or prepare the data again with lte-prepare"
+        )
     sha = digest.hexdigest()
     if said is not None and said.get("sha256", sha) != sha:
         raise UserError(f"{path} does not have the SHA-256 that {META} recorded: it is damaged; prepare the data again")

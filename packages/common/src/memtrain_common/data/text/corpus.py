@@ -85,7 +85,7 @@ def load_corpus(data_dir: str | None = None, tokenizer: str = "bytes", tokenizer
     if tokenizer == "bytes":
         coder = ByteTokenizer()
     elif tokenizer == "chars":
-        coder = CharTokenizer((train_raw + val_raw).decode())
+        coder = CharTokenizer.of_text((train_raw + val_raw).decode())
     elif tokenizer == "gpt2":
         coder = GPT2Tokenizer(Path(tokenizer_dir) if tokenizer_dir else None)
     else:

@@ -23,13 +23,18 @@ def read_meta_pickle(path: Path) -> str:
     """The characters of nanoGPT's ``meta.pkl``, in the order of their tokens.
 
     Raises:
-        UserError: if the file holds anything but such a vocabulary.
+        UserError: if the file holds anything but such a vocabulary, or its two dicts say different things.
     """
     try:
         meta = _build(path.read_bytes())
         itos = meta["itos"]
         characters = [itos[i] for i in range(len(itos))]
-        if meta["vocab_size"] == len(characters) and all(isinstance(c, str) and len(c) == 1 for c in characters):
+        stoi = {c: i for i, c in enumerate(characters)}
+        if (
+            meta["vocab_size"] == len(characters) == len(stoi)
+            and meta.get("stoi", stoi) == stoi
+            and all(isinstance(c, str) and len(c) == 1 for c in characters)
+        ):
             return "".join(characters)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError):
         pass

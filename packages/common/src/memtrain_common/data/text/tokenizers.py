@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ...errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_FILES = ("encoder.json", "vocab.bpe")
 Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
@@ -40,21 +41,33 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """A token is a character; the vocabulary is the sorted set of a corpus's characters (nanoGPT's ``meta``)."""
+    """A token is a character: its place in the vocabulary. :meth:`of_text` sorts a text's, as nanoGPT's ``prepare.py``
+    does; bins may have any other order (``meta.pkl``), which is kept."""
 
     name = "chars"
 
     def __init__(self, characters: str) -> None:
-        self.characters = "".join(sorted(set(characters)))
-        self.vocab_size = len(self.characters)
-        self._codes = np.frombuffer(self.characters.encode("utf-32-le"), np.uint32)  # sorted code points
+        """``characters``: the vocabulary, each of them once, in the order of their tokens."""
+        if len(set(characters)) != len(characters):
+            raise ValueError("a vocabulary has each character once: CharTokenizer.of_text makes one from a text")
+        self.characters = characters
+        self.vocab_size = len(characters)
+        codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
+        self._order = np.argsort(codes)  # the tokens, by their code points
+        self._codes = codes[self._order]
+
+    @classmethod
+    def of_text(cls, text: str) -> "CharTokenizer":
+        """The vocabulary of a text: its characters, sorted."""
+        return cls("".join(sorted(set(text))))
 
     def encode(self, raw: bytes) -> Tokens:
         codes = np.frombuffer(raw.decode().encode("utf-32-le"), np.uint32)
-        tokens = np.searchsorted(self._codes, codes)
-        wrong = (tokens == self.vocab_size) | (self._codes[np.minimum(tokens, self.vocab_size - 1)] != codes)
+        places = np.searchsorted(self._codes, codes)
+        wrong = (places == self.vocab_size) | (self._codes[np.minimum(places, self.vocab_size - 1)] != codes)
         if wrong.any():
             raise UserError(f"the character {chr(int(codes[wrong][0]))!r} is not in the vocabulary of this corpus")
+        tokens = self._order[places]
         return tokens.astype(np.uint16) if self.vocab_size <= 2**16 else tokens.astype(np.uint32)
 
     def decode(self, tokens: Tokens) -> bytes:
@@ -64,8 +77,8 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding: 50,257 tokens, of which the last is ``<|endoftext|>``.
 
-    Read from a folder that holds ``encoder.json`` and ``vocab.bpe``, or, without one, by tiktoken, which downloads
-    the same two files once and verifies their hashes.
+    Read from a folder that holds ``encoder.json`` and ``vocab.bpe`` (:func:`gpt2_files`), or, without one, by tiktoken,
+    which downloads the same two files once and verifies their hashes.
     """
 
     name = "gpt2"
@@ -113,14 +126,24 @@ class GPT2Tokenizer:
         return self._encoding.decode_bytes([int(t) for t in tokens])
 
 
+def gpt2_files(folder: Path) -> tuple[Path, Path] | None:
+    """GPT-2's two files of a vocabulary in a folder, under OpenAI's names or transformers'; None where they are not."""
+    for names in (GPT2_FILES, ("vocab.json", "merges.txt")):
+        encoder, merges = (folder / name for name in names)
+        if encoder.is_file() and merges.is_file():
+            return encoder, merges
+    return None
+
+
 def _local_gpt2(folder: Path) -> dict[str, Any]:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-    encoder, merges = folder / "encoder.json", folder / "vocab.bpe"
-    for path in (encoder, merges):
-        if not path.is_file():
-            raise UserError(f"{path} is missing: --tokenizer-dir needs GPT-2's encoder.json and vocab.bpe")
+    found = gpt2_files(folder)
+    if found is None:
+        lacking = next(path for name in GPT2_FILES if not (path := folder / name).is_file())
+        raise UserError(f"{lacking} is missing: --tokenizer-dir needs GPT-2's encoder.json and vocab.bpe")
+    encoder, merges = found
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
     except (AssertionError, KeyError, ValueError):
