@@ -52,6 +52,25 @@ def test_the_numbers_and_the_state_after_them_are_pytorchs(path, drawn_before):
             assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_another_generator_is_left_to_pytorch(monkeypatch):
+    """A state of another size, one with another place in it, and numbers that are others, as of another PyTorch."""
+    if cpu_kernels.library() is None:
+        pytest.skip("no C compiler: PyTorch draws in any case")
+    kept = torch.empty(10, dtype=torch.bool)
+    state = torch.get_rng_state()
+    assert not cpu_kernels.bernoulli(state[:-8].clone(), 0.5, kept)
+    elsewhere = state.clone()
+    elsewhere[8], elsewhere[16:24] = 2, 255  # not at the end of its numbers, and far beyond it
+    before = elsewhere.clone()
+    assert not cpu_kernels.bernoulli(elsewhere, 0.5, kept)
+    assert torch.equal(elsewhere, before)
+    true_one = cpu_kernels.bernoulli
+    monkeypatch.setattr(cpu_kernels, "bernoulli", lambda state, p, kept: true_one(state, 1 - p, kept))
+    drawing.draws_the_same.cache_clear()
+    assert not drawing.draws_the_same()
+    drawing.draws_the_same.cache_clear()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_has_the_bits_of_pytorchs(path, dtype, layout):

@@ -516,8 +516,8 @@ static void mt_outputs(const u32 *s, u32 *out) {
 
 /* kept[i] = whether the i-th number in [0, 2^53) is below `below`: two outputs each, the first for the high bits. The
  * generator is PyTorch's, as Generator.get_state gives it, and is moved on: outputs left + 1 (int32 at 8), the place of
- * the next (uint64 at 16), 624 words (uint64 each, from 24). */
-void br_bernoulli(u8 *generator, i64 n, i64 below, u8 *kept) {
+ * the next (uint64 at 16), 624 words (uint64 each, from 24). Returns 0, or 1 where that is no such place. */
+int br_bernoulli(u8 *generator, i64 n, i64 below, u8 *kept) {
   u32 state[MT_SIZE], outputs[MT_SIZE];
   u64 words[MT_SIZE], place;
   i32 left;
@@ -525,6 +525,7 @@ void br_bernoulli(u8 *generator, i64 n, i64 below, u8 *kept) {
   memcpy(&place, generator + 16, sizeof place);
   memcpy(words, generator + 24, sizeof words);
   for (int i = 0; i < MT_SIZE; i++) state[i] = (u32)words[i];
+  if (left != 1 && place > MT_SIZE) return 1;
   int at = left == 1 ? MT_SIZE : (int)place;
   mt_outputs(state, outputs);
   for (i64 i = 0; i < n;) {
@@ -549,6 +550,7 @@ void br_bernoulli(u8 *generator, i64 n, i64 below, u8 *kept) {
   memcpy(generator + 8, &left, sizeof left);
   memcpy(generator + 16, &place, sizeof place);
   memcpy(generator + 24, words, sizeof words);
+  return 0;
 }
 
 /* y = x * (kept ? scale : 0), as a product, so that what is no number stays none. */

@@ -36,6 +36,8 @@ TUNED: tuple[list[str], ...] = (
     [],
 )
 """Tried in turn: the first that the compiler takes and that loads is used."""
+GENERATOR_BYTES = 5056
+"""Of the state of PyTorch's CPU generator, as br_bernoulli reads it."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 # p: a tensor's memory, i: int, l: 64-bit integer, f: float
@@ -270,10 +272,10 @@ def lowbit_unpack(codes: Tensor, ends: Tensor, cut: Rows, dtype: torch.dtype) ->
 
 def bernoulli(state: Tensor, p: float, kept: Tensor) -> bool:
     """Fill ``kept``, bool, as ``bernoulli_(p)`` would by a generator in ``state``, which moves on; False: not done."""
-    if kept.dtype != torch.bool or not _fits(state, kept):
+    if kept.dtype != torch.bool or state.numel() != GENERATOR_BYTES or not _fits(state, kept):
         return False
-    library().br_bernoulli(state.data_ptr(), kept.numel(), math.ceil(math.ldexp(p, 53)), kept.data_ptr())
-    return True
+    below = math.ceil(math.ldexp(p, 53))
+    return bool(library().br_bernoulli(state.data_ptr(), kept.numel(), below, kept.data_ptr()) == 0)
 
 
 def dropout(x: Tensor, kept: Tensor, scale: float) -> Tensor | None:

@@ -16,7 +16,7 @@ from .internals import is_fake
 
 def scale_of(p: float, dtype: torch.dtype) -> float:
     """1 / (1 − p) as PyTorch rounds it on a CPU: divided, and kept, in ``dtype``."""
-    return float(torch.ones((), dtype=dtype).div_(1 - p)) if p < 1 else 0.0
+    return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p)) if p < 1 else 0.0
 
 
 def kept_of(x: Tensor, p: float) -> Tensor:
@@ -53,9 +53,10 @@ def draws_the_same() -> bool:
         return False
     generator = torch.Generator()
     generator.manual_seed(20_221_127)
-    torch.empty(3).random_(generator=generator)
+    ours, theirs = (torch.empty(1_000, dtype=torch.bool, device="cpu") for _ in range(2))
+    torch.empty(3, device="cpu").random_(generator=generator)
     state = generator.get_state()
-    ours, theirs = torch.empty(1_000, dtype=torch.bool), torch.empty(1_000, dtype=torch.bool)
-    cpu_kernels.bernoulli(state, 0.7, ours)
+    if not cpu_kernels.bernoulli(state, 0.7, ours):
+        return False
     theirs.bernoulli_(0.7, generator=generator)
     return torch.equal(ours, theirs) and torch.equal(state, generator.get_state())

@@ -61,7 +61,7 @@ def _steps(
     if dtype.itemsize == 2 and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
         q, k, v = q.float(), k.float(), v.float()  # as PyTorch does, unless it is told otherwise
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
     # The product with V is still to come: this one is with no column of it.
     _, p = torch.ops.aten._scaled_dot_product_attention_math(
         q, k, v[..., :0], mask, 0.0, causal, None, scale=scale, enable_gqa=gqa
