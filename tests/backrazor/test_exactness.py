@@ -1,5 +1,6 @@
 """What the table calls exact is exact: weights in any shape, forward bits, arguments that no rule knows."""
 
+import math
 import re
 
 import pytest
@@ -459,6 +460,18 @@ def test_attention_gives_the_bits_of_the_kernel_that_pytorch_chooses(shape, dtyp
     if dtype == torch.float32:
         _, pairs = compare(call, inputs, keep=1)
         assert all(close(pair, 1e-5) for pair in pairs)  # the same dropout
+
+
+@pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
+def test_a_dropout_that_pytorch_refuses_is_refused(p, mode):
+    q = activation(2, 3, 20, 8)
+    for call in (lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=p), lambda: F.dropout(q, p)):
+        with pytest.raises((RuntimeError, ValueError)) as plain:
+            call()
+        with Razor(KEEP, mode=mode), pytest.raises(plain.type) as met:
+            call()
+        assert str(met.value) == str(plain.value)
 
 
 def test_attentions_dropout_leaves_the_random_numbers_as_pytorch_does():

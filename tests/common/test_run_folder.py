@@ -81,7 +81,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         RunFolder.create(tmp_path / "full" / "thesis.tex")
     with pytest.raises(UserError, match="cannot write in the folder"):
         RunFolder.create(tmp_path / "full" / "thesis.tex" / "run")
-    with pytest.raises(UserError, match=r"is not a run: --resume needs a folder with a config\.json"):
+    with pytest.raises(UserError, match=r"is not a run: a run is a folder with a config\.json"):
         RunFolder.open(tmp_path / "full")
     (run.path / "config.json").write_text('{"config": 3}')
     with pytest.raises(UserError, match=r"config\.json is not the JSON object that the run wrote"):

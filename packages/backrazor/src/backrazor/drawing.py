@@ -1,8 +1,8 @@
 """Dropout's random numbers: what PyTorch's dropout keeps, drawn from PyTorch's own generator, and its product.
 
-On a CPU ``bernoulli_`` draws one number after the other, 8 ns each. :mod:`.cpu_kernels` draws the same ones from the
-same generator several times faster. That it does is looked at once in each process; where it does not (another
-PyTorch, no compiler) PyTorch draws.
+On a CPU ``bernoulli_`` draws one number after the other. :mod:`.cpu_kernels` draws the same ones from the same
+generator, many at a time. That they are the same is looked at once in each process; where they are not (another
+PyTorch) or there is no compiler, PyTorch draws.
 """
 
 import functools

@@ -80,11 +80,7 @@ class Kept:
 
     def dense(self, name: str, dtype: torch.dtype, *, own: bool = False) -> Tensor:
         """The dense tensor in ``dtype``; ``own`` copies what others use too, for work in place."""
-        tensors, recipe, geometry = self._parts[name]
-        if recipe is None:
-            return tensors[0].to(dtype, copy=own)
-        x, alone = self._made(name, recipe, tensors, dtype)
-        x = seen_as(x, geometry)
+        x, alone = self.dense_and_alone(name, dtype)
         return x.clone() if own and not alone else x
 
     def dense_and_alone(self, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:

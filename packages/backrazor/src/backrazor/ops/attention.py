@@ -265,7 +265,7 @@ def scaled_dot_product_attention(
     tensors = [t for t in (query, key, value, attn_mask) if t is not None]
     if not any(t.requires_grad for t in tensors) or any(t.numel() == 0 for t in tensors):
         return NotImplemented
-    if razor.attention == "exact":
+    if razor.attention == "exact" or not 0 <= dropout_p <= 1:
         return NotImplemented
     if razor.mode == "low-bit":
         settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}

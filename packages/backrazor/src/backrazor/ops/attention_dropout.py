@@ -106,10 +106,12 @@ class Stepwise:
     def gradients(self, g: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
         """dQ, dK, dV and dmask of those that ``needs`` names."""
         heads, kv_heads = self.q.shape[1], self.k.shape[1]
-        g3 = by_head(g)
+        g3 = by_head(g.to(self.out.dtype))
         grads: list[Tensor | None] = [None] * len(needs)
         if needs[2]:
             grads[2] = folded(torch.bmm(by_head(self._dropped(self.p)).mT, g3), heads, kv_heads)
+        if not any((*needs[:2], *needs[3:])):
+            return grads
         dp = torch.bmm(g3, by_head(repeated(self.v, heads)).mT).view(self.p.shape)
         ds = softmax_backward(self._dropped(dp), self.p)
         ds3 = by_head(ds)

@@ -85,7 +85,7 @@ class RunFolder:
             UserError: if it is not one.
         """
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not a run: --resume needs a folder with a config.json, as --out makes it")
+            raise UserError(f"{path} is not a run: a run is a folder with a config.json, as --out makes it")
         if writes:
             lock_folder(path)
         return cls(path, writes=writes, keep_checkpoints=keep_checkpoints)
