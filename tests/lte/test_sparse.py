@@ -29,19 +29,20 @@ POLICIES = {
 }  # fmt: skip
 
 
-def said(x, kept, bits):
+def said(x, kept, bits, chunk=256):
     """What a message of x says, number by number: plain Python over the format's description."""
     flat = [float(v) for v in x.flatten().float()]
-    flat += [0.0] * (-len(flat) % 256)
-    chunks = [flat[i : i + 256] for i in range(0, len(flat), 256)]
-    out = [[0.0] * 256 for _ in chunks]
+    flat += [0.0] * (-len(flat) % chunk)
+    chunks = [flat[i : i + chunk] for i in range(0, len(flat), chunk)]
+    out = [[0.0] * chunk for _ in chunks]
     for first in range(0, len(chunks), 16):
         chosen = {}
         for c in range(first, min(first + 16, len(chunks))):
-            for i in sorted(range(256), key=lambda i, c=c: -abs(chunks[c][i]))[:kept]:
+            for i in sorted(range(chunk), key=lambda i, c=c: -abs(chunks[c][i]))[:kept]:
                 chosen[c, i] = chunks[c][i]
         sizes = [abs(v) for v in chosen.values()]
-        lo, hi = (float(torch.tensor(f(sizes)).bfloat16()) for f in (min, max))
+        ends = (statistics.mean(sizes),) * 2 if bits == 1 else (min(sizes), max(sizes))
+        lo, hi = (float(torch.tensor(end).bfloat16()) for end in ends)
         steps = 2 ** (bits - 1)
         for (c, i), value in chosen.items():
             step = math.floor((abs(value) - lo) / (hi - lo) * steps) if hi > lo else 0
@@ -50,25 +51,52 @@ def said(x, kept, bits):
     return torch.tensor([v for chunk in out for v in chunk][: x.numel()]).view(x.shape)
 
 
+FORMS = [(1, 2, 256), (3, 4, 256), (10, 1, 256), (14, 3, 128), (1, 1, 64), (33, 2, 64), (63, 8, 64)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7,), (256,), (3, 100), (64, 80), (130, 257)])
-@pytest.mark.parametrize(("kept", "bits"), [(1, 2), (3, 4), (8, 3), (255, 8)])
-def test_a_message_says_the_largest_numbers_in_few_bits(shape, kept, bits):
-    sparse, x = Sparse(kept, bits), torch.randn(shape) * 1e-4
+@pytest.mark.parametrize(("kept", "bits", "chunk"), FORMS)
+def test_a_message_says_the_largest_numbers_in_few_bits(shape, kept, bits, chunk):
+    sparse, x = Sparse(kept, bits, chunk), torch.randn(shape) * 1e-4
     message = sparse.pack(x)
     assert message.dtype == torch.uint8
     assert len(message) == sparse.size(x.numel())
-    torch.testing.assert_close(sparse.unpack(message, x), said(x, kept, bits), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(sparse.unpack(message, x), said(x, kept, bits, chunk), rtol=1e-5, atol=1e-12)
     assert sparse.unpack(message, x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize(("kept", "bits", "chunk"), FORMS)
+def test_places_are_one_number(kept, bits, chunk):
+    """The choice's number, read off the message's bits and taken apart in whole numbers of Python."""
+    x, sparse = torch.randn(3, chunk), Sparse(kept, bits, chunk)
+    wanted = [sorted(row.abs().topk(kept).indices.tolist()) for row in x]
+    first = 2 if bits == 1 else 4  # the bounds of the only block
+    stream = int.from_bytes(sparse.pack(x)[first:].numpy().tobytes(), "little")
+    P = (math.comb(chunk, kept) - 1).bit_length()
+    for row, places in enumerate(wanted):
+        number = stream >> row * P & 2**P - 1
+        assert number == sum(math.comb(p, i) for i, p in enumerate(places, 1)) < math.comb(chunk, kept)
+        taken = []
+        for i in range(kept, 0, -1):
+            taken.append(max(p for p in range(chunk) if math.comb(p, i) <= number))
+            number -= math.comb(taken[-1], i)
+        assert sorted(taken) == places
+
+
 def test_the_size_of_a_message():
-    """A layer of 128 × 512 in the largest 1.2 %, 2 bits: 0.125 bits a number."""
-    assert Sparse(3, 2).size(128 * 512) == 256 * 3 + 256 * 3 * 2 // 8 + 16 * 4
-    assert 8 * Sparse(3, 2).size(128 * 512) / (128 * 512) == 0.125
+    """A layer of 128 × 512 in the largest 1.2 %, 2 bits: 22 + 6 bits a chunk, 32 a block."""
+    assert Sparse(3, 2).size(128 * 512) == 256 * 22 // 8 + 256 * 3 * 2 // 8 + 16 * 4
+    assert Sparse(3, 1).size(128 * 512) == 256 * 22 // 8 + 256 * 3 // 8 + 16 * 2
     assert Sparse.of(LTEConfig()) is None
     assert Sparse.of(LTEConfig(merge_density=0.001)).kept == 1
     assert Sparse.of(LTEConfig(merge_density=0.02, merge_bits=2)) == Sparse(5, 2)
+    copies = LTEConfig(merge_density=0.02, merge_density_replicas=0.08, replicas=("norms",))
+    assert (Sparse.of(copies), Sparse.of(copies, copies=True)) == (Sparse(5, 4), Sparse(10, 4, 128))
+    for density in torch.linspace(0.002, 0.99, 250).tolist():
+        sparse = Sparse.of(LTEConfig(merge_density=density))
+        assert abs(sparse.kept / sparse.chunk - density) <= max(0.5, sparse.kept == 1) / sparse.chunk
+        assert all(math.comb(sparse.chunk - 1, i) < 2**63 for i in range(sparse.kept + 1))  # what its table holds
 
 
 def test_zeros_stay_zeros():
@@ -620,7 +648,10 @@ def test_what_has_arrived_when_a_process_is_lost_is_merged():
     ({"merge_delay": 1}, "merge_delay is for sparse merges: give a merge_density below 1"),
     ({"merge_delay": 1, "merge_density": 0.1, "reset": "B"}, "merge_delay needs reset='none', got 'B'"),
     ({"merge_density": 0.0}, "merge_density must be above 0"), ({"merge_density": 1.1}, "merge_density"),
-    ({"merge_density": 0.1, "merge_bits": 1}, "merge_bits must be from 2 to 8"),
+    ({"merge_density": 0.1, "merge_bits": 0}, "merge_bits must be from 1 to 8"),
+    ({"merge_density_replicas": 0.1, "replicas": ("norms",)}, "is for sparse merges of copies"),
+    ({"merge_density_replicas": 0.1, "merge_density": 0.1}, "is for sparse merges of copies"),
+    ({"merge_density_replicas": 1.0, "merge_density": 0.1, "replicas": ("norms",)}, "must be above 0 and below 1"),
 ])  # fmt: skip
 def test_refused_options(options, match):
     with pytest.raises(ValueError, match=match):
@@ -658,7 +689,7 @@ def test_the_readme_has_what_sparse_merges_cost():
 
     def gaps(arm, of):
         mine = [r for r in of if r["arm"] == arm and r["use"] == "report"]
-        assert len(mine) == len(full) == 3
+        assert len(mine) == len(full) == 5
         return [100 * (r["loss"] / full[r["seed"]] - 1) for r in mine], statistics.mean(r["loss"] for r in mine)
 
     for arm, sent in found["bytes_per_step"].items():

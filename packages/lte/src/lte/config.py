@@ -55,6 +55,8 @@ class LTEConfig:
     merge_density: float = 1.0
     """Share of each head's delta that a merge sends, the largest of every 256 numbers. What is not sent the head keeps,
     computes with, and adds to its next delta (error feedback); 1 sends all of it, exactly."""
+    merge_density_replicas: float | None = None
+    """The same of copies (``replicas``), where they want another share; None: ``merge_density``."""
     merge_bits: int = 4
     """Bits of each number that is sent of a share below 1: its sign, and 2^(bits − 1) magnitudes."""
     merge_delay: int = 0
@@ -98,8 +100,15 @@ class LTEConfig:
             raise ValueError(f"outer_lr must be positive and finite, got {self.outer_lr}")
         if not 0 < self.merge_density <= 1:
             raise ValueError(f"merge_density must be above 0 and at most 1, got {self.merge_density}")
-        if not 2 <= self.merge_bits <= 8:
-            raise ValueError(f"merge_bits must be from 2 to 8, got {self.merge_bits}")
+        copies = self.merge_density_replicas
+        if copies is not None and not (isinstance(copies, int | float) and 0 < copies < 1):
+            raise ValueError(f"merge_density_replicas must be above 0 and below 1, got {copies!r}")
+        if copies is not None and (self.merge_density == 1 or not self.replicas):
+            raise ValueError(
+                "merge_density_replicas is for sparse merges of copies: give a merge_density below 1 and replicas"
+            )
+        if not 1 <= self.merge_bits <= 8:
+            raise ValueError(f"merge_bits must be from 1 to 8, got {self.merge_bits}")
         if self.merge_delay < 0:
             raise ValueError(f"merge_delay must be 0 or a number of optimizer steps, got {self.merge_delay}")
         if self.merge_delay and self.merge_density == 1:

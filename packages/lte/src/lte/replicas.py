@@ -58,7 +58,7 @@ class Replicas(nn.Module):
         self.config, self.total_heads = config, config.heads
         self.first_head, self.heads = share or (0, config.heads)
         self._layer = [without_numbers(layer)]  # in a list: its parameters are not this module's
-        self._tied, self.sparse = tied, Sparse.of(config)
+        self._tied, self.sparse = tied, Sparse.of(config, copies=True)
         self.evaluated: dict[str, Tensor] | None = None  # the means, while lte.averaged() holds them ready
         own = dict(layer.named_parameters(recurse=False))
         self.fixed = frozenset(own) - frozenset(parameters)

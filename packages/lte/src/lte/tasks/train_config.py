@@ -84,6 +84,8 @@ class TrainConfig(RunFlags, StepFlags):
     lte_merge_density: float = 1.0
     """Share of each head's delta that a merge sends, its largest numbers; the head keeps the rest, computes with it and
     adds it to the next. 1 sends all, exactly."""
+    lte_merge_density_replicas: float = 0.0
+    """The same of copies (--lte-replicas), where they want another share; 0: --lte-merge-density."""
     lte_merge_bits: int = 4
     """Bits of each number that is sent of a share below 1."""
     lte_merge_delay: int = 0
@@ -321,6 +323,7 @@ def lte_config(config: TrainConfig) -> LTEConfig:
         reset_optimizer=config.lte_reset_optimizer,
         outer_momentum=config.lte_outer_momentum,
         merge_density=config.lte_merge_density,
+        merge_density_replicas=config.lte_merge_density_replicas or None,
         merge_bits=config.lte_merge_bits,
         merge_delay=config.lte_merge_delay,
         outer_lr=config.lte_outer_lr,
