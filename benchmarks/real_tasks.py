@@ -141,10 +141,10 @@ def cifar10(
     return classes(about, build, (x[:n], y[:n]), (x[n:], y[n:]), test, **settings)
 
 
-def dino(size: int, *, n: int = 1000, steps: int = 40) -> RealTask:
+def dino(size: int, *, n: int = 1000, steps: int = 40, tested: int = 500) -> RealTask:
     about = f"DINOv2-small to CIFAR-10 as JPEG files, {size} px, {n:,} pictures, {steps} steps of 25"
     return cifar10(
-        about, Dino, size, n=n, held_out=300, tested=500, batch_size=25, steps=steps, rates=(1e-5, 3e-5, 1e-4)
+        about, Dino, size, n=n, held_out=300, tested=tested, batch_size=25, steps=steps, rates=(1e-5, 3e-5, 1e-4)
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ TASKS: dict[str, Callable[[], RealTask]] = {
     ),
     "minilm-rte": partial(sentences, "rte", n=1920, batch_size=16, steps=120, length=64, grouped=True),
     "dinov2-cifar10": partial(dino, 98),
-    "dinov2-cifar10-5000": partial(dino, 98, n=5000, steps=200),
+    "dinov2-cifar10-5000": partial(dino, 98, n=5000, steps=200, tested=2500),
     "dinov2-cifar10-56": partial(dino, 56),
     "dinov2-cifar10-56-long": partial(dino, 56, steps=200),
     "dinov2-breastmnist": partial(breast, 56, steps=84),
