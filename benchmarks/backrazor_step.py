@@ -1,7 +1,7 @@
 """Time and memory of a full training step: dense, Back Razor and ``torch.utils.checkpoint``, in one process.
 
 Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours, in
-CPU seconds of the process, which other processes disturb least.
+CPU seconds of the process, which other processes disturb least; of several threads in seconds.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps. With --torch-path the only question is what a
 step costs where no C compiler is: packing by torch over packing by the C kernels.
@@ -9,6 +9,8 @@ step costs where no C compiler is: packing by torch over packing by the C kernel
     uv run python benchmarks/backrazor_step.py --models vit-b-16 bert-base gpt2 --batch 4 --no-memory --pairs 12
     uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory --batch 8 --pairs 12 \
         --out benchmarks/results/backrazor_step_small.json
+    uv run python benchmarks/backrazor_step.py --models vit-b-16 vit-s-16 bert-base gpt2 --batch 4 --no-memory --pairs 12 \
+        --threads 2 --out benchmarks/results/backrazor_step_two_threads.json
     uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
     uv run python benchmarks/backrazor_step.py --models gpt2 --batch 4 --length 512 --pairs 0 \
         --out benchmarks/results/backrazor_peak_gpt2.json
@@ -83,6 +85,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
 
+def clock() -> float:
+    """CPU seconds of the process; of several threads, which may wait for each other, the time that passes."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def times(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
     """Step time of Back Razor and of checkpointing over dense."""
     torch.manual_seed(0)
@@ -91,7 +98,7 @@ def times(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
     for way in ("razor", "checkpoint"):
         other = Trainer(name, way, sizes, sizes.batch, copy.deepcopy(dense.model))
         found[f"{way}_over_dense"] = dataclasses.asdict(
-            pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=time.process_time)
+            pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=clock)
         )
         del other
     return found
@@ -107,7 +114,7 @@ def over_c(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
             trainer.step()
 
     assert built() is not None, "there is no C compiler here: nothing to compare with"
-    ratio = pairwise(without, trainer.step, pairs=pairs, warmup=1, clock=time.process_time)
+    ratio = pairwise(without, trainer.step, pairs=pairs, warmup=1, clock=clock)
     found = {"model": name, "batch": trainer.shaped.sample, "keep": sizes.keep}
     return {**found, "torch_over_c": dataclasses.asdict(ratio)}
 
@@ -216,7 +223,7 @@ def main(
         device=torch.device("cpu"),
         seeds=[0],
         threads=threads,
-        clock="CPU seconds of the process",
+        clock="CPU seconds of the process" if threads == 1 else "seconds",
         cpu_kernels=library() is not None,
         mode=Razor(keep).mode,
         runs=runs,
