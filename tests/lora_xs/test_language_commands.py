@@ -287,6 +287,31 @@ def test_an_answer_does_not_depend_on_its_neighbours(language_model, beams):
         assert ended == alone[0][: alone[0].find(stop)]
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("own", [None, 7, [7, 8]])
+def test_an_answer_ends_at_the_tokenizers_end_token_too(language_model, own, beams, monkeypatch):
+    """The one that training teaches; the model's generation_config.json may name another, or none."""
+    tokenizer = load_tokenizer(language_model)
+    tokenizer.padding_side = "left"
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model).eval()
+    model.generation_config.eos_token_id = own
+    script = {0: 30, 1: 31, 2: tokenizer.eos_token_id}  # and then 40 for ever, where nothing stops it
+    prompt = tokenizer(["1 plus 2?"], return_tensors="pt")["input_ids"].shape[1]
+    forward = type(model).forward
+
+    def scripted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        cache = kwargs["past_key_values"].get_seq_length() - prompt
+        wanted = 7 if cache == 1 and ended_by_model else script.get(cache, 40)
+        out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(wanted), out.logits.shape[-1]) * 1e4
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scripted)
+    for ended_by_model in (False, True):
+        said = tokenizer.decode([30] if ended_by_model and own else [30, 7] if ended_by_model else [30, 31])
+        assert generate(model, tokenizer, ["1 plus 2?"], beams=beams, longest=20) == [said]
+
+
 def test_the_interval_of_a_share():
     """Against the definition: the shares p whose z-test does not reject what was seen."""
     for right, n in ((0, 100), (7, 16), (16, 16)):

@@ -41,7 +41,10 @@ def about_of(model: nn.Module, tokenizer: Any, name: str, adapter: str, **settin
         sha.update(key.encode() + digest)
     generation = model.generation_config.to_dict()  # type: ignore[operator,union-attr]
     kept = {k: v for k, v in generation.items() if k not in ("transformers_version", "_from_model_config")}
-    more = [model_parts(name), kept, sorted(tokenizer.get_vocab().items())]
+    more: list[Any] = [model_parts(name), kept, sorted(tokenizer.get_vocab().items())]
+    own, end = kept.get("eos_token_id"), tokenizer.eos_token_id
+    if end is not None and end not in (own if isinstance(own, list) else [own]):  # else as files of before have it
+        more.append(["the tokenizer's end token", end])
     sha.update(json.dumps(more, sort_keys=True, default=str).encode())
     stated = read_header(Path(adapter) / ADAPTER, ADAPTER_FORMAT)["sha256"] if adapter else ""
     return {"adapter_sha256": stated, **settings, "model_sha256": sha.hexdigest(), "model": name}
