@@ -74,8 +74,12 @@ def check(config: MemoryConfig) -> MemoryConfig:
     for name in ("out", "json"):
         if (path := getattr(config, name)) and Path(path).exists() and not config.overwrite:
             raise UserError(f"--{name} {path} exists: choose another file, or write over it with --overwrite")
-    if config.model.startswith(("vit", "resnet", "mobilenet", "proxyless")):
-        refuse_unused(config, MemoryConfig(), ("sequence_length",), f"{config.model} sees pictures")
-    if config.model.startswith(("bert", "roberta", "gpt2")):
-        refuse_unused(config, MemoryConfig(), ("image_size",), f"{config.model} sees tokens")
+    if config.model in KNOWN:
+        check_size(config, pictures=not config.model.startswith(("bert", "roberta", "gpt2")))
     return config
+
+
+def check_size(config: MemoryConfig, *, pictures: bool) -> None:
+    """Refuse the size of what the model does not see."""
+    unused, seen = ("sequence_length", "pictures") if pictures else ("image_size", "tokens")
+    refuse_unused(config, MemoryConfig(), (unused,), f"{config.model} sees {seen}")
