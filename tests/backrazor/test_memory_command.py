@@ -192,6 +192,11 @@ REFUSED = {
     "too long": (["gpt2", "--sequence-length", "2000"], "beyond the 1024 positions of gpt2"),
     "flag": (["resnet20", "--batchsize", "3"], "did you mean --batch-size?"),
     "picture": (["resnet20", "--out", "saved.xyz"], "--out saved.xyz must end in one of .png"),
+    "a folder for numbers": (["resnet20", "--json", ".", "--overwrite"], "--json . is a folder"),
+    "a folder for the picture": (["resnet20", "--out", "no/x.png"], "--out no/x.png has no folder to be in: make "),
+    "one file for two": (
+        ["resnet20", "--out", "x.png", "--json", "./x.png", "--overwrite"], "--out and --json name the same file",
+    ),
     "one value a channel": (
         ["resnet20", "--image-size", "1", "--batch-size", "1"], "resnet20 cannot take a training step as it was asked",
     ),

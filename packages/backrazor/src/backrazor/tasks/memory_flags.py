@@ -6,6 +6,7 @@ from typing import Literal
 
 from memtrain_common.commands.configure import at_least, fraction, refuse_unused
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 from .razor_flags import RazorFlags
 
@@ -71,6 +72,7 @@ def check(config: MemoryConfig) -> MemoryConfig:
     fraction(config, "keep")
     if config.out and Path(config.out).suffix not in PICTURES:
         raise UserError(f"--out {config.out} must end in one of {', '.join(PICTURES)}")
+    check_targets({"--out": config.out, "--json": config.json})
     for name in ("out", "json"):
         if (path := getattr(config, name)) and Path(path).exists() and not config.overwrite:
             raise UserError(f"--{name} {path} exists: choose another file, or write over it with --overwrite")
