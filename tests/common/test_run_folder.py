@@ -472,6 +472,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monk
         ["lte-bench", "--profile", "folder"],
         ["lte-export", "run", "--out", "file/ckpt.pt"],
         ["galore-vit", "eval", "--run", "run", "--out", "file/scores"],
+        ["lora-xs", "merge", "--adapter", "nothing", "--out", "file/merged"],
         ["backrazor-memory", "vit-mini", "--json", "folder"],
     ],
     ids=" ".join,

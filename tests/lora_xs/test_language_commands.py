@@ -15,10 +15,12 @@ import transformers
 from lora_xs import LoRAXSConfig, LoRAXSError, inject, load_adapter, save_adapter
 from lora_xs.tasks.evaluate import generate
 from lora_xs.tasks.models import write_task
+from lora_xs.tasks.predictions import finished
 from memtrain_common.data.text.answers import gsm8k_answer, gsm8k_correct
 from memtrain_common.data.text.instruct import Example
 from memtrain_common.data.text.instruct_batches import IGNORED, collate, loss_of, shared_batch, tokenize
 from memtrain_common.errors import UserError
+from memtrain_common.files import write_json
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_tokenizer
 from safetensors.torch import load_file
@@ -233,6 +235,18 @@ def test_predictions_are_gone_on_with_by_what_made_them(language_model, sums, tm
         with pytest.raises(UserError, match="mine holds other"):
             evaluate(tmp_path, {**words, "out": str(tmp_path / "mine")}, "--resume")
         assert (tmp_path / "mine").read_text() == what
+
+
+@pytest.mark.parametrize("text", ['{"question": "1 + 1?", "answer": "#### 2"}\n', "[1]", "notes"])
+def test_a_file_of_others_beside_the_predictions_is_not_written_over(text, tmp_path):
+    """What made the predictions is written to OUT.about.json, which may be the questions' own file."""
+    beside = tmp_path / "p.about.json"
+    beside.write_text(text)
+    with pytest.raises(UserError, match="is there already, and says of no predictions"):
+        finished(tmp_path / "p", False, [])
+    assert beside.read_text() == text
+    write_json(beside, {"model_sha256": "0"})  # of a run that a kill ended before its first prediction
+    assert finished(tmp_path / "p", False, []) == ([], 0)
 
 
 def test_a_kill_in_the_first_batch_loses_no_prediction(language_model, sums, tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def finished(out: Path, resume: bool, now: Sequence[Row]) -> tuple[list[Row], in
     if not out.exists():
         if resume:
             raise UserError(f"there is no {out} to go on with: leave --resume out")
+        _refuse_another(_beside(out))
         return [], 0
     if not resume:
         raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
@@ -108,6 +109,16 @@ def begin(out: Path, done: Sequence[Row], whole: int, about: Mapping[str, Any]) 
 
 def _beside(out: Path) -> Path:
     return out.with_name(out.name + ".about.json")
+
+
+def _refuse_another(beside: Path) -> None:
+    """Refuse to write over a file beside the predictions that no evaluation has written."""
+    try:
+        ours = not beside.exists() or "model_sha256" in read_json(beside)
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{beside} is there already, and says of no predictions what made them: choose another --out")
 
 
 def _compare(out: Path, beside: Path, about: Mapping[str, Any]) -> None:
