@@ -112,6 +112,7 @@ def test_a_folder_refuses_the_size_of_what_its_model_does_not_see(tmp_path, enco
     assert_refused(pictures, "--sequence-length 9 would do nothing", "gpt2-like sees pictures, so leave it out")
 
 
+@pytest.mark.slow
 def test_the_numbers_state_every_setting_that_changes_them(tmp_path, encoder):
     """All flags but where to write, how to show it and the model's other kind of size."""
     stated = {}
