@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,39 @@ def test_collecting_before_the_first_result_says_so(tmp_path, capsys):
     assert collect(tmp_path / "a", Console()) == []
     assert f"0 of {len(runner.arms)} arms have a result" in capsys.readouterr().out
     assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_collecting_removes_and_makes_nothing(tmp_path, capsys):
+    """A result that was edited stays as it is and is named; a folder without results stays without."""
+    runner = begun(tmp_path / "a")
+    first, second, *_ = runner.arms
+    for name in (first, second):
+        record_of(runner, name)
+    path = runner.result(runner.arms[first])
+    path.write_text(path.read_text().replace('"seed": ', '"seed": 1'))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=re.escape(f"{first}.json is not an arm's result")):
+        collect(tmp_path / "a", Console())
+    assert path.read_bytes() == before
+    assert f"1 of {len(runner.arms)} arms have a result" in capsys.readouterr().out
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "config.json").rename(tmp_path / "b" / "config.json")
+    assert collect(tmp_path / "b", Console()) == []
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["config.json"]
+
+
+def test_a_damaged_result_runs_again_and_it_is_said(tmp_path, capsys):
+    runner = begun(tmp_path / "a")
+    first = next(iter(runner.arms))
+    record_of(runner, first)
+    path = runner.result(runner.arms[first])
+    path.write_text(path.read_text()[:-20])
+    assert runner.arms[first] in runner.left()
+    assert path.exists()
+    again = Runner(runner.request, runner.folder, Console(), ["cpu"], None)
+    again.prepare()
+    assert f"{first} runs again: " in capsys.readouterr().out
+    assert not path.exists()
 
 
 def test_memory_is_asked_by_the_arms_own_prediction(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from memtrain_apps.plan.forecast import (
 from memtrain_apps.plan.measuring import measure_place
 from memtrain_apps.plan.plan import make_plan
 from memtrain_apps.plan.shape_models import build_model, loss_of, make_batch, plain_task
-from memtrain_apps.plan.shapes import CNNS, find_shape, known_names
+from memtrain_apps.plan.shapes import CNNS, Shape, find_shape, known_names
 from memtrain_apps.plan.step_use import passes_of, step_use_of
 from memtrain_apps.plan.uses import Step
 from memtrain_common.commands.units import parse_bytes
@@ -642,3 +642,17 @@ def test_the_readmes_example_is_what_plan_prints(tmp_path):
     done = run_command(command.split(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "most"),
+    [
+        ("roberta", {}, 512),
+        ("camembert", {"pad_token_id": 1}, 512),
+        ("mpnet", {}, 512),
+        ("esm", {"pad_token_id": 0}, 513),
+        ("bert", {"pad_token_id": 0}, 514),
+    ],
+)
+def test_positions_behind_the_paddings(family, more, most):
+    assert Shape("it", family, {"max_position_embeddings": 514, **more}, "text").positions == most

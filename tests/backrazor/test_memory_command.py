@@ -1,5 +1,6 @@
 """backrazor-memory: predicted as measured, layers and operations add up, known shapes, pictures, mistakes."""
 
+import dataclasses
 import json
 import re
 from contextlib import nullcontext
@@ -99,6 +100,51 @@ def test_known_shapes_are_built_without_memory(name):
         assert body > 1e5
 
 
+def test_a_folder_refuses_the_size_of_what_its_model_does_not_see(tmp_path, encoder):
+    from memtrain_common.models.vit import build_vit
+
+    build_vit("mini", image_size=16, patch_size=4, classes=3).save_pretrained(
+        tmp_path / "gpt2-like"
+    )  # a name says nothing
+    text = memory(tmp_path, encoder, "--image-size", "64", "--sequence-length", "20")
+    assert_refused(text, "--image-size 64 would do nothing", "sees tokens, so leave it out")
+    pictures = memory(tmp_path, "gpt2-like", "--sequence-length", "9", "--layers", "none")
+    assert_refused(pictures, "--sequence-length 9 would do nothing", "gpt2-like sees pictures, so leave it out")
+
+
+@pytest.mark.slow
+def test_the_numbers_state_every_setting_that_changes_them(tmp_path, encoder):
+    """All flags but where to write, how to show it and the model's other kind of size."""
+    stated = {}
+    for name, words in {"vit-mini": ["--image-size", "16"], encoder: ["--sequence-length", "12"]}.items():
+        words = [
+            name,
+            *words,
+            "--batch-size",
+            "2",
+            "--train",
+            "bitfit",
+            "--eager",
+            "--dtype",
+            "bfloat16",
+            "--classes",
+            "7",
+        ]
+        done = memory(tmp_path, *words, "--layers", "none", "--json", "a.json", "--overwrite")
+        assert done.returncode == 0, done.stderr
+        stated[name] = read_json(tmp_path / "a.json")
+    flags = {f.name for f in dataclasses.fields(MemoryConfig)} - {"out", "json", "overwrite", "layers", "measure"}
+    for name, size, other in (
+        ("vit-mini", "image_size", "sequence_length"),
+        (encoder, "sequence_length", "image_size"),
+    ):
+        assert flags - {other} <= set(stated[name]), flags - set(stated[name])
+        assert other not in stated[name]
+        assert stated[name][size] == {"vit-mini": 16}.get(name, 12)
+        wanted = {"train": "bitfit", "eager": True, "dtype": "bfloat16", "classes": 7, "batch_size": 2}
+        assert wanted.items() <= stated[name].items()
+
+
 @pytest.mark.slow
 def test_a_folder_of_transformers(tmp_path, encoder):
     done = memory(tmp_path, encoder, "--sequence-length", "20", "--layers", "none")
@@ -141,9 +187,17 @@ REFUSED = {
     "eager cnn": (["resnet20", "--eager"], "--eager would do nothing"),
     "tokens of pictures": (["resnet20", "--sequence-length", "9"], "resnet20 sees pictures"),
     "pixels of tokens": (["gpt2", "--image-size", "9"], "gpt2 sees tokens"),
+    "the padding's positions": (
+        ["roberta-base", "--batch-size", "1", "--sequence-length", "514"], "beyond the 512 positions of roberta-base",
+    ),
     "too long": (["gpt2", "--sequence-length", "2000"], "beyond the 1024 positions of gpt2"),
     "flag": (["resnet20", "--batchsize", "3"], "did you mean --batch-size?"),
     "picture": (["resnet20", "--out", "saved.xyz"], "--out saved.xyz must end in one of .png"),
+    "a folder for numbers": (["resnet20", "--json", ".", "--overwrite"], "--json . is a folder"),
+    "a folder for the picture": (["resnet20", "--out", "no/x.png"], "--out no/x.png has no folder to be in: make "),
+    "one file for two": (
+        ["resnet20", "--out", "x.png", "--json", "./x.png", "--overwrite"], "--out and --json name the same file",
+    ),
     "one value a channel": (
         ["resnet20", "--image-size", "1", "--batch-size", "1"], "resnet20 cannot take a training step as it was asked",
     ),

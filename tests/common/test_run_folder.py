@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import re
 import sys
 import types
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from memtrain_common.commands import session
 from memtrain_common.commands.session import Session
 from memtrain_common.console import Console, Progress, format_bytes, format_count, format_seconds, format_table
 from memtrain_common.errors import UserError
-from memtrain_common.files import read_json, write_json
+from memtrain_common.files import check_targets, read_json, write_json
 from memtrain_common.measuring.bench import pairwise, ratio_of, write_results
 from memtrain_common.measuring.environment import versions
 from memtrain_common.measuring.memory import Ledger
@@ -26,6 +28,7 @@ from memtrain_common.runs.trackers import check_tracker, open_tracker
 from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.distributed import World
 from memtrain_common.training.loop import FitConfig, Task, fit
+from support import assert_refused, run_command
 
 
 def test_a_script_that_begins_in_the_same_way_each_time_goes_on_where_it_was(tmp_path):
@@ -425,3 +428,58 @@ def test_only_the_first_process_of_a_session_writes(tmp_path, monkeypatch, rank)
     assert [s.folder.checkpoints.writes for s in (resumed, again, new)] == [rank == 0] * 3
     assert len(locked) == (3 if rank == 0 else 0)
     assert (tmp_path / "new").exists() == (rank == 0)
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
+    """Nothing is made by the look; a folder that a command makes itself may be missing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    before = sorted(tmp_path.rglob("*"))
+    for targets, wrong in (
+        ({"--out": "."}, "--out . is a folder"),
+        ({"--out": "link"}, "--out link is a folder"),
+        ({"--out": "new/"}, "--out new/ is a folder"),
+        ({"--out": "no/x"}, f"--out no/x has no folder to be in: make {tmp_path}/no first"),
+        ({"--out": "file/x"}, f"--out file/x lies in {tmp_path}/file, which is a file"),
+        ({"--out": "/dev/null"}, "--out /dev/null is no plain file"),
+        ({"--out": "here/x", "--json": "link/x"}, "--out and --json name the same file, link/x"),
+        ({"--out": "file", "--json": str(tmp_path / "file")}, "--out and --json name the same file"),
+    ):
+        with pytest.raises(UserError, match=re.escape(wrong)):
+            check_targets(targets)
+    check_targets({"--out": "x", "--json": "", "--more": "", "--png": "here/x", "--old": "file"})
+    check_targets({"--out": "no/deep/x"}, makes_folders=True)
+    with pytest.raises(UserError, match="file/deep/x lies in"):
+        check_targets({"--out": "file/deep/x"}, makes_folders=True)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "here")  # root may write everywhere
+    with pytest.raises(UserError, match="--out here/x cannot be written, as "):
+        check_targets({"--out": "here/x"})
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "file")
+    with pytest.raises(UserError, match="--out file may not be written over"):
+        check_targets({"--out": "file"})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--model", "bert-base-uncased", "--budget", "8GiB", "--png", "no/x.png"],
+        ["lora-xs", "demo", "--out", "file/x.json"],
+        ["lora-xs", "eval", "--model", "m", "--data", "gsm8k", "--out", "file/x.jsonl"],
+        ["lora-xs", "eval", "--model", "m", "--data", "gsm8k", "--out", "folder"],
+        ["lte-bench", "--profile", "folder"],
+        ["lte-export", "run", "--out", "file/ckpt.pt"],
+        ["galore-vit", "eval", "--run", "run", "--out", "file/scores"],
+        ["lora-xs", "merge", "--adapter", "nothing", "--out", "file/merged"],
+        ["backrazor-memory", "vit-mini", "--json", "folder"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_a_file_that_it_could_not_write(words, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    assert_refused(run_command(words, tmp_path), f"{words[-2]} {words[-1]} ")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]

@@ -28,6 +28,14 @@ def judged(kind, official, text, expected, options=()):
         ("The answer is: " + "9" * 400, "1", False, False),  # infinite as a float
         ("The answer is: 7/2", "4", False, True),  # rounded, to the even one
         ("The answer is: /2", "2", True, False),
+        ("The answer is: -$5", "-5", True, False),  # the sign is lost there
+        ("The answer is: −\\$1,080.50.", "-1080.5", True, False),
+        ("a loss of\nThe answer is: - $5", "-5", True, False),
+        ("The answer is: x = - 5", "-5", True, False),
+        ("The answer is: 3 - 5", "3", True, True),
+        ("The answer is: 10-5", "10", True, True),
+        ("The answer is: x - 5", "5", True, True),  # it subtracts
+        ("The answer is:\n- 5 apples\n- 3 pears", "5", True, False),  # a list
     ],
 )
 def test_gsm8k(text, expected, correct, official):
@@ -67,12 +75,34 @@ def test_gsm8k(text, expected, correct, official):
         ("The answer is: sqrt(2)+1", "2.4142", False, True),
         ("nothing", "1", False, False),
         ("The answer is:3", "3", True, False),
+        ("The answer is: $5$. I hope it is correct.", "5", True, False),
+        ("The answer is: 5\nfoo", "5", True, False),
     ],
 )
 def test_math(text, expected, correct, official):
     """The official verdicts are those of the official code, run once on these texts."""
     assert judged("math", False, text, expected) is correct
     assert judged("math", True, text, expected) is official
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("3.5. I hope it is correct.", "3.5"),
+        ("\\frac{1}{2}. Indeed", "\\frac{1}{2}"),
+        ("\\text{Dr. Who. Bar}. Yes", "\\text{Dr. Who. Bar}"),
+        ("$x = 3. Y$. Then", "x = 3. Y"),
+        ("$$\n5\n$$\nso", "5"),
+        ("\\begin{pmatrix}\n1\\\\\n2\n\\end{pmatrix}. Foo", "\\begin{pmatrix}\n1\\\\\n2\n\\end{pmatrix}"),
+        ("12 sq. ft. The end", "12 sq. ft"),
+        ("\\$5. The rest is $3.", "\\$5"),
+        ("5{ a. B\n\nC", "5{ a. B"),  # a brace that never closes
+        ("\\boxed{42}. I hope", "42"),
+        (".", None),
+    ],
+)
+def test_an_answer_goes_to_the_end_of_its_sentence(text, found):
+    assert answers.math_answer(f"The answer is: {text}") == found
 
 
 @pytest.mark.parametrize(

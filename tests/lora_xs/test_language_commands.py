@@ -15,10 +15,12 @@ import transformers
 from lora_xs import LoRAXSConfig, LoRAXSError, inject, load_adapter, save_adapter
 from lora_xs.tasks.evaluate import generate
 from lora_xs.tasks.models import write_task
+from lora_xs.tasks.predictions import finished
 from memtrain_common.data.text.answers import gsm8k_answer, gsm8k_correct
 from memtrain_common.data.text.instruct import Example
 from memtrain_common.data.text.instruct_batches import IGNORED, collate, loss_of, shared_batch, tokenize
 from memtrain_common.errors import UserError
+from memtrain_common.files import write_json
 from memtrain_common.measuring.intervals import wilson
 from memtrain_common.models.encoders import load_tokenizer
 from safetensors.torch import load_file
@@ -235,6 +237,18 @@ def test_predictions_are_gone_on_with_by_what_made_them(language_model, sums, tm
         assert (tmp_path / "mine").read_text() == what
 
 
+@pytest.mark.parametrize("text", ['{"question": "1 + 1?", "answer": "#### 2"}\n', "[1]", "notes"])
+def test_a_file_of_others_beside_the_predictions_is_not_written_over(text, tmp_path):
+    """What made the predictions is written to OUT.about.json, which may be the questions' own file."""
+    beside = tmp_path / "p.about.json"
+    beside.write_text(text)
+    with pytest.raises(UserError, match="is there already, and says of no predictions"):
+        finished(tmp_path / "p", False, [])
+    assert beside.read_text() == text
+    write_json(beside, {"model_sha256": "0"})  # of a run that a kill ended before its first prediction
+    assert finished(tmp_path / "p", False, []) == ([], 0)
+
+
 def test_a_kill_in_the_first_batch_loses_no_prediction(language_model, sums, tmp_path, monkeypatch):
     words = {"model": language_model, "data": sums, "out": str(tmp_path / "p"), "device": "cpu", "max_new_tokens": "1"}
     evaluate(tmp_path, {**words, "limit": "3"})
@@ -285,6 +299,31 @@ def test_an_answer_does_not_depend_on_its_neighbours(language_model, beams):
     for asked in ([prompts[0]], [prompts[0], prompts[3]]):
         ended = generate(model, tokenizer, asked, beams=beams, longest=100, stops=(stop,))[0]
         assert ended == alone[0][: alone[0].find(stop)]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("own", [None, 7, [7, 8]])
+def test_an_answer_ends_at_the_tokenizers_end_token_too(language_model, own, beams, monkeypatch):
+    """The one that training teaches; the model's generation_config.json may name another, or none."""
+    tokenizer = load_tokenizer(language_model)
+    tokenizer.padding_side = "left"
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model).eval()
+    model.generation_config.eos_token_id = own
+    script = {0: 30, 1: 31, 2: tokenizer.eos_token_id}  # and then 40 for ever, where nothing stops it
+    prompt = tokenizer(["1 plus 2?"], return_tensors="pt")["input_ids"].shape[1]
+    forward = type(model).forward
+
+    def scripted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        cache = kwargs["past_key_values"].get_seq_length() - prompt
+        wanted = 7 if cache == 1 and ended_by_model else script.get(cache, 40)
+        out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(wanted), out.logits.shape[-1]) * 1e4
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scripted)
+    for ended_by_model in (False, True):
+        said = tokenizer.decode([30] if ended_by_model and own else [30, 7] if ended_by_model else [30, 31])
+        assert generate(model, tokenizer, ["1 plus 2?"], beams=beams, longest=20) == [said]
 
 
 def test_the_interval_of_a_share():

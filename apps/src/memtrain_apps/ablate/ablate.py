@@ -116,16 +116,23 @@ def draw(folder: Path, console: Console) -> list[Summary]:
 def collect(folder: Path, console: Console) -> list[Summary]:
     """The report of what is there, whether or not anybody still runs or watches the arms; says what is missing.
 
-    Where no arm has a result yet there is nothing to report: nothing is drawn.
+    Where no arm has a result yet there is nothing to report: nothing is drawn. Nothing but the report is written, and
+    nothing is removed.
+
+    Raises:
+        UserError: naming a result that is damaged, which stays as it is.
     """
     runner = Runner(saved_request(folder), folder, Console(quiet=True), ["cpu"], None)
-    runner.prepare()
+    runner.refuse(write=False)
     left = runner.left()
     running = [arm.name for arm in left if (folder / "runs" / arm.name / "config.json").exists()]
     console.say(
         f"{len(runner.arms) - len(left)} of {len(runner.arms)} arms have a result; {len(running)} of the others have "
         "begun"
     )
+    damage = next((error for arm in left if (error := runner.damage(arm)) is not None), None)
+    if damage is not None:
+        raise damage
     return draw(folder, console) if len(left) < len(runner.arms) else []
 
 

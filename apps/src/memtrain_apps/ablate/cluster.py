@@ -212,7 +212,7 @@ def _give_up(runner: Runner, name: str, why: str) -> None:
     if arm is None:
         raise UserError(f"the pretraining did not end: {why}")
     job = runner.job(arm)
-    if not runner.result(arm).exists():  # one that failed has written what it found
+    if not runner.result(arm).exists() or runner.damage(arm):  # one that failed has written what it found
         write_json(runner.result(arm), runner.record(arm, job, {"status": "killed", "why": why}))
     runner.tell(name)
 

@@ -79,9 +79,13 @@ class Runner:
             bar.close()
 
     def prepare(self) -> None:
-        """The folders, and the combinations without meaning."""
+        """The folders, the combinations without meaning, and results that cannot be read: they are said, and go."""
         for sub in ("results", "logs", "runs"):
             (self.folder / sub).mkdir(exist_ok=True)
+        for arm in self.arms.values():
+            if (error := self.damage(arm)) is not None:
+                self.console.say(f"{arm.name} runs again: {error}")
+                self.result(arm).unlink()
         self.refuse()
 
     def left(self, again: Collection[str] = ()) -> list[Arm]:
@@ -93,24 +97,27 @@ class Runner:
         return [arm for arm in self.arms.values() if not self.finished(arm, again)]
 
     def finished(self, arm: Arm, again: Collection[str] = ()) -> bool:
-        path = self.result(arm)
-        if not path.exists():
+        if not self.result(arm).exists() or self.damage(arm) is not None:
             return False
-        try:
-            record = read_arm(path)
-        except UserError as error:
-            self.console.say(f"{arm.name} runs again: {error}")
-            path.unlink()
-            return False
+        record = read_arm(self.result(arm))
         if record["status"] == "out of memory" and record.get("memory_limit_bytes") != self.request.limit_bytes:
             return False
         return record["status"] in FINISHED and record["status"] not in again
 
+    def damage(self, arm: Arm) -> UserError | None:
+        """What is wrong with an arm's result; None where nothing is, or there is none."""
+        try:
+            if self.result(arm).exists():
+                read_arm(self.result(arm))
+        except UserError as error:
+            return error
+        return None
+
     def result(self, arm: Arm) -> Path:
         return self.folder / "results" / f"{arm.name}.json"
 
-    def refuse(self) -> None:
-        """Record the combinations without meaning, and say each once."""
+    def refuse(self, *, write: bool = True) -> None:
+        """Leave out the combinations without meaning; with ``write`` they are recorded too, and each is said once."""
         for combination in self.grid.combinations():
             why = refusal(combination.axes)
             if why is None:
@@ -118,6 +125,8 @@ class Runner:
             arm = Arm(combination, self.grid.seeds[0])
             for seed in self.grid.seeds:
                 del self.arms[Arm(combination, seed).name]
+            if not write:
+                continue
             self.console.say(f"refused: {combination.name}: {why}")
             words = self.grid.words(combination)
             if not self.result(arm).exists():

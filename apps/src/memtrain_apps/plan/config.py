@@ -10,6 +10,7 @@ from memtrain_common.commands.cli import parse
 from memtrain_common.commands.configure import at_least, flag, required
 from memtrain_common.commands.units import parse_bytes
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 from ..compose.axes import OPTIM, SAVE, TRAIN, Axes, Optim, Save, Train, check
 from .shapes import Shape, find_shape
@@ -172,6 +173,7 @@ def configure(argv: Sequence[str]) -> PlanConfig:
         )
     if config.png and not config.png.endswith(".png"):
         raise UserError(f"--png {config.png} must be a file's name that ends in .png")
+    check_targets({"--png": config.png})
     return config
 
 

@@ -30,6 +30,8 @@ ARCHITECTURES: dict[str, Task] = {
 """The end of a class's name -> its task."""
 UNIFORM = {"gpt_neox", "opt", "phi", "qwen3", "mixtral", "deit", "electra"}
 """Besides TASKS, families whose blocks are alike; of others a model is counted at its whole depth."""
+PADDED = re.compile("roberta|camembert|data2vec|ibert|layoutlmv3|lilt|longformer|markuplm|mpnet|xmod|esm|luke")
+"""Families whose positions begin behind the padding's, which ``max_position_embeddings`` counts too."""
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 # width, blocks, heads, pixels of an image's side, pixels of a patch's side; the MLP is 4 widths
@@ -140,7 +142,7 @@ class Shape:
         """The most tokens that the model can tell apart; 0 where positions are rotary, or there are no tokens."""
         if self.family == "gpt2":
             return int(self.config.get("n_positions", 1024))
-        padding = 2 if "roberta" in self.family else 0  # their first position is the padding's, and counted from
+        padding = int(self.config.get("pad_token_id", 1) or 0) + 1 if PADDED.search(self.family) else 0
         known = int(self.config.get("max_position_embeddings") or 0)
         return max(0, known - padding) if self.task == "text" or self.family == "opt" else 0
 

@@ -7,7 +7,7 @@ are told; who means an edit takes the seal's two lines out. An object without a 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
@@ -29,6 +29,55 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def check_targets(targets: Mapping[str, str], *, makes_folders: bool = False) -> None:
+    """Refuse files that a command could not write at its end, before it begins. Nothing is written or made.
+
+    Args:
+        targets: a flag as it is typed ("--out") and the file that it names; "" is none.
+        makes_folders: whether folders that are missing will be made.
+
+    Raises:
+        UserError: naming the flag, where it names a folder, a place without one, what may not be written, or the file
+            of another flag.
+    """
+    seen: dict[Path, str] = {}
+    for flag, name in targets.items():
+        if not name:
+            continue
+        path = Path(name)
+        real = path.resolve()
+        if real in seen:
+            raise UserError(f"{seen[real]} and {flag} name the same file, {name}: give each a file of its own")
+        seen[real] = flag
+        if path.is_dir() or name.endswith(os.sep):
+            raise UserError(f"{flag} {name} is a folder: give the name of a file, as {path / 'name'}")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag} {name} is no plain file: give the name of a file")
+        if not makes_folders and not real.parent.exists():
+            raise UserError(f"{flag} {name} has no folder to be in: make {path.absolute().parent} first")
+        check_target_folder(flag, str(path.parent), named=name)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{flag} {name} may not be written over: choose another file")
+
+
+def check_target_folder(flag: str, name: str, *, named: str = "") -> None:
+    """Refuse a folder that cannot be made, or not be written into.
+
+    Args:
+        flag, name: as they are typed.
+        named: what the flag names, if that is a file in the folder.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    real = Path(name).resolve()
+    there = next(f for f in (real, *real.parents) if f.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag} {named or name} lies in {there}, which is a file: choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {named or name} cannot be written, as {there} is locked: choose another place")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

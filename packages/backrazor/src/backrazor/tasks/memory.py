@@ -20,7 +20,7 @@ from memtrain_common.training.cpu_workarounds import avoid_broken_amx
 from memtrain_common.training.loop import DTYPES
 from torch import nn
 
-from .memory_flags import MemoryConfig
+from .memory_flags import MemoryConfig, check_size
 from .memory_picture import plot_saved
 from .saving import razor_of, train_only
 
@@ -56,6 +56,7 @@ def run_memory(config: MemoryConfig) -> tuple[Places, Places]:
     razor = razor_of(config)
     try:
         model = shaped(config)
+        check_size(config, pictures="image_size" in model.size)
         dense, order = saved(config, model, nullcontext)
     except (UserError, ModuleNotFoundError):
         raise
@@ -133,6 +134,11 @@ def as_json(config: MemoryConfig, model: Shaped, dense: Places, kept: Places) ->
         "model": config.model,
         "batch": model.sample,
         "batch_size": config.batch_size,
+        **model.size,
+        "classes": config.classes,
+        "train": config.train,
+        "dtype": config.dtype,
+        "eager": config.eager,
         "keep": config.keep,
         "razor_mode": config.razor_mode,
         "attention": config.attention,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from memtrain_common.commands.configure import at_least, fraction, refuse_unused
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 from .razor_flags import RazorFlags
 
@@ -71,11 +72,16 @@ def check(config: MemoryConfig) -> MemoryConfig:
     fraction(config, "keep")
     if config.out and Path(config.out).suffix not in PICTURES:
         raise UserError(f"--out {config.out} must end in one of {', '.join(PICTURES)}")
+    check_targets({"--out": config.out, "--json": config.json})
     for name in ("out", "json"):
         if (path := getattr(config, name)) and Path(path).exists() and not config.overwrite:
             raise UserError(f"--{name} {path} exists: choose another file, or write over it with --overwrite")
-    if config.model.startswith(("vit", "resnet", "mobilenet", "proxyless")):
-        refuse_unused(config, MemoryConfig(), ("sequence_length",), f"{config.model} sees pictures")
-    if config.model.startswith(("bert", "roberta", "gpt2")):
-        refuse_unused(config, MemoryConfig(), ("image_size",), f"{config.model} sees tokens")
+    if config.model in KNOWN:
+        check_size(config, pictures=not config.model.startswith(("bert", "roberta", "gpt2")))
     return config
+
+
+def check_size(config: MemoryConfig, *, pictures: bool) -> None:
+    """Refuse the size of what the model does not see."""
+    unused, seen = ("sequence_length", "pictures") if pictures else ("image_size", "tokens")
+    refuse_unused(config, MemoryConfig(), (unused,), f"{config.model} sees {seen}")

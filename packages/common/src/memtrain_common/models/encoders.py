@@ -168,9 +168,7 @@ def check_length(model: nn.Module, name: str, longest: int, max_length: int) -> 
     Raises:
         UserError: if rows are longer than the table.
     """
-    made_for = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 0) or 0
-    tables = [n for module in model.modules() for n in _table_sizes(module) if n >= made_for - 8]  # not of latents
-    most = min([*tables, made_for] if made_for else tables) if tables else 0
+    made_for, most = positions_made_for(model.config), positions_of(model)
     if most and longest > most:
         raise UserError(
             f"--max-length {max_length} lets a row of {longest} tokens through, more than the {most} positions of "
@@ -179,6 +177,18 @@ def check_length(model: nn.Module, name: str, longest: int, max_length: int) -> 
     if not most and 0 < made_for < longest:
         return f"rows of up to {longest:,} tokens are longer than the {made_for:,} positions that {name} was made for"
     return ""
+
+
+def positions_made_for(config: Any) -> int:
+    """What a configuration of transformers says; 0 where it says nothing."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
+
+
+def positions_of(model: nn.Module) -> int:
+    """The most tokens of a row for which a model has positions; 0 where it has no table of them (they are rotary)."""
+    made_for = positions_made_for(model.config)
+    tables = [n for module in model.modules() for n in _table_sizes(module) if n >= made_for - 8]  # not of latents
+    return min([*tables, made_for] if made_for else tables) if tables else 0
 
 
 def _table_sizes(module: nn.Module) -> Iterator[int]:

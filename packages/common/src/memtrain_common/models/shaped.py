@@ -40,6 +40,8 @@ class Shaped:
     loss: Callable[[nn.Module], Tensor]
     sample: str
     """What a batch holds, in words."""
+    size: dict[str, int]
+    """The same by its field of :class:`Wanted`: "image_size" of pictures, "sequence_length" of tokens."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,30 @@ def _pictures(config: Wanted, build: Callable[[int], nn.Module], usual: int) -> 
         pixels = torch.randn(config.batch_size, 3, size, size, device=device)
         return classification_loss(model, (pixels, torch.zeros(config.batch_size, dtype=torch.long, device=device)))
 
-    return Shaped(lambda: config.finish(build(size)), loss, f"{config.batch_size} pictures of {size}×{size} pixels")
+    words = f"{config.batch_size} pictures of {size}×{size} pixels"
+    return Shaped(lambda: config.finish(build(size)), loss, words, {"image_size": size})
 
 
 def _tokens(config: Wanted, settings: Any, build: Callable[[Any], nn.Module]) -> Shaped:
-    most: int = getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None) or 10**9
-    if config.sequence_length > most:
-        raise UserError(f"--sequence-length {config.sequence_length} is beyond the {most} positions of {config.model}")
+    from .encoders import positions_made_for, positions_of
+
+    length = config.sequence_length
+
+    def check(most: int) -> None:
+        if 0 < most < length:
+            raise UserError(f"--sequence-length {length} is beyond the {most} positions of {config.model}")
+
+    check(positions_made_for(settings))
+
+    def made() -> nn.Module:
+        model = build(settings)
+        check(positions_of(model))  # RoBERTa's first two are its padding's
+        return config.finish(model)
 
     def loss(model: nn.Module) -> Tensor:
-        ids = torch.randint(3, settings.vocab_size, (config.batch_size, config.sequence_length))
+        ids = torch.randint(3, settings.vocab_size, (config.batch_size, length))
         labels = ids if "Classification" not in type(model).__name__ else torch.zeros(config.batch_size).long()
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
 
-    words = f"{config.batch_size} sequences of {config.sequence_length} tokens"
-    return Shaped(lambda: config.finish(build(settings)), loss, words)
+    words = f"{config.batch_size} sequences of {length} tokens"
+    return Shaped(made, loss, words, {"sequence_length": length})

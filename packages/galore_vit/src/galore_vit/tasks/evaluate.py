@@ -11,7 +11,7 @@ from memtrain_common.data.images.image_set import ImageSet, check_classes
 from memtrain_common.data.images.medmnist_results import read_predictions
 from memtrain_common.data.images.sets import load_images
 from memtrain_common.errors import UserError
-from memtrain_common.files import read_json
+from memtrain_common.files import check_target_folder, read_json
 from memtrain_common.measuring.intervals import mean_and_ci
 from memtrain_common.runs import checkpoint
 from memtrain_common.runs.run_folder import RunFolder
@@ -48,6 +48,8 @@ def run_evaluation(config: EvalConfig) -> None:
 
 def _evaluate_run(config: EvalConfig, console: Console) -> None:
     run = Path(config.run)
+    if config.out:
+        check_target_folder("--out", config.out)
     trained = saved_config(TrainConfig, run, f"{PROG} train")
     if config.weights and not trained.weights:
         raise UserError(f"{run} began with random weights: leave --weights out")

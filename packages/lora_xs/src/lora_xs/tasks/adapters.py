@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from memtrain_common.console import Console, format_bytes, format_table
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_target_folder
 from memtrain_common.models.encoders import load_tokenizer
 
 from ..adapter_file import describe_adapter, save_adapter, verify_adapter
@@ -67,6 +68,7 @@ def _new_folder(name: str) -> Path:
     path = Path(name)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{path} is not empty: --out needs a new or empty folder")
+    check_target_folder("--out", name)
     return path
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from memtrain_common.commands.cli import parse
 from memtrain_common.commands.configure import at_least, configure, required
 from memtrain_common.commands.official import in_our_words
+from memtrain_common.files import check_targets
 
 from . import adapter_flags, demo_flags, eval_flags, glue_flags, instruct_flags, official
 from .adapter_flags import ADAPTER, OUT
@@ -97,6 +98,7 @@ def demo(argv: Sequence[str], description: str) -> None:
     config = parse(demo_flags.DemoConfig, argv, prog="lora-xs demo", description=description + DEMO)
     required(config, ranks="give at least one rank")
     at_least(config, lora_rank=1, seeds=1, pretrain_steps=1, steps=1)
+    check_targets({"--out": config.out}, makes_folders=True)
     from .demo import run_demo
 
     run_demo(config, argv)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from memtrain_common.commands.configure import at_least, required
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 from .shared_flags import AdapterFlags
 
@@ -62,4 +63,5 @@ def check(config: EvalConfig) -> EvalConfig:
         raise UserError("--data math needs --data-dir, the folder with test.jsonl (problem and solution a line)")
     if config.resume and not config.out:
         raise UserError("--resume needs --out, the file to go on with")
+    check_targets({"--out": config.out}, makes_folders=True)
     return config

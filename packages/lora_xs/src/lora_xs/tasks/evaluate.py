@@ -129,7 +129,7 @@ def _kept(question: Question, config: EvalConfig) -> dict[str, Any]:
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, beams: int, longest: int, stops: Sequence[str] = STOPS
 ) -> list[str]:
-    """The likeliest continuation of each prompt, up to the first of the ``stops``; all must fit the model.
+    """The likeliest continuation of each prompt, up to the first of the ``stops`` or an end token; all must fit it.
 
     A prompt has the room that its own tokens leave. A batch has that of its longest prompt: a prompt that needed more
     is asked again alone.
@@ -139,28 +139,36 @@ def generate(
     room = getattr(model.config, "max_position_embeddings", None)
     width = inputs["input_ids"].shape[1]
     limit = longest if room is None else min(longest, room - width)
+    ends = ends_of(model, tokenizer)
     ids = model.generate(  # type: ignore[operator]
         **inputs,
         num_beams=beams,
         do_sample=False,
         max_new_tokens=limit,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=transformers.StoppingCriteriaList([_Stops(tokenizer, width, stops)]),
     )
-    ids = ids[:, width:]  # (rows, tokens)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    if limit < longest and (beams > 1 or ids.shape[1] == limit):
+    answers = [_before_end(row, ends) for row in ids[:, width:].tolist()]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    if limit < longest and (beams > 1 or ids.shape[1] == width + limit):
         for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
-            ended = bool(torch.isin(ids[i], _ends(model).to(ids.device)).any()) or any(s in texts[i] for s in stops)
+            ended = len(answers[i]) < ids.shape[1] - width or any(s in texts[i] for s in stops)
             if length < width and (beams > 1 or not ended):  # beams that went on might have found a likelier answer
                 texts[i] = generate(model, tokenizer, [prompts[i]], beams=beams, longest=longest, stops=stops)[0]
     return [_cut(text, stops) for text in texts]
 
 
-def _ends(model: nn.Module) -> Tensor:
-    """The tokens at which an answer ends."""
+def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens at which an answer ends: the model's own, and the tokenizer's, by which instructions are trained."""
     found = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    return torch.tensor(found if isinstance(found, list) else [] if found is None else [found], dtype=torch.long)
+    own = found if isinstance(found, list) else [] if found is None else [found]
+    more = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *more]))
+
+
+def _before_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 class _Stops(transformers.StoppingCriteria):

@@ -41,7 +41,10 @@ def about_of(model: nn.Module, tokenizer: Any, name: str, adapter: str, **settin
         sha.update(key.encode() + digest)
     generation = model.generation_config.to_dict()  # type: ignore[operator,union-attr]
     kept = {k: v for k, v in generation.items() if k not in ("transformers_version", "_from_model_config")}
-    more = [model_parts(name), kept, sorted(tokenizer.get_vocab().items())]
+    more: list[Any] = [model_parts(name), kept, sorted(tokenizer.get_vocab().items())]
+    own, end = kept.get("eos_token_id"), tokenizer.eos_token_id
+    if end is not None and end not in (own if isinstance(own, list) else [own]):  # else as files of before have it
+        more.append(["the tokenizer's end token", end])
     sha.update(json.dumps(more, sort_keys=True, default=str).encode())
     stated = read_header(Path(adapter) / ADAPTER, ADAPTER_FORMAT)["sha256"] if adapter else ""
     return {"adapter_sha256": stated, **settings, "model_sha256": sha.hexdigest(), "model": name}
@@ -59,6 +62,7 @@ def finished(out: Path, resume: bool, now: Sequence[Row]) -> tuple[list[Row], in
     if not out.exists():
         if resume:
             raise UserError(f"there is no {out} to go on with: leave --resume out")
+        _refuse_another(_beside(out))
         return [], 0
     if not resume:
         raise UserError(f"{out} exists: choose another --out, or resume it with --resume")
@@ -105,6 +109,16 @@ def begin(out: Path, done: Sequence[Row], whole: int, about: Mapping[str, Any]) 
 
 def _beside(out: Path) -> Path:
     return out.with_name(out.name + ".about.json")
+
+
+def _refuse_another(beside: Path) -> None:
+    """Refuse to write over a file beside the predictions that no evaluation has written."""
+    try:
+        ours = not beside.exists() or "model_sha256" in read_json(beside)
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{beside} is there already, and says of no predictions what made them: choose another --out")
 
 
 def _compare(out: Path, beside: Path, about: Mapping[str, Any]) -> None:

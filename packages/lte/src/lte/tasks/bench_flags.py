@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtrain_common.commands.cli import parse
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 from .nanogpt import asked, translate
 from .source_presets import NANOGPTS, SOURCE_PRESETS
@@ -66,8 +66,7 @@ def configure(argv: Sequence[str]) -> BenchConfig:
     config, notes = settle(config, presets[name], asked(argv), nanogpts=name in NANOGPTS)
     for note in notes:
         print(note)
-    if config.profile and not (folder := Path(config.profile).absolute().parent).is_dir():
-        raise UserError(f"--profile {config.profile} has no folder to be in: make {folder} first")
+    check_targets({"--profile": config.profile})
     return check(config)  # type: ignore[return-value]
 
 

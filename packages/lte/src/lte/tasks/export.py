@@ -8,6 +8,7 @@ from typing import Literal
 
 from memtrain_common.commands.cli import parse, run_command
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_targets
 
 PROG = "lte-export"
 DESCRIPTION = """Write a run's merged model for other tools. The first word is a run folder of lte-train's.
@@ -43,6 +44,7 @@ def export(argv: Sequence[str]) -> None:
     out = Path(config.out or Path(config.run) / ("ckpt.pt" if config.format == "nanogpt" else "gpt2"))
     if out.exists():
         raise UserError(f"{out} is there already: choose another --out, or remove it")
+    check_targets({"--out": str(out)}, makes_folders=True)
     if config.format == "nanogpt" and config.tokenizer_dir:
         raise UserError("--tokenizer-dir is for --format transformers: nanoGPT takes GPT-2's vocabulary from tiktoken")
     if config.format == "transformers" and config.dataset:

@@ -7,6 +7,7 @@ from pathlib import Path
 from memtrain_common.commands.cli import parse
 from memtrain_common.console import Console, format_bytes, format_count, format_table
 from memtrain_common.errors import UserError
+from memtrain_common.files import check_target_folder
 from memtrain_common.measuring.comparing_plots import plot_groups, plot_memory_against_time, plot_validation
 
 from .summary import Finished, read_finished
@@ -43,6 +44,7 @@ def draw(argv: Sequence[str]) -> None:
     console, out = Console(), Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out needs the name of a folder")
+    check_target_folder("--out", config.out)
     console.say(format_table([_HEADINGS, *(_row(name, run) for name, run in names.items())]))
     out.mkdir(parents=True, exist_ok=True)
     unit = {"bytes": "byte", "chars": "character", "gpt2": "token"}[texts.pop()]

@@ -19,16 +19,27 @@ MARK = "The answer is"
 # -- GSM8K: one number --------------------------------------------------------------------------------------------
 
 _DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-_NUMBER = re.compile(rf"([-+]?{_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
+_NUMBER = re.compile(rf"(?:([-+])(\s*)(?:\\?[$€£]\s*)?)?({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
 
 
 def number(text: str) -> Fraction | None:
-    """The first number in the text, exact: 1,234,567 and -0.5 and 3/4; a percent or dollar sign changes nothing."""
-    match = _NUMBER.search(text.replace("−", "-"))
+    """The first number in the text, exact: 1,234,567 and -0.5 and 3/4; a percent or dollar sign changes nothing, also
+    behind the minus sign (-$5)."""
+    text = text.replace("−", "-")
+    match = _NUMBER.search(text)
     if match is None:
         return None
-    numerator, denominator = (Fraction(part.replace(",", "")) for part in (match[1], match[2] or "1"))
+    numerator, denominator = (Fraction(part.replace(",", "")) for part in (match[3], match[4] or "1"))
+    if match[1] == "-" and (not match[2] or _stands_alone(text[: match.start()])):
+        numerator = -numerator
     return numerator / denominator if denominator else None
+
+
+def _stands_alone(before: str) -> bool:
+    """Whether a minus with a space behind it is a sign: at the beginning, or after a sign or bracket (= - 5). After a
+    word it subtracts or is a dash, and at a line's beginning it marks an item of a list."""
+    before = before.rstrip(" \t")
+    return not before or before[-1] in "=:($*[{<>≈"
 
 
 def gsm8k_expected(answer: str) -> str | None:
@@ -49,7 +60,7 @@ def gsm8k_correct(answer: str | None, expected: str | None) -> bool:
 
 def _after_mark(text: str) -> str | None:
     at = max((m.end() for m in re.finditer(rf"{MARK}:?|####", text)), default=None)
-    return None if at is None else text[at:].strip()
+    return None if at is None else text[at:]
 
 
 # -- MATH: a LaTeX expression -------------------------------------------------------------------------------------
@@ -76,10 +87,36 @@ def math_answer(text: str) -> str | None:
     after = _after_mark(text)
     if after is None:
         return boxed(text)
-    after = re.split(r"\.\s*\n|\n\n", after)[0].strip().removesuffix(".").strip()
+    after = _sentence(after.strip()).strip().removesuffix(".").strip()
     if after.startswith("$") and after.endswith("$"):
         after = after.strip("$").strip()
     return (boxed(after) or after) or None
+
+
+_WHOLE = re.compile(
+    r"\$\$.+?\$\$|\$(?:\\.|[^$\\\n])+\$|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\\[.*?\\\]|\\\(.*?\\\)|\\.", re.DOTALL
+)
+"""What no sentence ends within: mathematics, a command's beginning, an escaped brace."""
+
+
+def _sentence(text: str) -> str:
+    """Up to the end of the line, or to a full stop before a space; neither ends a sentence within dollars, braces or an
+    environment of LaTeX, nor does a stop between a letter and a small one (12 sq. ft)."""
+    at = depth = 0
+    while at < len(text):
+        whole = _WHOLE.match(text, at)
+        if whole is not None:
+            at = whole.end()
+            continue
+        c, behind = text[at], text[at + 1 :]
+        depth = max(0, depth + (c == "{") - (c == "}"))
+        stop = c == "." and behind[:1].isspace()
+        if stop and text[at - 1 : at].isalpha() and behind.lstrip()[:1].islower():
+            stop = False
+        if not depth and (stop or c == "\n"):
+            return text[:at]
+        at += 1
+    return text.split("\n\n")[0] if depth else text
 
 
 def math_correct(answer: str | None, expected: str | None) -> bool:
