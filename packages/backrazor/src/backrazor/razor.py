@@ -25,6 +25,7 @@ from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
 COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+STRIDED = torch.strided
 RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -141,7 +142,7 @@ class Razor(Keeper, TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def _steps_aside(self, values: tuple[Any, ...]) -> bool:
-        """Whether this call is not ours: in a checkpointed part, or of tensors that are no activations of numbers."""
+        """Whether this call is not ours: in a checkpointed part, or of tensors that are no strided real numbers."""
         if within_transform():
             raise RazorError(
                 "torch.func transforms (vmap, grad, jvp) cannot be used within a Razor: they need plain autograd"
@@ -155,7 +156,15 @@ class Razor(Keeper, TorchFunctionMode):
         hook = saved_tensor_hook()
         if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
-        return any(isinstance(v, Tensor) and (v.dtype in COMPLEX or is_wrapper(v)) for v in values)
+        for v in values:
+            if isinstance(v, Tensor) and (
+                v.layout is not STRIDED  # sparse, jagged, of oneDNN: no memory to tell a tensor by
+                or v.is_nested  # whose layout may be strided, without a shape
+                or v.dtype in COMPLEX
+                or is_wrapper(v)
+            ):
+                return True
+        return False
 
 
 def _refuse_compile(compiled: bool) -> None:
