@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import RazorError
 from .exact import Exact
 from .internals import (
+    is_of_checkpoint,
     is_wrapper,
     open_modes,
     saved_tensor_hook,
@@ -154,7 +155,7 @@ class Razor(Keeper, TorchFunctionMode):
             )
         _refuse_compile(within_compiled_call())
         hook = saved_tensor_hook()
-        if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
+        if hook is not self._outer_hook and is_of_checkpoint(hook):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
         for v in values:
             if isinstance(v, Tensor) and (
