@@ -1,9 +1,13 @@
 """The context: what it refuses, what it stores once, and how it goes with the rest of PyTorch."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from backrazor import Razor, RazorError
+from backrazor.keeper import SETTINGS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +78,42 @@ def test_no_module_is_replaced_and_the_context_can_be_entered_again():
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     with razor, pytest.raises(RazorError, match="open already"), Razor(0.5):
         pass
+
+
+class Named(Razor):
+    def __init__(self, name, **settings):
+        super().__init__(**settings)
+        self.name = name
+
+
+def unpickled(razor):
+    return pickle.loads(pickle.dumps(razor))
+
+
+@pytest.mark.parametrize("again", [unpickled, copy.copy, copy.deepcopy])
+def test_a_razor_from_another_process_is_a_new_one_of_the_same_settings(again):
+    """Spawned workers and job queues pickle what they are given."""
+    settings = {
+        "keep": 0.03, "mode": "pruned", "attention": "exact", "values": "int8", "derivative_bits": 3,
+        "recompute": "attention", "exact": ("2", "gelu"),
+    }  # fmt: skip
+    model, x = mlp(), torch.randn(300, 16)
+    for given in ({}, {"keep": 0.03}, {"keep": 1}, settings):
+        razor = Named("mine", **given)
+        with razor:
+            loss = model(x).square().mean()
+            got = again(razor)  # of one that is entered too
+            assert len(razor._store) > 0 or given.get("keep") == 1
+        expected = gradients(model, loss)
+        assert (type(got), got.name, len(got._store), got.exact.patterns) == (Named, "mine", 0, given.get("exact", ()))
+        assert [getattr(got, name) for name in SETTINGS] == [getattr(razor, name) for name in SETTINGS]
+        with got, Kept(model) as kept:
+            loss = model(x).square().mean()
+        with razor, Kept(model) as same:
+            model(x)
+        assert kept.bytes - 300 * 4 * 4 <= same.bytes <= kept.bytes  # the loss keeps the output
+        for a, b in zip(expected, gradients(model, loss), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_as_a_decorator_of_a_forward_function():

@@ -16,6 +16,7 @@ from .values import FORMATS
 from .weights import PARAMETER, rank
 from .widths import LOWEST, width_of
 
+SETTINGS = ("keep", "mode", "attention", "values", "derivative_bits", "recompute")
 MODES = ("low-bit", "pruned", "paper")
 ATTENTION = ("pruned", "exact")
 RECOMPUTED: dict[str | None, frozenset[str]] = {

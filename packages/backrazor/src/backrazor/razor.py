@@ -21,7 +21,7 @@ from .internals import (
     within_trace,
     within_transform,
 )
-from .keeper import Keeper
+from .keeper import SETTINGS, Keeper
 from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
@@ -36,8 +36,8 @@ class Razor(Keeper, TorchFunctionMode):
     """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves a tenth of the bits of each activation.
 
     Or ``@Razor(keep=0.1)`` before a function that makes the forward pass, which is dense and exact. The backward pass
-    may run inside the context or after it. Reusable: enter it for every micro-batch. :func:`.table.describe` lists what
-    each operation keeps.
+    may run inside the context or after it. Reusable: enter it for every micro-batch. A copy, or what is unpickled, is a
+    new one of the same settings, not entered. :func:`.table.describe` lists what each operation keeps.
 
     Args:
         keep: fraction that is kept, in (0, 1]; 1 keeps all, and gives plain autograd's gradients but for rounding. In
@@ -78,6 +78,18 @@ class Razor(Keeper, TorchFunctionMode):
         self._names: dict[Any, str] = {}
         self._rules: dict[Any, Callable[..., Any]] = {}
         self._outer_hook: Any = None
+
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A copy and what is unpickled are new Razors of these settings, not entered, with what a subclass added."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        known = vars(Razor())
+        added = {name: value for name, value in vars(self).items() if name not in known}
+        return {**settings, "exact": self.exact.patterns}, added
+
+    def __setstate__(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        settings, added = state
+        Razor.__init__(self, **settings)
+        vars(self).update(added)
 
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in open_modes()):
