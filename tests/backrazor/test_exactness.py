@@ -535,6 +535,41 @@ def test_a_dropout_that_pytorch_refuses_is_refused(p, mode):
         assert str(met.value) == str(plain.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder"])
+def test_the_fast_path_of_frozen_transformer_modules_is_off(kind, gradients):
+    """PyTorch leaves it under any function mode; what is computed has the bits of the modules without it, and differs
+    from the fast path in the last digits, and where a padding is, which that fills with zeros."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.1, batch_first=True)
+    module = {"attention": layer.self_attn, "layer": layer, "encoder": nn.TransformerEncoder(layer, 2)}[kind]
+    module.eval().requires_grad_(False)
+    x, padded = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+
+    def call():
+        with torch.set_grad_enabled(gradients):
+            if kind == "attention":
+                return module(x, x, x, key_padding_mask=padded)[0]
+            return module(x, src_key_padding_mask=padded)
+
+    fast = call()
+    with Razor(KEEP):
+        got = call()
+    with torch.device("cpu"):
+        assert torch.equal(got, call())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert torch.equal(got, call())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(got[~padded], fast[~padded])
+    if kind == "encoder":
+        assert (fast[padded] == 0).all()
+        assert (got[padded] != 0).all()
+    else:
+        torch.testing.assert_close(got, fast)
+
+
 def test_attentions_dropout_leaves_the_random_numbers_as_pytorch_does():
     q = [activation(2, 3, 20, 8) for _ in range(3)]
     states = []
