@@ -241,6 +241,86 @@ def test_a_tensor_changed_after_it_was_stored_is_stored_again():
     torch.testing.assert_close(dw(True), -0.5 * dw(False), rtol=1e-5, atol=1e-5)
 
 
+def of_norm(x, w, change):
+    h = F.layer_norm(x, (16,))
+    change(h)
+    return F.linear(h, w)
+
+
+def of_gelu(x, w, change):
+    h = F.gelu(x)
+    change(h)
+    return F.linear(h, w)
+
+
+def of_scores(x, w, change):
+    q, k, v = (F.linear(x, w * n) for n in (1, 2, 3))
+    s = q @ k.mT
+    change(s)
+    return s.softmax(-1) @ v
+
+
+def of_rms_norm(x, w, change):
+    m = x.pow(2).mean(-1, keepdim=True)
+    change(m)
+    return F.linear(x * torch.rsqrt(m + 1e-6), w)
+
+
+def of_logits(x, w, change):
+    z = F.linear(x, w.repeat(600, 1))
+    change(z)
+    return F.cross_entropy(z.flatten(0, 1), torch.arange(z[..., 0].numel()))
+
+
+def replaced(h):
+    h.data = h.data.clamp(-0.1, 0.1)
+
+
+def without_gradients(h):
+    with torch.no_grad():
+        h.data.clamp_(-0.1, 0.1)
+
+
+DATA = [lambda h: h.data.clamp_(-0.1, 0.1), lambda h: h.view(-1).data.clamp_(-0.1, 0.1), replaced, without_gradients]
+
+
+@pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
+@pytest.mark.parametrize("use", [of_norm, of_gelu, of_scores, of_rms_norm, of_logits])
+def test_a_change_through_data_is_noticed(use, mode):
+    """The version of a tensor does not count it, as it counts one of what detach() returns."""
+    x, w = torch.randn(8, 40, 16, requires_grad=True), nn.Parameter(torch.randn(16, 16))
+
+    def result(change):
+        with Razor(0.25, mode=mode):
+            y = use(x, w, change)
+        return y, *torch.autograd.grad(y.square().sum(), (x, w))
+
+    expected = result(lambda h: h.detach().clamp_(-0.1, 0.1))
+    for change in DATA if use is not of_logits else (DATA[0], replaced):  # of a view of logits it is not
+        for a, b in zip(expected, result(change), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.05])
+def test_a_change_through_data_that_was_asked_for_before_is_noticed(keep):
+    x, w = torch.randn(8, 40, 16, requires_grad=True), nn.Parameter(torch.randn(16, 16))
+
+    def result(take):
+        with Razor(keep) as razor:
+            h = F.layer_norm(x, (16,))
+            memory = take(h)
+            y = F.linear(h, w)
+            memory.mul_(-2)
+            z = F.linear(h, w)
+        assert not razor._store._uncounted  # the next pass shares again
+        return torch.autograd.grad((y * z).sum(), w)[0]
+
+    h = F.layer_norm(x, (16,))
+    expected = torch.autograd.grad((F.linear(h * 1.0, w) * F.linear(h * -2.0, w)).sum(), w)[0]
+    for take in (torch.Tensor.detach, lambda h: h.data):
+        assert (result(take) - expected).norm() < 0.1 * expected.norm()
+
+
 def test_weights_changed_before_the_backward_pass_are_noticed():
     model = mlp()
     with Razor(0.1):

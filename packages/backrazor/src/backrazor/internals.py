@@ -58,6 +58,8 @@ def is_wrapper(x: Any) -> bool:
     return type(x) not in PLAIN and isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
 
 
+UNCOUNTED = frozenset({Tensor.data.__get__, Tensor.data.__set__})  # type: ignore[attr-defined]
+"""What gives a tensor, or takes one, whose changes in place the version does not count."""
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 

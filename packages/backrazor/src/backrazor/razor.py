@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import RazorError
 from .exact import Exact
 from .internals import (
+    UNCOUNTED,
     is_of_checkpoint,
     is_wrapper,
     open_modes,
@@ -94,7 +95,7 @@ class Razor(Keeper, TorchFunctionMode):
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in open_modes()):
             raise RazorError("a Razor is open already: one setting holds for the whole forward pass")
-        self._rules, self._names = rules(), names()
+        self._rules, self._names = _rules(), names()
         self._outer_hook = saved_tensor_hook()
         _refuse_compile(within_compiled_call())
         super().__enter__()
@@ -135,10 +136,15 @@ class Razor(Keeper, TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             _refuse_compile(torch.compiler.is_compiling())
+            if func in UNCOUNTED and Logits not in types:
+                self.unshare(args[0])
             return func(*args, **kwargs)
         if Logits in types:
             return answer(func, args, kwargs, self.__torch_function__)
         rule = self._rules.get(func)
+        if rule is Keeper.unshare:
+            self.unshare(args[0])
+            return func(*args, **kwargs)
         if rule is not None and not self._steps_aside((*args, *kwargs.values())):
             if self.exact.holds(self._names[func], args, kwargs):
                 return func(*args, **kwargs)
@@ -178,6 +184,11 @@ class Razor(Keeper, TorchFunctionMode):
             ):
                 return True
         return False
+
+
+@functools.cache
+def _rules() -> dict[Any, Callable[..., Any]]:
+    return {**rules(), **dict.fromkeys(UNCOUNTED, Keeper.unshare)}
 
 
 def _refuse_compile(compiled: bool) -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import RazorError
 from ..function import Function
-from ..internals import before_checkpoints, is_of_checkpoint, saved_tensor_hook
+from ..internals import UNCOUNTED, before_checkpoints, is_of_checkpoint, saved_tensor_hook
 from .loss import loss_of, product_type
 
 LEAST_CLASSES = 8192
@@ -44,7 +44,7 @@ ASKED = frozenset(
     }
 )
 """Questions that need no elements."""
-OBSERVED = frozenset({Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_})
+OBSERVED = frozenset({Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_, *UNCOUNTED})
 _IN_PLACE = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "mod")
 )
