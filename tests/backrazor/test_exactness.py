@@ -310,6 +310,67 @@ def test_complex_numbers_are_left_to_pytorch(case, keep):
     assert all(close(pair) for pair in pairs)
 
 
+def sparse(layout):
+    a = torch.eye(12, dtype=D)
+    return {"list": a.to_sparse, "csr": a.to_sparse_csr, "csc": a.to_sparse_csc}[layout]()
+
+
+LAYOUTS = {
+    "@": lambda a, w, b: a @ w,
+    "matmul": lambda a, w, b: torch.matmul(a, w.relu()),
+    "mm": lambda a, w, b: torch.mm(a, w),
+    "linear": lambda a, w, b: F.linear(a, w.t()),
+    "addmm": lambda a, w, b: torch.addmm(b, a, w),
+    "to": lambda a, w, b: a.to(torch.float32) @ w.float(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize(
+    ("call", "layout"),
+    [(call, layout) for call in LAYOUTS for layout in ("list", "csr", "csc") if call != "linear" or layout == "list"],
+)
+def test_sparse_tensors_are_left_to_pytorch(call, layout):
+    a, b = sparse(layout), torch.randn(16, dtype=D)
+    (plain, got), pairs = compare(lambda w: LAYOUTS[call](a, w, b), [parameter(12, 16)])
+    assert torch.equal(plain, got)
+    assert all(close(pair) for pair in pairs)
+
+
+def test_a_sparse_weight_is_left_to_pytorch():
+    x, a = torch.randn(16, 12, dtype=D), sparse("list").requires_grad_()
+    for razor in (None, Razor(KEEP)):
+        with razor or torch.enable_grad():
+            y = torch.sparse.mm(a, x.t()).sum() + (a * 2.0 @ x.t()).sum()
+        y.backward()
+        if razor is None:
+            expected, a.grad = a.grad.to_dense(), None
+    assert torch.equal(expected, a.grad.to_dense())
+
+
+NESTED = {
+    "mlp": lambda a, w: F.linear(F.gelu(F.linear(a, w, w[0])), w),
+    "norm": lambda a, w: F.linear(F.layer_norm(a, (16,), w[0], w[1]), w),
+    "dropout": lambda a, w: F.dropout(F.linear(a, w), 0.0),
+    "softmax": lambda a, w: F.softmax(F.linear(a, w), -1) * 2.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("case", NESTED)
+def test_nested_tensors_are_left_to_pytorch(case, layout):
+    rows, w = [torch.randn(n, 16, dtype=D) for n in (3, 5)], parameter(16, 16)
+
+    def call(w):
+        a = torch.nested.nested_tensor(rows, layout=layout)
+        return torch.cat(NESTED[case](a, w).unbind())
+
+    (plain, got), pairs = compare(call, [w])
+    assert torch.equal(plain, got)
+    assert all(close(pair) for pair in pairs)
+
+
 KEYWORDS = {
     "bmm mat2": (lambda x, y: torch.bmm(x, mat2=y), (2, 30, 40), (2, 40, 30)),
     "matmul other": (lambda x, y: torch.matmul(x, other=y), (30, 40), (40, 30)),
@@ -472,6 +533,41 @@ def test_a_dropout_that_pytorch_refuses_is_refused(p, mode):
         with Razor(KEEP, mode=mode), pytest.raises(plain.type) as met:
             call()
         assert str(met.value) == str(plain.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder"])
+def test_the_fast_path_of_frozen_transformer_modules_is_off(kind, gradients):
+    """PyTorch leaves it under any function mode; what is computed has the bits of the modules without it, and differs
+    from the fast path in the last digits, and where a padding is, which that fills with zeros."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.1, batch_first=True)
+    module = {"attention": layer.self_attn, "layer": layer, "encoder": nn.TransformerEncoder(layer, 2)}[kind]
+    module.eval().requires_grad_(False)
+    x, padded = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+
+    def call():
+        with torch.set_grad_enabled(gradients):
+            if kind == "attention":
+                return module(x, x, x, key_padding_mask=padded)[0]
+            return module(x, src_key_padding_mask=padded)
+
+    fast = call()
+    with Razor(KEEP):
+        got = call()
+    with torch.device("cpu"):
+        assert torch.equal(got, call())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert torch.equal(got, call())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(got[~padded], fast[~padded])
+    if kind == "encoder":
+        assert (fast[padded] == 0).all()
+        assert (got[padded] != 0).all()
+    else:
+        torch.testing.assert_close(got, fast)
 
 
 def test_attentions_dropout_leaves_the_random_numbers_as_pytorch_does():

@@ -2,14 +2,18 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backrazor import Razor, RazorError
+from backrazor.internals import saved_tensor_hook
 from backrazor.ops import logits as lazy
 from backrazor.ops import loss as fused
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 B, T, K, V = 3, 20, 6, 37
 FUSED = "LinearCrossEntropyBackward"
@@ -429,8 +433,6 @@ def test_no_more_than_a_chunk_of_logits_exists():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_checkpoints(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     model, t = Tiny().double(), targets()
     tokens = t.clamp(min=0)
     expected = torch.autograd.grad(flat(model(tokens), t), model.head.weight)[0]
@@ -440,6 +442,67 @@ def test_with_checkpoints(reentrant):
         loss = flat(model.head(h), t)
     loss.backward()
     torch.testing.assert_close(model.head.weight.grad, expected)
+
+
+CHECKPOINTED = {
+    "one use": lambda z: z.logsumexp(-1).mean(),
+    "no loss": lambda z: z * 2,
+    "two uses": lambda z: z.logsumexp(-1) - z.exp().mean(-1),
+    "of rows": lambda z: z.float()[:, 2:].flatten(0, 1).logsumexp(-1),
+    "a product": lambda z: (z.tanh() @ z.new_ones(V, 3)).tanh(),
+    "the loss": lambda z: flat(z, torch.arange(B * T) % V),
+    "and the loss": lambda z: F.cross_entropy(z.flatten(0, 1), torch.arange(B * T) % V) + z.square().mean(),
+    "another checkpoint": lambda z: checkpoint(torch.exp, z, use_reentrant=False) * z,
+}
+
+
+def remember_products(context, operation, *args, **kwargs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("where", ["within", "after", "used before", "all in a checkpoint"])
+@pytest.mark.parametrize("function", CHECKPOINTED)
+def test_logits_may_be_given_to_a_checkpoint(function, where):
+    """Which counts what is saved in its first run and in the next one, so that neither may compute them."""
+    given = inputs()
+    selective = partial(create_selective_checkpoint_contexts, remember_products)
+
+    def call(razor, **settings):
+        def part():
+            with razor:
+                z = F.linear(given[0] * 1.0, *given[1:])
+                if where == "used before":
+                    assert z.argmax() is not None
+                if where == "after":
+                    return checkpointed(z)
+                y = checkpointed(z)
+                assert z.argmax() is not None
+            return y
+
+        def checkpointed(z):
+            return checkpoint(CHECKPOINTED[function], z, use_reentrant=False, **settings)
+
+        y = checkpoint(part, use_reentrant=False) if where == "all in a checkpoint" else part()
+        return y, torch.autograd.grad(y.square().sum(), given)
+
+    plain, expected = call(nullcontext())
+    for settings in ({}, {"context_fn": selective}):
+        y, got = call(Razor(0.1), **settings)
+        torch.testing.assert_close(y, plain)
+        for a, b in zip(expected[::2], got[::2], strict=True):  # dW is of the pruned x, as of any linear layer
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert saved_tensor_hook() is None
+
+
+def test_predicted_logits_may_be_given_to_a_selective_checkpoint():
+    """The modes of fake tensors stay on where those of the checkpoint are laid aside."""
+    with torch._subclasses.FakeTensorMode(), Razor(0.1):
+        given, selective = inputs(), partial(create_selective_checkpoint_contexts, remember_products)
+        z = F.linear(given[0] * 1.0, *given[1:])
+        y = checkpoint(lambda z: z.exp() + torch.ones(V), z, use_reentrant=False, context_fn=selective)
+        y.sum().backward()
+    assert given[0].grad.shape == given[0].shape
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,9 +1,13 @@
 """The context: what it refuses, what it stores once, and how it goes with the rest of PyTorch."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from backrazor import Razor, RazorError
+from backrazor.keeper import SETTINGS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +78,42 @@ def test_no_module_is_replaced_and_the_context_can_be_entered_again():
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     with razor, pytest.raises(RazorError, match="open already"), Razor(0.5):
         pass
+
+
+class Named(Razor):
+    def __init__(self, name, **settings):
+        super().__init__(**settings)
+        self.name = name
+
+
+def unpickled(razor):
+    return pickle.loads(pickle.dumps(razor))
+
+
+@pytest.mark.parametrize("again", [unpickled, copy.copy, copy.deepcopy])
+def test_a_razor_from_another_process_is_a_new_one_of_the_same_settings(again):
+    """Spawned workers and job queues pickle what they are given."""
+    settings = {
+        "keep": 0.03, "mode": "pruned", "attention": "exact", "values": "int8", "derivative_bits": 3,
+        "recompute": "attention", "exact": ("2", "gelu"),
+    }  # fmt: skip
+    model, x = mlp(), torch.randn(300, 16)
+    for given in ({}, {"keep": 0.03}, {"keep": 1}, settings):
+        razor = Named("mine", **given)
+        with razor:
+            loss = model(x).square().mean()
+            got = again(razor)  # of one that is entered too
+            assert len(razor._store) > 0 or given.get("keep") == 1
+        expected = gradients(model, loss)
+        assert (type(got), got.name, len(got._store), got.exact.patterns) == (Named, "mine", 0, given.get("exact", ()))
+        assert [getattr(got, name) for name in SETTINGS] == [getattr(razor, name) for name in SETTINGS]
+        with got, Kept(model) as kept:
+            loss = model(x).square().mean()
+        with razor, Kept(model) as same:
+            model(x)
+        assert kept.bytes - 300 * 4 * 4 <= same.bytes <= kept.bytes  # the loss keeps the output
+        for a, b in zip(expected, gradients(model, loss), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_as_a_decorator_of_a_forward_function():
@@ -199,6 +239,86 @@ def test_a_tensor_changed_after_it_was_stored_is_stored_again():
         return torch.autograd.grad((y * g).sum() + (z * g).sum(), lin.weight)[0]
 
     torch.testing.assert_close(dw(True), -0.5 * dw(False), rtol=1e-5, atol=1e-5)
+
+
+def of_norm(x, w, change):
+    h = F.layer_norm(x, (16,))
+    change(h)
+    return F.linear(h, w)
+
+
+def of_gelu(x, w, change):
+    h = F.gelu(x)
+    change(h)
+    return F.linear(h, w)
+
+
+def of_scores(x, w, change):
+    q, k, v = (F.linear(x, w * n) for n in (1, 2, 3))
+    s = q @ k.mT
+    change(s)
+    return s.softmax(-1) @ v
+
+
+def of_rms_norm(x, w, change):
+    m = x.pow(2).mean(-1, keepdim=True)
+    change(m)
+    return F.linear(x * torch.rsqrt(m + 1e-6), w)
+
+
+def of_logits(x, w, change):
+    z = F.linear(x, w.repeat(600, 1))
+    change(z)
+    return F.cross_entropy(z.flatten(0, 1), torch.arange(z[..., 0].numel()))
+
+
+def replaced(h):
+    h.data = h.data.clamp(-0.1, 0.1)
+
+
+def without_gradients(h):
+    with torch.no_grad():
+        h.data.clamp_(-0.1, 0.1)
+
+
+DATA = [lambda h: h.data.clamp_(-0.1, 0.1), lambda h: h.view(-1).data.clamp_(-0.1, 0.1), replaced, without_gradients]
+
+
+@pytest.mark.parametrize("mode", ["low-bit", "pruned", "paper"])
+@pytest.mark.parametrize("use", [of_norm, of_gelu, of_scores, of_rms_norm, of_logits])
+def test_a_change_through_data_is_noticed(use, mode):
+    """The version of a tensor does not count it, as it counts one of what detach() returns."""
+    x, w = torch.randn(8, 40, 16, requires_grad=True), nn.Parameter(torch.randn(16, 16))
+
+    def result(change):
+        with Razor(0.25, mode=mode):
+            y = use(x, w, change)
+        return y, *torch.autograd.grad(y.square().sum(), (x, w))
+
+    expected = result(lambda h: h.detach().clamp_(-0.1, 0.1))
+    for change in DATA if use is not of_logits else (DATA[0], replaced):  # of a view of logits it is not
+        for a, b in zip(expected, result(change), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.05])
+def test_a_change_through_data_that_was_asked_for_before_is_noticed(keep):
+    x, w = torch.randn(8, 40, 16, requires_grad=True), nn.Parameter(torch.randn(16, 16))
+
+    def result(take):
+        with Razor(keep) as razor:
+            h = F.layer_norm(x, (16,))
+            memory = take(h)
+            y = F.linear(h, w)
+            memory.mul_(-2)
+            z = F.linear(h, w)
+        assert not razor._store._uncounted  # the next pass shares again
+        return torch.autograd.grad((y * z).sum(), w)[0]
+
+    h = F.layer_norm(x, (16,))
+    expected = torch.autograd.grad((F.linear(h * 1.0, w) * F.linear(h * -2.0, w)).sum(), w)[0]
+    for take in (torch.Tensor.detach, lambda h: h.data):
+        assert (result(take) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_weights_changed_before_the_backward_pass_are_noticed():

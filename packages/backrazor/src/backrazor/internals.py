@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+    is_traceable_wrapper_subclass,
+)
 
 _QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -51,6 +58,8 @@ def is_wrapper(x: Any) -> bool:
     return type(x) not in PLAIN and isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
 
 
+UNCOUNTED = frozenset({Tensor.data.__get__, Tensor.data.__set__})  # type: ignore[attr-defined]
+"""What gives a tensor, or takes one, whose changes in place the version does not count."""
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -64,6 +73,47 @@ def saved_tensor_hook() -> Any:
     """The innermost hook on what autograd saves, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks is not None else None
+
+
+def is_of_checkpoint(hook: Any) -> bool:
+    """Whether a hook on what autograd saves is that of ``torch.utils.checkpoint``, in its first run or a later one."""
+    return "checkpoint" in getattr(hook, "__module__", "")
+
+
+@contextmanager
+def before_checkpoints(since: Any) -> Iterator[None]:
+    """Within it we compute as if before the checkpoints that were begun after ``since`` was the hook: they do not count
+    what is saved, and do not remember results (selective checkpointing), so that later runs need not do so again."""
+    taken: list[tuple[Any, Any]] = []
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None and hooks[0] is not since:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        taken.insert(0, hooks)
+    begun = [i for i, (pack, _) in enumerate(taken) if is_of_checkpoint(pack)]
+    outer, inner = (taken[: begun[0]], taken[begun[0] :]) if begun else (taken, [])
+    for hooks in outer:
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+    modes = list(_get_current_dispatch_mode_stack()) if begun else []
+    others = [mode for mode in modes if not isinstance(mode, _REMEMBER)]
+    if others != modes:
+        _exchange(modes, others)
+    try:
+        yield
+    finally:
+        if others != modes:
+            _exchange(others, modes)
+        for hooks in inner:
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+_REMEMBER = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+
+
+def _exchange(on: list[Any], then: list[Any]) -> None:
+    """Dispatch modes that are on give place to others, both outermost first."""
+    for _ in on:
+        _pop_mode()
+    for mode in then:
+        _push_mode(mode)
 
 
 def within_transform() -> bool:

@@ -10,12 +10,14 @@ from .coded import Levels, code, rounding
 from .derived import derive
 from .errors import RazorError
 from .groups import groups_for
+from .internals import is_wrapper
 from .saved import Dense, Geometry, Saved, eight_bit, low_bit, low_bit_norm, low_bit_normal, prune, prune_as_paper
 from .store import Held, Holder, Store
 from .values import FORMATS
 from .weights import PARAMETER, rank
 from .widths import LOWEST, width_of
 
+SETTINGS = ("keep", "mode", "attention", "values", "derivative_bits", "recompute")
 MODES = ("low-bit", "pruned", "paper")
 ATTENTION = ("pruned", "exact")
 RECOMPUTED: dict[str | None, frozenset[str]] = {
@@ -70,6 +72,13 @@ class Keeper:
         self._store.clear()
         self.chains.clear()
         self.scores.clear()
+
+    def unshare(self, x: Tensor) -> None:
+        """Nothing that is known of ``x`` holds any more: it may be changed where its version does not tell."""
+        if rank(x) != PARAMETER and not is_wrapper(x):
+            self._store.unshare(x)
+            self.chains.clear()
+            self.scores.clear()
 
     def hold(
         self,

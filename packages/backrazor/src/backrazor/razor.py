@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from .errors import RazorError
 from .exact import Exact
 from .internals import (
+    UNCOUNTED,
+    is_of_checkpoint,
     is_wrapper,
     open_modes,
     saved_tensor_hook,
@@ -20,11 +22,12 @@ from .internals import (
     within_trace,
     within_transform,
 )
-from .keeper import Keeper
+from .keeper import SETTINGS, Keeper
 from .ops.logits import Logits, answer
 from .table import mark_computed, names, rules
 
 COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+STRIDED = torch.strided
 RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,8 +37,8 @@ class Razor(Keeper, TorchFunctionMode):
     """``with Razor(keep=0.1): loss = model(x)``: an unmodified model saves a tenth of the bits of each activation.
 
     Or ``@Razor(keep=0.1)`` before a function that makes the forward pass, which is dense and exact. The backward pass
-    may run inside the context or after it. Reusable: enter it for every micro-batch. :func:`.table.describe` lists what
-    each operation keeps.
+    may run inside the context or after it. Reusable: enter it for every micro-batch. A copy, or what is unpickled, is a
+    new one of the same settings, not entered. :func:`.table.describe` lists what each operation keeps.
 
     Args:
         keep: fraction that is kept, in (0, 1]; 1 keeps all, and gives plain autograd's gradients but for rounding. In
@@ -77,10 +80,22 @@ class Razor(Keeper, TorchFunctionMode):
         self._rules: dict[Any, Callable[..., Any]] = {}
         self._outer_hook: Any = None
 
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A copy and what is unpickled are new Razors of these settings, not entered, with what a subclass added."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        known = vars(Razor())
+        added = {name: value for name, value in vars(self).items() if name not in known}
+        return {**settings, "exact": self.exact.patterns}, added
+
+    def __setstate__(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        settings, added = state
+        Razor.__init__(self, **settings)
+        vars(self).update(added)
+
     def __enter__(self) -> "Razor":
         if any(isinstance(mode, Razor) for mode in open_modes()):
             raise RazorError("a Razor is open already: one setting holds for the whole forward pass")
-        self._rules, self._names = rules(), names()
+        self._rules, self._names = _rules(), names()
         self._outer_hook = saved_tensor_hook()
         _refuse_compile(within_compiled_call())
         super().__enter__()
@@ -121,10 +136,15 @@ class Razor(Keeper, TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             _refuse_compile(torch.compiler.is_compiling())
+            if func in UNCOUNTED and Logits not in types:
+                self.unshare(args[0])
             return func(*args, **kwargs)
         if Logits in types:
             return answer(func, args, kwargs, self.__torch_function__)
         rule = self._rules.get(func)
+        if rule is Keeper.unshare:
+            self.unshare(args[0])
+            return func(*args, **kwargs)
         if rule is not None and not self._steps_aside((*args, *kwargs.values())):
             if self.exact.holds(self._names[func], args, kwargs):
                 return func(*args, **kwargs)
@@ -141,7 +161,7 @@ class Razor(Keeper, TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def _steps_aside(self, values: tuple[Any, ...]) -> bool:
-        """Whether this call is not ours: in a checkpointed part, or of tensors that are no activations of numbers."""
+        """Whether this call is not ours: in a checkpointed part, or of tensors that are no strided real numbers."""
         if within_transform():
             raise RazorError(
                 "torch.func transforms (vmap, grad, jvp) cannot be used within a Razor: they need plain autograd"
@@ -153,9 +173,22 @@ class Razor(Keeper, TorchFunctionMode):
             )
         _refuse_compile(within_compiled_call())
         hook = saved_tensor_hook()
-        if hook is not self._outer_hook and "checkpoint" in getattr(hook, "__module__", ""):
+        if hook is not self._outer_hook and is_of_checkpoint(hook):
             return True  # torch.utils.checkpoint saves nothing here, and makes everything again exactly
-        return any(isinstance(v, Tensor) and (v.dtype in COMPLEX or is_wrapper(v)) for v in values)
+        for v in values:
+            if isinstance(v, Tensor) and (
+                v.layout is not STRIDED  # sparse, jagged, of oneDNN: no memory to tell a tensor by
+                or v.is_nested  # whose layout may be strided, without a shape
+                or v.dtype in COMPLEX
+                or is_wrapper(v)
+            ):
+                return True
+        return False
+
+
+@functools.cache
+def _rules() -> dict[Any, Callable[..., Any]]:
+    return {**rules(), **dict.fromkeys(UNCOUNTED, Keeper.unshare)}
 
 
 def _refuse_compile(compiled: bool) -> None:

@@ -78,10 +78,12 @@ class Store:
     """From a tensor (its memory and version) to what stands for it.
 
     An entry is forgotten when the last graph node that holds it is gone. A tensor changed in place has a new
-    version, and memory given to another tensor is another storage: neither is mistaken for what was stored.
+    version, and memory given to another tensor is another storage: neither is mistaken for what was stored. Of memory
+    that may be changed without a new version (``.data``) nothing is shared.
     """
 
     def __init__(self) -> None:
+        self._uncounted: dict[int, StorageWeakRef] = {}
         self._entries: dict[Any, tuple[StorageWeakRef, weakref.ref[Holder]]] = {}
 
     def hold(self, x: Tensor, kind: str, make: Callable[[], Saved]) -> Held:
@@ -99,6 +101,8 @@ class Store:
         """Remember that ``saved`` stands for ``x``."""
         key, geometry = _key(x, kind)
         holder = Holder(saved, rebuilt)
+        if self._uncounted and key[0] in self._uncounted:
+            return Held(holder, geometry)
         if isinstance(saved.recipe, Dense):  # PyTorch's own saving shares what is saved by reference
             return Held(holder, None)
         entries = self._entries
@@ -111,8 +115,18 @@ class Store:
         self._entries[key] = (StorageWeakRef(x.untyped_storage()), forget)
         return Held(holder, geometry)
 
+    def unshare(self, x: Tensor) -> None:
+        """Forget what stands for the memory of ``x``, and for what is made of it from here on."""
+        if x.layout is not torch.strided or x.is_nested:
+            return
+        storage = x.untyped_storage()
+        self._uncounted[storage._cdata] = StorageWeakRef(storage)
+        for key in [key for key in self._entries if key[0] == storage._cdata]:
+            del self._entries[key]
+
     def clear(self) -> None:
         self._entries.clear()
+        self._uncounted.clear()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -311,7 +311,7 @@ DENSE: dict[str, str] = {
     "einsum, baddbmm": "any contraction may be meant, of which some are no product of matrices: write it as matmul",
     "LSTM, GRU": "one fused call, which keeps its own states",
     "local_response_norm, lp_pool2d, gumbel_softmax and other compositions of torch.nn.functional": "rare; left whole",
-    "complex numbers; calls with other arguments (out=)": "left to PyTorch",
+    "complex numbers; sparse and nested tensors; calls with other arguments (out=)": "left to PyTorch",
     "what is computed of weights alone": "a weight too: standardised, merged with an adapter, a mixture of layers",
     "attention='exact'": "softmax, product and scaled_dot_product_attention keep what PyTorch keeps",
 }

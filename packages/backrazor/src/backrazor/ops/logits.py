@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import RazorError
 from ..function import Function
+from ..internals import UNCOUNTED, before_checkpoints, is_of_checkpoint, saved_tensor_hook
 from .loss import loss_of, product_type
 
 LEAST_CLASSES = 8192
@@ -43,7 +44,7 @@ ASKED = frozenset(
     }
 )
 """Questions that need no elements."""
-OBSERVED = frozenset({Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_})
+OBSERVED = frozenset({Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_, *UNCOUNTED})
 _IN_PLACE = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "mod")
 )
@@ -78,6 +79,8 @@ class Logits(Tensor):
     graph_version: int
     elements: Tensor | None
     touched: bool
+    checkpoint: Any
+    """The hook of the checkpoint within which this one was made."""
 
     @staticmethod
     def of(x: Tensor, weight: Tensor, bias: Tensor | None, pruned: Callable[..., Tensor]) -> "Logits":
@@ -108,6 +111,12 @@ class Logits(Tensor):
         """Whether x and W are what they were."""
         return (self.x._version, self.layer.weight._version) == self.versions
 
+    def lasts(self) -> bool:
+        """Whether each run of a checkpoint that is open gets this one: of what was made in another checkpoint around
+        it, later runs get the elements."""
+        hook = saved_tensor_hook() if self.checkpoint is not None else None
+        return hook is self.checkpoint or not is_of_checkpoint(hook)
+
     def dense(self, *, within: bool) -> Tensor:
         """The elements, computed once.
 
@@ -120,7 +129,8 @@ class Logits(Tensor):
             if self.elements is None:
                 self.elements = self._computed(False)
             return self.elements
-        self.graph = self._computed(within)
+        with before_checkpoints(self.checkpoint):  # each of whose runs finds the elements, and none makes them
+            self.graph = self._computed(within)
         self.graph_version = self.graph._version
         return self.graph
 
@@ -184,6 +194,8 @@ def _made(x: Tensor, layer: Layer, logits: torch.dtype, moved: bool, origin: Any
     out: Logits = _NotComputed.apply(x, layer.weight, layer.bias, logits, moved)
     out.x, out.layer, out.logits, out.moved, out.origin = x, layer, logits, moved, origin
     out.versions = (x._version, layer.weight._version)
+    hook = saved_tensor_hook()
+    out.checkpoint = hook if is_of_checkpoint(hook) else None
     out.elements = out.graph = None
     out.graph_version, out.touched, out.derived = 0, False, []
     return out
@@ -206,7 +218,7 @@ def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], again: Call
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     first = args[0] if args else None
-    if isinstance(first, Logits) and torch.is_grad_enabled() and first.fresh() and first.unchanged():
+    if isinstance(first, Logits) and torch.is_grad_enabled() and first.fresh() and first.unchanged() and first.lasts():
         if func is F.cross_entropy:
             loss = _cross_entropy(*args, **kwargs)
             if loss is not NotImplemented:
