@@ -365,6 +365,17 @@ def test_divergence_stops_the_run_and_saves_nothing_bad(tmp_path, poison):
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_weights_that_the_last_step_spoils_are_told_without_a_run_folder(evaluated):
+    """No loss follows that would show it."""
+    model = make()
+    gradients = iter([1.0, 1.0, math.nan])
+    model[0].weight.register_hook(lambda g: g * next(gradients))
+    task = Task(model, batches, loss_fn, adam(model), evaluate=(lambda m: {"loss": 0.0}) if evaluated else None)
+    with pytest.raises(DivergedError, match="the loss or a weight was no longer finite by step 3; there is no check"):
+        fit(task, FitConfig(3))
+
+
 def test_checkpoints_of_something_else_are_refused(tmp_path):
     model, run = make(), RunFolder.create(tmp_path / "r")
     config = FitConfig(max_iters=2, eval_interval=2)

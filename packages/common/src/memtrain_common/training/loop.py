@@ -57,7 +57,8 @@ def fit(
 
     Raises:
         Stopped: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
-        DivergedError: when the loss or a weight is no longer finite; such weights are never saved.
+        DivergedError: when the loss or a weight is no longer finite; such weights are never saved. Without ``run`` the
+            weights are looked at after the last step.
         LostRankError: when another process is gone; with ``task.parts``, after this one's state was saved.
         UserError: if a checkpoint does not fit the model, or cannot be written.
         ValueError: if the task has no optimizer.
@@ -216,6 +217,8 @@ class _Trainer:
         config, step, progress = self.config, self.result.step, self.progress
         last = step >= config.max_iters
         new_best = False
+        if last and step and self.run is None:  # where there is one, they are looked at before each checkpoint
+            self.keeper.check_weights()
         if self.task.evaluate is not None and not progress.evaluated and (step % config.eval_interval == 0 or last):
             self.keeper.check_finite()
             self.peaks.begin("evaluation")
