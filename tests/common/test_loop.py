@@ -73,6 +73,26 @@ def test_it_is_the_plain_loop():
     assert torch.equal(flat(ours), flat(theirs))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_gradients_from_before_are_no_part_of_the_first_step(tmp_path, resumed):
+    results = []
+    for left in (True, False):
+        model = make()
+        model.register_parameter("unused", nn.Parameter(torch.ones(2)))  # without a gradient, AdamW leaves it alone
+        task = Task(model, batches, loss_fn, adam(model))
+        run = RunFolder.create(tmp_path / str(left)) if resumed else None
+        if resumed:
+            fit(task, FitConfig(2, eval_interval=2), run=run)
+        if left:
+            loss_fn(model, batches(99)).backward()
+            model.unused.grad = torch.ones(2)
+        fit(task, FitConfig(4, eval_interval=2), run=run, resume=resumed)
+        results.append(flat(model))
+        assert model.unused.grad is None
+        assert torch.equal(model.unused, torch.ones(2))
+    assert torch.equal(*results)
+
+
 def test_accumulation_is_the_larger_batch():
     ours, theirs = make().double(), make().double()
 

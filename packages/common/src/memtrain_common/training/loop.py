@@ -44,7 +44,7 @@ def fit(
     console: Console | None = None,
     label: str = "",
 ) -> FitResult:
-    """Train ``task.model`` for ``config.max_iters`` optimizer steps.
+    """Train ``task.model`` for ``config.max_iters`` optimizer steps. Gradients from before are dropped.
 
     Args:
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
@@ -103,6 +103,9 @@ class _Trainer:
     def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
         self.keeper.begin(config, resume, read_key)
+        self.optimizer.zero_grad(
+            set_to_none=True
+        )  # what somebody's backward pass has left is no part of the first step
         gpus = gpus_of(self.device)
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
