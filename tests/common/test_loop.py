@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -209,6 +210,31 @@ def test_evaluation_changes_no_random_number_and_no_mode():
         assert not model[1].training
         results.append(flat(model))
     assert torch.equal(*results)
+
+
+def test_a_model_in_eval_mode_is_trained_so_and_warned_of_once(tmp_path):
+    """Nobody can know whether its modules are so on purpose; in training mode single modules are, without a word."""
+
+    def trained(model, steps=3, **more):
+        torch.manual_seed(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "the model is in eval mode")
+            fit(
+                Task(model, batches, loss_fn, adam(model), evaluate=evaluate), FitConfig(steps, eval_interval=1), **more
+            )
+        return flat(model), [w for w in caught if "eval mode" in str(w.message)]
+
+    run = RunFolder.create(tmp_path / "run")
+    without_dropout, warned = trained(make(dropout=0.5).eval(), run=run)
+    assert [w.filename for w in warned] == [__file__]
+    assert "call model.train() before fit" in str(warned[0].message)
+    partly = make(dropout=0.5)
+    partly[2].eval()
+    weights, warned = trained(partly)
+    assert torch.equal(weights, without_dropout)
+    assert warned == []
+    assert not torch.equal(trained(make(dropout=0.5))[0], without_dropout)
+    assert trained(make(dropout=0.5).eval(), run=run, resume=True)[1] == []  # it had ended
 
 
 class Interrupt(Exception):

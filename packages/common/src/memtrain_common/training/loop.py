@@ -7,6 +7,7 @@ under which the forward pass runs (``saving``: what is kept for the backward pas
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -29,7 +30,7 @@ from .keeping import Keeper
 from .leaving import rescuing, stop, stop_at_once
 from .rng import rng_state, set_rng_state
 from .stop_signals import LeaveEvaluation, StopSignals
-from .task import Task, one_number
+from .task import EVAL_MODE, Task, one_number
 
 
 def fit(
@@ -44,7 +45,9 @@ def fit(
     console: Console | None = None,
     label: str = "",
 ) -> FitResult:
-    """Train ``task.model`` for ``config.max_iters`` optimizer steps. Gradients from before are dropped.
+    """Train ``task.model`` for ``config.max_iters`` optimizer steps.
+
+    Gradients from before are dropped. No module's mode is changed; a model in eval mode as a whole is warned of.
 
     Args:
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
@@ -106,6 +109,8 @@ class _Trainer:
         self.optimizer.zero_grad(
             set_to_none=True
         )  # what somebody's backward pass has left is no part of the first step
+        if not self.inner.training and result.step < config.max_iters and world().is_main:
+            warnings.warn(EVAL_MODE, UserWarning, stacklevel=3)
         gpus = gpus_of(self.device)
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
