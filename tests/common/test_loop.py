@@ -769,6 +769,25 @@ def test_what_cannot_be_trained_is_refused_in_words(change, said):
         fit(Task(**words), FitConfig(2))
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            {"accuracy": 0.5, "f1": 0.4},
+            "evaluate returns 'accuracy', 'f1', and the best checkpoint is chosen by 'loss'",
+        ),
+        ({}, "evaluate returns no number, and"),
+        (0.5, r"evaluate must return numbers by name, as \{'loss': …\}, not a float"),
+    ],
+)
+def test_an_evaluation_without_the_best_metric_is_refused_in_words(tmp_path, found, said):
+    model, run = make(), RunFolder.create(tmp_path / "run")
+    with pytest.raises(ValueError, match=said):
+        fit(Task(model, batches, loss_fn, adam(model), evaluate=lambda m: found), FitConfig(2), run=run)
+    assert model.training  # as it was
+    assert not (run.path / "metrics.jsonl").exists()
+
+
 def test_a_layer_without_a_size_is_refused_in_words():
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"0\.weight has no size yet"):

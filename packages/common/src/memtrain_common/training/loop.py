@@ -24,6 +24,7 @@ from ..measuring.peak import PeakMeter, memory_in_use
 from ..runs.run_folder import RunFolder
 from .distributed import any_rank, gpus_of, mean_over_ranks, synchronising, unwrap, world
 from .evaluation import mean_loss as mean_loss
+from .evaluation import numbers_of
 from .fit_config import DTYPES, FitConfig, FitResult
 from .heartbeat import Heartbeat
 from .keeping import Keeper
@@ -64,7 +65,7 @@ def fit(
             weights are looked at after the last step.
         LostRankError: when another process is gone; with ``task.parts``, after this one's state was saved.
         UserError: if a checkpoint does not fit the model, or cannot be written.
-        ValueError: if the task has no optimizer.
+        ValueError: if the task has no optimizer, or its evaluation lacks the best metric.
     """
     console = console or Console(quiet=True)
     trainer = _Trainer(task, config, run, console, resume_path, resume_key or {})
@@ -236,9 +237,10 @@ class _Trainer:
                     row = self._evaluate()
             except LeaveEvaluation:
                 row = None
-            for module, training in modes:  # a module that the caller put into eval mode stays there
-                module.training = training
-            set_rng_state(before)
+            finally:
+                for module, training in modes:  # a module that the caller put into eval mode stays there
+                    module.training = training
+                set_rng_state(before)
             if row is None:
                 stop(self.keeper, signals.received)
                 return
@@ -265,7 +267,7 @@ class _Trainer:
         self.inner.eval()
         dtype = DTYPES[self.config.dtype]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return {name: float(value) for name, value in self.task.evaluate(self.evaluated_model).items()}
+            return numbers_of(self.task.evaluate(self.evaluated_model), self.config.best_metric)
 
     def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
         self.keeper.check_finite()
