@@ -293,6 +293,41 @@ def test_steps_do_not_depend_on_torchs_defaults(kind):
     assert problems.same(one, two)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", ALL)
+def test_a_compiled_step_is_the_step(kind, whole):
+    """Traced, its counters would hold no numbers: every basis would be taken for due, or none."""
+    torch._dynamo.reset()
+    ours, twins = (problems.weights((48, 64), (20, 12), (7,)) for _ in range(2))
+    optimizer, plain = build(kind, ours), build(kind, twins)
+
+    def around():
+        for p in ours:
+            p.grad.mul_(1.0)
+        optimizer.step()
+
+    compiled = torch.compile(around if whole else optimizer.step, backend="eager")
+    for step in range(7):
+        problems.set_grads(ours, step)
+        compiled()
+    problems.train(plain, twins, 0, 7)
+    assert problems.same(ours, twins)
+
+
+def test_a_compiled_step_of_what_the_backward_pass_took_is_the_step():
+    torch._dynamo.reset()
+    models = problems.mlp(), problems.mlp()
+    one, two = (InBackward(GaLoreAdamW(problems.mlp_groups(m, update_proj_gap=2))) for m in models)
+    compiled = torch.compile(one.step, backend="eager")
+    for step in range(5):
+        for model in models:
+            problems.backward(model, step)
+        compiled(), two.step()
+        one.zero_grad(), two.zero_grad()
+    assert problems.same(*models)
+
+
 def test_bytes_of_an_optimizer_that_keeps_numbers_and_lists():
     weights = problems.weights((8, 8))
     optimizer = torch.optim.LBFGS(weights)

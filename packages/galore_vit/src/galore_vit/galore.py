@@ -249,9 +249,11 @@ class GaLore(Optimizer):
 
     # -- the step ---------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(reason="a GaLore step is decided by the numbers in its counters and gradients")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing.
+        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing. Under
+        torch.compile it runs as it is: traced, its counters would hold no numbers.
 
         Raises:
             RuntimeError: where an InBackward has taken the gradients.
