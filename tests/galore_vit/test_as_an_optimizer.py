@@ -328,6 +328,26 @@ def test_a_compiled_step_of_what_the_backward_pass_took_is_the_step():
     assert problems.same(*models)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_rate_in_a_tensor_is_that_rate(kind):
+    """As torch.optim takes it: schedulers, and whoever holds the tensor, change it in place."""
+    ours, twins = (problems.weights((48, 64), (20, 12), (7,)) for _ in range(2))
+    lr = torch.tensor(2**-6)
+    optimizer, plain = build(kind, ours, lr=lr, weight_decay=0.1), build(kind, twins, lr=2**-6, weight_decay=0.1)
+    problems.train(optimizer, ours, 0, 3)
+    problems.train(plain, twins, 0, 3)
+    lr.fill_(2**-7)
+    plain.param_groups[0]["lr"] = 2**-7
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    problems.train(optimizer, ours, 3, 6)
+    problems.train(plain, twins, 3, 6)
+    assert problems.same(ours, twins)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for wrong in (torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor([0.1]), torch.tensor(True)):
+        with pytest.raises(ValueError, match="lr must be a finite number of at least 0, or a tensor of one"):
+            build(kind, ours, lr=wrong)
+
+
 def test_bytes_of_an_optimizer_that_keeps_numbers_and_lists():
     weights = problems.weights((8, 8))
     optimizer = torch.optim.LBFGS(weights)

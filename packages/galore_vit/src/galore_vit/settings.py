@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from galore_vit.projection import PROJ_TYPES, layout_of
 from galore_vit.tensors import check_rank
 
@@ -64,6 +67,21 @@ class Refresh:
 def is_number(value: object) -> bool:
     """Whether it is an ordinary number."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_rate(value: object) -> bool:
+    """Whether it can be a learning rate: a finite number of at least 0, or a tensor of no dimensions that holds one."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex() or value.dtype == torch.bool:
+            return False
+        return value.is_meta or 0.0 <= float(value) < math.inf
+    return isinstance(value, Real) and is_number(value) and 0.0 <= float(value) < math.inf
+
+
+def rate_of(group: Mapping[str, Any]) -> Any:
+    """The group's learning rate as a number, in a tensor or not."""
+    lr = group["lr"]
+    return float(lr) if isinstance(lr, Tensor) else lr
 
 
 AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
