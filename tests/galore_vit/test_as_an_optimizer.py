@@ -3,6 +3,7 @@ after which it is as it was."""
 
 import copy
 import math
+import warnings
 
 import problems
 import pytest
@@ -346,6 +347,56 @@ def test_a_rate_in_a_tensor_is_that_rate(kind):
     for wrong in (torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor([0.1]), torch.tensor(True)):
         with pytest.raises(ValueError, match="lr must be a finite number of at least 0, or a tensor of one"):
             build(kind, ours, lr=wrong)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("rnak", "rank"),
+        ("ranks", "rank"),
+        ("Sclae", "scale"),
+        ("update_proj_gpa", "update_proj_gap"),
+        ("dmi", "dim"),
+        ("proj_typ", "proj_type"),
+        ("weightdecay", "weight_decay"),
+        ("refersh", "refresh"),
+        ("rl", "lr"),
+    ],
+)
+def test_a_misspelt_key_of_a_group_is_warned_of_by_the_one_that_is_meant(kind, wrong, right):
+    one, two, three = problems.weights((8, 8), (12, 12), (9, 9))
+    lr = {"relative_step": False, "lr": 1e-2} if kind is GaLoreAdafactor else {}
+    groups = [{"params": [one], wrong: 4}, {"params": [two], "rank": 4}]
+    with pytest.warns(
+        UserWarning, match=f"a parameter group has '{wrong}', which nothing reads.* mean '{right}'"
+    ) as said:
+        optimizer = kind(groups, **lr)
+    assert [w.filename for w in said] == [__file__]
+    optimizer = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match=f"mean '{right}'") as said:
+        optimizer.add_param_group({"params": [three], wrong: 4})
+    assert [w.filename for w in said] == [__file__]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_keys_of_others_are_let_be(kind):
+    """torch.optim takes them; timm's, schedulers' and other optimizers' keys are like none of ours."""
+    keys = ("lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr", "param_names", "name", "amsgrad", "capturable")
+    keys += (
+        "differentiable",
+        "decoupled_weight_decay",
+        "momentum",
+        "max_momentum",
+        "base_momentum",
+        "nesterov",
+        "steps",
+    )
+    (weight,) = problems.weights((8, 8))
+    settings = {"relative_step": False, "lr": 1e-2} if kind is GaLoreAdafactor else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind([{"params": [weight], "rank": 4, **dict.fromkeys(keys, 1)}], **settings)
 
 
 def test_bytes_of_an_optimizer_that_keeps_numbers_and_lists():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from numbers import Real
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ OTHERS_KEYS = {
     "scale_type": "GaLoreScaled's scaling", "proj": "refresh=Refresh(method=…)",
 }  # fmt: skip
 """What other packages, or the commands' flags, call a key, and what it is here."""
+NEAR = 0.75
+"""How alike (by difflib) an unknown key of a group and a known one are where the first is taken for the second."""
 LAZY_LIMIT = 16
 """A lazy gap never grows beyond this many times `update_proj_gap`."""
 
@@ -156,6 +159,29 @@ def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -
     if own is not None:
         check_refresh(refresh_of(own), draws=draws)
     return group
+
+
+def misspelt(given: Mapping[str, Any], settings: Iterable[str]) -> list[str]:
+    """A sentence for each key that nothing reads and that is nearly one which is read; torch.optim takes any key.
+
+    Args:
+        given: a parameter group.
+        settings: the optimizer's own.
+    """
+    known = {"params", "rank", *GALORE_DEFAULTS, *settings}
+    said = []
+    for key in sorted(k for k in given if isinstance(k, str) and k not in known):
+        near = [k for k in known if k not in given and abs(len(k) - len(key)) <= 2 and _alike(key.lower(), k)]
+        if near:
+            likest = max(near, key=lambda k: SequenceMatcher(None, key.lower(), k).ratio())
+            said.append(f"a parameter group has {key!r}, which nothing reads: did you mean {likest!r}?")
+    return said
+
+
+def _alike(a: str, b: str) -> bool:
+    """In most letters; of a word of three, in all but one that is added, or in another order."""
+    ratio = SequenceMatcher(None, a, b).ratio()
+    return sorted(a) == sorted(b) or ratio >= (NEAR if len(b) > 3 else NEAR + 0.05)
 
 
 def fixed_keys(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
