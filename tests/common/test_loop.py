@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -71,6 +72,26 @@ def test_it_is_the_plain_loop():
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(flat(ours), flat(theirs))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_gradients_from_before_are_no_part_of_the_first_step(tmp_path, resumed):
+    results = []
+    for left in (True, False):
+        model = make()
+        model.register_parameter("unused", nn.Parameter(torch.ones(2)))  # without a gradient, AdamW leaves it alone
+        task = Task(model, batches, loss_fn, adam(model))
+        run = RunFolder.create(tmp_path / str(left)) if resumed else None
+        if resumed:
+            fit(task, FitConfig(2, eval_interval=2), run=run)
+        if left:
+            loss_fn(model, batches(99)).backward()
+            model.unused.grad = torch.ones(2)
+        fit(task, FitConfig(4, eval_interval=2), run=run, resume=resumed)
+        results.append(flat(model))
+        assert model.unused.grad is None
+        assert torch.equal(model.unused, torch.ones(2))
+    assert torch.equal(*results)
 
 
 def test_accumulation_is_the_larger_batch():
@@ -189,6 +210,31 @@ def test_evaluation_changes_no_random_number_and_no_mode():
         assert not model[1].training
         results.append(flat(model))
     assert torch.equal(*results)
+
+
+def test_a_model_in_eval_mode_is_trained_so_and_warned_of_once(tmp_path):
+    """Nobody can know whether its modules are so on purpose; in training mode single modules are, without a word."""
+
+    def trained(model, steps=3, **more):
+        torch.manual_seed(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "the model is in eval mode")
+            fit(
+                Task(model, batches, loss_fn, adam(model), evaluate=evaluate), FitConfig(steps, eval_interval=1), **more
+            )
+        return flat(model), [w for w in caught if "eval mode" in str(w.message)]
+
+    run = RunFolder.create(tmp_path / "run")
+    without_dropout, warned = trained(make(dropout=0.5).eval(), run=run)
+    assert [w.filename for w in warned] == [__file__]
+    assert "call model.train() before fit" in str(warned[0].message)
+    partly = make(dropout=0.5)
+    partly[2].eval()
+    weights, warned = trained(partly)
+    assert torch.equal(weights, without_dropout)
+    assert warned == []
+    assert not torch.equal(trained(make(dropout=0.5))[0], without_dropout)
+    assert trained(make(dropout=0.5).eval(), run=run, resume=True)[1] == []  # it had ended
 
 
 class Interrupt(Exception):
@@ -363,6 +409,17 @@ def test_divergence_stops_the_run_and_saves_nothing_bad(tmp_path, poison):
     step, state = run.checkpoints.load_newest()
     assert step == 4
     assert all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_weights_that_the_last_step_spoils_are_told_without_a_run_folder(evaluated):
+    """No loss follows that would show it."""
+    model = make()
+    gradients = iter([1.0, 1.0, math.nan])
+    model[0].weight.register_hook(lambda g: g * next(gradients))
+    task = Task(model, batches, loss_fn, adam(model), evaluate=(lambda m: {"loss": 0.0}) if evaluated else None)
+    with pytest.raises(DivergedError, match="the loss or a weight was no longer finite by step 3; there is no check"):
+        fit(task, FitConfig(3))
 
 
 def test_checkpoints_of_something_else_are_refused(tmp_path):
@@ -710,6 +767,25 @@ def test_what_cannot_be_trained_is_refused_in_words(change, said):
     words = {"model": model, "batches": batches, "loss": loss_fn, "optimizer": adam(model), **change(model)}
     with pytest.raises(ValueError, match=said):
         fit(Task(**words), FitConfig(2))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            {"accuracy": 0.5, "f1": 0.4},
+            "evaluate returns 'accuracy', 'f1', and the best checkpoint is chosen by 'loss'",
+        ),
+        ({}, "evaluate returns no number, and"),
+        (0.5, r"evaluate must return numbers by name, as \{'loss': …\}, not a float"),
+    ],
+)
+def test_an_evaluation_without_the_best_metric_is_refused_in_words(tmp_path, found, said):
+    model, run = make(), RunFolder.create(tmp_path / "run")
+    with pytest.raises(ValueError, match=said):
+        fit(Task(model, batches, loss_fn, adam(model), evaluate=lambda m: found), FitConfig(2), run=run)
+    assert model.training  # as it was
+    assert not (run.path / "metrics.jsonl").exists()
 
 
 def test_a_layer_without_a_size_is_refused_in_words():

@@ -3,6 +3,7 @@ after which it is as it was."""
 
 import copy
 import math
+import warnings
 
 import problems
 import pytest
@@ -291,6 +292,111 @@ def test_steps_do_not_depend_on_torchs_defaults(kind):
         finally:
             torch.set_default_dtype(torch.float32)
     assert problems.same(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", ALL)
+def test_a_compiled_step_is_the_step(kind, whole):
+    """Traced, its counters would hold no numbers: every basis would be taken for due, or none."""
+    torch._dynamo.reset()
+    ours, twins = (problems.weights((48, 64), (20, 12), (7,)) for _ in range(2))
+    optimizer, plain = build(kind, ours), build(kind, twins)
+
+    def around():
+        for p in ours:
+            p.grad.mul_(1.0)
+        optimizer.step()
+
+    compiled = torch.compile(around if whole else optimizer.step, backend="eager")
+    for step in range(7):
+        problems.set_grads(ours, step)
+        compiled()
+    problems.train(plain, twins, 0, 7)
+    assert problems.same(ours, twins)
+
+
+def test_a_compiled_step_of_what_the_backward_pass_took_is_the_step():
+    torch._dynamo.reset()
+    models = problems.mlp(), problems.mlp()
+    one, two = (InBackward(GaLoreAdamW(problems.mlp_groups(m, update_proj_gap=2))) for m in models)
+    compiled = torch.compile(one.step, backend="eager")
+    for step in range(5):
+        for model in models:
+            problems.backward(model, step)
+        compiled(), two.step()
+        one.zero_grad(), two.zero_grad()
+    assert problems.same(*models)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_rate_in_a_tensor_is_that_rate(kind):
+    """As torch.optim takes it: schedulers, and whoever holds the tensor, change it in place."""
+    ours, twins = (problems.weights((48, 64), (20, 12), (7,)) for _ in range(2))
+    lr = torch.tensor(2**-6)
+    optimizer, plain = build(kind, ours, lr=lr, weight_decay=0.1), build(kind, twins, lr=2**-6, weight_decay=0.1)
+    problems.train(optimizer, ours, 0, 3)
+    problems.train(plain, twins, 0, 3)
+    lr.fill_(2**-7)
+    plain.param_groups[0]["lr"] = 2**-7
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    problems.train(optimizer, ours, 3, 6)
+    problems.train(plain, twins, 3, 6)
+    assert problems.same(ours, twins)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for wrong in (torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor([0.1]), torch.tensor(True)):
+        with pytest.raises(ValueError, match="lr must be a finite number of at least 0, or a tensor of one"):
+            build(kind, ours, lr=wrong)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("rnak", "rank"),
+        ("ranks", "rank"),
+        ("Sclae", "scale"),
+        ("update_proj_gpa", "update_proj_gap"),
+        ("dmi", "dim"),
+        ("proj_typ", "proj_type"),
+        ("weightdecay", "weight_decay"),
+        ("refersh", "refresh"),
+        ("rl", "lr"),
+    ],
+)
+def test_a_misspelt_key_of_a_group_is_warned_of_by_the_one_that_is_meant(kind, wrong, right):
+    one, two, three = problems.weights((8, 8), (12, 12), (9, 9))
+    lr = {"relative_step": False, "lr": 1e-2} if kind is GaLoreAdafactor else {}
+    groups = [{"params": [one], wrong: 4}, {"params": [two], "rank": 4}]
+    with pytest.warns(
+        UserWarning, match=f"a parameter group has '{wrong}', which nothing reads.* mean '{right}'"
+    ) as said:
+        optimizer = kind(groups, **lr)
+    assert [w.filename for w in said] == [__file__]
+    optimizer = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match=f"mean '{right}'") as said:
+        optimizer.add_param_group({"params": [three], wrong: 4})
+    assert [w.filename for w in said] == [__file__]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_keys_of_others_are_let_be(kind):
+    """torch.optim takes them; timm's, schedulers' and other optimizers' keys are like none of ours."""
+    keys = ("lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr", "param_names", "name", "amsgrad", "capturable")
+    keys += (
+        "differentiable",
+        "decoupled_weight_decay",
+        "momentum",
+        "max_momentum",
+        "base_momentum",
+        "nesterov",
+        "steps",
+    )
+    (weight,) = problems.weights((8, 8))
+    settings = {"relative_step": False, "lr": 1e-2} if kind is GaLoreAdafactor else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind([{"params": [weight], "rank": 4, **dict.fromkeys(keys, 1)}], **settings)
 
 
 def test_bytes_of_an_optimizer_that_keeps_numbers_and_lists():

@@ -165,6 +165,23 @@ def test_refusals(roberta):
         peft.get_peft_model(roberta(), LoRAXSPeftConfig(r=2, target_modules=["LayerNorm"]))
 
 
+@pytest.mark.parametrize("call", ["model", "generate", "layer"])
+def test_adapter_names_for_a_mixed_batch_are_refused(llama, call):
+    """PEFT drops the word where a method has nothing to do with it, and every row would have the active adapter."""
+    model = peft.get_peft_model(llama(), LoRAXSPeftConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    model.add_adapter("second", LoRAXSPeftConfig(r=2, target_modules=["q_proj"], r_std=0.5))
+    names = ["default", "second", "__base__"]
+    layer = next(m for m in model.modules() if hasattr(m, "lora_xs_R"))
+    calls = {
+        "model": lambda: model(ids(), adapter_names=names),
+        "generate": lambda: model.generate(input_ids=ids(), max_new_tokens=1, adapter_names=names),
+        "layer": lambda: layer(torch.randn(3, 2, 32), adapter_names=names),
+    }
+    with pytest.raises(LoRAXSError, match=r"one adapter for a batch.*lora_xs\.rows gives each row an adapter"):
+        calls[call]()
+    model(ids(), adapter_names=None)
+
+
 @pytest.mark.slow
 def test_without_the_import_peft_refuses_the_file(roberta, config, tmp_path):
     """It does not load a LoRA in its place."""

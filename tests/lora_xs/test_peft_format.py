@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lora_xs import (
 )
 from lora_xs.layer import layers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 peft = pytest.importorskip("peft")
 
@@ -90,6 +92,98 @@ def test_peft_with_conv2d(mixed, inputs, train_r, tmp_path):
     folder = export_peft(model, tmp_path)
     close(peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(*inputs), model(*inputs))
     close(import_peft(base, folder)(*inputs), model(*inputs))
+
+
+def picture_model(**options):
+    """One convolution and a head, in eval mode; PEFT asks every model for a config."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, **{"kernel_size": 3, **options})
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)).eval()
+    model.config = {"model_type": "custom"}
+    return model
+
+
+PEFT_CONVOLVES_OTHERWISE = [
+    ({"padding": 1, "padding_mode": "reflect"}, "0 is a Conv2d with padding_mode='reflect', and PEFT's LoRA pads"),
+    ({"padding": "same", "padding_mode": "circular"}, "0 is a Conv2d with padding_mode='circular', and PEFT's LoRA"),
+    ({"padding": "same", "dilation": 2}, r"0 is a Conv2d with dilation=\(2, 2\), and PEFT's LoRA convolves without it"),
+    ({"padding": (2, 1), "dilation": (2, 1)}, r"0 is a Conv2d with dilation=\(2, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), PEFT_CONVOLVES_OTHERWISE)
+def test_convolutions_that_peft_computes_otherwise_are_refused(tmp_path, options, message):
+    model = inject(picture_model(**options), LoRAXSConfig(2, targets=("0",), head=("3",)))
+    with pytest.raises(LoRAXSError, match=f"{message}.*: merge the adapter instead"):
+        export_peft(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(picture_model(**options), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LoRAXSError, match=f"theirs cannot be imported: {message}"):
+        import_peft(picture_model(**options), tmp_path / "theirs", bases="file")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding_mode": "reflect"},  # without padding there is nothing to reflect
+        {"kernel_size": (3, 1), "dilation": (1, 2), "padding": (1, 0)},
+        {"stride": 2, "padding": (1, 2)},
+        {"padding": "same"},
+    ],
+)
+def test_convolutions_that_peft_computes_alike(train_r, tmp_path, options):
+    model = train_r(inject(picture_model(**options), LoRAXSConfig(2, targets=("0",), head=("3",))))
+    folder, x = export_peft(model, tmp_path), torch.randn(2, 3, 8, 8)
+    close(peft.PeftModel.from_pretrained(picture_model(**options), folder).eval()(x), model(x))
+    close(import_peft(picture_model(**options), folder)(x), model(x))
+
+
+def test_a_lora_of_a_grouped_convolution_is_refused(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="groups > 1"):
+        theirs = peft.get_peft_model(picture_model(groups=3), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(LoRAXSError, match="0 is a Conv2d with 3 groups"):
+        import_peft(picture_model(groups=3), tmp_path, bases="file")
+
+
+def model_with_two_places(shared_head=False):
+    torch.manual_seed(0)
+    layer, head = nn.Linear(8, 8), nn.Linear(8, 8)
+    parts = [layer, nn.ReLU(), head if shared_head else layer, nn.ReLU(), head]
+    model = nn.Sequential(*parts).eval()
+    model.config = {"model_type": "custom"}
+    return model
+
+
+@pytest.mark.parametrize("shared_head", [False, True])
+def test_a_module_at_two_places_is_refused(train_r, tmp_path, shared_head):
+    """PEFT puts its layer, or its copy of the head, at the first of them."""
+    head, what = ("2", r"2 stands at several places of the model \(2, 4\)") if shared_head else ("4", r"0 .*\(0, 2\)")
+    model = train_r(inject(model_with_two_places(shared_head), LoRAXSConfig(2, targets=("0",), head=(head,))))
+    with pytest.raises(LoRAXSError, match=f"{what}, and PEFT adapts the first of them alone: merge the adapter"):
+        export_peft(model, tmp_path / "ours")
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=[head], init_lora_weights=False)
+    peft.get_peft_model(model_with_two_places(shared_head), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LoRAXSError, match=f"theirs cannot be imported: {what}"):
+        import_peft(model_with_two_places(shared_head), tmp_path / "theirs", bases="file")
+
+
+def test_a_block_at_two_places_is_the_same_in_peft(train_r, tmp_path):
+    """Its parts stand at one place each: within it."""
+
+    def make():
+        torch.manual_seed(0)
+        block = nn.Sequential(OrderedDict(query=nn.Linear(8, 8), act=nn.Tanh()))
+        model = nn.Sequential(block, block, nn.Linear(8, 3)).eval()
+        model.config = {"model_type": "custom"}
+        return model
+
+    model, x = train_r(inject(make(), LoRAXSConfig(2, targets=("query",), head=("2",)))), torch.randn(4, 8)
+    folder = export_peft(model, tmp_path)
+    close(peft.PeftModel.from_pretrained(make(), folder).eval()(x), model(x))
+    close(import_peft(make(), folder)(x), model(x))
 
 
 def test_import_gives_back_r_itself(exported, tmp_path):

@@ -22,7 +22,7 @@ from galore_vit import sharding
 from galore_vit.galore import GaLore
 from galore_vit.item import Item
 from galore_vit.projection import Bases, apply_rotation, project_back, rotation
-from galore_vit.settings import Refresh, is_number
+from galore_vit.settings import Refresh, is_number, is_rate, rate_of
 
 
 class GaLoreAdafactor(GaLore):
@@ -73,8 +73,10 @@ class GaLoreAdafactor(GaLore):
         lr, beta1 = group["lr"], group["beta1"]
         if group["relative_step"] and lr is not None:
             raise ValueError("relative_step sets the learning rate: leave lr out, or set relative_step=False")
-        if not group["relative_step"] and not (is_number(lr) and 0.0 <= lr < math.inf):
-            raise ValueError(f"lr must be a finite number of at least 0 when relative_step is False, not {lr!r}")
+        if not group["relative_step"] and not is_rate(lr):
+            raise ValueError(
+                f"lr must be a finite number of at least 0, or a tensor of one, when relative_step is False, not {lr!r}"
+            )
         if group["warmup_init"] and not group["relative_step"]:
             raise ValueError("warmup_init needs relative_step=True")
         if beta1 is not None and not (is_number(beta1) and 0.0 <= beta1 < 1.0):
@@ -159,7 +161,7 @@ def _normalised(R: Tensor, state: dict[str, Tensor], beta2: float, eps: float) -
 
 def _rate(group: dict[str, Any], t: int, rms: Tensor) -> Tensor | float:
     """η of this step."""
-    lr = group["lr"]
+    lr = rate_of(group)
     if group["relative_step"]:
         lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(t))
     return lr * rms.clamp(min=group["eps"][1]) if group["scale_parameter"] else lr

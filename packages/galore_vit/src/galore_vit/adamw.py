@@ -37,7 +37,7 @@ from galore_vit.projection import (
     project_back,
     rotation,
 )
-from galore_vit.settings import Refresh, is_number
+from galore_vit.settings import Refresh, is_number, is_rate, rate_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL_GROWTH = 1.01
@@ -52,7 +52,7 @@ class GaLoreAdamW(GaLore):
     Args:
         params: parameters, or groups; a group with `rank` (and `update_proj_gap`, `scale`, `proj_type`,
             `split`) is projected. `galore_vit.param_groups(model, rank)` makes them.
-        lr: learning rate η; projected weights move by η·scale.
+        lr: learning rate η, or a tensor of no dimensions that holds it; projected weights move by η·scale.
         betas: β₁ and β₂.
         eps: ε; 1e-8, or the published code's 1e-6 with `paper=True`.
         weight_decay: λ, decoupled.
@@ -142,7 +142,7 @@ class GaLoreAdamW(GaLore):
             counters = [i.state["step"] for i in batch]  # raised already
             if fused and batch[0].layout is None and batch[0].param.dtype == R[0].dtype:
                 params = [i.param for i in batch]
-                _fused_adam(params, R, M, V, counters, group, group["lr"], group["weight_decay"])
+                _fused_adam(params, R, M, V, counters, group, rate_of(group), group["weight_decay"])
                 continue
             if fused:
                 # One piece of memory for every batch's N: fresh pages would cost more than the arithmetic.
@@ -187,7 +187,8 @@ class GaLoreAdamW(GaLore):
         """W ← (1 − ηλ)W − η·α·(P N Q + residual)."""
         group, p, layout = item.group, item.param, item.layout
         N = N.to(p.dtype)
-        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        lr = rate_of(group)
+        decay = 1 - lr * group["weight_decay"]
         if layout is None:
             if decay != 1:
                 p.mul_(decay)
@@ -205,7 +206,7 @@ class GaLoreAdamW(GaLore):
     def _move_as_published(self, item: Item, N: Tensor) -> None:
         """The published code's last lines: bias correction in the step size, decay after the update."""
         group, p, layout = item.group, item.param, item.layout
-        (beta1, beta2), lr, step = group["betas"], group["lr"], item.step
+        (beta1, beta2), lr, step = group["betas"], rate_of(group), item.step
         N = N.to(p.dtype)
         if layout is not None:
             N = (project_back(N, self.bases(p)) * group["scale"]).reshape(p.shape)
@@ -248,8 +249,8 @@ def check_adam(group: dict[str, Any]) -> None:
         in_range = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0
     except (TypeError, ValueError):
         raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']!r}") from None
-    if not is_number(group["lr"]) or not 0.0 <= group["lr"] < math.inf:
-        raise ValueError(f"lr must be a finite number of at least 0, not {group['lr']!r}")
+    if not is_rate(group["lr"]):
+        raise ValueError(f"lr must be a finite number of at least 0, or a tensor of one, not {group['lr']!r}")
     if not in_range:
         raise ValueError(f"betas must lie in [0, 1), not {group['betas']!r}")
     if not group["eps"] >= 0.0:

@@ -54,6 +54,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         )  # fmt: skip
 
     inner = "8-bit AdamW"
+    _frames = 5
 
     def _fresh_moments(
         self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], rows: bool, device: torch.device

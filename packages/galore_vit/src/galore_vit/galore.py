@@ -30,7 +30,7 @@ from galore_vit.loading import in_own_dtypes
 from galore_vit.plain import said_of_plain
 from galore_vit.projection import Bases, Layout, layout_of, project
 from galore_vit.refreshing import needs_old, put_bases
-from galore_vit.settings import AS_PUBLISHED, Refresh, check_refresh, check_weights, completed, fixed_keys
+from galore_vit.settings import AS_PUBLISHED, Refresh, check_refresh, check_weights, completed, fixed_keys, misspelt
 from galore_vit.tensors import TensorLayout
 
 
@@ -45,6 +45,8 @@ class GaLore(Optimizer):
     """Whether a projected weight moves by its whole gradient."""
     _made = True
     """Whether groups that are added now come after those of the construction."""
+    _frames = 4
+    """From a warning of the construction to who constructs."""
     fed = False
     """Whether :class:`galore_vit.InBackward` takes the gradients, whose step it then is."""
     _gradients: Callable[[], list[Item]] | None = None
@@ -71,6 +73,7 @@ class GaLore(Optimizer):
         self.skipped_steps = 0
         """Steps that were skipped because a gradient was NaN or Inf, since this optimizer was made. Not saved."""
         self._too_small: list[tuple[int, ...]] = []
+        self._misspelt: list[str] = []
         self.process_group: dist.ProcessGroup | None = None  # set where processes must share new bases
         # A plain dict, so that a saved state holds nothing but tensors, numbers and strings.
         defaults = {**defaults, "refresh": asdict(refresh), "paper": paper, "maximize": maximize}
@@ -78,17 +81,19 @@ class GaLore(Optimizer):
         self._made = False
         super().__init__(params, defaults)
         self._made = True
-        self._say_what_is_plain(stacklevel=4)
+        self._say_what_is_plain(stacklevel=self._frames)
 
     # -- construction and loading -----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; with `rank` in it, its matrices are projected (its other keys have defaults)."""
+        """Adds a group; with `rank` in it, its matrices are projected (its other keys have defaults). A key that
+        nothing reads is let be, as by torch.optim, and warned of where it is nearly one that is read."""
         group = completed(param_group, residual=self.defaults.get("residual"), draws=self.draws)
         super().add_param_group(group)
         try:
             self._check_hyperparameters(self.param_groups[-1])
             self._too_small += check_weights(self.param_groups[-1])
+            self._misspelt += misspelt(param_group, self.defaults)
         except ValueError:
             self.param_groups.pop()  # as before the call: the group can be added again, mended
             raise
@@ -100,10 +105,10 @@ class GaLore(Optimizer):
         raise NotImplementedError
 
     def _say_what_is_plain(self, stacklevel: int) -> None:
-        said = said_of_plain(self, self._too_small, projected=self._projected)
-        if said:
-            warnings.warn(said, UserWarning, stacklevel=stacklevel)
-        self._too_small = []
+        for said in (*self._misspelt, said_of_plain(self, self._too_small, projected=self._projected)):
+            if said:
+                warnings.warn(said, UserWarning, stacklevel=stacklevel)
+        self._too_small, self._misspelt = [], []
 
     def _index(self) -> None:
         """What is fixed about each parameter: its group, its layout, its place among the projected ones."""
@@ -146,8 +151,8 @@ class GaLore(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # what a copy has beside torch's own part; a group of processes is not copied
-        own = {"_keys": self._keys, "skipped_steps": self.skipped_steps, "_too_small": [], "process_group": None}
-        return {**super().__getstate__(), **own}
+        own = {"_keys": self._keys, "skipped_steps": self.skipped_steps, "process_group": None}
+        return {**super().__getstate__(), **own, "_too_small": [], "_misspelt": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -249,9 +254,11 @@ class GaLore(Optimizer):
 
     # -- the step ---------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(reason="a GaLore step is decided by the numbers in its counters and gradients")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing.
+        """One update from the gradients in `.grad`; a step with any NaN or Inf gradient changes nothing. Under
+        torch.compile it runs as it is: traced, its counters would hold no numbers.
 
         Raises:
             RuntimeError: where an InBackward has taken the gradients.

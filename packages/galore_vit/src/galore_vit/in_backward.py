@@ -217,6 +217,7 @@ class InBackward:
                 g.copy_(piece.view(g.shape))
         self._reduced = True
 
+    @torch.compiler.disable(reason="a GaLore step is decided by the numbers in its counters and gradients")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Moves the weights by what the micro-batches left."""

@@ -32,7 +32,7 @@ from galore_vit.galore import GaLore
 from galore_vit.growth import limited_growth
 from galore_vit.item import Item
 from galore_vit.projection import Layout
-from galore_vit.settings import Refresh, is_number
+from galore_vit.settings import Refresh, is_number, rate_of
 from galore_vit.tensors import TensorLayout
 
 Scaling = Literal["channel", "tensor"]
@@ -134,7 +134,7 @@ class GaLoreScaled(GaLoreAdamW):
             factor = sharding.placed(s, shrunk, rows=False)
             assert factor is not None
             s = s * factor
-        W, lr = layout.matrices(p), group["lr"]
+        W, lr = layout.matrices(p), rate_of(group)
         if group["weight_decay"] != 0:
             W.mul_(1 - lr * group["weight_decay"])
         if W.dtype in (torch.float32, torch.float64):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from numbers import Real
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from galore_vit.projection import PROJ_TYPES, layout_of
 from galore_vit.tensors import check_rank
@@ -17,6 +21,8 @@ OTHERS_KEYS = {
     "scale_type": "GaLoreScaled's scaling", "proj": "refresh=Refresh(method=…)",
 }  # fmt: skip
 """What other packages, or the commands' flags, call a key, and what it is here."""
+NEAR = 0.75
+"""How alike (by difflib) an unknown key of a group and a known one are where the first is taken for the second."""
 LAZY_LIMIT = 16
 """A lazy gap never grows beyond this many times `update_proj_gap`."""
 
@@ -64,6 +70,21 @@ class Refresh:
 def is_number(value: object) -> bool:
     """Whether it is an ordinary number."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_rate(value: object) -> bool:
+    """Whether it can be a learning rate: a finite number of at least 0, or a tensor of no dimensions that holds one."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex() or value.dtype == torch.bool:
+            return False
+        return value.is_meta or 0.0 <= float(value) < math.inf
+    return isinstance(value, Real) and is_number(value) and 0.0 <= float(value) < math.inf
+
+
+def rate_of(group: Mapping[str, Any]) -> Any:
+    """The group's learning rate as a number, in a tensor or not."""
+    lr = group["lr"]
+    return float(lr) if isinstance(lr, Tensor) else lr
 
 
 AS_PUBLISHED = Refresh(method="svd", stagger=False, rotate=False)
@@ -138,6 +159,29 @@ def completed(given: Mapping[str, Any], *, residual: bool | None, draws: bool) -
     if own is not None:
         check_refresh(refresh_of(own), draws=draws)
     return group
+
+
+def misspelt(given: Mapping[str, Any], settings: Iterable[str]) -> list[str]:
+    """A sentence for each key that nothing reads and that is nearly one which is read; torch.optim takes any key.
+
+    Args:
+        given: a parameter group.
+        settings: the optimizer's own.
+    """
+    known = {"params", "rank", *GALORE_DEFAULTS, *settings}
+    said = []
+    for key in sorted(k for k in given if isinstance(k, str) and k not in known):
+        near = [k for k in known if k not in given and abs(len(k) - len(key)) <= 2 and _alike(key.lower(), k)]
+        if near:
+            likest = max(near, key=lambda k: SequenceMatcher(None, key.lower(), k).ratio())
+            said.append(f"a parameter group has {key!r}, which nothing reads: did you mean {likest!r}?")
+    return said
+
+
+def _alike(a: str, b: str) -> bool:
+    """In most letters; of a word of three, in all but one that is added, or in another order."""
+    ratio = SequenceMatcher(None, a, b).ratio()
+    return sorted(a) == sorted(b) or ratio >= (NEAR if len(b) > 3 else NEAR + 0.05)
 
 
 def fixed_keys(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

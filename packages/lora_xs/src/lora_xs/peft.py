@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,10 @@ from .svd import generator
 from .targets import Target
 
 PREFIX = "lora_xs_"
+ONE_ADAPTER = (
+    "LoRA-XS in PEFT has one adapter for a batch and no adapter_names: choose it by set_adapter, or adapt the model by "
+    "lora_xs.inject, whose lora_xs.rows gives each row an adapter of its own"
+)
 
 
 class PeftType(enum.StrEnum):
@@ -202,7 +207,7 @@ class LoRAXSTunerLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x + (α/r)·B R A x of the active adapters."""
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("LoRA-XS in PEFT has one adapter for a batch; lora_xs.rows has one for each row")
+            raise LoRAXSError(ONE_ADAPTER)
         if self.disable_adapters and self.merged:
             self.unmerge()
         out = self.base_layer(x, *args, **kwargs)
@@ -308,6 +313,13 @@ class LoRAXSModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters it around each `forward` and `generate`, and drops `adapter_names` from what the model gets."""
+        if kwargs.get("adapter_names") is not None:
+            raise LoRAXSError(ONE_ADAPTER)
+        yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -17,6 +17,7 @@ from .head import ATTRIBUTE as HEAD
 from .head import heads
 from .kinds import CONV1D, CONV2D, EMBEDDING
 from .layer import XSWeight, layers
+from .peft_differences import Differences
 
 PREFIX = "base_model.model."
 """Of every key in PEFT's files."""
@@ -37,10 +38,16 @@ def export_peft(
     Args:
         base_model: name or folder of the base model, for tools that load it from the adapter's configuration.
         dtype: of the file. B·R is multiplied in float32 and rounded once.
+
+    Raises:
+        LoRAXSError: naming a module whose LoRA would be another model in PEFT.
     """
     name = chosen(model, name, "export_peft")
     tensors: dict[str, Tensor] = {}
-    pairs = layers(model)
+    pairs, head_modules, differences = layers(model), heads(model), Differences(model)
+    for part, module in [*((x.name, m) for m, x in pairs), *((x.name, m) for m, x in head_modules)]:
+        if reason := differences.of(part, module):
+            raise LoRAXSError(f"{reason}: merge the adapter instead")
     for module, layer in pairs:
         if isinstance(layer, XSWeight):
             raise LoRAXSError(
@@ -59,7 +66,6 @@ def export_peft(
         else:
             factors = {"A.weight": A, "B.weight": BR}
         tensors |= {prefix + key: value.to("cpu", dtype).contiguous() for key, value in factors.items()}
-    head_modules = heads(model)
     for module, head in head_modules:
         for key, value in head.of(module, name).state_dict().items():
             if not key.startswith(HEAD + "."):

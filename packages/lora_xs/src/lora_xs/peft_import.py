@@ -29,6 +29,7 @@ from .injection import attach
 from .kinds import matrix_shape
 from .layer import is_adapted, layers
 from .peft_config import KNOWN
+from .peft_differences import Differences
 from .peft_export import PREFIX
 from .targets import resolve
 from .untrained import watch
@@ -71,6 +72,10 @@ def import_peft(
         head: load the task head too; False leaves the model's own (for a start on another task), and names leave it and
             say which modules it is.
         cache, progress: as for `inject`.
+
+    Raises:
+        LoRAXSError: where the folder is damaged, is for another model, or was another function in PEFT, where it was
+            trained, than it would be here.
     """
     if bases not in ("svd", "official", "file", "auto"):
         raise LoRAXSError(f'bases must be "svd", "official", "file" or "auto", not {bases!r}')
@@ -90,6 +95,10 @@ def import_peft(
         targets = resolve(model, factors, config)
     except LoRAXSError as error:
         raise LoRAXSError(f"{folder} is an adapter for another model: {error}") from error
+    differences = Differences(model)
+    for key in (*targets, *((config.head or ()) if head is True else ())):
+        if reason := differences.of(key, named[key]):
+            raise LoRAXSError(f"{folder} cannot be imported: {reason}, so that it would be another model here")
     for key, f in factors.items():
         out, width = matrix_shape(targets[key].weight, targets[key].kind)
         if (f.B.shape[0], f.A.shape[1]) != (out, width):

@@ -28,7 +28,7 @@ class FitConfig:
     checkpoint_interval: int = 0
     """0: as often as evaluation. A new best evaluation is saved besides."""
     best_metric: str = "loss"
-    """The evaluation's number that decides which checkpoint is the best and stays."""
+    """The evaluation's number that decides which checkpoint is the best and stays; every evaluation must have it."""
     higher_is_better: bool = False
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the loop."""

@@ -28,7 +28,7 @@ class Progress:
     """How far a training has come."""
 
     finite: Tensor
-    """Whether every loss so far was finite: a boolean on the training's device."""
+    """Whether every loss so far was finite, and every weight that was looked at: a boolean on the training's device."""
     result: FitResult = field(default_factory=FitResult)
     evaluated: bool = False
     """Whether the evaluation that is due at the current step is done."""
@@ -96,9 +96,8 @@ class Keeper:
             DivergedError: if a loss or a weight is not finite; such weights are never saved.
         """
         assert self.run is not None
+        self.check_weights()
         progress = self.progress
-        progress.finite &= self.all_finite()
-        self.check_finite()
         progress.saved_step = progress.result.step
         return self.run.checkpoints.save(progress.result.step, self.state(), best=self.best_step)
 
@@ -106,14 +105,21 @@ class Keeper:
         """Whether the model's numbers are finite, but for buffers that were not at the start, as masks of −∞."""
         return all_finite(self.model, but=self._infinite)
 
+    def check_weights(self) -> None:
+        """Raises:
+        DivergedError: if a loss was not finite or a weight is not, on any process.
+        """
+        self.progress.finite &= self.all_finite()
+        self.check_finite()
+
     def check_finite(self) -> None:
         """Raises:
-        DivergedError: if a loss was not finite, on any process.
+        DivergedError: if a loss was not finite, or a weight that was looked at, on any process.
         """
         if not any_rank(int(not self.progress.finite)):
             return
         raise DivergedError(
-            f"training diverged: the loss was no longer finite by step {self.progress.result.step}; "
+            f"training diverged: the loss or a weight was no longer finite by step {self.progress.result.step}; "
             f"{self.last_kept.replace('the last checkpoint', 'the last good checkpoint')}; try a lower learning rate"
         )
 

@@ -7,6 +7,7 @@ under which the forward pass runs (``saving``: what is kept for the backward pas
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,13 +24,14 @@ from ..measuring.peak import PeakMeter, memory_in_use
 from ..runs.run_folder import RunFolder
 from .distributed import any_rank, gpus_of, mean_over_ranks, synchronising, unwrap, world
 from .evaluation import mean_loss as mean_loss
+from .evaluation import numbers_of
 from .fit_config import DTYPES, FitConfig, FitResult
 from .heartbeat import Heartbeat
 from .keeping import Keeper
 from .leaving import rescuing, stop, stop_at_once
 from .rng import rng_state, set_rng_state
 from .stop_signals import LeaveEvaluation, StopSignals
-from .task import Task, one_number
+from .task import EVAL_MODE, Task, one_number
 
 
 def fit(
@@ -46,6 +48,8 @@ def fit(
 ) -> FitResult:
     """Train ``task.model`` for ``config.max_iters`` optimizer steps.
 
+    Gradients from before are dropped. No module's mode is changed; a model in eval mode as a whole is warned of.
+
     Args:
         run: where metrics, checkpoints, ledger and energy go; None keeps none of them.
         resume: go on from the newest valid checkpoint of ``run``, if it has one.
@@ -57,10 +61,11 @@ def fit(
 
     Raises:
         Stopped: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
-        DivergedError: when the loss or a weight is no longer finite; such weights are never saved.
+        DivergedError: when the loss or a weight is no longer finite; such weights are never saved. Without ``run`` the
+            weights are looked at after the last step.
         LostRankError: when another process is gone; with ``task.parts``, after this one's state was saved.
         UserError: if a checkpoint does not fit the model, or cannot be written.
-        ValueError: if the task has no optimizer.
+        ValueError: if the task has no optimizer, or its evaluation lacks the best metric.
     """
     console = console or Console(quiet=True)
     trainer = _Trainer(task, config, run, console, resume_path, resume_key or {})
@@ -102,6 +107,11 @@ class _Trainer:
     def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
         self.keeper.begin(config, resume, read_key)
+        self.optimizer.zero_grad(
+            set_to_none=True
+        )  # what somebody's backward pass has left is no part of the first step
+        if not self.inner.training and result.step < config.max_iters and world().is_main:
+            warnings.warn(EVAL_MODE, UserWarning, stacklevel=3)
         gpus = gpus_of(self.device)
         meter = EnergyMeter(self.run.path / "energy.csv" if self.run and self.run.writes else None, gpus=gpus)
         result.energy_source = meter.source
@@ -216,6 +226,8 @@ class _Trainer:
         config, step, progress = self.config, self.result.step, self.progress
         last = step >= config.max_iters
         new_best = False
+        if last and step and self.run is None:  # where there is one, they are looked at before each checkpoint
+            self.keeper.check_weights()
         if self.task.evaluate is not None and not progress.evaluated and (step % config.eval_interval == 0 or last):
             self.keeper.check_finite()
             self.peaks.begin("evaluation")
@@ -225,9 +237,10 @@ class _Trainer:
                     row = self._evaluate()
             except LeaveEvaluation:
                 row = None
-            for module, training in modes:  # a module that the caller put into eval mode stays there
-                module.training = training
-            set_rng_state(before)
+            finally:
+                for module, training in modes:  # a module that the caller put into eval mode stays there
+                    module.training = training
+                set_rng_state(before)
             if row is None:
                 stop(self.keeper, signals.received)
                 return
@@ -254,7 +267,7 @@ class _Trainer:
         self.inner.eval()
         dtype = DTYPES[self.config.dtype]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return {name: float(value) for name, value in self.task.evaluate(self.evaluated_model).items()}
+            return numbers_of(self.task.evaluate(self.evaluated_model), self.config.best_metric)
 
     def _log(self, loss: float, norm: Tensor | None, rate: float, bar: Any) -> None:
         self.keeper.check_finite()

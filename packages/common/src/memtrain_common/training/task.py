@@ -12,13 +12,19 @@ from torch.nn.parameter import is_lazy
 from ..data.batches import Batch, to_device
 from .training_state import Parts, Stateful
 
+EVAL_MODE = (
+    "the model is in eval mode, as from_pretrained gives it, and is trained so: dropout does nothing, and batch norm "
+    "keeps its statistics; call model.train() before fit, and .eval() of single modules that are to stay so"
+)
+
 
 @dataclass(frozen=True)
 class Task:
     """A model with everything that an optimizer step needs."""
 
     model: nn.Module
-    """On its device; wrapped by :func:`memtrain_common.training.distributed.parallelize` where wanted."""
+    """On its device; wrapped by :func:`memtrain_common.training.distributed.parallelize` where wanted. It is trained in
+    the mode that each of its modules is in: call ``train()`` before, and ``eval()`` of what is to stay so."""
     batches: Callable[[int], Batch]
     """``batches(i)`` is micro-batch i, a pure function of i: this process's share of it, as tensors in tuples, lists
     or dicts. Resuming asks for the i it stopped at, and needs nothing else."""
