@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # PEFT 0.21.2: model(..., adapter_names=[...]) is taken and ignored by all but a few kinds of adapters.
 #
-# For LoRA adapter_names gives each row of a batch its own adapter. A model of IA3, VeRA, LoHa, LoKr, OFT, BOFT, HRA, RandLoRA,
-# VB-LoRA or LN tuning takes the argument too, and computes every row with the active adapter: the answer for a row that names
+# For LoRA adapter_names gives each row of a batch its own adapter. A model of IA3, VeRA, LoHa, LoKr, OFT, HRA, RandLoRA or
+# LN tuning takes the argument too, and computes every row with the active adapter: the answer for a row that names
 # another is the active one's, without an error or a warning. A server that mixes requests so answers them with one model.
 #
 # Expected: the named adapter's answer, or a refusal; seen: the active adapter's.
