@@ -9,8 +9,8 @@ step costs where no C compiler is: packing by torch over packing by the C kernel
     uv run python benchmarks/backrazor_step.py --models vit-b-16 bert-base gpt2 --batch 4 --no-memory --pairs 12
     uv run python benchmarks/backrazor_step.py --models vit-s-16 --no-memory --batch 8 --pairs 12 \
         --out benchmarks/results/backrazor_step_small.json
-    uv run python benchmarks/backrazor_step.py --models vit-b-16 vit-s-16 bert-base gpt2 --batch 4 --no-memory --pairs 12 \
-        --threads 2 --out benchmarks/results/backrazor_step_two_threads.json
+    uv run python benchmarks/backrazor_step.py --models vit-b-16 vit-s-16 bert-base gpt2 --batch 4 --no-memory \
+        --pairs 12 --threads 2 --out benchmarks/results/backrazor_step_two_threads.json
     uv run python benchmarks/backrazor_step.py --pairs 0 --out benchmarks/results/backrazor_peak.json
     uv run python benchmarks/backrazor_step.py --models gpt2 --batch 4 --length 512 --pairs 0 \
         --out benchmarks/results/backrazor_peak_gpt2.json

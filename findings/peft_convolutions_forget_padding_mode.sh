@@ -6,7 +6,7 @@
 # base's kernel, which pads as it always did: the merged model is another one. With dilation=2 the forward pass raises. Plain
 # zero padding and a stride are right both ways.
 #
-# Expected: merging changes no output, as for linear layers; seen: a fifth to a third of it, where nothing warns.
+# Expected: merging changes no output, as for linear layers; seen: an eighth to a third of it, where nothing warns.
 set -euo pipefail
 export PIP_CONFIG_FILE=/dev/null  # the versions named here, whatever this machine's own settings prefer
 unset PIP_CONSTRAINT PIP_FIND_LINKS
