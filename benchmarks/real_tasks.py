@@ -236,7 +236,7 @@ TASKS: dict[str, Callable[[], RealTask]] = {
     "dinov2-cifar10": partial(dino, 98),
     "dinov2-cifar10-5000": partial(dino, 98, n=5000, steps=200, tested=2500),
     "dinov2-cifar10-56": partial(dino, 56),
-    "dinov2-cifar10-56-long": partial(dino, 56, steps=200),
+    "dinov2-cifar10-56-long": partial(dino, 56, steps=200, tested=2500),
     "dinov2-breastmnist": partial(breast, 56, steps=84),
     "efficientnet-cifar10": lite0,
     "efficientnet-cifar10-frozen-norms": partial(lite0, True),
