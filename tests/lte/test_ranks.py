@@ -410,12 +410,19 @@ SPARSE = {"merge_density": 0.03, "merge_bits": 3, "outer_momentum": 0.3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 3])
-def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill(tmp_path, delay):
+@pytest.mark.parametrize(
+    ("delay", "more", "forms"),
+    [
+        (0, {}, (Sparse(8, 3), Sparse(8, 3))),
+        (3, {"merge_bits": 1, "merge_density_replicas": 0.08}, (Sparse(8, 1), Sparse(10, 1, 128))),
+    ],
+    ids=["at once", "later, in signs"],
+)
+def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill(tmp_path, delay, more, forms):
     """Killed on four processes, gone on with on two: curve, weights and every head's feedback of one process; with
     messages under way in the checkpoint, too."""
     one, out = tmp_path / "one", tmp_path / "run"
-    options = {"steps": 100, "every": 10, "merge_delay": delay, **SPARSE}
+    options = {"steps": 100, "every": 10, "merge_delay": delay, **SPARSE, **more}
     train(one, COPIES, **options)
     run_ranks(4, lambda: train(out, COPIES, at=(2, 71, end_all), **options))
     assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-00000050"]
@@ -430,6 +437,7 @@ def test_sparse_merges_are_those_of_one_process_and_what_is_owed_survives_a_kill
         assert owed[1][name].any()
         torch.testing.assert_close(owed[0][name], owed[1][name], rtol=0, atol=1e-5)
     sent = json.loads((out / "sent-0.json").read_text())
-    sizes = [owed[0][name][0].numel() for name in found] + [owed[0][name].numel() for name in copies]
-    each = sum(map(Sparse(8, 3).size, sizes))  # bytes that a head says at a merge
+    heads, kept = forms
+    each = sum(heads.size(owed[0][name][0].numel()) for name in found)  # bytes that a head says at a merge
+    each += sum(kept.size(owed[0][name].numel()) for name in copies)
     assert sent["merges"] == 5 * 4 * 3 * each + 5 * 2 * 1 * 2 * each
