@@ -1,6 +1,7 @@
 """The context: what it refuses, what it stores once, and how it goes with the rest of PyTorch."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -97,6 +98,7 @@ def test_a_razor_from_another_process_is_a_new_one_of_the_same_settings(again):
         "keep": 0.03, "mode": "pruned", "attention": "exact", "values": "int8", "derivative_bits": 3,
         "recompute": "attention", "exact": ("2", "gelu"),
     }  # fmt: skip
+    assert settings.keys() == {*SETTINGS, "exact"} == inspect.signature(Razor).parameters.keys()
     model, x = mlp(), torch.randn(300, 16)
     for given in ({}, {"keep": 0.03}, {"keep": 1}, settings):
         razor = Named("mine", **given)

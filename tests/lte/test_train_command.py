@@ -333,6 +333,10 @@ def test_the_text_may_have_moved_and_the_reader_may_leave(text, tmp_path):
         (["--lte-trainable", "norms", "--lte-replicas", "embeddings"], ["take what is trainable: add embeddings"]),
         (["--lte-outer-momentum", "1"], ["--lte-outer-momentum must be below 1"]),
         (["--lte-merge-density", "0"], ["merge_density must be above 0 and at most 1"]),
+        (
+            ["--lte-merge-density-replicas", "0.1"],
+            ["--lte-… flags: merge_density_replicas is for sparse merges of copies"],
+        ),
         (["--lte-merge-bits", "2"], ["--lte-merge-bits is for a --lte-merge-density below 1"]),
         (["--lte-merge-delay", "2"], ["--lte-… flags: merge_delay is for sparse merges: give a merge_density below 1"]),
         (
@@ -455,3 +459,18 @@ def test_every_flag_has_a_help_text():
     source = "".join(inspect.getsource(c) for c in TrainConfig.__mro__ if c is not object)
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf'    {field.name}: .*\n    """', source), field.name
+
+
+def test_the_flags_of_merges_reach_the_heads():
+    settings = {
+        "reset": "none", "replicas": ("norms",), "outer_momentum": 0.3, "outer_lr": 0.7, "merge_density": 0.1,
+        "merge_density_replicas": 0.2, "merge_bits": 1, "merge_delay": 2,
+    }  # fmt: skip
+    flags = [w for name, value in settings.items() for w in (f"--lte-{name.replace('_', '-')}", *_words(value))]
+    found = lte_config(configure([*flags, "--lte-merge-steps", "4"]))
+    assert {name: getattr(found, name) for name in settings} == settings
+    assert lte_config(configure([])).merge_density_replicas is None
+
+
+def _words(value):
+    return value if isinstance(value, tuple) else [str(value)]

@@ -106,8 +106,10 @@ class Keeper:
         return all_finite(self.model, but=self._infinite)
 
     def check_weights(self) -> None:
-        """Raises:
-        DivergedError: if a loss was not finite or a weight is not, on any process.
+        """Look at every weight.
+
+        Raises:
+            DivergedError: if a loss was not finite or a weight is not, on any process.
         """
         self.progress.finite &= self.all_finite()
         self.check_finite()

@@ -107,9 +107,7 @@ class _Trainer:
     def train(self, resume: bool, label: str, read_key: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FitResult:
         config, result = self.config, self.result
         self.keeper.begin(config, resume, read_key)
-        self.optimizer.zero_grad(
-            set_to_none=True
-        )  # what somebody's backward pass has left is no part of the first step
+        self.optimizer.zero_grad(set_to_none=True)  # what an earlier backward pass left is no part of the first step
         if not self.inner.training and result.step < config.max_iters and world().is_main:
             warnings.warn(EVAL_MODE, UserWarning, stacklevel=3)
         gpus = gpus_of(self.device)

@@ -87,7 +87,7 @@ class TrainConfig(RunFlags, StepFlags):
     lte_merge_density_replicas: float = 0.0
     """The same of copies (--lte-replicas), where they want another share; 0: --lte-merge-density."""
     lte_merge_bits: int = 4
-    """Bits of each number that is sent of a share below 1."""
+    """Bits of each number that is sent of a share below 1; 1 sends signs."""
     lte_merge_delay: int = 0
     """Steps from the sending of a sparse merge to its merging, while training goes on; 0 waits for it."""
     lte_merge_in_turn: bool = False
