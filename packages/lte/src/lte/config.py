@@ -58,8 +58,8 @@ class LTEConfig:
     merge_density_replicas: float | None = None
     """The same of copies (``replicas``), where they want another share; None: ``merge_density``."""
     merge_bits: int = 4
-    """Bits of each number that is sent of a share below 1: its sign, and one of 2^(bits − 1) magnitudes; with 1 its sign,
-    and for all of a block one magnitude, their mean."""
+    """Bits of each number that is sent of a share below 1: its sign, and one of 2^(bits − 1) magnitudes; with 1 the
+    sign alone, and for all of a block one magnitude, their mean."""
     merge_delay: int = 0
     """d: optimizer steps from the sending of a sparse merge's messages to their merging, while training goes on; 0
     waits for them. The :class:`lte.Merger` counts the steps."""
