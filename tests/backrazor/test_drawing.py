@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backrazor import Razor, cpu_kernels, drawing
-from backrazor.ops.attention_dropout import Stepwise, attention_with_dropout
-from backrazor.ops.attention_low_bit import Recorded
+from backrazor.ops.attention_dropout import attention_with_dropout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 P = (0.021, 0.1, 1 / 3, 0.5, 0.97, 1.0)
@@ -130,42 +129,6 @@ def test_attention_by_steps_has_the_bits_of_pytorchs_one_call(path, heads, mask,
         coarse = dtype == torch.bfloat16 or autocast
         for a, b in zip(theirs[1:], ours[1:], strict=True):
             assert (a - b).norm() <= (0.02 if coarse else 1e-5) * a.norm()
-
-
-@pytest.mark.parametrize(
-    "needs", [(True,) * 4, (False, True, False, False), (False, False, True, False), (True, False, True, True)]
-)
-@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
-@pytest.mark.parametrize("kv_heads", [6, 2])
-def test_the_steps_without_a_graph_have_its_gradients(path, kv_heads, mask, needs):
-    n, m = (13, 13) if mask == "causal" else (13, 17)
-    memory = torch.randn(3, n, 6, 8).transpose(1, 2)  # as a model's projections leave them
-    tensors = [memory, torch.randn(3, kv_heads, m, 8), torch.randn(3, kv_heads, m, 5)]
-    if mask == "bool":
-        tensors.append(torch.rand(3, 1, n, m) > 0.4)
-        tensors[-1][1, :, 2] = False  # a row without any key
-    elif mask == "float":
-        tensors.append(torch.randn(6, n, m))
-    needs = needs[: len(tensors)] if mask == "float" else needs[:3] + (False,) * (len(tensors) - 3)
-    settings = {"dropout_p": 0.3, "is_causal": mask == "causal", "scale": None, "enable_gqa": kv_heads != 6}
-    assert Stepwise.fits(tuple(tensors))
-    torch.manual_seed(5)
-    recorded = Recorded(tuple(tensors), needs, settings)
-    torch.manual_seed(5)
-    steps = Stepwise(tuple(tensors), settings)
-    torch.testing.assert_close(steps.out, recorded.out.detach())
-    g = torch.randn(steps.out.shape).transpose(1, 2).contiguous().transpose(1, 2)
-    for ours, theirs in zip(steps.gradients(g, needs), recorded.gradients(g, needs), strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_the_steps_are_left_to_pytorch_where_they_are_not_written_for():
-    q = torch.randn(2, 4, 9, 8)
-    assert Stepwise.fits((q, q, q))
-    for other in ((q[0],) * 3, (q.double(),) * 3, (q.bfloat16(),) * 3, (q, q[:1], q[:1]), (q, q[:, :2], q)):
-        assert not Stepwise.fits(other)
 
 
 def test_what_is_kept_is_as_likely_as_it_should_be(path):

@@ -68,6 +68,23 @@ def test_the_kernels_and_torch_give_the_same_bits(monkeypatch, shape, channels):
         assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("columns", [1, 255, 257, 4096, 4097, 9001])
+def test_rows_of_any_length_by_any_number_of_threads_give_the_same_bits(monkeypatch, columns, threads):
+    shape, channels = ((2, 37, columns), {2}) if columns > 1 else ((3, 5000), {0})
+    x, cut, before = uneven(shape), rows_of(shape, channels, 3), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        quick = lowbit.pack(x, cut)
+        dense = lowbit.unpack(*quick, cut, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    slow = lowbit.pack(x, cut)
+    assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
+    assert torch.equal(dense, lowbit.unpack(*slow, cut, torch.float32))
+
+
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize(("shape", "dims"), [((5, 41, 37), 1), ((3, 40, 8, 33), 2), ((150, 300), 1)])
 def test_a_norm_is_packed_as_if_it_had_been_made(monkeypatch, shape, dims, mean):

@@ -1,14 +1,19 @@
 /* The CPU's packing, each pass in one: the same numbers as the vectorised torch of packing.py, bits.py and values.py,
  * which are the specification (tests compare them bit by bit). Built and called by cpu_kernels.py.
  *
- * Everything is handled W columns at a time, so that what a pass needs stays in the first-level cache. */
+ * Selection is handled W columns at a time, so that what a pass needs stays in the first-level cache. Low bits are
+ * handled in rows as long as can be: memory that is read and written in order arrives several times sooner. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define W 256
+#define LONGEST 4096 /* columns that are handled side by side */
 #define BLOCK 128
 #define MOST_KEPT 64
 #define INLINE static inline __attribute__((always_inline))
@@ -131,7 +136,7 @@ static void pack_ranks(const i32 *ranks, i64 n, int width, u8 *out) {
 }
 
 void br_unpack_bytes(const u8 *packed, i64 n, int width, u8 *out) {
-  PARALLEL for (i64 at = 0; at < n; at += W) decode_bytes(packed, n, width, at, least(n, at + W), out + at);
+  PARALLEL for (i64 at = 0; at < n; at += LONGEST) decode_bytes(packed, n, width, at, least(n, at + LONGEST), out + at);
 }
 
 /* code = first + sum of steps[j] over the points[j] that x exceeds (coded.py). */
@@ -153,9 +158,9 @@ void br_code(const float *x, i64 n, const float *points, const i32 *steps, int n
 
 /* code * step + first, times `factor` if there is one. */
 void br_decode(const u8 *packed, i64 n, int width, float first, float step, const float *factor, float *out) {
-  PARALLEL for (i64 at = 0; at < n; at += W) {
-    u8 codes[W];
-    i64 count = least(W, n - at);
+  PARALLEL for (i64 at = 0; at < n; at += LONGEST) {
+    u8 codes[LONGEST];
+    i64 count = least(LONGEST, n - at);
     decode_bytes(packed, n, width, at, at + count, codes);
     if (factor)
       for (i64 i = 0; i < count; i++) out[at + i] = ((float)codes[i] * step + first) * factor[at + i];
@@ -383,14 +388,28 @@ INLINE u8 lowbit_code(float x, float first, float inverse, float top) {
   return (u8)(i32)(q < top ? q : top);
 }
 
+/* Columns of a job, of which there are at least `others`: all of them, unless that leaves threads without work. */
+static i64 strip_of(i64 columns, i64 others) {
+#ifdef _OPENMP
+  i64 jobs = 4 * (i64)omp_get_max_threads();
+#else
+  i64 jobs = 1;
+#endif
+  i64 strips = least((jobs + others - 1) / others, (columns + W - 1) / W);
+  i64 fewest = (columns + LONGEST - 1) / LONGEST;
+  if (strips < fewest) strips = fewest;
+  return (columns + strips - 1) / strips;
+}
+
 INLINE void lowbit_codes(const void *x, int kind, const Norm *norm, i64 blocks, i64 rows, i64 columns, i64 group,
                          int width, float shrink, u16 *ends, u8 *codes) {
-  i64 groups = (rows + group - 1) / group, strips = (columns + W - 1) / W;
+  i64 groups = (rows + group - 1) / group, strip_columns = strip_of(columns, blocks * groups);
+  i64 strips = (columns + strip_columns - 1) / strip_columns;
   float top = (float)((1 << width) - 1);
   PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
-    float low[W], high[W], inverse[W];
+    float low[LONGEST], high[LONGEST], inverse[LONGEST];
     i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
-    i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
+    i64 c0 = strip * strip_columns, count = least(strip_columns, columns - c0), here = least(group, rows - g * group);
     i64 row = b * rows + g * group, start = row * columns + c0;
     u16 *to = ends + (b * groups + g) * 2 * columns + c0;
     find_ends(x, kind, norm, row, start, columns, here, count, low, high);
@@ -461,13 +480,13 @@ int br_lowbit_pack(const void *x, int kind, const float *mean, const float *rstd
 void br_lowbit_unpack(const u8 *packed, const u16 *ends, i64 blocks, i64 rows, i64 columns, i64 group, int width,
                       float *out) {
   i64 groups = (rows + group - 1) / group, n = blocks * rows * columns;
-  /* A job is a strip of a block's group: of one column all its rows, otherwise W columns. */
-  i64 strips = (columns + W - 1) / W;
+  /* A job is a strip of a block's group: of one column all its rows. */
+  i64 strip_columns = strip_of(columns, blocks * groups), strips = (columns + strip_columns - 1) / strip_columns;
   PARALLEL for (i64 job = 0; job < blocks * groups * strips; job++) {
-    float first[W], step[W];
-    u8 codes[W];
+    float first[LONGEST], step[LONGEST];
+    u8 codes[LONGEST];
     i64 strip = job % strips, g = job / strips % groups, b = job / strips / groups;
-    i64 c0 = strip * W, count = least(W, columns - c0), here = least(group, rows - g * group);
+    i64 c0 = strip * strip_columns, count = least(strip_columns, columns - c0), here = least(group, rows - g * group);
     i64 start = (b * rows + g * group) * columns + c0;
     const u16 *from = ends + (b * groups + g) * 2 * columns + c0;
     for (i64 c = 0; c < count; c++) {
@@ -475,8 +494,8 @@ void br_lowbit_unpack(const u8 *packed, const u16 *ends, i64 blocks, i64 rows, i
       step[c] = as_float((u32)from[columns + c] << 16);
     }
     if (columns == 1)
-      for (i64 r = 0; r < here; r += W) {
-        i64 part = least(W, here - r);
+      for (i64 r = 0; r < here; r += LONGEST) {
+        i64 part = least(LONGEST, here - r);
         decode_bytes(packed, n, width, start + r, start + r + part, codes);
         for (i64 i = 0; i < part; i++) out[start + r + i] = (float)codes[i] * step[0] + first[0];
       }

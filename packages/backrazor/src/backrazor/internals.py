@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import (
@@ -128,8 +129,6 @@ def within_trace() -> bool:
 
 def within_compiled_call() -> bool:
     """Whether a function made by ``torch.compile`` is running, compiled or fallen back to Python."""
-    from torch._C._dynamo import eval_frame
-
     return callable(eval_frame.get_eval_frame_callback())
 
 

@@ -30,9 +30,9 @@ class Geometry:
         """The geometry of ``x``, or the contiguous one where ``x`` has holes or overlaps."""
         return _geometry(x.shape, x.stride())
 
-    def order(self) -> list[int]:
+    def order(self) -> tuple[int, ...]:
         """Dimensions from the outermost in memory to the innermost."""
-        return sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], self.shape[d] != 1, d))
+        return _order(self.shape, self.stride)
 
     def in_memory_order(self, x: Tensor) -> Tensor:
         """``x``, of this shape, as a contiguous tensor in the order of its memory (no copy if it fills its memory)."""
@@ -57,6 +57,11 @@ def _geometry(shape: torch.Size, stride: tuple[int, ...]) -> Geometry:
         contiguous.append(step)
         step *= max(size, 1)
     return Geometry(tuple(shape), tuple(reversed(contiguous)))
+
+
+@functools.lru_cache(4096)
+def _order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], shape[d] != 1, d)))
 
 
 def _fills_its_memory(shape: torch.Size, stride: tuple[int, ...]) -> bool:
@@ -226,8 +231,12 @@ def _cut(x: Tensor, geometry: Geometry, width: int, channels: tuple[int, ...]) -
     """The groups of ``x`` in the order of its memory; None where it is too small or too short for them."""
     if x.numel() == 0 or (x.dim() <= 2 and x.numel() <= HEAD):
         return None
-    order = geometry.order()
-    return rows_of(tuple(x.shape[d] for d in order), {order.index(c % x.dim()) for c in channels}, width)
+    return _rows(geometry.order(), tuple(x.shape), width, channels)
+
+
+@functools.lru_cache(4096)
+def _rows(order: tuple[int, ...], shape: tuple[int, ...], width: int, channels: tuple[int, ...]) -> Rows | None:
+    return rows_of(tuple(shape[d] for d in order), {order.index(c % len(shape)) for c in channels}, width)
 
 
 def low_bit_normal(x: Tensor, width: int, channels: tuple[int, ...], rstd: Tensor, eps: float) -> Saved:

@@ -27,7 +27,7 @@ from ..store import Held, Holder
 from ..weights import LEAF, rank
 from .attention_dropout import attention_with_dropout
 from .attention_low_bit import heads_and, low_bit_attention
-from .attention_steps import by_head, folded, probabilities, repeated, softmax_backward
+from .attention_steps import by_head, folded, part_of, probabilities, repeated, softmax_backward
 from .linear import Linear, again
 
 
@@ -115,7 +115,7 @@ class Attention(Function):
         batch = q.shape[0]
         ctx.step = step = razor.samples_at_once(batch, math.prod(q.shape[1:-1]) * k.shape[-2], q.numel())
         for i in range(0, batch, step):
-            p = probabilities(q[i : i + step], k[i : i + step], _part(mask, i, step, batch), causal, scale)
+            p = probabilities(q[i : i + step], k[i : i + step], part_of(mask, slice(i, i + step), batch), causal, scale)
             named[f"p{i}"] = _alone(razor.prune(p, probabilities=True))
             if kept_by_dropout is not None:
                 named[f"drop{i}"] = _alone(mask_bits(kept_by_dropout[i : i + step]))
@@ -174,7 +174,7 @@ class Attention(Function):
                 shape, _ = ctx.mask_like
                 if dmask is None:
                     dmask = g.new_zeros(shape)
-                own = dmask[at] if len(shape) == 4 and shape[0] == batch > 1 else dmask
+                own = part_of(dmask, at, batch)
                 own += ds.sum_to_size(own.shape)
         grads = (t.to(d) if t is not None else None for t, d in zip((dq, dk, dv), ctx.dtypes, strict=True))
         return *grads, dmask.to(ctx.mask_like[1]) if dmask is not None else None, None, None, None, None, None
@@ -198,11 +198,6 @@ def _as_pytorch(
 
 def _alone(saved: Saved) -> Held:
     return Held(Holder(saved), None)
-
-
-def _part(mask: Tensor | None, i: int, step: int, batch: int) -> Tensor | None:
-    """The mask of samples i … i + step."""
-    return mask[i : i + step] if mask is not None and mask.dim() == 4 and mask.shape[0] == batch > 1 else mask
 
 
 def softmax(

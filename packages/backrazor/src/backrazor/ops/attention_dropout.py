@@ -2,7 +2,7 @@
 
 PyTorch's one call draws the mask in its midst and keeps it to itself. Here the steps after the softmax are taken one by
 one, so that what was kept is known (the mode "pruned" stores it), and is drawn by :mod:`..drawing`, which is faster.
-The backward pass of the mode "low-bit" takes them without a graph (:class:`Stepwise`).
+The backward pass of the mode "low-bit" takes them without a graph (:mod:`.attention_parts`).
 """
 
 import math
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..drawing import dropped, kept_of
-from .attention_steps import by_head, folded, probabilities, repeated, softmax_backward
 
 
 class Drop(torch.autograd.Function):
@@ -76,49 +75,3 @@ def _steps(
 def _autocast(x: Tensor) -> Tensor:
     """As autocast hands it to PyTorch's function."""
     return x.to(torch.get_autocast_dtype("cpu")) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
-
-
-class Stepwise:
-    """Attention with dropout over (B, H, N, d), and its gradients after it, without a graph: P is kept between.
-
-    PyTorch's own steps look three times at every score for rows without a key; here one column of P tells.
-    """
-
-    def __init__(self, tensors: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-        self.q, self.k, self.v, *rest = tensors
-        self.mask = rest[0] if rest else None
-        self.p_drop = settings["dropout_p"]
-        self.scale = settings["scale"] if settings["scale"] is not None else 1 / math.sqrt(self.q.shape[-1])
-        self.p = probabilities(self.q, self.k, self.mask, settings["is_causal"], self.scale)
-        self.kept = kept_of(self.p, self.p_drop)
-        self.out = self._dropped(self.p) @ repeated(self.v, self.q.shape[1])
-
-    @staticmethod
-    def fits(tensors: tuple[Tensor, ...]) -> bool:
-        """Whether these Q, K, V and mask are what the steps are written for; otherwise a graph is made of PyTorch's."""
-        q, k, v, *_ = tensors
-        plain = all(t.dim() == 4 and t.dtype == torch.float32 and t.device.type == "cpu" for t in (q, k, v))
-        return plain and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return dropped(x, self.kept, self.p_drop)
-
-    def gradients(self, g: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        """dQ, dK, dV and dmask of those that ``needs`` names."""
-        heads, kv_heads = self.q.shape[1], self.k.shape[1]
-        g3 = by_head(g.to(self.out.dtype))
-        grads: list[Tensor | None] = [None] * len(needs)
-        if needs[2]:
-            grads[2] = folded(torch.bmm(by_head(self._dropped(self.p)).mT, g3), heads, kv_heads)
-        if not any((*needs[:2], *needs[3:])):
-            return grads
-        dp = torch.bmm(g3, by_head(repeated(self.v, heads)).mT).view(self.p.shape)
-        ds = softmax_backward(self._dropped(dp), self.p)
-        ds3 = by_head(ds)
-        if needs[0]:
-            grads[0] = torch.bmm(ds3, by_head(repeated(self.k, heads))).mul_(self.scale).view(self.q.shape)
-        if needs[1]:
-            grads[1] = folded(torch.bmm(ds3.mT, by_head(self.q)).mul_(self.scale), heads, kv_heads)
-        if self.mask is not None and needs[3]:
-            grads[3] = ds.sum_to_size(self.mask.shape)
-        return grads

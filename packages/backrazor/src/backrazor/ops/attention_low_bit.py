@@ -3,9 +3,10 @@
     dQ, dK, dV, dmask = the gradients of O(Q̃, K̃, Ṽ), with the dropout mask of the forward pass
 
 The forward pass is PyTorch's own call, of the kernel that it chooses. So is the backward pass: the same call runs again
-on what was kept. Its O is the input of the output projection, which is not stored either. P and its rows' sums are of
-the same Q̃ and K̃, so no error is exponentiated against another. For dropout the state of the random numbers is kept, and
-on a CPU both passes are taken in steps (:mod:`.attention_dropout`).
+on what was kept, or on a CPU, where that is faster, its steps (:mod:`.attention_parts`). Its O is the input of the
+output projection, which is not stored either. P and its rows' sums are of the same Q̃ and K̃, so no error is
+exponentiated against another. For dropout the state of the random numbers is kept, and on a CPU both passes are taken
+in steps (:mod:`.attention_dropout`).
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor
 from ..function import Function, Kept, save
 from ..internals import own_saving, random_numbers, random_state
 from ..keeper import Keeper
-from .attention_dropout import Stepwise, attention_with_dropout, by_steps
+from .attention_dropout import attention_with_dropout, by_steps
+from .attention_parts import Stepwise
 
 
 class Recorded:
@@ -38,7 +40,7 @@ class Recorded:
 
 
 class Replay:
-    """PyTorch's own attention, run again on what is kept of Q, K and V: for O, and for the gradients after it."""
+    """Attention, run again on what is kept of Q, K and V: for O, and for the gradients after it."""
 
     def __init__(self, settings: dict[str, Any], needs: tuple[bool, ...], random: Tensor | None) -> None:
         self.settings, self.needs, self.random = settings, needs, random
@@ -62,6 +64,8 @@ class Replay:
 
     def _run(self, tensors: tuple[Tensor, ...]) -> "Recorded | Stepwise":
         if self.random is None:
+            if Stepwise.fits(tensors) and Stepwise.pays(tensors):
+                return Stepwise(tensors, self.settings)
             return Recorded(tensors, self.needs, self.settings)
         with random_numbers(tensors[0].device, self.random):  # the dropout of the forward pass
             if Stepwise.fits(tensors):

@@ -13,8 +13,10 @@ from torch import Tensor
 from ..internals import is_fake
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask): (b, H, N, M); a row that is masked everywhere is zero."""
+def probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, *, out: Tensor | None = None
+) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask): (b, H, N, M), in ``out`` if given; a row that is masked everywhere is zero."""
     q3, k3 = by_head(q), by_head(repeated(k, q.shape[1]))
     s = q.new_empty(len(q3), q.shape[-2], k.shape[-2])
     s = torch.baddbmm(s, q3, k3.mT, beta=0, alpha=scale, out=s).view(*q.shape[:-1], -1)
@@ -22,12 +24,18 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale
         n, m = s.shape[-2:]
         s = s.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
     if mask is None:
-        return torch.softmax(s, -1)  # every row has a key
+        return torch.softmax(s, -1, out=out)  # every row has a key
     s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
     if s.device.type != "cpu" or is_fake(s):  # where to ask would wait for the device
-        return torch.ops.aten._safe_softmax(s, -1)
-    p = torch.softmax(s, -1)
-    return torch.ops.aten._safe_softmax(s, -1) if p[..., 0].isnan().any() else p
+        p = torch.ops.aten._safe_softmax(s, -1)
+        return p if out is None else out.copy_(p)
+    p = torch.softmax(s, -1, out=out)
+    return p.copy_(torch.ops.aten._safe_softmax(s, -1)) if p[..., 0].isnan().any() else p
+
+
+def part_of(mask: Tensor | None, at: slice, batch: int) -> Tensor | None:
+    """The mask of the samples ``at``, of ``batch`` in all."""
+    return mask[at] if mask is not None and mask.dim() == 4 and mask.shape[0] == batch > 1 else mask
 
 
 def softmax_backward(g: Tensor, p: Tensor, dim: int = -1) -> Tensor:
