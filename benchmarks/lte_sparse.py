@@ -63,6 +63,7 @@ ARMS: dict[str, Options] = {
     "r = 64, T = 4, μ = 0.3, 4 % in 2 bits": {**WIDE, "merge_density": 0.04, "merge_bits": 2},
     "r = 64, T = 4, μ = 0.3, 4 % in 1 bit": signs(0.04),
     "r = 64, T = 4, μ = 0.3, 4 % in 1 bit, of copies 8 %": signs(0.04, 0.08),
+    "r = 64, T = 4, μ = 0.3, 3 % in 1 bit, of copies 16 %": signs(0.03, 0.16),
     "r = 64, T = 4, μ = 0.3, 8 % in 1 bit, of copies 16 %": signs(0.08, 0.16),
     "r = 64, T = 4, μ = 0.3, 16 % in 1 bit, of copies 32 %": signs(0.16, 0.32),
 }
@@ -106,8 +107,8 @@ def bytes_per_step(model: torch.nn.Module, every: int = T) -> float:
     return total / every
 
 
-def train(arm: str, rates: Rates, seed: int, corpus: Corpus) -> float:
-    """-> loss in nats per byte on the corpus's validation text."""
+def train(arm: str, rates: Rates, seed: int, corpus: Corpus) -> dict[str, float]:
+    """-> loss in nats per byte on the corpus's validation text; of signs that of the last merge's weights alone, too."""
     seed_all(seed)
     crops = Crops(corpus, batch_size=BATCH, block_size=BLOCK, seed=seed)
     more: Options = {}
@@ -131,8 +132,19 @@ def train(arm: str, rates: Rates, seed: int, corpus: Corpus) -> float:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     task = Task(model, crops, next_token_loss, optimizer, lr_factor=schedule, **more)
     fit(task, FitConfig(max_iters=STEPS, grad_clip=1.0, eval_interval=STEPS))
+    model.eval()
+    validation = list(crops.validation(100))
     with torch.no_grad():
-        return mean_loss(model.eval(), next_token_loss, list(crops.validation(100)))["loss"]
+        found = {"loss": round(mean_loss(model, next_token_loss, validation)["loss"], 5)}
+        if ARMS.get(arm, {}).get("merge_bits") == 1:
+            for layer in headed(model).values():
+                layer.evaluated = layer.in_own_shape(layer.master())
+            copies = replicas(model).values()
+            merged = {c.get_parameter(n): c.get_buffer(f"anchor_{n}") for c in copies for n in c.own_names()}
+            for copy in copies:  # of which tied ones have no anchor of their own
+                copy.evaluated = {name: merged[copy.get_parameter(name)] for name in copy.names()}
+            found["loss_of_the_last_merge"] = round(mean_loss(model, next_token_loss, validation)["loss"], 5)
+    return found
 
 
 class Rows:
@@ -149,7 +161,7 @@ class Rows:
                 return row["loss"]
         half = len(self.corpus.val) // 2
         part = dataclasses.replace(self.corpus, val=self.corpus.val[half:] if report else self.corpus.val[:half])
-        self.rows.append({**key, "loss": round(train(arm, rates, seed, part), 5)})
+        self.rows.append(key | train(arm, rates, seed, part))
         print(self.rows[-1], flush=True)
         write_results(
             self.path,

@@ -327,17 +327,21 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_pairwise_ratios_and_results_that_name_their_making(tmp_path):
-    now = 0.0
+    now, last = 0.0, 0.0
 
-    def taking(seconds):
+    def taking(seconds, more_after_another=0.0):
         def call():
-            nonlocal now
-            now += seconds
+            nonlocal now, last
+            now += seconds + (more_after_another if last != seconds else 0.0)
+            last = seconds
 
         return call
 
     ratio = pairwise(taking(6.0), taking(2.0), pairs=5, clock=lambda: now)
     assert (ratio.low, ratio.median, ratio.high, ratio.pairs) == (3.0, 3.0, 3.0, 5)
+    assert pairwise(taking(6.0, 4.0), taking(2.0), pairs=5, clock=lambda: now).high > 3
+    settled = pairwise(taking(6.0, 4.0), taking(2.0), pairs=5, settle=True, clock=lambda: now)
+    assert (settled.least, settled.greatest) == (3.0, 3.0)
     assert str(ratio_of([1.0, 2.0, 3.0])) == "2.000 (quartiles 1.000 to 3.000, 3 pairs)"
     path = tmp_path / "results" / "x.json"
     write_results(path, argv=["python", "b.py"], device=torch.device("cpu"), seeds=[1], ratio=2.0)

@@ -40,16 +40,21 @@ def pairwise(
     *,
     pairs: int,
     warmup: int = 2,
+    settle: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ratio:
-    """Time ``way`` against ``other`` alternately, the order swapped from pair to pair; ``clock`` counts seconds."""
+    """Time ``way`` against ``other`` alternately, the order swapped from pair to pair; ``clock`` counts seconds.
+
+    With ``settle`` each runs once untimed before it is timed: what a call costs among its like, as a step in a training
+    run, and not in the heap and the caches that the other one has left.
+    """
     for _ in range(warmup):
         way()
         other()
     ratios = []
     for i in range(pairs):
         first, second = (way, other) if i % 2 == 0 else (other, way)
-        a, b = _seconds(first, clock), _seconds(second, clock)
+        a, b = (_seconds(call, clock, settle) for call in (first, second))
         ratios.append(a / b if i % 2 == 0 else b / a)
     return ratio_of(ratios)
 
@@ -60,7 +65,9 @@ def ratio_of(ratios: Sequence[float]) -> Ratio:
     return Ratio(median, low, high, len(ratios), min(ratios), max(ratios))
 
 
-def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+def _seconds(call: Callable[[], Any], clock: Callable[[], float], settle: bool) -> float:
+    if settle:
+        call()
     began = clock()
     call()
     return clock() - began
