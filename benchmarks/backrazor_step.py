@@ -1,6 +1,7 @@
 """Time and memory of a full training step: dense, Back Razor and ``torch.utils.checkpoint``, in one process.
 
-Random weights and data, SGD with momentum. The models take steps in turn, and each time is a ratio of neighbours, in
+Random weights and data, SGD with momentum. The models take steps in turn, two each, of which the second counts: it
+finds heap and caches as in a training run, and not as another way has left them. Each time is a ratio of neighbours, in
 CPU seconds of the process, which other processes disturb least; of several threads in seconds.
 Then, for the first model: the peak of the resident set in a process of its own for each way, and, on fake tensors,
 the most that one encoder layer holds for a moment beside what it keeps. With --torch-path the only question is what a
@@ -98,7 +99,7 @@ def times(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
     for way in ("razor", "checkpoint"):
         other = Trainer(name, way, sizes, sizes.batch, copy.deepcopy(dense.model))
         found[f"{way}_over_dense"] = dataclasses.asdict(
-            pairwise(other.step, dense.step, pairs=pairs, warmup=1, clock=clock)
+            pairwise(other.step, dense.step, pairs=pairs, warmup=0, settle=True, clock=clock)
         )
         del other
     return found
@@ -114,7 +115,7 @@ def over_c(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
             trainer.step()
 
     assert built() is not None, "there is no C compiler here: nothing to compare with"
-    ratio = pairwise(without, trainer.step, pairs=pairs, warmup=1, clock=clock)
+    ratio = pairwise(without, trainer.step, pairs=pairs, warmup=0, settle=True, clock=clock)
     found = {"model": name, "batch": trainer.shaped.sample, "keep": sizes.keep}
     return {**found, "torch_over_c": dataclasses.asdict(ratio)}
 
