@@ -108,7 +108,7 @@ def bytes_per_step(model: torch.nn.Module, every: int = T) -> float:
 
 
 def train(arm: str, rates: Rates, seed: int, corpus: Corpus) -> dict[str, float]:
-    """-> loss in nats per byte on the corpus's validation text; of signs also that of the last merge's weights alone."""
+    """-> loss in nats per byte on the validation text; of signs also that of the last merge's weights alone."""
     seed_all(seed)
     crops = Crops(corpus, batch_size=BATCH, block_size=BLOCK, seed=seed)
     more: Options = {}
