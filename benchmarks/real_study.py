@@ -17,10 +17,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lora_xs
 import torch
 from memtrain_apps.compose.adamw8bit import AdamW8bit
 from memtrain_apps.compose.axes import Axes
@@ -61,6 +62,8 @@ class Arm:
     """The arms that share a learning rate: they differ in what is kept, or in GaLore's rank."""
     grid: str = ""
     """Of ``RATES``; empty: the task's own."""
+    narrowed: int = 0
+    """LoRA-XS: from the rank of the axes to this one after a third of the steps, which have a third of the rate."""
 
     def rates(self, of: RealTask) -> tuple[float, ...]:
         return RATES[self.grid] if self.grid else of.rates
@@ -95,6 +98,12 @@ ADAPTERS = {
     "melo 8": Arm(Axes("melo", rank=8), "melo", "melo"),
     "lte 4x8": Arm(Axes("lte", rank=8, heads=4), "lte", "lte"),
     **{f"lora-xs {way} {r}": _xs(way, r, **settings) for r in (4, 8, 16, 25) for way, settings in XS_WAYS.items()},
+    **{
+        f"lora-xs narrowed {r}": Arm(
+            Axes("lora-xs", rank=32, init="gradient"), f"lora-xs narrowed {r}", "lora-xs", narrowed=r
+        )
+        for r in (4, 8, 16)
+    },
     "bitfit, low-bit 0.1": Arm(Axes("bitfit", save="backrazor"), "bitfit", "bitfit"),
     "lora 8, low-bit 0.1": Arm(Axes("lora", rank=8, save="backrazor"), "lora", "lora"),
     **{
@@ -155,7 +164,15 @@ def one_run(of: RealTask, arm: Arm, seed: int, rates: Rates, split: str) -> dict
     torch.manual_seed(seed)  # the same dropout masks for all arms
     began = time.process_time()
     for step in range(of.steps):
-        factor = min((step + 1) / WARMUP, (of.steps - step) / (of.steps - WARMUP))
+        begun, share = 0, 1.0
+        if arm.narrowed:
+            wide = of.steps // 3
+            begun, share = (0, 1 / 3) if step < wide else (wide, 1.0)
+            if step == wide:
+                groups = lora_xs.param_groups(lora_xs.narrow(model, arm.narrowed), lr=rates.rate, head_lr=rates.head)
+                optimizer = type(optimizer)(groups, weight_decay=0.01)
+                peaks = [group["lr"] for group in optimizer.param_groups]
+        factor = share * min((step - begun + 1) / WARMUP, (of.steps - step) / (of.steps - WARMUP))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         with made.saving():
@@ -186,11 +203,18 @@ def cost(of: RealTask, arm: Arm) -> dict[str, int]:
     loss.backward()
     made.needed_optimizer().step()
     ledger = measure(made.model, made.optimizer, kept)
-    return {
+    found = {
         "saved_bytes": sum(kept.values()),
         "optimizer_bytes": ledger.total("optimizer"),
-        "trained_numbers": sum(p.numel() for p in made.model.parameters() if p.requires_grad),
+        "trained_numbers": _trained(made.model),
     }
+    if arm.narrowed:
+        found["trained_numbers_once_narrowed"] = _trained(lora_xs.narrow(made.model, arm.narrowed))
+    return found
+
+
+def _trained(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def chosen_rates(name: str, of: RealTask, arm: Arm) -> Rates:
@@ -199,7 +223,7 @@ def chosen_rates(name: str, of: RealTask, arm: Arm) -> Rates:
     before = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, float] = before.get("held_out", {})
     by_more_seeds: dict[str, list[float]] = before.get("held_out_of_further_seeds", {})
-    dense = Arm(Axes(**{**asdict(arm.axes), "save": "all"}), arm.way, arm.grid)
+    dense = replace(arm, axes=replace(arm.axes, save="all"))
     heads, least = of.head_rates and arm.grid in ADAPTED, of.metric == "nats"
 
     def score(rates: Rates, further: int = 0) -> float:
@@ -247,7 +271,8 @@ def run(name: str, arms: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
             write_results(
                 path, argv=["python", "benchmarks/real_study.py", f"{name}:{label}"], device=torch.device("cpu"),
                 seeds=sorted(map(int, runs)), about=of.about, metric=of.metric, arm=label, way=arm.way,
-                axes=asdict(arm.axes), **rates.written(), cost=spent, runs=runs,
+                axes=asdict(arm.axes), **({"narrowed": arm.narrowed} if arm.narrowed else {}),
+                **rates.written(), cost=spent, runs=runs,
             )  # fmt: skip
             summarise(name)
 

@@ -163,6 +163,8 @@ def _name(package: str, arm: str) -> str:
         return f"`{kind}` {rest}" if rest else "checkpointing"
     if kind == "lora-xs":
         bases, rank = rest.split(" ")
+        if bases == "narrowed":
+            return f"LoRA-XS, gradient bases, r = 32 narrowed to {rank}"
         kinds = {"svd": "the SVD's bases", "gradient": "gradient bases", "random": "random bases"}
         return f"LoRA-XS, {kinds.get(bases, 'gradient bases and a first step')}, r = {rank}"
     words = {
@@ -179,7 +181,8 @@ def _amount(package: str, arm: dict[str, Any], found: dict[str, Any]) -> str:
         return f"{100 * arm['optimizer_bytes'] / found['arms']['dense']['optimizer_bytes']:.1f} %"
     if package == "backrazor":
         return f"{arm['times_less_saved']:.1f}×"
-    return f"{arm['trained_numbers']:,}"
+    left = arm.get("trained_numbers_once_narrowed")
+    return f"{arm['trained_numbers']:,}" + (f", then {left:,}" if left else "")
 
 
 def _scores(found: dict[str, Any], arm: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from lora_xs import (
     inject,
     load_adapter,
     merge,
+    narrow,
     save_adapter,
     trained,
     unmerge,
@@ -140,6 +141,13 @@ def _work(rank, port, folder):
     x = torch.full((2, 512), float(rank + 1))
     parallel(x).sum().backward()
     torch.save([p.grad for p in trained(model)["R"]], f"{folder}/grad{rank}.pt")
+    with torch.no_grad():
+        for R in trained(model)["R"]:
+            R.copy_(torch.randn(R.shape, generator=torch.Generator().manual_seed(2)) + rank * 1e-5)
+    with pytest.raises(LoRAXSError, match="wrap it anew"):
+        narrow(parallel, 2)
+    narrow(model, 2)
+    torch.save([*bases_of(model), *trained(model)["R"]], f"{folder}/narrow{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -164,6 +172,8 @@ def test_two_processes_share_the_work_and_the_bytes(tmp_path):
         )
     ga, gb = (torch.load(tmp_path / f"grad{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) and float(x.abs().max()) > 0 for x, y in zip(ga, gb, strict=True))
+    na, nb = (torch.load(tmp_path / f"narrow{rank}.pt") for rank in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(na, nb, strict=True))
 
 
 def _sharded():
@@ -186,6 +196,8 @@ def _sharded():
         for p, q in zip(parameters, trained(whole)[group], strict=True):
             assert type(p) is not type(q)
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+    with pytest.raises(LoRAXSError, match="before fully_shard"):
+        narrow(model, 2)
 
 
 @pytest.mark.slow

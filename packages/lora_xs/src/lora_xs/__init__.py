@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .injection import remove as remove
     from .merging import merge as merge
     from .merging import unmerge as unmerge
+    from .narrowing import narrow as narrow
     from .peft_export import export_peft as export_peft
     from .peft_import import import_peft as import_peft
     from .untrained import Coverage as Coverage
@@ -52,6 +53,7 @@ _HOME = {
     "inject": "injection",
     "load_adapter": "adapter_file",
     "merge": "merging",
+    "narrow": "narrowing",
     "param_groups": "adapters",
     "remove": "injection",
     "rows": "adapters",
