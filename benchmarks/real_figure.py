@@ -43,6 +43,7 @@ FAMILIES = {
     "lora-xs svd": ("LoRA-XS, the SVD's or random bases", COLOURS[3], "v"),
     "lora-xs random": ("LoRA-XS, the SVD's or random bases", COLOURS[3], "v"),
     "lora-xs gradient": ("LoRA-XS, bases from the gradient", COLOURS[3], "^"),
+    "lora-xs narrowed": ("LoRA-XS, narrowed from r = 32", COLOURS[3], "<"),
     "galore-adamw": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
     "galore-scaled": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
     "adamw8bit": ("GaLore, GaLoreScaled, 8-bit AdamW", COLOURS[1], "D"),
