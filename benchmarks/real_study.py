@@ -170,7 +170,7 @@ def one_run(of: RealTask, arm: Arm, seed: int, rates: Rates, split: str) -> dict
             begun, share = (0, 1 / 3) if step < wide else (wide, 1.0)
             if step == wide:
                 groups = lora_xs.param_groups(lora_xs.narrow(model, arm.narrowed), lr=rates.rate, head_lr=rates.head)
-                optimizer = type(optimizer)(groups, weight_decay=0.01)
+                optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
                 peaks = [group["lr"] for group in optimizer.param_groups]
         factor = share * min((step - begun + 1) / WARMUP, (of.steps - step) / (of.steps - WARMUP))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):

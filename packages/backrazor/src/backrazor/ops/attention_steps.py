@@ -6,6 +6,7 @@ With S = s Q Kᵀ + mask, P = softmax(S), D = dropout(P), O = D V:
 """
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ def probabilities(
     return p.copy_(torch.ops.aten._safe_softmax(s, -1)) if p[..., 0].isnan().any() else p
 
 
+@overload
+def part_of(mask: Tensor, at: slice, batch: int) -> Tensor: ...
+@overload
+def part_of(mask: Tensor | None, at: slice, batch: int) -> Tensor | None: ...
 def part_of(mask: Tensor | None, at: slice, batch: int) -> Tensor | None:
     """The mask of the samples ``at``, of ``batch`` in all."""
     return mask[at] if mask is not None and mask.dim() == 4 and mask.shape[0] == batch > 1 else mask
